@@ -1,0 +1,135 @@
+"""Augmentation and mixing of whole batches on the device.
+
+An augmentation takes uint8 images `(n, c, h, w)` and their `Draws`, and returns images of the same
+shape and type. Each image uses its own row of draws, so which rank processes an image, and
+beside which others, changes nothing. Any function of this signature can stand in a recipe.
+
+A mixing takes normalised images, their partners (each image's successor in the global batch) and
+a generator seeded by (seed, epoch, step), the same on every rank; it returns the mixed images
+and the weight in [0, 1] that each image's own label keeps.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy
+import torch
+from torch import Tensor
+
+DRAWS_PER_AUGMENTATION = 4
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for n images: `fresh` is drawn anew each epoch, `fixed` once per training.
+
+    Both are uniform in [0, 1), of shape (n, 4).
+    """
+
+    fresh: Tensor
+    fixed: Tensor
+    epoch: int
+
+
+def flip(images: Tensor, draws: Draws) -> Tensor:
+    """Mirror each image left to right with probability one half."""
+    return _mirror(images, draws.fresh[:, 0] < 0.5)
+
+
+def alternating_flip(images: Tensor, draws: Draws) -> Tensor:
+    """Mirror half of the images, and the other half in the next epoch.
+
+    Source: Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024).
+    """
+    return _mirror(images, (draws.fixed[:, 0] < 0.5) ^ (draws.epoch % 2 == 1))
+
+
+def crop(
+    images: Tensor,
+    draws: Draws,
+    *,
+    padding: int = 4,
+    fill: Literal["reflect", "zero"] = "reflect",
+) -> Tensor:
+    """Shift each image by up to `padding` pixels each way; new pixels are mirrored or black."""
+    _, _, height, width = images.shape
+    shifts = (draws.fresh[:, :2] * (2 * padding + 1)).long() - padding
+    rows = torch.arange(height, device=images.device) + shifts[:, :1]  # (n, h)
+    columns = torch.arange(width, device=images.device) + shifts[:, 1:]  # (n, w)
+    inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
+    shifted = _gather(images, _reflect(rows, height), _reflect(columns, width))
+    return shifted if fill == "reflect" else shifted * inside[:, None]
+
+
+def cutout(images: Tensor, draws: Draws, *, size: int = 8, fill: int = 128) -> Tensor:
+    """Cover a square of `size` pixels, centred anywhere in the image, with the grey `fill`.
+
+    Source: DeVries & Taylor, "Improved Regularization of CNNs with Cutout" (2017).
+    """
+    _, _, height, width = images.shape
+    rows = _span(draws.fresh[:, 0], height, size)
+    columns = _span(draws.fresh[:, 1], width, size)
+    hidden = rows[:, :, None] & columns[:, None, :]
+    return images.masked_fill(hidden[:, None], fill)
+
+
+def mixup(
+    images: Tensor, partners: Tensor, random: numpy.random.Generator, *, alpha: float = 0.2
+) -> tuple[Tensor, float]:
+    """Blend each image with its partner; the weight is drawn from Beta(alpha, alpha).
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018).
+    """
+    weight = float(random.beta(alpha, alpha))
+    return images * weight + partners * (1 - weight), weight
+
+
+def cutmix(
+    images: Tensor, partners: Tensor, random: numpy.random.Generator, *, alpha: float = 1.0
+) -> tuple[Tensor, float]:
+    """Paste a rectangle of the partner, of an area drawn from Beta(alpha, alpha).
+
+    Source: Yun et al., "CutMix" (2019).
+    """
+    height, width = images.shape[-2:]
+    side = (1 - float(random.beta(alpha, alpha))) ** 0.5
+    top, bottom = _interval(random.random(), side, height)
+    left, right = _interval(random.random(), side, width)
+    images = images.clone()
+    images[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
+    return images, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
+def _inside(positions: Tensor, length: int) -> Tensor:
+    return (positions >= 0) & (positions < length)
+
+
+def _reflect(positions: Tensor, length: int) -> Tensor:
+    """Fold positions outside of [0, length) back, without repeating the edge."""
+    return (length - 1) - ((length - 1) - positions.abs()).abs()
+
+
+def _gather(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pick pixel (rows[i, y], columns[i, x]) of image i: pixels are contiguous runs of channels."""
+    count, channels, height, width = images.shape
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)
+    first = torch.arange(count, device=images.device)[:, None, None] * (height * width)
+    flat = first + rows[:, :, None] * width + columns[:, None, :]
+    shifted = pixels.index_select(0, flat.flatten())
+    return shifted.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _span(draw: Tensor, length: int, size: int) -> Tensor:
+    """Mark `size` positions around a drawn centre: (n,) -> (n, length)."""
+    start = (draw * length).long()[:, None] - size // 2
+    positions = torch.arange(length, device=draw.device)
+    return (positions >= start) & (positions < start + size)
+
+
+def _interval(centre: float, side: float, length: int) -> tuple[int, int]:
+    middle, half = centre * length, side * length / 2
+    return max(0, round(middle - half)), min(length, round(middle + half))

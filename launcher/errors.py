@@ -1,0 +1,33 @@
+"""The exceptions of the launcher and the exit codes they end with.
+
+    LauncherError          the run did not succeed                              exit code 1
+    ├── TrainingError      training itself went wrong (loss not finite, ...)    exit code 1
+    └── UserError          what was typed or given cannot be trained            exit code 2
+
+A `LauncherError` is shown as one line without a traceback. Every other exception is a fault of
+the launcher or of the recipe's own code and keeps its traceback.
+"""
+
+EXIT_FAULT = 1
+EXIT_USER = 2
+
+
+class LauncherError(Exception):
+    """A run that ends with one line for its user."""
+
+    exit_code = EXIT_FAULT
+
+
+class TrainingError(LauncherError):
+    """Training was possible but failed: for example, the loss is not a number."""
+
+
+class UserError(LauncherError):
+    """Something given to the launcher is wrong: says what, what was expected, what to do instead."""
+
+    exit_code = EXIT_USER
+
+    def __init__(self, given: str, *, expected: str, instead: str) -> None:
+        self.given, self.expected, self.instead = given, expected, instead
+        message = f"{given}; expected {expected}; {instead}"
+        super().__init__(" ".join(message.split()))  # one line, whatever the parts contained

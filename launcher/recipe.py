@@ -1,0 +1,103 @@
+"""The recipe: what to train, in frozen dataclasses whose slots are callables.
+
+`functools.partial` fills in a callable's settings. The machine stays out of a recipe: the same
+file means the same experiment on a laptop and on 64 GPUs.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from launcher.augment import Draws
+from launcher.errors import UserError
+from launcher.schedules import constant
+
+Source = Callable[..., Any]
+Augmentation = Callable[[Tensor, Draws], Tensor]
+Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of an experiment and what happens to them before the model sees them.
+
+    `source` is a class like torchvision's data sets: called with `root`, `train` (or `split`) and
+    `download`, it has `data` (uint8), `targets` (or `labels`) and usually `classes`. `batch_size`
+    is the number of images of one optimizer step over all processes. `mean` and `std` are one
+    number per channel, for pixels in [0, 1]. `fallback` is a source for when the first is neither
+    on disk nor reachable; without one that is an error.
+    """
+
+    source: Source
+    batch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    root: str = "data"
+    augment: tuple[Augmentation, ...] = ()
+    mix: Mixing | None = None
+    fallback: Source | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no machine could train."""
+        _at_least("data.batch_size", self.batch_size, 1)
+        if any(std <= 0 for std in self.std):
+            raise UserError(
+                f"data.std={self.std}",
+                expected="a positive number per channel",
+                instead="use the standard deviation of the pixels in [0, 1]",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One experiment.
+
+    `model` builds the network, `optimizer` takes its parameters. `schedule` maps progress in
+    [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets and returns the
+    mean over the batch; with `data.mix` the targets are class probabilities. `accumulate` splits
+    the global batch into that many forward passes. `average` keeps an average of the weights,
+    which is then what is evaluated and saved. `precision=None` leaves it to Accelerate's config.
+    """
+
+    model: Callable[[], nn.Module]
+    data: Images
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    epochs: int
+    schedule: Callable[[float], float] = constant
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    accumulate: int = 1
+    clip_norm: float | None = None
+    average: Callable[[nn.Module], AveragedModel] | None = None
+    precision: Precision | None = None
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    compile: bool = False
+    sync_batch_norm: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no machine could train."""
+        _at_least("epochs", self.epochs, 1)
+        _at_least("accumulate", self.accumulate, 1)
+        _at_least("seed", self.seed, 0)
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError(
+                f"clip_norm={self.clip_norm}",
+                expected="a positive number or none",
+                instead="type clip_norm=1.0, for example",
+            )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(
+            f"{name}={value}",
+            expected=f"a whole number of at least {least}",
+            instead=f"type {name}={max(least, 1)}, for example",
+        )

@@ -1,0 +1,39 @@
+"""Learning-rate schedules: pure functions from progress in [0, 1] to a multiplier of the rate.
+
+Progress is the fraction of the whole training that lies behind the middle of a step, so neither
+the first nor the last step is spent at a rate of exactly zero. A recipe fills in the settings
+with `functools.partial`, and any function of one float serves as well.
+"""
+
+import math
+
+
+def constant(progress: float) -> float:
+    """Keep the optimizer's own rate throughout."""
+    return 1.0
+
+
+def linear(progress: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
+    """Rise from 0 to 1 over the fraction `warmup`, then fall in a straight line to `end`."""
+    if progress < warmup:
+        return progress / warmup
+    return end + (1 - end) * (1 - _after(progress, warmup))
+
+
+def cosine(progress: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
+    """Rise from 0 to 1 over the fraction `warmup`, then fall along half a cosine to `end`.
+
+    Source: Loshchilov & Hutter, SGDR (2017), without restarts.
+    """
+    if progress < warmup:
+        return progress / warmup
+    return end + (1 - end) * (1 + math.cos(math.pi * _after(progress, warmup))) / 2
+
+
+def steps(progress: float, *, at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> float:
+    """Multiply by `factor` at each point of `at`."""
+    return factor ** sum(progress >= point for point in at)
+
+
+def _after(progress: float, warmup: float) -> float:
+    return (progress - warmup) / (1 - warmup) if warmup < 1 else 0.0
