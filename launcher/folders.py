@@ -1,0 +1,104 @@
+"""Pictures in class folders, read once into memory.
+
+Two layouts are understood: `ROOT/train/CLASS/*.png` with `ROOT/test/CLASS/*.png` (or `val`), and
+plain `ROOT/CLASS/*.png`, of which every fifth picture of a class, by name, is kept for testing.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from launcher.errors import UserError
+
+TEST_EVERY = 5
+
+
+class Folder:
+    """RGB pictures of `size` pixels square, as uint8 `(n, size, size, 3)`.
+
+    Larger or oblong pictures are scaled to the shorter side and cropped around the middle.
+    Raises `FileNotFoundError` where there is no folder `root`, and `UserError` where it is empty
+    or holds something other than pictures.
+    """
+
+    def __init__(
+        self, root: str, train: bool = True, download: bool = False, *, size: int = 32
+    ) -> None:
+        """Read and decode the pictures of one half, training or test."""
+        if not Path(root).is_dir():
+            raise FileNotFoundError(root)
+        half = _half(Path(root), train)
+        names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
+        files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
+        if half == Path(root):
+            files = _split(files, train)
+        if not files:
+            raise _empty(half)
+        self.classes = names
+        self.targets = numpy.array([label for _, label in files])
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+            pictures = pool.map(lambda item: _read(item[0], size), files)
+            self.data: Any = numpy.stack(list(pictures))
+
+
+def _half(root: Path, train: bool) -> Path:
+    if not (root / "train").is_dir():
+        return root
+    if train:
+        return root / "train"
+    return next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+
+
+def _is_visible(path: Path, kind: str) -> bool:
+    """Skip what desktops leave behind: `.DS_Store`, `Thumbs.db`, hidden folders."""
+    right_kind = path.is_dir() if kind == "folder" else path.is_file()
+    return right_kind and not path.name.startswith(".") and path.name != "Thumbs.db"
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if _is_visible(file, "file"))
+    if not files:
+        raise _empty(folder)
+    for file in files:
+        if file.suffix.lower() not in IMG_EXTENSIONS:
+            raise _not_a_picture(file, "its name does not end like a picture's")
+    return files
+
+
+def _split(files: list[tuple[Path, int]], train: bool) -> list[tuple[Path, int]]:
+    chosen, seen = [], dict.fromkeys({label for _, label in files}, 0)
+    for file, label in files:
+        is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
+        seen[label] += 1
+        if is_test != train:
+            chosen.append((file, label))
+    return chosen
+
+
+def _read(file: Path, size: int) -> Any:
+    try:
+        with Image.open(file) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            return numpy.asarray(ImageOps.fit(upright.convert("RGB"), (size, size)))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _not_a_picture(file, str(error)) from None
+
+
+def _not_a_picture(file: Path, why: str) -> UserError:
+    return UserError(
+        f"{file} cannot be read as a picture ({why})",
+        expected="only pictures in a class folder",
+        instead="mend the file or move it out of the folder",
+    )
+
+
+def _empty(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} holds no pictures",
+        expected=f"{folder}/CLASS/picture.png" if folder.parent else "class folders",
+        instead="put the pictures there or name another folder with data.root=FOLDER",
+    )

@@ -1,0 +1,92 @@
+"""From the path of a recipe file to its `recipe` and its source text.
+
+A recipe is Python code and is run: load only files that you trust.
+"""
+
+import importlib.util
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from launcher import settings
+from launcher.errors import UserError
+from launcher.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and where it came from."""
+
+    recipe: Recipe
+    name: str
+    source: str
+    note: str  # the docstring of the file
+
+
+def load(path: Path) -> Loaded:
+    """Run a recipe file and return its `recipe`. Raises `UserError` where there is none."""
+    source = _read(path)
+    module = _run(path, source)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        found = "no name `recipe`" if recipe is None else f"`recipe` is a {type(recipe).__name__}"
+        raise UserError(
+            f"{path}: {found}",
+            expected="recipe = Recipe(...)",
+            instead="see recipes/simplecnn.py for an example",
+        )
+    settings.as_dict(recipe)  # refuses what has no name
+    return Loaded(recipe, path.stem, source, module.__doc__ or "")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found, instead = "no such file", _nearby(path)
+    except (OSError, UnicodeDecodeError) as error:
+        found, instead = str(error), "check the path"
+    raise UserError(f"{path}: {found}", expected="a recipe file", instead=instead)
+
+
+def _nearby(path: Path) -> str:
+    """Name the recipes that stand where this one was looked for, or in recipes/."""
+    for folder in (path.parent, Path("recipes")):
+        names = sorted(str(found) for found in folder.glob("*.py") if found.name != "__init__.py")
+        if names and folder.name == "recipes":
+            return f"choose one of {', '.join(names)}"
+    return "check the path"
+
+
+def _run(path: Path, source: str) -> ModuleType:
+    name = f"recipes.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(str(path), expected="a Python file", instead="name a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that typing and pickle can find the recipe's own classes
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except SyntaxError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: {error.msg}",
+            expected="valid Python",
+            instead="mend that line",
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error.given}", expected=error.expected, instead=error.instead) \
+            from None
+    except Exception as error:
+        raise UserError(
+            f"{path}, line {_line(error, path)}: {type(error).__name__}: {error}",
+            expected="a file that runs",
+            instead="mend that line",
+        ) from error
+    return module
+
+
+def _line(error: Exception, path: Path) -> int | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
