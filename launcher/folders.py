@@ -50,7 +50,10 @@ def _half(root: Path, train: bool) -> Path:
         return root
     if train:
         return root / "train"
-    return next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    for name in ("test", "val"):
+        if (root / name).is_dir():
+            return root / name
+    raise _empty(root / "test")
 
 
 def _is_visible(path: Path, kind: str) -> bool:
@@ -99,6 +102,6 @@ def _not_a_picture(file: Path, why: str) -> UserError:
 def _empty(folder: Path) -> UserError:
     return UserError(
         f"{folder} holds no pictures",
-        expected=f"{folder}/CLASS/picture.png" if folder.parent else "class folders",
+        expected="pictures in class folders, such as CLASS/picture.png",
         instead="put the pictures there or name another folder with data.root=FOLDER",
     )

@@ -1,0 +1,197 @@
+"""Who am I: ranks from the environment, the Accelerator, and the guards on both.
+
+Accelerate and torchrun tell each process its rank and the world size in RANK and WORLD_SIZE. Some
+ways of launching ask for several processes and start one, or start several that each believe to
+be alone; both train wrongly without a word, so both are stopped here.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SEVERAL_ON_CPU = (
+    "type ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {count} "
+    "-m launcher RECIPE"
+)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run, as its launcher announced it."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+
+def announced(environ: Mapping[str, str] = os.environ) -> World:
+    """Read rank and world size from the environment; one process alone where nothing is set."""
+    return World(
+        rank=int(environ.get("RANK", 0)),
+        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        size=int(environ.get("WORLD_SIZE", 1)),
+    )
+
+
+def choose_precision(
+    recipe_precision: str | None, has_gpu: bool, environ: Mapping[str, str] = os.environ
+) -> tuple[str, str]:
+    """The precision and where it came from. The rule: the recipe, else Accelerate's config, else fp32.
+
+    Raises `UserError` for fp16 without a GPU, which Accelerate would silently ignore, and for a
+    precision in Accelerate's config that the launcher does not have.
+    """
+    configured = environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    origin = "recipe" if recipe_precision else "accelerate config" if configured else "default"
+    precision = recipe_precision or _ACCELERATE_NAMES.get(configured or "no")
+    if precision is None:
+        raise UserError(
+            f"mixed_precision {configured!r} in Accelerate's config",
+            expected="no, bf16 or fp16",
+            instead="type accelerate launch --mixed_precision bf16 ...",
+        )
+    if precision == "fp16" and not has_gpu:
+        raise UserError(
+            f"precision fp16 ({origin}) without a GPU",
+            expected="bf16 or fp32 on a CPU",
+            instead="type precision=bf16 after the recipe",
+        )
+    return precision, origin
+
+
+def join(precision: str) -> "Accelerator":
+    """Join the other processes: the Accelerator with device and process group.
+
+    Raises `UserError` where the number of processes that runs is not the number asked for.
+    """
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    world = announced()
+    _check_gpus(world, torch.cuda.device_count())
+    handlers: list[Any] = [
+        InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        # Running statistics are averaged before each evaluation instead of broadcast each step.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    names = {ours: theirs for theirs, ours in _ACCELERATE_NAMES.items()}
+    accelerator = Accelerator(
+        cpu=_runs_on_cpu(), mixed_precision=names[precision], kwargs_handlers=handlers
+    )
+    check_world(world.size, accelerator.num_processes, asked_processes())
+    return accelerator
+
+
+def _runs_on_cpu() -> bool:
+    """Without this, several processes on a machine without a GPU do not find each other."""
+    import torch
+
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return use_cpu or not torch.accelerator.is_available()
+
+
+def _check_gpus(world: World, gpus: int) -> None:
+    if not _runs_on_cpu() and gpus and world.local_rank >= gpus:
+        raise UserError(
+            f"process {world.local_rank + 1} of this machine, which has {gpus} GPU(s)",
+            expected="at most one process per GPU",
+            instead=f"type --num_processes {gpus} before -m launcher",
+        )
+
+
+def check_world(announced_size: int, running: int, asked: int | None) -> None:
+    """Stop where the processes that were asked for, announced and running are not the same."""
+    if announced_size != running:
+        raise UserError(
+            f"{announced_size} processes were started, but each of them believes to be alone",
+            expected="one run of all processes together",
+            instead=_SEVERAL_ON_CPU.format(count=announced_size),
+        )
+    if asked is not None and running < asked:
+        raise UserError(
+            f"{asked} processes were asked for, but accelerate launch started {running}",
+            expected="as many processes as asked for",
+            instead=_SEVERAL_ON_CPU.format(count=asked),
+        )
+
+
+def asked_processes() -> int | None:
+    """How many processes an `accelerate launch` above this process was told to start in all.
+
+    Its single-process launcher ignores the number and does not pass it on, so it is read from the
+    parent's command line and config file. None where there is no such parent.
+    """
+    import psutil
+
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
+        return None
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    return processes_in(words)
+
+
+def processes_in(words: list[str]) -> int | None:
+    """The number of processes that an `accelerate launch` command line asks for."""
+    if "launch" not in words:
+        return None
+    own = words[words.index("launch") + 1 :]
+    own = own[: own.index("launcher")] if "launcher" in own else own
+    flag = _flag(own, "--num_processes") or _flag(own, "--num-processes")
+    return int(flag) if flag else _processes_in_config(_flag(own, "--config_file"))
+
+
+def _flag(words: list[str], name: str) -> str | None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _processes_in_config(config_file: str | None) -> int | None:
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if config_file is None and not Path(default_config_file).is_file():
+        return None
+    return load_config_from_file(config_file).num_processes
+
+
+def device_name(accelerator: "Accelerator") -> str:
+    """The device as people call it: `NVIDIA H100 80GB HBM3`, `CPU, 2 threads`."""
+    import torch
+
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    if accelerator.device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} thread(s)"
+    return str(accelerator.device)
+
+
+def misplaced(words: list[str]) -> None:
+    """Refuse Accelerate's own flags behind the recipe, where they have no effect."""
+    for word in words:
+        flag = word.partition("=")[0].replace("-", "_")
+        if flag in ("__num_processes", "__num_machines", "__mixed_precision", "__config_file"):
+            raise UserError(
+                f"{word} after the recipe",
+                expected="Accelerate's flags before -m launcher",
+                instead=f"type accelerate launch {word} ... -m launcher RECIPE",
+            )

@@ -1,0 +1,234 @@
+"""Any source of images -> one uint8 tensor and its labels, or a `UserError` that says why not.
+
+torchvision opens and verifies the files. After that no image is decoded or transformed in Python
+again: see `batches`.
+"""
+
+import inspect
+import os
+import socket
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torchvision.datasets.utils import check_integrity
+
+from launcher.errors import UserError
+from launcher.recipe import Images, Source
+from launcher.settings import code_name
+from launcher.synthetic import Synthetic
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as uint8 `(n, height, width, channels)`, labels as int64 `(n,)`, on one device."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The same images on another device."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images; `fallback` says why they are not those that were asked for."""
+
+    train: ImageSet
+    test: ImageSet
+    name: str
+    fallback: str | None = None
+
+
+class _Unavailable(Exception):
+    """The images are neither on disk nor reachable."""
+
+
+def load(data: Images) -> Data:
+    """Open or download the images of a recipe, or its declared fallback.
+
+    Raises `UserError` for damaged files, for labels out of range, and where the images are out of
+    reach and there is no fallback.
+    """
+    try:
+        train, test = _open_both(data.source, data.root)
+        loaded = Data(train, test, _short_name(data.source))
+    except _Unavailable as reason:
+        if data.fallback is None:
+            raise UserError(
+                f"{_short_name(data.source)} is not in {data.root!r} and {reason}",
+                expected="the images on disk or a network to fetch them",
+                instead="type data.root=FOLDER, or declare data.fallback in the recipe",
+            ) from None
+        train, test = _open_both(data.fallback, data.root)
+        why = f"{_short_name(data.source)} is not in {data.root!r} and {reason}"
+        loaded = Data(train, test, _short_name(data.fallback), fallback=why)
+    check(loaded, data)
+    return loaded
+
+
+def check(loaded: Data, data: Images) -> None:
+    """Raise `UserError` where the two halves or the recipe's numbers do not fit together."""
+    if loaded.train.classes != loaded.test.classes:
+        odd = sorted(set(loaded.train.classes) ^ set(loaded.test.classes))
+        raise UserError(
+            f"classes that only one half of {data.root!r} has: {', '.join(odd)}",
+            expected="the same classes for training and for testing",
+            instead="add the missing folders or remove the others",
+        )
+    channels = loaded.train.images.shape[-1]
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != channels:
+            raise UserError(
+                f"data.{name}={values}",
+                expected=f"{channels} number(s), one per channel of {loaded.name}",
+                instead=f"type data.{name}=({', '.join(['0.5'] * channels)},)",
+            )
+
+
+def smoke_source(data: Images) -> Source:
+    """A small embedded stand-in of the same shape and classes, for `--smoke`."""
+    source = data.fallback if data.fallback else data.source
+    keywords = dict(source.keywords) if isinstance(source, partial) else {}
+    function = source.func if isinstance(source, partial) else source
+    if function is not Synthetic:
+        keywords = _known_shape(data)
+    return partial(Synthetic, **{**keywords, "count": 1024})
+
+
+def _known_shape(data: Images) -> dict[str, int]:
+    name = _short_name(data.source)
+    if "MNIST" in name:
+        return {"size": 28, "channels": 1, "classes": 10}
+    if name in ("CIFAR10", "SVHN", "CIFAR100"):
+        return {"classes": 100 if name == "CIFAR100" else 10}
+    raise UserError(
+        f"--smoke with data.source={name}, whose shape is not known without its files",
+        expected="a recipe that declares what stands in for it",
+        instead="add fallback=partial(Synthetic, size=..., classes=...) to Images",
+    )
+
+
+def _short_name(source: Source) -> str:
+    return code_name(source).split(":")[1]
+
+
+def _open_both(source: Source, root: str) -> tuple[ImageSet, ImageSet]:
+    return _open(source, root, train=True), _open(source, root, train=False)
+
+
+def _open(source: Source, root: str, train: bool) -> ImageSet:
+    """Open one half; where it is absent and can be downloaded, one process per node does so."""
+    _refuse_damaged(source, root)
+    try:
+        return _as_set(_call(source, root, train, download=False), source)
+    except FileNotFoundError as error:
+        raise _Unavailable(f"there is no folder {error}") from None
+    except ModuleNotFoundError as error:
+        raise _needs_module(source, error) from None
+    except RuntimeError:  # torchvision's word for absent files
+        pass
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(f"{_short_name(source)} in {root!r} ({error})", root) from None
+    with _downloading(root):
+        return _as_set(_call(source, root, train, download=True), source)
+
+
+@contextmanager
+def _downloading(root: str) -> Iterator[None]:
+    """Hold the node's lock on `root`, with a time-out, and turn failures into `_Unavailable`."""
+    before = socket.getdefaulttimeout()
+    try:
+        os.makedirs(root, exist_ok=True)
+        with FileLock(Path(root, ".download.lock")):
+            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+            yield
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise _Unavailable(f"cannot be downloaded ({error})") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _call(source: Source, root: str, train: bool, download: bool) -> Any:
+    """Call a source with those of torchvision's arguments that it takes."""
+    accepted = inspect.signature(source).parameters
+    arguments: dict[str, Any] = {"root": root, "train": train, "download": download}
+    if "train" not in accepted:
+        arguments["split"] = "train" if train else "test"
+    return source(**{name: value for name, value in arguments.items() if name in accepted})
+
+
+def _refuse_damaged(source: Source, root: str) -> None:
+    """Name files of a torchvision data set that are there with other contents than published."""
+    function = source.func if isinstance(source, partial) else source
+    folder = Path(root, getattr(function, "base_folder", ""))
+    entries = [*getattr(function, "train_list", ()), *getattr(function, "test_list", ())]
+    for name, md5 in entries:
+        if (folder / name).is_file() and not check_integrity(str(folder / name), md5):
+            raise _damaged(str(folder / name), root)
+
+
+def _damaged(what: str, root: str) -> UserError:
+    return UserError(
+        f"{what} is damaged",
+        expected="the file as it was published",
+        instead=f"delete it, and the launcher fetches it again into {root!r}",
+    )
+
+
+def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
+    return UserError(
+        f"{_short_name(source)} needs the module {error.name!r}, which is not installed",
+        expected="what torchvision needs to read its files",
+        instead=f"type pip install {error.name}",
+    )
+
+
+def _as_set(dataset: Any, source: Source) -> ImageSet:
+    name = _short_name(source)
+    images = torch.as_tensor(getattr(dataset, "data", None) if hasattr(dataset, "data") else ())
+    labels = torch.as_tensor(getattr(dataset, "targets", getattr(dataset, "labels", ()))).long()
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise UserError(
+            f"data.source={name}, with data of {images.dtype} {tuple(images.shape)}",
+            expected="a data set whose `data` is uint8 images and `targets` as many labels",
+            instead="use CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, Folder or Synthetic",
+        )
+    classes = tuple(str(label) for label in getattr(dataset, "classes", range(10)))
+    _check_labels(labels, classes, name)
+    return ImageSet(_channels_last(images), labels, classes)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """`(n, h, w)` or `(n, c, h, w)` or `(n, h, w, c)` -> contiguous `(n, h, w, c)`."""
+    if images.ndim == 3:
+        return images[..., None].contiguous()
+    if images.shape[-1] not in (1, 3) and images.shape[1] in (1, 3):
+        images = images.permute(0, 2, 3, 1)
+    return images.contiguous()
+
+
+def _check_labels(labels: Tensor, classes: tuple[str, ...], name: str) -> None:
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
+    if not len(labels) or low < 0 or high >= len(classes):
+        raise UserError(
+            f"labels from {low} to {high} in {name}" if len(labels) else f"no images in {name}",
+            expected=f"labels from 0 to {len(classes) - 1}, one for each of its classes",
+            instead="mend the data set, or its list `classes`",
+        )
+

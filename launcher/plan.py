@@ -1,0 +1,113 @@
+"""A recipe x a world x the sizes of the data -> the numbers of the run. The last user errors.
+
+Pure: no device, no file. What a plan accepts can be trained.
+"""
+
+import math
+from dataclasses import dataclass
+
+from launcher.errors import UserError
+from launcher.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps of how many images. A step is one optimizer step."""
+
+    train_images: int
+    test_images: int
+    world_size: int
+    batch_size: int
+    accumulate: int
+    epochs: int
+    steps_per_epoch: int
+    last_step: int  # where the run ends: all steps, or --max-steps
+    log_every: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training, on which progress and so the learning rate depend."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def pieces(self) -> int:
+        """Forward passes of one step over all ranks."""
+        return self.world_size * self.accumulate
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch in which the run ends, counted from 1."""
+        return math.ceil(self.last_step / self.steps_per_epoch)
+
+    def step_images(self, step: int) -> int:
+        """Images of step `step`, counted from 1: the last step of an epoch may have fewer."""
+        start = (step - 1) % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.train_images - start)
+
+    def progress(self, step: int) -> float:
+        """The fraction of the training behind the middle of step `step`, counted from 1."""
+        return (step - 0.5) / self.steps
+
+    def describe_batch(self) -> str:
+        """The global batch as ranks x images per rank (x accumulated passes)."""
+        small, rest = divmod(self.batch_size, self.pieces)
+        each = f"{small}-{small + 1}" if rest else f"{small}"
+        passes = f" x {self.accumulate} passes" if self.accumulate > 1 else ""
+        return f"{self.batch_size} = {self.world_size} rank(s) x {each} image(s){passes}"
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    world_size: int,
+    train_images: int,
+    test_images: int,
+    max_steps: int | None = None,
+    log_every: int | None = None,
+) -> Plan:
+    """Count the steps. Raises `UserError` for a batch that cannot be divided over the ranks."""
+    batch_size = min(recipe.data.batch_size, train_images)
+    steps_per_epoch = math.ceil(train_images / batch_size)
+    steps = recipe.epochs * steps_per_epoch
+    plan = Plan(
+        train_images=train_images,
+        test_images=test_images,
+        world_size=world_size,
+        batch_size=batch_size,
+        accumulate=recipe.accumulate,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps_per_epoch,
+        last_step=min(steps, max_steps or steps),
+        log_every=log_every or max(1, min(50, steps_per_epoch // 20)),
+    )
+    _check_division(plan, recipe)
+    return plan
+
+
+def _check_division(plan: Plan, recipe: Recipe) -> None:
+    parts = f"{plan.world_size} rank(s) x {plan.accumulate} pass(es)"
+    if plan.batch_size < plan.pieces:
+        raise UserError(
+            f"a global batch of {plan.batch_size} images over {parts}",
+            expected="at least one image for each",
+            instead=f"type data.batch_size={plan.pieces} or more, or start fewer processes",
+        )
+    last = plan.step_images(plan.steps_per_epoch)
+    if recipe.sync_batch_norm and last < plan.pieces:
+        sizes = _sizes_that_work(plan)
+        raise UserError(
+            f"a last batch of {last} images over {parts} with sync_batch_norm",
+            expected="at least one image for each in every step",
+            instead=f"type data.batch_size={sizes}",
+        )
+
+
+def _sizes_that_work(plan: Plan) -> str:
+    """The nearest batch sizes, below and above, whose last batch has an image for each piece."""
+
+    def works(size: int) -> bool:
+        return size >= plan.pieces and (plan.train_images % size or size) >= plan.pieces
+
+    below = next((s for s in range(plan.batch_size, plan.pieces - 1, -1) if works(s)), None)
+    above = next((s for s in range(plan.batch_size, plan.train_images + 1) if works(s)), None)
+    return " or ".join(str(size) for size in (below, above) if size is not None)
