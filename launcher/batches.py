@@ -100,11 +100,8 @@ class Batches:
         self._normalise, self._rank = normalise, rank
         self._fixed = self._draws(stream(_FIXED, recipe.seed))
 
-    def epoch(self, epoch: int, first_step: int = 1) -> Iterator[list[Piece]]:
-        """The steps of epoch `epoch` (from 1), from its step `first_step` (from 1) on.
-
-        Each step is a list of `accumulate` pieces.
-        """
+    def epoch(self, epoch: int) -> Iterator[tuple[int, list[Piece]]]:
+        """The steps of epoch `epoch`, each with its number and its `accumulate` pieces."""
         plan, seed = self._plan, self._recipe.seed
         device = self._images.images.device
         order = epoch_order(seed, epoch, plan.train_images)
@@ -113,11 +110,14 @@ class Batches:
             partners = successors(order, plan.batch_size).to(device)
         order = order.to(device)
         fresh = self._draws(stream(_FRESH, seed, epoch))
-        for step in range(first_step, plan.steps_per_epoch + 1):
-            yield [
-                self._piece(order, partners, fresh, epoch, step, number)
-                for number in range(plan.accumulate)
-            ]
+        for step in plan.epoch_steps(epoch):
+            yield (
+                step,
+                [
+                    self._piece(order, partners, fresh, epoch, step, number)
+                    for number in range(plan.accumulate)
+                ],
+            )
 
     def _draws(self, random: numpy.random.Generator) -> Tensor | None:
         """Draws of all images for all augmentations: `(augmentations, images, 4)`."""
@@ -138,20 +138,18 @@ class Batches:
         number: int,
     ) -> Piece:
         plan = self._plan
-        first, size = (step - 1) * plan.batch_size, plan.step_images(step)
+        first = (step - 1) % plan.steps_per_epoch * plan.batch_size
+        size = plan.step_images(step)
         start, stop = piece_bounds(size, plan.pieces, number * plan.world_size + self._rank)
         share = (stop - start) / size
-        stop = max(stop, start + 1)
-        if stop > size:
-            start, stop = 0, 1
-        chosen = slice(first + start, first + stop)
+        chosen = slice(first + start, first + max(stop, start + 1))
         images = self._pictures(order[chosen], fresh, epoch)
         targets = self._images.labels.index_select(0, order[chosen])
         if partners is None:
             return Piece(images, targets, share)
         others = self._pictures(partners[chosen], fresh, epoch)
         other_targets = self._images.labels.index_select(0, partners[chosen])
-        random = stream(_MIX, self._recipe.seed, epoch, step)
+        random = stream(_MIX, self._recipe.seed, step)
         return self._mix(images, targets, others, other_targets, share, random)
 
     def _pictures(self, indices: Tensor, fresh: Tensor | None, epoch: int) -> Tensor:

@@ -134,15 +134,14 @@ def _open_both(source: Source, root: str) -> tuple[ImageSet, ImageSet]:
 
 def _open(source: Source, root: str, train: bool) -> ImageSet:
     """Open one half; where it is absent and can be downloaded, one process per node does so."""
-    _refuse_damaged(source, root)
     try:
         return _as_set(_call(source, root, train, download=False), source)
     except FileNotFoundError as error:
         raise _Unavailable(f"there is no folder {error}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
-    except RuntimeError:  # torchvision's word for absent files
-        pass
+    except RuntimeError:  # torchvision's word for files that are absent or damaged
+        _refuse_damaged(source, root)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(f"{_short_name(source)} in {root!r} ({error})", root) from None
     with _downloading(root):
@@ -231,4 +230,3 @@ def _check_labels(labels: Tensor, classes: tuple[str, ...], name: str) -> None:
             expected=f"labels from 0 to {len(classes) - 1}, one for each of its classes",
             instead="mend the data set, or its list `classes`",
         )
-

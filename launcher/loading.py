@@ -76,8 +76,9 @@ def _run(path: Path, source: str) -> ModuleType:
             instead="mend that line",
         ) from None
     except UserError as error:
-        raise UserError(f"{path}: {error.given}", expected=error.expected, instead=error.instead) \
-            from None
+        raise UserError(
+            f"{path}: {error.given}", expected=error.expected, instead=error.instead
+        ) from None
     except Exception as error:
         raise UserError(
             f"{path}, line {_line(error, path)}: {type(error).__name__}: {error}",

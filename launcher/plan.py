@@ -44,6 +44,16 @@ class Plan:
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.train_images - start)
 
+    def epoch_steps(self, epoch: int) -> range:
+        """The steps of epoch `epoch`, both counted from 1; the run's last epoch may end early."""
+        stop = min(epoch * self.steps_per_epoch, self.last_step)
+        return range((epoch - 1) * self.steps_per_epoch + 1, stop + 1)
+
+    def is_reported(self, step: int) -> bool:
+        """Whether the loss is read after this step: at intervals and at the end of an epoch."""
+        ends_epoch = step % self.steps_per_epoch == 0 or step == self.last_step
+        return step == 1 or step % self.log_every == 0 or ends_epoch
+
     def progress(self, step: int) -> float:
         """The fraction of the training behind the middle of step `step`, counted from 1."""
         return (step - 0.5) / self.steps

@@ -6,6 +6,7 @@ tuple of callables by their names. Values are checked against the annotations.
 """
 
 import ast
+import collections.abc
 import dataclasses
 import difflib
 import functools
@@ -242,11 +243,8 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
 
 
 def _is_callable_type(annotation: Any) -> bool:
-    options = typing.get_args(annotation) or (annotation,)
-    return any(
-        option is Callable or typing.get_origin(option) is Callable.__origin__  # type: ignore[attr-defined]
-        for option in (annotation, *options)
-    )
+    options = (annotation, *typing.get_args(annotation))
+    return any(o is Callable or typing.get_origin(o) is collections.abc.Callable for o in options)
 
 
 def _is_code(value: Any) -> bool:

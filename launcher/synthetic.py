@@ -16,8 +16,9 @@ _SHAPES: dict[str, Callable[[Grid, Grid], Any]] = {
     "disk": lambda x, y: x**2 + y**2 < 1,
     "ring": lambda x, y: (x**2 + y**2 < 1.2) & (x**2 + y**2 > 0.5),
     "square": lambda x, y: (abs(x) < 0.9) & (abs(y) < 0.9),
-    "frame": lambda x, y: (numpy.maximum(abs(x), abs(y)) < 1.1)
-    & (numpy.maximum(abs(x), abs(y)) > 0.7),
+    "frame": lambda x, y: (
+        (numpy.maximum(abs(x), abs(y)) < 1.1) & (numpy.maximum(abs(x), abs(y)) > 0.7)
+    ),
     "cross": lambda x, y: ((abs(x) < 0.3) | (abs(y) < 0.3)) & (numpy.maximum(abs(x), abs(y)) < 1.2),
     "bars": lambda x, y: numpy.sin(6 * x) > 0,
     "stripes": lambda x, y: numpy.sin(6 * y) > 0,

@@ -1,0 +1,53 @@
+"""A distributed multi-GPU training launcher: a recipe says what, Accelerate says where.
+
+These names are what a recipe imports. They are loaded on first use, so that `launcher --help`
+answers without importing torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from launcher.augment import Draws, alternating_flip, crop, cutmix, cutout, flip, mixup
+    from launcher.folders import Folder
+    from launcher.model import ema
+    from launcher.recipe import Images, Recipe
+    from launcher.schedules import constant, cosine, linear, steps
+    from launcher.synthetic import Synthetic
+
+__all__ = [
+    "Draws",
+    "Folder",
+    "Images",
+    "Recipe",
+    "Synthetic",
+    "alternating_flip",
+    "constant",
+    "cosine",
+    "crop",
+    "cutmix",
+    "cutout",
+    "ema",
+    "flip",
+    "linear",
+    "mixup",
+    "steps",
+]
+
+_HOMES = {
+    "launcher.augment": "Draws alternating_flip crop cutmix cutout flip mixup",
+    "launcher.folders": "Folder",
+    "launcher.model": "ema",
+    "launcher.recipe": "Images Recipe",
+    "launcher.schedules": "constant cosine linear steps",
+    "launcher.synthetic": "Synthetic",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'launcher' has no attribute {name!r}")

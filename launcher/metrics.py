@@ -1,0 +1,165 @@
+"""What a run measures: sums that stay on the device, and the frozen reports made of them.
+
+A sum is read, and so waits for the device, once per report. Over ranks the sums are added, never
+the means averaged, so every image counts once, wherever it was.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLES = 36  # test images that every epoch report shows
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Training since the last report. `step` and `epoch` count from 1."""
+
+    epoch: int
+    step: int
+    loss: float  # mean over the images since the last report
+    learning_rate: float
+    images_per_second: float  # over all ranks
+    first_predictions: tuple[int, ...] = ()  # classes of the first five images; step 1 only
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The test images, each counted once. `confusion[truth][prediction]` counts images."""
+
+    loss: float
+    confusion: tuple[tuple[int, ...], ...]
+    in_top5: int
+
+    @property
+    def images(self) -> int:
+        """The number of images evaluated."""
+        return sum(map(sum, self.confusion))
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of images whose best class is right."""
+        return sum(row[i] for i, row in enumerate(self.confusion)) / self.images
+
+    @property
+    def top5(self) -> float:
+        """The fraction of images whose class is among the five best."""
+        return self.in_top5 / self.images
+
+    @property
+    def per_class(self) -> tuple[float | None, ...]:
+        """Accuracy of each class; None for a class without test images."""
+        rows = enumerate(self.confusion)
+        return tuple(row[i] / sum(row) if sum(row) else None for i, row in rows)
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch: `probabilities` are the scores `(36, classes)` of the fixed first test images."""
+
+    epoch: int
+    step: int
+    train_loss: float
+    learning_rate: float
+    images_per_second: float  # training only, over all ranks
+    seconds: float  # training and evaluation
+    test: Evaluation
+    probabilities: Tensor
+
+    def metrics(self) -> dict[str, int | float | list[float | None]]:
+        """The flat names under which people find the figures again."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train/loss": self.train_loss,
+            "train/learning_rate": self.learning_rate,
+            "train/images_per_second": self.images_per_second,
+            "test/loss": self.test.loss,
+            "test/accuracy": self.test.accuracy,
+            "test/top5": self.test.top5,
+            "test/images": self.test.images,
+            "test/per_class_accuracy": list(self.test.per_class),
+            "seconds": self.seconds,
+        }
+
+
+def sample_indices(count: int) -> list[int]:
+    """The fixed test images that reports show: up to 36, spread evenly over the set."""
+    shown = min(SAMPLES, count)
+    return [index * count // shown for index in range(shown)]
+
+
+class Meter:
+    """The training loss and speed of one epoch. `over_ranks` adds a tensor over all ranks."""
+
+    def __init__(self, device: torch.device, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Start the clock of the epoch."""
+        self._interval_sum = torch.zeros((), dtype=_widest(device), device=device)
+        self._over_ranks = over_ranks
+        self._interval_images = self._epoch_images = 0
+        self._epoch_sum = 0.0
+        self._started = self._interval_started = time.perf_counter()
+
+    def add(self, mean_loss: Tensor, images: float) -> None:
+        """Add the mean loss of a piece, weighted by its images. Does not wait for the device."""
+        self._interval_sum.add_(mean_loss.detach(), alpha=images)
+
+    def count(self, images: int) -> None:
+        """Count the images of a step over all ranks."""
+        self._interval_images += images
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and images/s over all ranks since the last reading. Waits for the device."""
+        total = float(self._over_ranks(self._interval_sum))
+        now = time.perf_counter()
+        images = self._interval_images
+        rate = images / (now - self._interval_started)
+        self._epoch_sum += total
+        self._epoch_images += images
+        self._interval_sum.zero_()
+        self._interval_images, self._interval_started = 0, now
+        return total / images, rate
+
+    def epoch(self) -> tuple[float, float]:
+        """Mean loss and images/s of the epoch up to the last reading."""
+        seconds = self._interval_started - self._started
+        return self._epoch_sum / self._epoch_images, self._epoch_images / seconds
+
+
+class Tally:
+    """Running counts of an evaluation on one rank."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        """Start at zero."""
+        self._classes = classes
+        # One tensor, so that one collective adds it over the ranks:
+        # the confusion matrix row by row, images with their class in the top five, loss sum.
+        self._counts = torch.zeros(classes * classes + 2, dtype=_widest(device), device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
+        """Count a batch: logits `(n, classes)`, labels `(n,)`. Does not wait for the device."""
+        cells = self._classes * self._classes
+        best = logits.topk(min(5, self._classes)).indices
+        cell = labels * self._classes + best[:, 0]
+        self._counts[:cells] += torch.bincount(cell, minlength=cells)
+        self._counts[cells] += (best == labels[:, None]).sum()
+        self._counts[cells + 1] += mean_loss * len(labels)
+
+    @property
+    def counts(self) -> Tensor:
+        """The sums of this rank, to be added over the ranks."""
+        return self._counts
+
+    def evaluation(self, total: Tensor) -> Evaluation:
+        """Read the sums over all ranks."""
+        *cells, in_top5, loss = total.tolist()
+        rows = [cells[i : i + self._classes] for i in range(0, len(cells), self._classes)]
+        confusion = tuple(tuple(int(cell) for cell in row) for row in rows)
+        return Evaluation(loss / sum(cells), confusion, int(in_top5))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

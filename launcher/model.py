@@ -1,0 +1,160 @@
+"""The network: built, checked against the data, averaged, handed to Accelerate."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from launcher.batches import Normalise
+from launcher.datasets import ImageSet
+from launcher.errors import UserError
+from launcher.recipe import Recipe
+from launcher.settings import code_name
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network in the forms in which it is used, and what changes it.
+
+    `network` is the plain module. `wrapped` is what trains: on several ranks, DDP around it.
+    `average` is its running average, if the recipe keeps one. `rates` are the learning rates of
+    the optimizer's groups before the schedule.
+    """
+
+    network: nn.Module
+    wrapped: nn.Module
+    average: AveragedModel | None
+    optimizer: Optimizer
+    rates: tuple[float, ...]
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is evaluated and saved: the average where there is one."""
+        return self.average.module if self.average is not None else self.network
+
+    @property
+    def learning_rate(self) -> float:
+        """The present rate of the first group."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def scale_rates(self, multiplier: float) -> None:
+        """Set each group's rate to its own times the schedule's multiplier."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * multiplier
+
+
+def ema(network: nn.Module, *, decay: float = 0.999) -> AveragedModel:
+    """An exponential moving average of weights and buffers, for the slot `average`."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def build(recipe: Recipe, data: ImageSet) -> nn.Module:
+    """Build the network from the recipe's seed and try it on two images.
+
+    Raises `UserError` where it cannot take the images or its output does not fit the classes.
+    """
+    torch.manual_seed(recipe.seed)
+    network = recipe.model()
+    name = code_name(recipe.model)
+    shape = _try(network, recipe, data, name)
+    expected = (2, len(data.classes))
+    if shape != expected:
+        raise UserError(
+            f"{name} turns 2 images into an output of shape {shape}",
+            expected=f"{expected}, one score for each of the {len(data.classes)} classes",
+            instead="change the size of the model's last layer",
+        )
+    return network
+
+
+def _try(network: nn.Module, recipe: Recipe, data: ImageSet, name: str) -> tuple[int, ...]:
+    pixels = data.images[:1].expand(2, -1, -1, -1)
+    normalise = Normalise(recipe.data, data.images.shape[1:], first_parameter(network), True)
+    images = normalise(pixels)
+    network.eval()
+    try:
+        with torch.inference_mode():
+            output = network(images)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{name} fails on images of shape {tuple(images.shape)}: {error}",
+            expected="a model that takes (n, channels, height, width)",
+            instead="compare the sizes of its layers with the images",
+        ) from error
+    return tuple(output.shape) if isinstance(output, Tensor) else ()
+
+
+def first_parameter(network: nn.Module) -> Tensor:
+    """The parameter whose type the images are given: so a model in float64 trains in float64."""
+    return next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
+def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Learner:
+    """Move the network to the device in the recipe's memory format and wrap it for training.
+
+    Raises `UserError` for an optimizer that refuses its settings, and SyncBatchNorm on a CPU.
+    """
+    if recipe.sync_batch_norm:
+        network = _synchronised(network, accelerator)
+    memory_format = getattr(torch, _FORMATS[recipe.memory_format])
+    network = network.to(accelerator.device, memory_format=memory_format)
+    average = recipe.average(network) if recipe.average else None
+    optimizer = _optimizer(recipe, network)
+    rates = tuple(group["lr"] for group in optimizer.param_groups)
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    if recipe.compile:
+        network.compile()
+    return Learner(network, wrapped, average, optimizer, rates)
+
+
+_FORMATS = {"channels_last": "channels_last", "contiguous": "contiguous_format"}
+
+
+def _synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if accelerator.device.type == "cpu":
+        raise UserError(
+            "sync_batch_norm=true on a CPU",
+            expected="GPUs: torch synchronises BatchNorm only there",
+            instead="type sync_batch_norm=false",
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+def _optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
+    try:
+        return recipe.optimizer([p for p in network.parameters() if p.requires_grad])
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{code_name(recipe.optimizer)} refuses its settings: {error}",
+            expected="settings that this optimizer takes",
+            instead="see launcher RECIPE --help",
+        ) from error
+
+
+def average_buffers(network: nn.Module, accelerator: Accelerator) -> None:
+    """Make running statistics (BatchNorm) the mean over ranks; each rank saw other images."""
+    if accelerator.num_processes > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The network in evaluation mode without gradients; afterwards in training mode again."""
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield network
+    finally:
+        network.train()
+
+
+def count_parameters(network: nn.Module) -> int:
+    """The number of trained parameters."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
