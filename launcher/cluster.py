@@ -6,16 +6,18 @@ be alone; both train wrongly without a word, so both are stopped here.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 _SEVERAL_ON_CPU = (
     "type ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {count} "
@@ -51,7 +53,7 @@ def announced(environ: Mapping[str, str] = os.environ) -> World:
 def choose_precision(
     recipe_precision: str | None, has_gpu: bool, environ: Mapping[str, str] = os.environ
 ) -> tuple[str, str]:
-    """The precision and where it came from. The rule: the recipe, else Accelerate's config, else fp32.
+    """The precision and where it came from: the recipe, else Accelerate's config, else fp32.
 
     Raises `UserError` for fp16 without a GPU, which Accelerate would silently ignore, and for a
     precision in Accelerate's config that the launcher does not have.
@@ -84,6 +86,7 @@ def join(precision: str) -> "Accelerator":
 
     world = announced()
     _check_gpus(world, torch.cuda.device_count())
+    set_threads()
     handlers: list[Any] = [
         InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         # Running statistics are averaged before each evaluation instead of broadcast each step.
@@ -130,6 +133,34 @@ def check_world(announced_size: int, running: int, asked: int | None) -> None:
         )
 
 
+def set_threads(environ: Mapping[str, str] = os.environ) -> None:
+    """On a CPU, share the cores among the processes of this machine, unless the user chose.
+
+    `accelerate launch` and torchrun give each process one thread, even where it is alone.
+    """
+    import torch
+
+    if _runs_on_cpu() and environ.get("OMP_NUM_THREADS", "1") == "1" and not _chose_threads():
+        torch.set_num_threads(max(1, usable_cores() // int(environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS is the user's: whether the launching parent was given it as well."""
+    import psutil
+
+    try:
+        parent = psutil.Process(os.getppid())
+        flags = [word.partition("=")[0] for word in parent.cmdline()]
+        return "OMP_NUM_THREADS" in parent.environ() or "--num_cpu_threads_per_process" in flags
+    except psutil.Error:
+        return True
+
+
 def asked_processes() -> int | None:
     """How many processes an `accelerate launch` above this process was told to start in all.
 
@@ -174,6 +205,23 @@ def _processes_in_config(config_file: str | None) -> int | None:
     return load_config_from_file(config_file).num_processes
 
 
+def on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank; a `UserError` reaches all."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
 def device_name(accelerator: "Accelerator") -> str:
     """The device as people call it: `NVIDIA H100 80GB HBM3`, `CPU, 2 threads`."""
     import torch
@@ -185,7 +233,7 @@ def device_name(accelerator: "Accelerator") -> str:
     return str(accelerator.device)
 
 
-def misplaced(words: list[str]) -> None:
+def refuse_misplaced(words: list[str]) -> None:
     """Refuse Accelerate's own flags behind the recipe, where they have no effect."""
     for word in words:
         flag = word.partition("=")[0].replace("-", "_")

@@ -22,7 +22,7 @@ from torchvision.datasets.utils import check_integrity
 
 from launcher.errors import UserError
 from launcher.recipe import Images, Source
-from launcher.settings import code_name
+from launcher.settings import short_name
 from launcher.synthetic import Synthetic
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
@@ -55,7 +55,7 @@ class Data:
     fallback: str | None = None
 
 
-class _Unavailable(Exception):
+class _UnavailableError(Exception):
     """The images are neither on disk nor reachable."""
 
 
@@ -67,17 +67,17 @@ def load(data: Images) -> Data:
     """
     try:
         train, test = _open_both(data.source, data.root)
-        loaded = Data(train, test, _short_name(data.source))
-    except _Unavailable as reason:
+        loaded = Data(train, test, short_name(data.source))
+    except _UnavailableError as reason:
         if data.fallback is None:
             raise UserError(
-                f"{_short_name(data.source)} is not in {data.root!r} and {reason}",
+                f"{short_name(data.source)} is not in {data.root!r} and {reason}",
                 expected="the images on disk or a network to fetch them",
                 instead="type data.root=FOLDER, or declare data.fallback in the recipe",
             ) from None
         train, test = _open_both(data.fallback, data.root)
-        why = f"{_short_name(data.source)} is not in {data.root!r} and {reason}"
-        loaded = Data(train, test, _short_name(data.fallback), fallback=why)
+        why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
+        loaded = Data(train, test, short_name(data.fallback), fallback=why)
     check(loaded, data)
     return loaded
 
@@ -112,7 +112,7 @@ def smoke_source(data: Images) -> Source:
 
 
 def _known_shape(data: Images) -> dict[str, int]:
-    name = _short_name(data.source)
+    name = short_name(data.source)
     if "MNIST" in name:
         return {"size": 28, "channels": 1, "classes": 10}
     if name in ("CIFAR10", "SVHN", "CIFAR100"):
@@ -124,10 +124,6 @@ def _known_shape(data: Images) -> dict[str, int]:
     )
 
 
-def _short_name(source: Source) -> str:
-    return code_name(source).split(":")[1]
-
-
 def _open_both(source: Source, root: str) -> tuple[ImageSet, ImageSet]:
     return _open(source, root, train=True), _open(source, root, train=False)
 
@@ -137,20 +133,20 @@ def _open(source: Source, root: str, train: bool) -> ImageSet:
     try:
         return _as_set(_call(source, root, train, download=False), source)
     except FileNotFoundError as error:
-        raise _Unavailable(f"there is no folder {error}") from None
+        raise _UnavailableError(f"there is no folder {error}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
     except RuntimeError:  # torchvision's word for files that are absent or damaged
         _refuse_damaged(source, root)
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(f"{_short_name(source)} in {root!r} ({error})", root) from None
+        raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
     with _downloading(root):
         return _as_set(_call(source, root, train, download=True), source)
 
 
 @contextmanager
 def _downloading(root: str) -> Iterator[None]:
-    """Hold the node's lock on `root`, with a time-out, and turn failures into `_Unavailable`."""
+    """Hold the node's lock on `root`; a network that fails or is silent is `_UnavailableError`."""
     before = socket.getdefaulttimeout()
     try:
         os.makedirs(root, exist_ok=True)
@@ -158,7 +154,7 @@ def _downloading(root: str) -> Iterator[None]:
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             yield
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise _Unavailable(f"cannot be downloaded ({error})") from None
+        raise _UnavailableError(f"cannot be downloaded ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
 
@@ -192,14 +188,14 @@ def _damaged(what: str, root: str) -> UserError:
 
 def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
     return UserError(
-        f"{_short_name(source)} needs the module {error.name!r}, which is not installed",
+        f"{short_name(source)} needs the module {error.name!r}, which is not installed",
         expected="what torchvision needs to read its files",
         instead=f"type pip install {error.name}",
     )
 
 
 def _as_set(dataset: Any, source: Source) -> ImageSet:
-    name = _short_name(source)
+    name = short_name(source)
     images = torch.as_tensor(getattr(dataset, "data", None) if hasattr(dataset, "data") else ())
     labels = torch.as_tensor(getattr(dataset, "targets", getattr(dataset, "labels", ()))).long()
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):

@@ -8,6 +8,8 @@ A `LauncherError` is shown as one line without a traceback. Every other exceptio
 the launcher or of the recipe's own code and keeps its traceback.
 """
 
+from typing import Any
+
 EXIT_FAULT = 1
 EXIT_USER = 2
 
@@ -23,7 +25,7 @@ class TrainingError(LauncherError):
 
 
 class UserError(LauncherError):
-    """Something given to the launcher is wrong: says what, what was expected, what to do instead."""
+    """Something given is wrong: says what, what was expected, what to do instead."""
 
     exit_code = EXIT_USER
 
@@ -31,3 +33,11 @@ class UserError(LauncherError):
         self.given, self.expected, self.instead = given, expected, instead
         message = f"{given}; expected {expected}; {instead}"
         super().__init__(" ".join(message.split()))  # one line, whatever the parts contained
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes with all three parts."""
+        return _user_error, (self.given, self.expected, self.instead)
+
+
+def _user_error(given: str, expected: str, instead: str) -> UserError:
+    return UserError(given, expected=expected, instead=instead)

@@ -129,7 +129,7 @@ def evaluate(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise)
     with evaluating(network) as score, accelerator.autocast():
         for first in range(start, stop, EVALUATION_BATCH):
             part = slice(first, min(first + EVALUATION_BATCH, stop))
-            logits = score(normalise(test.images[part])).float()
+            logits = widened(score(normalise(test.images[part])))
             labels = test.labels[part]
             tally.add(logits, labels, job.recipe.loss(logits, labels))
     evaluation = tally.evaluation(job.over_ranks(tally.counts))
@@ -141,4 +141,9 @@ def score_samples(job: Job, network: nn.Module, test: ImageSet, normalise: Norma
     """Class probabilities `(36, classes)` of the fixed sample images, on the CPU."""
     chosen = test.images[sample_indices(len(test))]
     with evaluating(network) as score, job.accelerator.autocast():
-        return score(normalise(chosen)).float().softmax(dim=1).cpu()
+        return widened(score(normalise(chosen))).softmax(dim=1).cpu()
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Half precision as float32; wider types as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

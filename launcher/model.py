@@ -50,7 +50,8 @@ class Learner:
 
 def ema(network: nn.Module, *, decay: float = 0.999) -> AveragedModel:
     """An exponential moving average of weights and buffers, for the slot `average`."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
 
 
 def build(recipe: Recipe, data: ImageSet) -> nn.Module:
@@ -101,8 +102,9 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
     """
     if recipe.sync_batch_norm:
         network = _synchronised(network, accelerator)
-    memory_format = getattr(torch, _FORMATS[recipe.memory_format])
-    network = network.to(accelerator.device, memory_format=memory_format)
+    network = network.to(accelerator.device)
+    if recipe.memory_format == "channels_last":
+        network = network.to(memory_format=torch.channels_last)
     average = recipe.average(network) if recipe.average else None
     optimizer = _optimizer(recipe, network)
     rates = tuple(group["lr"] for group in optimizer.param_groups)
@@ -112,9 +114,6 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
     return Learner(network, wrapped, average, optimizer, rates)
 
 
-_FORMATS = {"channels_last": "channels_last", "contiguous": "contiguous_format"}
-
-
 def _synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.device.type == "cpu":
         raise UserError(
@@ -122,7 +121,7 @@ def _synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
             expected="GPUs: torch synchronises BatchNorm only there",
             instead="type sync_batch_norm=false",
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 
 
 def _optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:

@@ -21,10 +21,10 @@ from launcher.errors import UserError
 from launcher.recipe import Recipe
 
 # Parameters that the launcher fills in itself, or that would change what a step means.
-_NOT_SETTINGS = frozenset(
-    "root train split download transform target_transform loader is_valid_file "
-    "params size_average reduce reduction".split()
-)
+_FILLED_IN = ("root", "train", "split", "download", "params")
+_UNSUITABLE = ("transform", "target_transform", "loader", "is_valid_file")
+_MEANING = ("size_average", "reduce", "reduction")
+_NOT_SETTINGS = frozenset((*_FILLED_IN, *_UNSUITABLE, *_MEANING))
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,16 @@ def code_name(value: Callable[..., Any]) -> str:
     return f"{function.__module__}:{name}"
 
 
+def short_name(value: Callable[..., Any]) -> str:
+    """The name of a callable without its module."""
+    return code_name(value).split(":")[1]
+
+
+def as_text(value: Any) -> str:
+    """A value as it would be typed after `name=`."""
+    return "none" if value is None else str(value).replace(" ", "")
+
+
 def _function(value: Callable[..., Any]) -> Callable[..., Any]:
     return value.func if isinstance(value, functools.partial) else value
 
@@ -128,7 +138,7 @@ def _parameters(value: Callable[..., Any]) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    target = function.__init__ if isinstance(function, type) else function
+    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     try:
         return typing.get_type_hints(target)
     except (NameError, TypeError, AttributeError):  # names that only a type checker imports

@@ -1,0 +1,158 @@
+"""The command line. Nothing heavy is imported before a recipe is named."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from launcher import cluster
+from launcher.errors import LauncherError, UserError
+
+if TYPE_CHECKING:
+    from launcher.loading import Loaded
+    from launcher.training import Occasion
+
+_USAGE = "launcher [train] RECIPE [name=value ...] [options]"
+_DESCRIPTION = """\
+Train a recipe: a Python file that says what to train. How many processes train it, and on which
+devices, is Accelerate's to say:
+
+  accelerate launch -m launcher recipes/simplecnn.py
+  accelerate launch --multi_gpu --num_processes 4 -m launcher recipes/simplecnn.py epochs=20
+
+Words of the form name=value (or --name=value) change settings of the recipe for this run;
+`launcher RECIPE --help` lists them."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in the form of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, expected=_USAGE, instead="see launcher --help")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line `words`; returns the exit code: 0, 1 (failed) or 2 (bad input)."""
+    logging.basicConfig(format="launcher: %(message)s")
+    try:
+        return _run(sys.argv[1:] if words is None else list(words))
+    except LauncherError as error:
+        if cluster.announced().is_main:
+            sys.stderr.write(f"launcher: {error}\n")
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launcher",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    add = parser.add_argument
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    add("--help", "-h", action="store_true", help="this text, and a named recipe's settings")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
+    add("--name", help="the name of the run and its folder")
+    add("--max-steps", type=_positive, metavar="N", help="stop after N steps")
+    add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
+    add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
+    add("--project", default="launcher", help="the project in Weights & Biases")
+    add("--log-every", type=_positive, metavar="N", help="steps between two readings of the loss")
+    add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
+    add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _run(words: list[str]) -> int:
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(words)
+    named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
+    if not named:
+        if not arguments.help:
+            parser.error("no recipe is named")
+        sys.stdout.write(parser.format_help())
+        return 0
+    cluster.refuse_misplaced(unknown)
+    if arguments.world_size and not arguments.dry_run:
+        parser.error("--world-size goes with --dry-run")
+    loaded = _load(named[0], [*named[1:], *unknown])
+    if arguments.help:
+        sys.stdout.write(parser.format_help() + _settings_table(loaded))
+        return 0
+    return _train(loaded, arguments)
+
+
+def _load(path: str, overrides: list[str]) -> "Loaded":
+    from dataclasses import replace
+
+    from launcher import loading, settings
+
+    if "=" in path or path.startswith("-"):
+        raise UserError(
+            f"{path!r} before any recipe",
+            expected=_USAGE,
+            instead="name the recipe file first",
+        )
+    loaded = loading.load(Path(path))
+    return replace(loaded, recipe=settings.override(loaded.recipe, overrides))
+
+
+def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
+    from launcher import training
+
+    occasion = training.Occasion(
+        runs=arguments.runs,
+        name=arguments.name,
+        max_steps=arguments.max_steps,
+        smoke=arguments.smoke,
+        wandb=arguments.wandb,
+        project=arguments.project,
+        log_every=arguments.log_every,
+    )
+    if arguments.dry_run:
+        return _dry_run(loaded, occasion, arguments.world_size)
+    training.train(loaded, occasion)
+    return 0
+
+
+def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
+    """Print the resolved recipe as JSON and the plan in words."""
+    from launcher import datasets, model, settings, training
+
+    world = cluster.announced()
+    data = datasets.load(loaded.recipe.data)
+    plan = training.plan_for(loaded, data, occasion, world_size or world.size)
+    network = model.build(loaded.recipe, data.train)
+    facts = training.describe(loaded, data, plan)
+    facts["model"] = training.describe_model(loaded, network)
+    if world.is_main:
+        sys.stdout.write(json.dumps(settings.as_dict(loaded.recipe), indent=2) + "\n")
+        sys.stdout.writelines(f"{label:<8}{value}\n" for label, value in facts.items())
+        sys.stdout.write(f"{warning}\n" if (warning := training.fallback_warning(data)) else "")
+    return 0
+
+
+def _settings_table(loaded: "Loaded") -> str:
+    """The recipe's settings, one a line: name, type, value."""
+    from launcher import settings
+
+    rows = [
+        (setting.name, setting.type_name, settings.as_text(setting.value))
+        for setting in settings.list_settings(loaded.recipe)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = [f"  {name:<{widths[0]}}  {kind:<{widths[1]}}  {value}" for name, kind, value in rows]
+    return "\n".join([f"\nsettings of {loaded.name}:", *lines, ""])

@@ -1,0 +1,162 @@
+"""What a person sees: a header, a bar over the epoch, a line per epoch, a closing table.
+
+On a terminal with rich; into a file or a batch job's log as plain lines without escapes. Only
+rank 0 speaks.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+from rich.console import Console as RichConsole
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from launcher.metrics import EpochReport, StepReport
+from launcher.plan import Plan
+
+PLAIN_WIDTH = 120  # columns of a log file
+
+
+class Console:
+    """Plain lines; the base of the live console and, with no stream, silence."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Write to `stream`; None keeps silent."""
+        self._stream = stream
+
+    def say(self, text: str) -> None:
+        """One line, at once."""
+        if self._stream is not None:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
+        """What is about to run. `warning` is something no reader may miss."""
+        self.say(title)
+        self._rows(rows)
+        if warning:
+            self.say(f"!!! {warning} !!!")
+
+    def step(self, report: StepReport, plan: Plan) -> None:
+        """Training has come to a log interval."""
+
+    def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+        """An epoch is complete."""
+        self.say(epoch_line(report, plan, is_best))
+
+    def closing(self, rows: Mapping[str, str]) -> None:
+        """What was reached and where it lies."""
+        self.say("")
+        self._rows(rows)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+    def _rows(self, rows: Mapping[str, str]) -> None:
+        width = max(map(len, rows), default=0)
+        for label, value in rows.items():
+            self.say(f"  {label:<{width}}  {value}")
+
+
+class LiveConsole(Console):
+    """The same on a terminal, with colour and a bar over the present epoch."""
+
+    def __init__(self, rich: RichConsole) -> None:
+        """Draw on `rich`."""
+        super().__init__(None)
+        self._rich = rich
+        self._bar = Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("loss [bold]{task.fields[loss]}[/]"),
+            TextColumn("{task.fields[rate]} img/s"),
+            TimeRemainingColumn(),
+            console=rich,
+            refresh_per_second=4,  # each refresh costs the training thread about 2 ms
+            transient=True,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self._epoch = 0
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._rich.print(Text(text))
+
+    def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
+        """A panel with what is about to run."""
+        self._rich.print(Panel(_grid(rows), title=f"[bold]{title}", border_style="blue"))
+        if warning:
+            self._rich.print(Panel(Text(warning, style="bold"), border_style="bold yellow"))
+
+    def step(self, report: StepReport, plan: Plan) -> None:
+        """Move the bar, or start one for a new epoch."""
+        if self._task is None or report.epoch != self._epoch:
+            self._new_bar(report.epoch, plan)
+        assert self._task is not None
+        done = report.step - plan.epoch_steps(report.epoch)[0] + 1
+        rate = f"{report.images_per_second:,.0f}"
+        self._bar.update(self._task, completed=done, loss=f"{report.loss:.4f}", rate=rate)
+
+    def _new_bar(self, epoch: int, plan: Plan) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        total, self._epoch = len(plan.epoch_steps(epoch)), epoch
+        name = f"{epoch}/{plan.epochs}"
+        self._task = self._bar.add_task("", total=total, epoch=name, loss="-", rate="-")
+        self._bar.start()
+
+    def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+        """The epoch's line above the bar; the best so far in green."""
+        style = "green" if is_best else ""
+        self._rich.print(Text(epoch_line(report, plan, is_best), style=style))
+
+    def closing(self, rows: Mapping[str, str]) -> None:
+        """A panel with what was reached."""
+        self.close()
+        self._rich.print(Panel(_grid(rows), title="[bold]done", border_style="green"))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+def make_console(is_main: bool, stream: TextIO = sys.stdout) -> Console:
+    """The console that fits: live on a terminal, plain into a file, silent on other ranks."""
+    if not is_main:
+        return Console(None)
+    if stream.isatty():
+        return LiveConsole(RichConsole(file=stream, highlight=False))
+    return Console(stream)
+
+
+def epoch_line(report: EpochReport, plan: Plan, is_best: bool) -> str:
+    """The figures of one epoch in one line of fixed columns."""
+    width = len(str(plan.epochs))
+    return (
+        f"epoch {report.epoch:>{width}}/{plan.epochs}"
+        f"  train loss {report.train_loss:7.4f}"
+        f"  test loss {report.test.loss:7.4f}"
+        f"  test accuracy {report.test.accuracy:7.2%}"
+        f"  {report.images_per_second:>9,.0f} img/s"
+        f"  {report.seconds:7.1f} s" + ("  best" if is_best else "")
+    )
+
+
+def first_step_line(report: StepReport, classes: tuple[str, ...]) -> str:
+    """The loss after the first step and what the model took the first images for."""
+    names = ", ".join(classes[index] for index in report.first_predictions)
+    return f"first step: loss {report.loss:.4f}; the first five images look like: {names}"
+
+
+def _grid(rows: Mapping[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in rows.items():
+        grid.add_row(label, Text(value))
+    return grid

@@ -1,0 +1,131 @@
+"""A W&B server on loopback: enough of its protocol for the real client to be online with it.
+
+It records what it gets. `stop()` in mid-run is a network that goes away: the port then refuses.
+"""
+
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+API_KEY = "0123456789" * 4  # made up: this server accepts any
+ENTITY = {"id": "entity", "name": "someone"}
+
+
+@dataclass
+class Received:
+    """What the client has sent."""
+
+    operations: list[str] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    artifacts: list[str] = field(default_factory=list)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    exit_code: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config without W&B's wrapping of its values."""
+        return {name: entry["value"] for name, entry in json.loads(self.run["config"]).items()}
+
+
+class WandbServer:
+    """Listens from its creation until `stop()`, which may be called twice."""
+
+    def __init__(self) -> None:
+        self.received = Received()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def graphql(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
+        """Answer one of the operations that a run needs; others get an empty answer."""
+        self.received.operations.append(operation)
+        match operation:
+            case "Viewer":
+                viewer = {"id": "viewer", "entity": ENTITY["name"], "username": ENTITY["name"]}
+                return {"viewer": {**viewer, "email": "", "flags": "{}", "teams": {"edges": []}}}
+            case "UpsertBucket":
+                self.received.run.update({k: v for k, v in given.items() if v is not None})
+                project = {"id": "project", "name": given["project"], "entity": ENTITY}
+                bucket = {"id": "run", "name": given["name"], "displayName": given["displayName"]}
+                return {"upsertBucket": {"bucket": {**bucket, "project": project}}}
+            case "CreateRunFiles":
+                files = [{"name": name, "uploadUrl": self._place(name)} for name in given["files"]]
+                return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
+            case "ArtifactType":
+                return {"project": None}  # there is no such artifact yet
+            case "CreateArtifact":
+                self.received.artifacts.append(given["input"]["artifactCollectionName"])
+                artifact = {"id": self.received.artifacts[-1], "state": "PENDING"}
+                return {"createArtifact": {"artifact": {**artifact, "artifactSequence": ENTITY}}}
+            case "CreateArtifactManifest":
+                place = self._place(f"{given['artifactID']}/manifest")
+                file = {"id": "file", "uploadUrl": place, "uploadHeaders": []}
+                return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+            case "CreateArtifactFiles":
+                edges = [{"node": self._file(each)} for each in given["input"]["artifactFiles"]]
+                return {"createArtifactFiles": {"files": {"edges": edges}}}
+            case "CommitArtifact":
+                return {"commitArtifact": {"artifact": {"id": given["artifactID"]}}}
+        return {}
+
+    def _file(self, file: dict[str, Any]) -> dict[str, Any]:
+        place = self._place(f"{file['artifactID']}/{file['name']}")
+        artifact = {"id": file["artifactID"]}
+        node = {"storagePath": file["name"], "uploadUrl": place, "artifact": artifact}
+        return {**node, "uploadHeaders": [], "uploadMultipartUrls": None}
+
+    def _place(self, name: str) -> str:
+        return f"{self.url}/uploads/{name}"
+
+    def file_stream(self, sent: dict[str, Any]) -> None:
+        """Record the lines of a run's log and its end."""
+        files = sent.get("files", {})
+        for line in files.get("wandb-history.jsonl", {"content": []})["content"]:
+            self.received.history.append(json.loads(line))
+        for line in files.get("wandb-summary.json", {"content": []})["content"]:
+            self.received.summary = json.loads(line)
+        if sent.get("complete"):
+            self.received.exit_code = sent["exitcode"]
+
+
+def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self._body()
+            answer: dict[str, Any] = {}
+            if self.path == "/graphql":
+                asked = json.loads(body)
+                # The Python half of the client does not name its operations.
+                operation = asked.get("operationName") or asked["query"].split("(")[0].split()[-1]
+                answer = {"data": server.graphql(operation, asked.get("variables") or {})}
+            elif self.path.endswith("/file_stream"):
+                server.file_stream(json.loads(body))
+            self._reply(json.dumps(answer).encode())
+
+        def do_PUT(self) -> None:
+            server.received.uploads[self.path.removeprefix("/uploads/")] = self._body()
+            self._reply(b"")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Keep the output of the tests clean."""
+
+        def _body(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def _reply(self, answer: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    return Handler

@@ -1,0 +1,118 @@
+"""One rank of the equivalence test: train every scenario, write parameters and evaluations.
+
+Started by torchrun: `world_worker.py FOLDER`. Rank 0 writes FOLDER/NAME.pt for each scenario.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from launcher import Images, Recipe, Synthetic, crop, cutmix, cutout, ema, flip, linear, mixup
+from launcher import cluster, datasets
+from launcher.loop import Job, fit
+from launcher.metrics import EpochReport, StepReport
+from launcher.model import build, prepare
+from launcher.plan import make_plan
+
+# 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.
+IMAGES, BATCH = 203, 32
+
+
+class Small(nn.Module):
+    """A network without BatchNorm, whose statistics are each rank's own."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(4),
+            nn.Flatten(),
+            nn.Linear(8 * 8 * 8, 10),
+        ).to(dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class Small64(Small):
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+
+
+plain = Recipe(
+    model=Small,
+    data=Images(
+        partial(Synthetic, count=IMAGES),
+        batch_size=BATCH,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+        augment=(flip, crop, partial(cutout, size=6)),
+    ),
+    optimizer=partial(SGD, lr=0.05, momentum=0.9, nesterov=True),
+    epochs=2,
+    schedule=partial(linear, warmup=0.2),
+)
+SCENARIOS = {
+    "float32": plain,
+    "float64": replace(plain, model=Small64),
+    "accumulated": replace(plain, model=Small64, accumulate=3),
+    "clipped_and_averaged": replace(
+        plain, model=Small64, clip_norm=0.5, average=partial(ema, decay=0.9)
+    ),
+    "cutmix_adam": replace(
+        plain,
+        model=Small64,
+        data=replace(plain.data, mix=cutmix),
+        optimizer=partial(Adam, lr=1e-3),
+    ),
+    "mixup_contiguous": replace(
+        plain,
+        model=Small64,
+        data=replace(plain.data, mix=mixup, augment=(partial(crop, fill="zero"),)),
+        memory_format="contiguous",
+        accumulate=2,
+    ),
+}
+
+
+def run(recipe: Recipe) -> dict[str, object]:
+    accelerator = cluster.join("fp32")
+    data = datasets.load(recipe.data)
+    plan = make_plan(
+        recipe,
+        world_size=accelerator.num_processes,
+        train_images=len(data.train),
+        test_images=len(data.test),
+        log_every=3,
+    )
+    learner = prepare(build(recipe, data.train), recipe, accelerator)
+    reports = list(fit(Job(recipe, plan, accelerator), learner, data))
+    epochs = [report for report in reports if isinstance(report, EpochReport)]
+    return {
+        "parameters": learner.evaluated.state_dict(),
+        "losses": [report.loss for report in reports if isinstance(report, StepReport)],
+        "train_losses": [report.train_loss for report in epochs],
+        "test_losses": [report.test.loss for report in epochs],
+        "confusions": [report.test.confusion for report in epochs],
+        "in_top5": [report.test.in_top5 for report in epochs],
+    }
+
+
+def main(folder: Path) -> None:
+    for name, recipe in SCENARIOS.items():
+        result = run(recipe)
+        if cluster.announced().is_main:
+            torch.save(result, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
