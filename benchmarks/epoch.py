@@ -26,158 +26,35 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from accelerate import Accelerator
 from torchvision.datasets import CIFAR10
-from torchvision.transforms import Compose, Normalize, ToTensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launcher import datasets, loading, model
-from launcher.batches import Batches, Normalise, epoch_order
+from benchmarks.competitors import Bare, Launched, Tutorial
+from launcher import Synthetic, datasets, loading
+from launcher.batches import epoch_order
 from launcher.cluster import device_name, join
 from launcher.datasets import Data, ImageSet
 from launcher.errors import UserError
-from launcher.loop import Job, train_epoch
-from launcher.metrics import StepReport
-from launcher.plan import make_plan
 from launcher.recipe import Precision, Recipe
-from launcher.synthetic import Synthetic
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+FOLDER = Path(__file__).resolve().parent
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 WARM_UP_STEPS = 50
 COMPARED_STEPS = 20
 
 Epoch = Callable[[], None]
 Figures = dict[str, Any]
-
-
-class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's own `__getitem__` over images that are loaded already."""
-
-    def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor]) -> None:
-        """Take the images where torchvision would read them from its files."""
-        self.data, self.targets = images.images.numpy(), images.labels.tolist()
-        self.transform, self.target_transform = transform, None
-
-
-class Tutorial:
-    """The loop of PyTorch's tutorial. Without worker processes: they are slower on two cores."""
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.network = fresh_network(recipe).to(device)
-        self.criterion = nn.CrossEntropyLoss()
-        self.optimizer = recipe.optimizer(self.network.parameters())
-        self.transform = Compose([ToTensor(), Normalize(recipe.data.mean, recipe.data.std)])
-
-    def epoch(self, images: ImageSet) -> None:
-        """Train on the images once, in a new order."""
-        pictures = Pictures(images, self.transform)
-        loader = DataLoader(pictures, batch_size=self.recipe.data.batch_size, shuffle=True)
-        running_loss = 0.0
-        for inputs, labels in loader:
-            inputs, labels = inputs.to(self.device), labels.to(self.device)
-            self.optimizer.zero_grad()
-            with autocast(self.recipe, self.device):
-                loss = self.criterion(self.network(inputs), labels)
-            loss.backward()
-            self.optimizer.step()
-            running_loss += loss.item()
-
-
-class Bare:
-    """The fast plain script. It uses nothing of the launcher but the recipe's settings."""
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.network = fresh_network(recipe).to(device, memory_format=torch.channels_last)
-        self.optimizer = recipe.optimizer(self.network.parameters())
-
-    def epoch(self, images: ImageSet) -> None:
-        """Train on the images once, in a new order."""
-        total = torch.zeros((), device=self.device)
-        for loss in self.losses(images, torch.randperm(len(images))):
-            total.add_(loss.detach())
-        total.item()
-
-    def losses(self, images: ImageSet, order: Tensor) -> Iterator[Tensor]:
-        """Train on the images in this order and yield the loss of every step."""
-        network, optimizer = self.network, self.optimizer
-        count, *shape = images.images.shape
-        pixels, labels, order = images.images.view(count, -1), images.labels, order.to(self.device)
-        scale, shift = self.normalisation(pixels.shape[1])
-        for chosen in order.split(self.recipe.data.batch_size):
-            batch = pixels.index_select(0, chosen).float().mul_(scale).add_(shift)
-            batch = batch.view(-1, *shape).permute(0, 3, 1, 2)
-            with autocast(self.recipe, self.device):
-                logits = network(batch)
-            loss = cross_entropy(logits.float(), labels.index_select(0, chosen))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            yield loss
-
-    def normalisation(self, length: int) -> tuple[Tensor, Tensor]:
-        """The factor and the summand of each number of an image, whose last axis is the colour."""
-        mean = torch.tensor(self.recipe.data.mean, dtype=torch.float64) * 255
-        std = torch.tensor(self.recipe.data.std, dtype=torch.float64) * 255
-        rows = (1 / std, -mean / std)
-        scale, shift = (row.float().repeat(length // len(row)).to(self.device) for row in rows)
-        return scale, shift
-
-
-class Launched:
-    """The launcher, put together as its command line does it."""
-
-    def __init__(self, recipe: Recipe, data: Data, accelerator: "Accelerator") -> None:
-        self.recipe, self.accelerator, self.epochs = recipe, accelerator, 0
-        self.learner = model.prepare(model.build(recipe, data.train), recipe, accelerator)
-        self.learner.network.train()
-
-    def epoch(self, images: ImageSet) -> None:
-        """Train on the images once, in a new order."""
-        for _ in self.reports(images):
-            pass
-
-    def reports(self, images: ImageSet, log_every: int | None = None) -> Iterator[StepReport]:
-        """Train on the images once and yield what the launcher measures."""
-        self.epochs += 1
-        like = model.first_parameter(self.learner.network)
-        normalise = Normalise(self.recipe.data, images.images.shape[1:], like, False)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        count = len(images)
-        plan = make_plan(
-            self.recipe, world_size=world, train_images=count, test_images=0, log_every=log_every
-        )
-        batches = Batches(images, self.recipe, plan, normalise, rank)
-        job = Job(self.recipe, plan, self.accelerator)
-        return train_epoch(job, self.learner, batches, self.epochs)
-
-
-def fresh_network(recipe: Recipe) -> nn.Module:
-    """The network with the weights that belong to the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    return recipe.model()
-
-
-def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    """A new context per step: it keeps the weights in bfloat16 until it is left."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -214,7 +91,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def largest_difference(bare: Bare, launched: Launched, images: ImageSet) -> float:
     """Train both from their first weights in the same order; the largest gap between losses."""
     order = epoch_order(launched.recipe.seed, 1, len(images))
-    losses = [float(loss) for loss in bare.losses(images, order)]
+    losses = [float(loss.detach()) for loss in bare.losses(images, order)]
     pairs = zip(losses, launched.reports(images, log_every=1), strict=True)
     return max(abs(loss - report.loss) for loss, report in pairs)
 
@@ -225,11 +102,11 @@ def first_steps(images: ImageSet, recipe: Recipe, steps: int) -> ImageSet:
     return ImageSet(images.images[:count], images.labels[:count], images.classes)
 
 
-def measure(recipe: Recipe, data: Data, rounds: int, accelerator: "Accelerator") -> Figures:
+def measure(recipe: Recipe, data: Data, rounds: int, accelerator: Accelerator) -> Figures:
     """All figures of one precision."""
     device = accelerator.device
     tutorial, bare = Tutorial(recipe, device), Bare(recipe, device)
-    launched = Launched(recipe, data, accelerator)
+    launched = Launched(recipe, data.train, accelerator)
     compared = first_steps(data.train, recipe, COMPARED_STEPS).to(device)
     difference = largest_difference(bare, launched, compared)
 
@@ -260,7 +137,7 @@ def measure_all(recipe: Recipe, data: Data, rounds: int) -> Figures:
     return figures
 
 
-def machine(accelerator: "Accelerator") -> Figures:
+def machine(accelerator: Accelerator) -> Figures:
     """What the figures were measured on, without the names that it has for its owner."""
     return {
         "processor": processor_name(),
@@ -302,14 +179,14 @@ def parse_words() -> argparse.Namespace:
     parser.add_argument("--root", required=True, help="folder of CIFAR-10; empty for Synthetic")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps of an epoch; all images by default")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "epoch.json")
+    parser.add_argument("--output", type=Path, default=FOLDER / "epoch.json")
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure, print and write."""
     words = parse_words()
-    recipe = loading.load(ROOT / "recipes" / "simplecnn.py").recipe
+    recipe = loading.load(FOLDER.parent / "recipes" / "simplecnn.py").recipe
     source = CIFAR10 if words.root else Synthetic
     recipe = replace(
         recipe, data=replace(recipe.data, root=words.root, source=source, fallback=None)

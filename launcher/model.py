@@ -1,5 +1,6 @@
 """The network: built, checked against the data, averaged, handed to Accelerate."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,10 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
     average = recipe.average(network) if recipe.average else None
     optimizer = _optimizer(recipe, network)
     rates = tuple(group["lr"] for group in optimizer.param_groups)
-    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    with warnings.catch_warnings():
+        # Newer torch renames the option, older torch knows only this name.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        wrapped, optimizer = accelerator.prepare(network, optimizer)
     if recipe.compile:
         network.compile()
     return Learner(network, wrapped, average, optimizer, rates)

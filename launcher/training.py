@@ -65,6 +65,8 @@ def train(loaded: Loaded, occasion: Occasion) -> Outcome:
         "precision": f"{precision} ({origin})",
         "model": describe_model(loaded, network),
     }
+    if data.fallback:
+        facts["fallback"] = fallback_warning(data)
     try:
         outcome = _watched(job, learner, data, loaded, occasion, facts)
     finally:
@@ -151,7 +153,8 @@ def _watched(
     try:
         if folder and job.accelerator.is_main_process:
             tracker = _start_tracker(loaded, data, occasion, folder)
-        rows = facts | {"W&B": f"{tracker.mode} {tracker.where}".strip()}
+        rows = {name: fact for name, fact in facts.items() if name != "fallback"}
+        rows |= {"W&B": f"{tracker.mode} {tracker.where}".strip()}
         rows |= {"run folder": str(folder.path)} if folder else {}
         console.header(f"launcher: {loaded.name}", rows, fallback_warning(data))
         outcome = _consume(job, learner, data, folder, console, tracker)
@@ -213,7 +216,7 @@ def _consume(
         console.epoch(report, job.plan, is_best)
         tracker.log_epoch(report, best)
         if folder is not None and writes:
-            folder.record(report.metrics())
+            folder.record(report.metrics() | {"data": data.name})
             if is_best:
                 checkpoints.save_weights(learner.evaluated, folder.best)
     if folder is not None and writes:

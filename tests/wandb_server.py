@@ -31,12 +31,16 @@ class Received:
         return {name: entry["value"] for name, entry in json.loads(self.run["config"]).items()}
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 128  # the client uploads dozens of images at once and waits after a refusal
+
+
 class WandbServer:
     """Listens from its creation until `stop()`, which may be called twice."""
 
     def __init__(self) -> None:
         self.received = Received()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = _Http(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
         self._thread.start()
@@ -61,6 +65,8 @@ class WandbServer:
             case "CreateRunFiles":
                 files = [{"name": name, "uploadUrl": self._place(name)} for name in given["files"]]
                 return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
+            case "ServerFeaturesQuery":
+                return {"serverInfo": {"features": []}}
             case "ArtifactType":
                 return {"project": None}  # there is no such artifact yet
             case "CreateArtifact":

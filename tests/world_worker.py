@@ -12,8 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from launcher import Images, Recipe, Synthetic, crop, cutmix, cutout, ema, flip, linear, mixup
-from launcher import cluster, datasets
+from launcher import (
+    Images,
+    Recipe,
+    Synthetic,
+    cluster,
+    crop,
+    cutmix,
+    cutout,
+    datasets,
+    ema,
+    flip,
+    linear,
+    mixup,
+)
 from launcher.loop import Job, fit
 from launcher.metrics import EpochReport, StepReport
 from launcher.model import build, prepare

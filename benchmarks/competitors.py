@@ -1,0 +1,137 @@
+"""The three ways to train an epoch that epoch.py compares: see there."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from launcher import model
+from launcher.batches import Batches, Normalise
+from launcher.datasets import ImageSet
+from launcher.loop import Job, train_epoch
+from launcher.metrics import StepReport
+from launcher.plan import make_plan
+from launcher.recipe import Recipe
+
+
+class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's own `__getitem__` over images that are loaded already."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor]) -> None:
+        """Take the images where torchvision would read them from its files."""
+        self.data, self.targets = images.images.numpy(), images.labels.tolist()
+        self.transform, self.target_transform = transform, None
+
+
+class Tutorial:
+    """The loop of PyTorch's tutorial. Without worker processes: they are slower on two cores."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.network = fresh_network(recipe).to(device)
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = recipe.optimizer(self.network.parameters())
+        self.transform = Compose([ToTensor(), Normalize(recipe.data.mean, recipe.data.std)])
+
+    def epoch(self, images: ImageSet) -> None:
+        """Train on the images once, in a new order."""
+        pictures = Pictures(images, self.transform)
+        loader: DataLoader[Any] = DataLoader(
+            pictures, batch_size=self.recipe.data.batch_size, shuffle=True
+        )
+        running_loss = 0.0
+        for inputs, labels in loader:
+            inputs, labels = inputs.to(self.device), labels.to(self.device)
+            self.optimizer.zero_grad()
+            with autocast(self.recipe, self.device):
+                loss = self.criterion(self.network(inputs), labels)
+            loss.backward()
+            self.optimizer.step()
+            running_loss += loss.item()
+
+
+class Bare:
+    """The fast plain script. It uses nothing of the launcher but the recipe's settings."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.network = fresh_network(recipe).to(memory_format=torch.channels_last).to(device)
+        self.optimizer = recipe.optimizer(self.network.parameters())
+
+    def epoch(self, images: ImageSet) -> None:
+        """Train on the images once, in a new order."""
+        total = torch.zeros((), device=self.device)
+        for loss in self.losses(images, torch.randperm(len(images))):
+            total.add_(loss.detach())
+        total.item()
+
+    def losses(self, images: ImageSet, order: Tensor) -> Iterator[Tensor]:
+        """Train on the images in this order and yield the loss of every step."""
+        network, optimizer, size = self.network, self.optimizer, self.recipe.data.batch_size
+        count, *shape = images.images.shape
+        pixels, labels, order = images.images.view(count, -1), images.labels, order.to(self.device)
+        scale, shift = self.normalisation(pixels.shape[1])
+        for start in range(0, count, size):
+            chosen = order[start : start + size]
+            batch = pixels.index_select(0, chosen).float().mul_(scale).add_(shift)
+            batch = batch.view(-1, *shape).permute(0, 3, 1, 2)
+            with autocast(self.recipe, self.device):
+                logits = network(batch)
+            loss = cross_entropy(logits.float(), labels.index_select(0, chosen))
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            yield loss
+
+    def normalisation(self, length: int) -> tuple[Tensor, Tensor]:
+        """The factor and the summand of each number of an image, whose last axis is the colour."""
+        mean = torch.tensor(self.recipe.data.mean, dtype=torch.float64) * 255
+        std = torch.tensor(self.recipe.data.std, dtype=torch.float64) * 255
+        rows = (1 / std, -mean / std)
+        scale, shift = (row.float().repeat(length // len(row)).to(self.device) for row in rows)
+        return scale, shift
+
+
+class Launched:
+    """The launcher, put together as its command line does it."""
+
+    def __init__(self, recipe: Recipe, images: ImageSet, accelerator: Accelerator) -> None:
+        self.recipe, self.accelerator, self.epochs = recipe, accelerator, 0
+        self.learner = model.prepare(model.build(recipe, images), recipe, accelerator)
+        self.learner.network.train()
+
+    def epoch(self, images: ImageSet) -> None:
+        """Train on the images once, in a new order."""
+        for _ in self.reports(images):
+            pass
+
+    def reports(self, images: ImageSet, log_every: int | None = None) -> Iterator[StepReport]:
+        """Train on the images once and yield what the launcher measures."""
+        self.epochs += 1
+        like = model.first_parameter(self.learner.network)
+        normalise = Normalise(self.recipe.data, images.images.shape[1:], like, False)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        count = len(images)
+        plan = make_plan(
+            self.recipe, world_size=world, train_images=count, test_images=0, log_every=log_every
+        )
+        batches = Batches(images, self.recipe, plan, normalise, rank)
+        job = Job(self.recipe, plan, self.accelerator)
+        return train_epoch(job, self.learner, batches, self.epochs)
+
+
+def fresh_network(recipe: Recipe) -> nn.Module:
+    """The network with the weights that belong to the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return recipe.model()
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """A new context per step: it keeps the weights in bfloat16 until it is left."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
