@@ -17,8 +17,6 @@ from rich.text import Text
 from launcher.metrics import EpochReport, StepReport
 from launcher.plan import Plan
 
-PLAIN_WIDTH = 120  # columns of a log file
-
 
 class Console:
     """Plain lines; the base of the live console and, with no stream, silence."""
@@ -125,8 +123,9 @@ class LiveConsole(Console):
         self._bar.stop()
 
 
-def make_console(is_main: bool, stream: TextIO = sys.stdout) -> Console:
+def make_console(is_main: bool) -> Console:
     """The console that fits: live on a terminal, plain into a file, silent on other ranks."""
+    stream = sys.stdout
     if not is_main:
         return Console(None)
     if stream.isatty():

@@ -1,19 +1,18 @@
 """Weights & Biases: the only importer of wandb, on the main process and only where it is wanted.
 
 Three promises: it never asks a question, it never makes training wait for a network, and a failure
-of W&B is one warning line, never an exception in the training.
+of W&B is a line of warning, never an exception in the training.
 """
 
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -23,39 +22,24 @@ from launcher.metrics import EpochReport, StepReport, sample_indices
 if TYPE_CHECKING:
     import wandb
 
-HTTP_TIMEOUT = 5  # seconds; tables and artifacts wait this long for a silent server, login as well
-INIT_TIMEOUT = 30.0  # seconds until a run that cannot begin online begins offline
-FINISH_TIMEOUT = 60.0  # seconds to upload the rest; what is left stays on disk
-GRAPHQL_RETRIES = 2  # the client's default retries for minutes, and `finish` waits for that
+# What W&B is told unless the user's environment says otherwise.
+ENVIRONMENT = {
+    "WANDB_HTTP_TIMEOUT": "5",  # seconds; login, tables and artifacts wait for a silent server
+    "WANDB_INIT_TIMEOUT": "30",  # seconds until a run that cannot begin online begins offline
+    "WANDB_FINISH_TIMEOUT": "30",  # seconds to upload the rest; what is left stays on disk
+    "WANDB_ERROR_REPORTING": "false",  # its own retries hold up the end by 12 s without a network
+    "WANDB_SILENT": "true",  # the launcher says itself where the run is
+}
+GRAPHQL_RETRIES = 2  # the client's default goes on for minutes, and `finish` waits for it
 MOST_WAITING = 16  # epochs whose tables may wait for the network
 MOST_CLASS_CURVES = 20
-MOST_TABLE_CLASSES = 100  # W&B shows at most 10,000 rows: the confusion matrix of 100 classes
+MOST_TABLE_CLASSES = 100  # W&B takes at most 10,000 rows: the confusion matrix of 100 classes
 
 _log = logging.getLogger("launcher")
 
 
-class Tracker(Protocol):
-    """Where the measurements of a run are followed."""
-
-    mode: str  # online, offline or off
-    where: str  # the run's address, or its folder for `wandb sync`; empty when off
-    notice: str  # why this mode; empty if it is the one that was asked for
-
-    def log_step(self, report: StepReport) -> None:
-        """Record the training since the last report."""
-        ...
-
-    def log_epoch(self, report: EpochReport, best: EpochReport) -> None:
-        """Record an epoch and the best one so far."""
-        ...
-
-    def finish(self, exit_code: int) -> None:
-        """End the record with the exit code of the run."""
-        ...
-
-
 class NullTracker:
-    """Tracks nothing: when W&B is off, and on all other ranks."""
+    """Tracks nothing: when W&B is off, and on all ranks but the first."""
 
     def __init__(self, notice: str = "") -> None:
         """Say why, where it was not asked for."""
@@ -72,51 +56,55 @@ class NullTracker:
 
 
 class WandbTracker:
-    """A run of W&B. Tables are made and sent by one thread of their own, since they may wait."""
+    """A run of W&B: `mode` is online or offline, `where` its address or its folder.
 
-    def __init__(self, run: "wandb.Run", data: Data, notice: str) -> None:
+    `notice` says why it is not the mode that was asked for. The tables are made and sent by one
+    thread of their own, since that may wait for the network.
+    """
+
+    def __init__(self, run: "wandb.Run", samples: "Samples", notice: str) -> None:
         """Record into a run that has begun."""
+        self._run, self._samples, self._warned = run, samples, False
+        self._folder = Path(run.dir).parent
         self.mode = "offline" if run.offline else "online"
-        self.where = str(Path(run.dir).parent) if run.offline else run.url or ""
+        self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
-        self._run, self._warned = run, False
-        self._samples = Samples(data)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_tables, name="tables", daemon=True)
         self._thread.start()
-        with self._warning_only():
+        with self._only_warning():
             _define_axes(run)
 
     def log_step(self, report: StepReport) -> None:
         """Record the training since the last report."""
-        with self._warning_only():
+        with self._only_warning():
             self._run.log(step_scalars(report))
 
     def log_epoch(self, report: EpochReport, best: EpochReport) -> None:
         """Record an epoch, the best one so far, the sample images, and later the tables."""
-        with self._warning_only():
-            images = self._samples.captioned(report)
+        with self._only_warning():
             scalars = epoch_scalars(report, best, self._samples.classes)
-            self._run.log({**scalars, "samples": images})
+            self._run.log({**scalars, "samples": self._samples.captioned(report)})
             if self._waiting.qsize() >= MOST_WAITING:
-                raise TimeoutError(f"the tables of {MOST_WAITING} epochs wait already")
+                raise TimeoutError(f"the tables of {MOST_WAITING} epochs are waiting already")
             self._waiting.put(report)
 
     def finish(self, exit_code: int) -> None:
         """Send what is left, for a limited time, and end the run with an exit code."""
-        deadline = time.monotonic() + FINISH_TIMEOUT / 2
         self._waiting.put(None)
-        self._thread.join(deadline - time.monotonic())
-        with self._warning_only():
+        self._thread.join(self._run.settings.finish_timeout)
+        try:
             self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            _log.warning("W&B lacks a part of the run (%s): wandb sync %s", error, self._folder)
 
     def _log_tables(self) -> None:
         while (report := self._waiting.get()) is not None:
-            with self._warning_only():
+            with self._only_warning():
                 self._run.log({"epoch": report.epoch, **self._samples.tables(report)})
 
     @contextmanager
-    def _warning_only(self) -> Iterator[None]:
+    def _only_warning(self) -> Iterator[None]:
         """Turn the first exception into a warning and hide those that follow it."""
         try:
             yield
@@ -126,54 +114,54 @@ class WandbTracker:
                 _log.warning("W&B misses something (training goes on): %s", _one_line(error))
 
 
+Tracker = NullTracker | WandbTracker
+
+
 class Samples:
     """The test images that every epoch shows."""
 
     def __init__(self, data: Data) -> None:
         """Take the fixed images out of the test set."""
         chosen = sample_indices(len(data.test))
+        images = data.test.images[chosen]
+        if images.shape[-1] not in (3, 4):  # neither RGB nor RGBA: show the first channel as gray
+            images = images[..., 0]
         self.classes = data.test.classes
+        self._pictures = [Image.fromarray(pixels) for pixels in images.numpy()]
         self._truths = [self.classes[label] for label in data.test.labels[chosen].tolist()]
-        # PIL reads one channel as (height, width).
-        pixels = (image.squeeze(-1).numpy() for image in data.test.images[chosen])
-        self._pictures = [Image.fromarray(array) for array in pixels]
 
     def captioned(self, report: EpochReport) -> "list[wandb.Image]":
         """The images under what the model takes them for: "cat 91% (is dog)"."""
         import wandb
 
-        captions = [
-            f"{guess} {confidence:.0%}" + ("" if guess == truth else f" (is {truth})")
-            for truth, guess, confidence in self._guesses(report)
+        return [
+            wandb.Image(picture, caption=_caption(truth, guess, confidence))
+            for picture, truth, guess, confidence in self._guesses(report)
         ]
-        pairs = zip(self._pictures, captions, strict=True)
-        return [wandb.Image(picture, caption=caption) for picture, caption in pairs]
 
     def tables(self, report: EpochReport) -> dict[str, Any]:
         """The predictions as a table, and the confusion matrix where it is not too large."""
-        if len(self.classes) > MOST_TABLE_CLASSES:
-            return {"predictions": self._predictions(report, ())}
-        return {
-            "predictions": self._predictions(report, self.classes),
-            "confusion_matrix": _confusion_matrix(report, self.classes),
-        }
-
-    def _guesses(self, report: EpochReport) -> Iterator[tuple[str, str, float]]:
-        """Truth, prediction and confidence of each image."""
-        confidences, guesses = (part.tolist() for part in report.probabilities.max(dim=1))
-        for truth, guess, confidence in zip(self._truths, guesses, confidences, strict=True):
-            yield truth, self.classes[guess], confidence
-
-    def _predictions(self, report: EpochReport, scored: Sequence[str]) -> "wandb.Table":
         import wandb
 
-        columns = ["image", "truth", "prediction", "confidence"]
+        small = len(self.classes) <= MOST_TABLE_CLASSES
+        scored = self.classes if small else ()
         scores = report.probabilities[:, : len(scored)].tolist()
-        rows = zip(self._pictures, self._guesses(report), scores, strict=True)
-        return wandb.Table(
-            columns=[*columns, *(f"score {name}" for name in scored)],
-            data=[[wandb.Image(picture), *guess, *row] for picture, guess, row in rows],
+        predictions = wandb.Table(
+            columns=["image", "truth", "prediction", "confidence", *(f"score {c}" for c in scored)],
+            data=[
+                [wandb.Image(picture), *guess, *row]
+                for (picture, *guess), row in zip(self._guesses(report), scores, strict=True)
+            ],
         )
+        if not small:
+            return {"predictions": predictions}
+        return {"predictions": predictions, "confusion_matrix": _confusion(report, self.classes)}
+
+    def _guesses(self, report: EpochReport) -> Iterator[tuple[Image.Image, str, str, float]]:
+        """Picture, truth, prediction and confidence of each image."""
+        confidences, best = (part.tolist() for part in report.probabilities.max(dim=1))
+        guesses = [self.classes[index] for index in best]
+        return zip(self._pictures, self._truths, guesses, confidences, strict=True)
 
 
 def start(
@@ -194,13 +182,11 @@ def start(
     """
     if (mode or os.environ.get("WANDB_MODE")) in ("off", "disabled"):
         return NullTracker()
-    _prepare_environment(folder)
     try:
+        _prepare_environment(folder)
         import wandb
 
-        mode, notice = _choose(mode)
-        if mode == "off":
-            return NullTracker()
+        samples = Samples(data)
         begin = partial(
             wandb.init,
             dir=folder,
@@ -211,15 +197,16 @@ def start(
             notes=note or None,
             settings=_settings(),
         )
-        try:
-            run = begin(mode=mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            notice = f"W&B refused to begin online, so the run is kept offline: {_one_line(error)}"
-            wandb.teardown()  # or the same id is refused
-            run = begin(mode="offline")
-        return WandbTracker(run, data, notice)
+        mode, notice = _choose(mode)
+        if mode == "online":
+            try:
+                return WandbTracker(begin(mode="online"), samples, notice)
+            except Exception as error:
+                notice = f"W&B keeps the run offline: {_one_line(error)}"
+                wandb.teardown()  # or the same id is refused
+        if mode == "off":
+            return NullTracker()
+        return WandbTracker(begin(mode="offline"), samples, notice)
     except Exception as error:  # whatever is wrong with W&B, training can do without it
         return NullTracker(f"W&B is off: {_one_line(error)}")
 
@@ -239,20 +226,20 @@ def epoch_scalars(
     report: EpochReport, best: EpochReport, classes: Sequence[str]
 ) -> dict[str, float]:
     """What a report of an epoch is called in W&B: `train_epoch/` is the mean of an epoch."""
-    scalars: dict[str, float] = {
-        name.replace("train/", "train_epoch/"): value
-        for name, value in report.metrics().items()
-        if not isinstance(value, list)
-    }
-    scalars["train/step"] = int(scalars.pop("step"))
+    numbers = {k: v for k, v in report.metrics().items() if not isinstance(v, list)}
+    scalars = {name.replace("train/", "train_epoch/"): value for name, value in numbers.items()}
+    scalars["train/step"] = scalars.pop("step")
     if len(classes) <= MOST_CLASS_CURVES:
-        for name, accuracy in zip(classes, report.test.per_class, strict=True):
-            if accuracy is not None:
-                scalars[f"test/class_accuracy/{name}"] = accuracy
+        pairs = zip(classes, report.test.per_class, strict=True)
+        scalars.update({f"test/class_accuracy/{c}": a for c, a in pairs if a is not None})
     return {**scalars, "best/test_accuracy": best.test.accuracy, "best/epoch": best.epoch}
 
 
-def _confusion_matrix(report: EpochReport, classes: Sequence[str]) -> Any:
+def _caption(truth: str, guess: str, confidence: float) -> str:
+    return f"{guess} {confidence:.0%}" + ("" if guess == truth else f" (is {truth})")
+
+
+def _confusion(report: EpochReport, classes: Sequence[str]) -> Any:
     """A chart from counts; `wandb.plot.confusion_matrix` wants every image of the test set."""
     import wandb
 
@@ -264,7 +251,7 @@ def _confusion_matrix(report: EpochReport, classes: Sequence[str]) -> Any:
     ]
     return wandb.plot_table(
         "wandb/confusion_matrix/v1",
-        wandb.Table(columns=columns, data=counts),
+        wandb.Table(columns=[*columns], data=counts),
         {name: name for name in columns},
         {"title": "Test images: truth and prediction"},
     )
@@ -272,8 +259,10 @@ def _confusion_matrix(report: EpochReport, classes: Sequence[str]) -> Any:
 
 def _prepare_environment(folder: Path) -> None:
     """Set what the client reads while it is imported, and where it keeps what it will upload."""
-    os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(HTTP_TIMEOUT))
-    # Outside the run folder, a later `wandb sync` on another machine would miss the tables.
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Elsewhere, the tables of an offline run may be gone when `wandb sync` looks for them.
     os.environ["WANDB_DATA_DIR"] = str(folder.absolute() / "wandb" / "data")
 
 
@@ -283,9 +272,7 @@ def _settings() -> "wandb.Settings":
     return wandb.Settings(
         console="off",  # or progress bars fill the Logs tab with their control codes
         capture_loggers={"launcher": "INFO"},
-        silent=True,  # the launcher says itself where the run is
-        init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT / 2,
+        finish_timeout_raises=True,
         x_graphql_retry_max=GRAPHQL_RETRIES,
         x_transaction_log_flush_interval=1,  # or a killed process loses its last 15 seconds
     )
@@ -295,12 +282,12 @@ def _choose(asked: str | None) -> tuple[str, str]:
     """The mode that is possible here, and why it is not the one that was wanted."""
     import wandb
 
-    overrides = wandb.Settings(mode=asked) if asked else None  # type: ignore[arg-type]
-    wanted = wandb.setup(overrides).settings.mode
+    wanted = asked or wandb.setup().settings.mode
     if wanted == "disabled":
         return "off", ""
     if wanted in ("offline", "dryrun"):
         return "offline", ""
+    wandb.setup(wandb.Settings(mode="online"))  # or login refuses where WANDB_MODE is offline
     try:
         if wandb.login(prompt=False, verify=True):
             return "online", ""
@@ -311,7 +298,7 @@ def _choose(asked: str | None) -> tuple[str, str]:
 
 
 def _define_axes(run: "wandb.Run") -> None:
-    """Draw each curve over what it counts; W&B's own step counts rows of its log."""
+    """Draw each curve over what it counts; W&B's own step counts the rows of its log."""
     run.define_metric("train/step", hidden=True)
     run.define_metric("epoch", hidden=True)
     run.define_metric("train/*", step_metric="train/step")

@@ -21,6 +21,7 @@ from launcher.runs import RunFolder
 from launcher.tracking import NullTracker, Tracker
 
 SMOKE_BATCH = 64  # images at most: a smoke test is about the code, not about the settings
+SMOKE_FALL = 0.01  # of the loss; without learning, chance moves the halves by about 0.001
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ def fallback_warning(data: Data) -> str:
 
 
 def check_smoke(losses: tuple[float, ...]) -> None:
-    """Raise `TrainingError` unless all losses are finite and their second half is the lower."""
+    """Raise `TrainingError` unless all losses are finite and their second half is clearly lower."""
     if not all(math.isfinite(loss) for loss in losses):
         raise TrainingError(f"smoke test: the loss is not finite: {losses[-1]}")
     half = len(losses) // 2
     first, second = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
-    if not second < first:
+    if not second < first * (1 - SMOKE_FALL):
         raise TrainingError(f"smoke test: the loss did not fall: {first:.4f}, then {second:.4f}")
 
 

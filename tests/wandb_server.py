@@ -32,14 +32,16 @@ class Received:
 
 
 class _Http(ThreadingHTTPServer):
-    request_queue_size = 128  # the client uploads dozens of images at once and waits after a refusal
+    request_queue_size = (
+        128  # the client uploads dozens of images at once and waits after a refusal
+    )
 
 
 class WandbServer:
-    """Listens from its creation until `stop()`, which may be called twice."""
+    """Listens from its creation until `stop()`; answers one operation, `refused`, with an error."""
 
-    def __init__(self) -> None:
-        self.received = Received()
+    def __init__(self, refused: str = "") -> None:
+        self.received, self.refused = Received(), refused
         self._http = _Http(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
@@ -114,6 +116,8 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                 # The Python half of the client does not name its operations.
                 operation = asked.get("operationName") or asked["query"].split("(")[0].split()[-1]
                 answer = {"data": server.graphql(operation, asked.get("variables") or {})}
+                if operation == server.refused:
+                    answer = {"errors": [{"message": "refused"}]}
             elif self.path.endswith("/file_stream"):
                 server.file_stream(json.loads(body))
             self._reply(json.dumps(answer).encode())

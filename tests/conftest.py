@@ -1,0 +1,21 @@
+"""Every test starts as a fresh process would: no ranks, no Accelerate, no W&B from outside."""
+
+from collections.abc import Iterator
+
+import pytest
+
+_FOREIGN = ("ACCELERATE_", "WANDB_", "SLURM_", "MASTER_", "TORCHELASTIC_")
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR", "NO_COLOR")
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN) or name in _RANKS:
+            monkeypatch.delenv(name)
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)

@@ -1,0 +1,185 @@
+"""The command line as people type it: what it prints, the exit code, and what it leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launcher.cli import main
+
+ROOT = Path(__file__).parents[1]
+SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
+TINY = ("data.fallback.count=300", "data.batch_size=50", "epochs=2", "--wandb", "off")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder without a network: CIFAR-10 is out of reach at once."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that bad input is answered with."""
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("launcher: ")
+    assert not Path("runs").exists(), "bad input left something behind"
+    return lines[0]
+
+
+def test_a_run_leaves_everything_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "first", "optimizer.lr=0.01"]) == 0
+    folder = Path("runs/first")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["optimizer"]["lr"] == 0.01
+    assert config["data"]["batch_size"] == 50
+    run = json.loads((folder / "run.json").read_text())
+    assert "NOT THE REAL DATA" in run["fallback"]
+    assert run["versions"]["torch"] == torch.__version__.partition("+")[0] or run["versions"]
+    assert (folder / "recipe.py").read_text() == Path(SIMPLECNN).read_text()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert all(0 <= row["test/accuracy"] <= 1 for row in rows)
+    assert {row["test/images"] for row in rows} == {60}
+    for name in ("best", "final"):
+        weights = load_file(folder / f"{name}.safetensors")
+        assert sum(tensor.numel() for tensor in weights.values()) == 25_578
+
+
+def test_a_run_tells_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "told"]) == 0
+    printed = capsys.readouterr().out
+    assert "SimpleCNN, 25,578 parameters" in printed
+    assert "50 = 1 rank(s) x 50 image(s)" in printed
+    assert "fp32 (default)" in printed
+    assert "!!! NOT THE REAL DATA" in printed
+    assert "first step: loss" in printed
+    assert "the first five images look like" in printed
+    assert "epoch 2/2" in printed
+    assert "best epoch" in printed
+    assert "runs/told" in printed
+    assert "\x1b" not in printed, "escapes in plain output"
+
+
+def test_the_same_command_trains_to_the_same_weights() -> None:
+    for name in ("one", "two"):
+        assert main([SIMPLECNN, *TINY, "--name", name]) == 0
+    one, two = (load_file(Path(f"runs/{name}/final.safetensors")) for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_max_steps_stops_early_and_still_evaluates() -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "short", "--max-steps", "8"]) == 0
+    rows = Path("runs/short/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [6, 8]
+
+
+def test_a_taken_name_is_refused_and_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "taken", "--max-steps", "1"]) == 0
+    before = Path("runs/taken/metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert main([SIMPLECNN, *TINY, "--name", "taken"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("runs/taken/metrics.jsonl").read_text() == before
+
+
+def test_runs_without_a_name_never_share_a_folder() -> None:
+    for _ in range(2):
+        assert main([SIMPLECNN, *TINY, "--max-steps", "1"]) == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_train_may_stand_before_the_recipe() -> None:
+    assert main(["train", SIMPLECNN, *TINY, "--max-steps", "1", "--runs", "elsewhere"]) == 0
+    assert len(list(Path("elsewhere").iterdir())) == 1
+
+
+def test_dry_run_prints_the_resolved_recipe_and_the_plan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([SIMPLECNN, "--dry-run", "--world-size", "8", "--epochs=3"]) == 0
+    printed = capsys.readouterr().out
+    config, end = json.JSONDecoder().raw_decode(printed)
+    assert config["epochs"] == 3
+    assert "64 = 8 rank(s) x 8 image(s)" in printed[end:]
+    assert not Path("runs").exists()
+
+
+def test_help_lists_the_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["epochs", "int", "10"] in lines
+    assert ["data.batch_size", "int", "64"] in lines
+    assert any(line[:1] == ["optimizer.lr"] and line[-1] == "0.001" for line in lines)
+
+
+def test_smoke_passes_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, "--smoke"]) == 0
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"), [("optimizer.lr=0", "did not fall"), ("optimizer.lr=1e30", "not finite")]
+)
+def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
+    word: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([SIMPLECNN, "--smoke", word]) == 1
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["nowhere.py"], ["nowhere.py", "no such file"]),
+        ([SIMPLECNN, "data.batch_size=0"], ["data.batch_size=0", "at least 1"]),
+        ([SIMPLECNN, "epochs=none"], ["epochs=none", "int"]),
+        ([SIMPLECNN, "optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+        ([SIMPLECNN, "precision=fp16"], ["fp16", "without a GPU", "precision=bf16"]),
+        ([SIMPLECNN, "model.classes=7"], ["(2, 7)", "(2, 10)"]),
+        ([SIMPLECNN, "data.fallback=none"], ["cannot be downloaded", "data.root=FOLDER"]),
+        ([SIMPLECNN, "data.mean=(0.5,)"], ["data.mean", "3 number(s)"]),
+        ([SIMPLECNN, "optimizer.lr=-1"], ["Adam refuses", "-1"]),
+        ([SIMPLECNN, "sync_batch_norm=true"], ["sync_batch_norm", "CPU"]),
+        ([SIMPLECNN, "--name", "a/b"], ["--name 'a/b'", "without slashes"]),
+        ([SIMPLECNN, "--runs", "/proc/nothing"], ["/proc/nothing", "--runs FOLDER"]),
+        ([SIMPLECNN, "--num_processes", "2"], ["--num_processes", "before -m launcher"]),
+        ([SIMPLECNN, "--max-steps", "0"], ["--max-steps", "at least 1"]),
+        ([SIMPLECNN, "--world-size", "2"], ["--world-size goes with --dry-run"]),
+        ([SIMPLECNN, "--wandb", "maybe"], ["--wandb", "online"]),
+        (["epochs=3"], ["epochs=3", "before any recipe"]),
+        ([], ["no recipe is named"]),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = complaint(capsys, *words)
+    for part in parts:
+        assert part in line
+
+
+def test_a_model_that_cannot_take_the_images_is_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = Path(SIMPLECNN).read_text().replace("* 8 * 8, classes", "* 7 * 7, classes")
+    (tmp_path / "wrong.py").write_text(text)
+    line = complaint(capsys, "wrong.py")
+    assert "SimpleCNN fails on images of shape (2, 3, 32, 32)" in line
+
+
+def test_a_fault_of_the_recipes_own_code_keeps_its_traceback(tmp_path: Path) -> None:
+    text = Path(SIMPLECNN).read_text()
+    text += "\n\ndef wrong(progress: float) -> float:\n    raise KeyError('mine')\n"
+    text += "\n\nfrom dataclasses import replace\nrecipe = replace(recipe, schedule=wrong)\n"
+    (tmp_path / "faulty.py").write_text(text)
+    with pytest.raises(KeyError, match="mine"):
+        main(["faulty.py", *TINY])

@@ -1,0 +1,73 @@
+"""Sums over the images, whatever the batches and ranks they came in."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from launcher.metrics import SAMPLES, EpochReport, Evaluation, Meter, Tally, sample_indices
+
+CPU = torch.device("cpu")
+
+
+def test_the_tally_of_uneven_batches_equals_the_direct_count() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(103, 7), torch.randint(0, 7, (103,))
+    tally = Tally(7, CPU)
+    for part in (slice(0, 50), slice(50, 51), slice(51, 103)):
+        tally.add(logits[part], labels[part], cross_entropy(logits[part], labels[part]))
+    evaluation = tally.evaluation(tally.counts)
+    right = logits.argmax(1) == labels
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+    assert evaluation.images == 103
+    assert evaluation.accuracy == right.double().mean().item()
+    assert evaluation.top5 == top5.double().mean().item()
+    assert evaluation.loss == pytest.approx(cross_entropy(logits, labels).item(), abs=1e-6)
+    for label in range(7):
+        chosen = labels == label
+        assert evaluation.per_class[label] == pytest.approx(right[chosen].double().mean().item())
+        assert sum(evaluation.confusion[label]) == int(chosen.sum())
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    evaluation = Evaluation(loss=1.0, confusion=((3, 1), (0, 0)), in_top5=4)
+    assert evaluation.per_class == (0.75, None)
+    assert evaluation.accuracy == 0.75
+
+
+def test_two_classes_have_a_top_five_of_two() -> None:
+    tally = Tally(2, CPU)
+    tally.add(torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.tensor(1.0))
+    assert tally.evaluation(tally.counts).top5 == 1.0
+
+
+def test_the_meter_weighs_losses_by_images_and_adds_over_ranks() -> None:
+    meter = Meter(CPU, over_ranks=lambda values: values * 2)  # another rank with equal sums
+    meter.add(torch.tensor(1.0), 10)
+    meter.add(torch.tensor(4.0), 5)
+    meter.count(30)
+    assert meter.read()[0] == pytest.approx(2.0)
+    meter.add(torch.tensor(6.0), 5)
+    meter.count(10)
+    assert meter.read()[0] == pytest.approx(6.0)
+    assert meter.epoch()[0] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("count", [1, 35, 36, 37, 10_000])
+def test_samples_are_spread_over_the_test_set(count: int) -> None:
+    indices = sample_indices(count)
+    assert len(indices) == len(set(indices)) == min(count, SAMPLES)
+    assert min(indices) == 0
+    assert max(indices) < count
+    if count == 10_000:
+        assert max(indices) > 9_500
+
+
+def test_metrics_have_the_documented_names() -> None:
+    evaluation = Evaluation(loss=0.5, confusion=((1, 1), (0, 2)), in_top5=4)
+    report = EpochReport(2, 20, 0.7, 0.1, 100.0, 3.0, evaluation, torch.zeros(4, 2))
+    metrics = report.metrics()
+    assert metrics["epoch"] == 2
+    assert metrics["train/loss"] == 0.7
+    assert metrics["test/loss"] == 0.5
+    assert metrics["test/accuracy"] == 0.75
+    assert metrics["test/images"] == 4

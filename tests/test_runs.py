@@ -1,0 +1,65 @@
+"""The run folder belongs to one run, and its files are whole."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from launcher import runs
+from launcher.checkpoints import save_weights
+from launcher.errors import UserError
+
+
+def test_names_are_made_from_recipe_and_time_and_never_shared(tmp_path: Path) -> None:
+    folders = [runs.create(tmp_path / "runs", None, "net").path for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.name.startswith("net-20") for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", " ", ".hidden", "/root"])
+def test_a_name_that_is_no_plain_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="plain name"):
+        runs.create(tmp_path, name, "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_name_is_refused(tmp_path: Path) -> None:
+    runs.create(tmp_path, "mine", "net")
+    with pytest.raises(UserError, match="exists already"):
+        runs.create(tmp_path, "mine", "net")
+
+
+def test_records_are_one_json_object_a_line(tmp_path: Path) -> None:
+    folder = runs.create(tmp_path, "mine", "net")
+    folder.describe({"epochs": 1}, {"data": "x"}, "source")
+    for epoch in (1, 2):
+        folder.record({"epoch": epoch, "test/accuracy": 0.5})
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads((folder.path / "run.json").read_text())["versions"]["torch"]
+
+
+def test_weights_come_back_as_they_were_even_if_strided_or_shared(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network[0].bias = network[1].bias
+    save_weights(network, tmp_path / "weights.safetensors")
+    loaded = load_file(tmp_path / "weights.safetensors")
+    assert loaded.keys() == network.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
+
+
+def test_a_failed_save_leaves_the_old_weights_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_weights(nn.Linear(2, 2), path)
+    before = path.read_bytes()
+    broken = nn.Linear(2, 2)
+    broken.register_buffer("sparse", torch.zeros(2).to_sparse())  # not storable
+    with pytest.raises(Exception):  # noqa: B017, PT011 - safetensors' own type varies
+        save_weights(broken, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
