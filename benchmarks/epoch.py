@@ -130,7 +130,7 @@ def measure_all(recipe: Recipe, data: Data, rounds: int) -> Figures:
     for precision in PRECISIONS:
         accelerator = join(precision)
         chosen = replace(recipe, precision=precision, epochs=rounds + 2)
-        figures["machine"] = machine(accelerator)
+        figures.setdefault("machine", machine(accelerator))  # before any load of our own
         figures[precision] = measure(chosen, data, rounds, accelerator)
         print_table(precision, figures[precision])
         type(accelerator.state)._reset_state(reset_partial_state=True)
@@ -180,7 +180,10 @@ def parse_words() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps of an epoch; all images by default")
     parser.add_argument("--output", type=Path, default=FOLDER / "epoch.json")
-    return parser.parse_args()
+    words = parser.parse_args()
+    if words.root and not Path(words.root).is_dir():
+        parser.error(f"--root {words.root}: no such folder")
+    return words
 
 
 def main() -> None:

@@ -42,9 +42,10 @@ def stream(purpose: int, *numbers: int) -> numpy.random.Generator:
     return numpy.random.default_rng([purpose, *numbers])
 
 
-def layer_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the random layers (dropout) of one rank in one step."""
-    return int(numpy.random.SeedSequence([_LAYERS, seed, step, rank]).generate_state(1)[0])
+def layer_seeds(seed: int, epoch: int, rank: int, steps: int) -> list[int]:
+    """The seeds of the random layers (dropout) of one rank in each step of an epoch."""
+    sequence = numpy.random.SeedSequence([_LAYERS, seed, epoch, rank])
+    return sequence.generate_state(steps).tolist()
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
@@ -143,8 +144,9 @@ class Batches:
         start, stop = piece_bounds(size, plan.pieces, number * plan.world_size + self._rank)
         share = (stop - start) / size
         chosen = slice(first + start, first + max(stop, start + 1))
-        images = self._pictures(order[chosen], fresh, epoch)
-        targets = self._images.labels.index_select(0, order[chosen])
+        indices = order[chosen]
+        images = self._pictures(indices, fresh, epoch)
+        targets = self._images.labels.index_select(0, indices)
         if partners is None:
             return Piece(images, targets, share)
         others = self._pictures(partners[chosen], fresh, epoch)

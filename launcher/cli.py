@@ -136,8 +136,7 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
     data = datasets.load(loaded.recipe.data)
     plan = training.plan_for(loaded, data, occasion, world_size or world.size)
     network = model.build(loaded.recipe, data.train)
-    facts = training.describe(loaded, data, plan)
-    facts["model"] = training.describe_model(loaded, network)
+    facts = training.describe(loaded, data, plan, network)
     if world.is_main:
         sys.stdout.write(json.dumps(settings.as_dict(loaded.recipe), indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{value}\n" for label, value in facts.items())

@@ -61,10 +61,9 @@ def train(loaded: Loaded, occasion: Occasion) -> Outcome:
     accelerator = cluster.join(precision)
     job = Job(recipe, plan, accelerator)
     learner = prepare(network, recipe, accelerator)
-    facts = describe(loaded, data, plan) | {
+    facts = describe(loaded, data, plan, network) | {
         "devices": f"{plan.world_size} x {cluster.device_name(accelerator)}",
         "precision": f"{precision} ({origin})",
-        "model": describe_model(loaded, network),
     }
     if data.fallback:
         facts["fallback"] = fallback_warning(data)
@@ -90,23 +89,19 @@ def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) ->
     )
 
 
-def describe(loaded: Loaded, data: Data, plan: Plan) -> dict[str, str]:
+def describe(loaded: Loaded, data: Data, plan: Plan, network: nn.Module) -> dict[str, str]:
     """What is trained, in words: for the header, `--dry-run` and `run.json`."""
     note = loaded.note.strip().splitlines()[:1]
+    name = settings.short_name(loaded.recipe.model)
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
     return {
         "recipe": ": ".join([loaded.name, *note]),
+        "model": f"{name}, {count_parameters(network):,} parameters",
         "data": f"{data.name}, {sizes}, {len(data.train.classes)} classes",
         "batch": plan.describe_batch(),
         "steps": f"{plan.epochs} epoch(s) x {plan.steps_per_epoch} steps{early}",
     }
-
-
-def describe_model(loaded: Loaded, network: nn.Module) -> str:
-    """The model's name and size."""
-    name = settings.short_name(loaded.recipe.model)
-    return f"{name}, {count_parameters(network):,} parameters"
 
 
 def fallback_warning(data: Data) -> str:

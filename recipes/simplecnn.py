@@ -1,4 +1,4 @@
-"""SimpleCNN on CIFAR-10: two convolutions and a linear layer, as in the first tutorials.
+"""Two convolutions and a linear layer on CIFAR-10, as in the first tutorials.
 
 accelerate launch -m launcher recipes/simplecnn.py
 """

@@ -14,7 +14,7 @@ from launcher.batches import (
     Normalise,
     Piece,
     epoch_order,
-    layer_seed,
+    layer_seeds,
     piece_bounds,
     successors,
 )
@@ -120,6 +120,13 @@ def test_normalise_does_what_its_formula_says(contiguous: bool, dtype: torch.dty
     assert result.is_contiguous(memory_format=memory_format)
 
 
-def test_random_layers_have_another_seed_in_each_step_and_rank() -> None:
-    seeds = {layer_seed(s, step, rank) for s in (0, 1) for step in (1, 2) for rank in (0, 1)}
-    assert len(seeds) == 8
+def test_random_layers_have_another_seed_in_each_step_epoch_and_rank() -> None:
+    seeds = [
+        seed
+        for recipe_seed in (0, 1)
+        for epoch in (1, 2)
+        for rank in (0, 1)
+        for seed in layer_seeds(recipe_seed, epoch, rank, steps=5)
+    ]
+    assert len(set(seeds)) == len(seeds) == 40
+    assert layer_seeds(0, 1, 0, steps=5) == layer_seeds(0, 1, 0, steps=9)[:5]

@@ -75,7 +75,11 @@ def test_the_numbers_of_steps_do_not_depend_on_the_ranks(world_size: int) -> Non
 
 def test_the_steps_of_the_epochs_follow_each_other() -> None:
     plan = plan_of(epochs=3)
-    assert [list(plan.epoch_steps(epoch))[::9] for epoch in (1, 2, 3)] == [[1, 10], [11, 20], [21, 30]]
+    assert [list(plan.epoch_steps(epoch))[::9] for epoch in (1, 2, 3)] == [
+        [1, 10],
+        [11, 20],
+        [21, 30],
+    ]
 
 
 @pytest.mark.parametrize(

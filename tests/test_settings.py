@@ -143,14 +143,20 @@ def test_an_overridden_class_builds_what_was_asked_for(recipe: Recipe) -> None:
 
 def test_an_overridden_partial_keeps_its_other_keywords(recipe: Recipe) -> None:
     recipe = replace(recipe, optimizer=partial(SGD, lr=0.1, momentum=0.9))
-    optimizer = settings.override(recipe, ["optimizer.lr=0.5"]).optimizer([nn.Parameter(torch.ones(1))])
+    optimizer = settings.override(recipe, ["optimizer.lr=0.5"]).optimizer(
+        [nn.Parameter(torch.ones(1))]
+    )
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"]) == (0.5, 0.9)
 
 
 def test_an_overridden_augmentation_keeps_its_place_among_the_others(recipe: Recipe) -> None:
     changed = settings.override(recipe, ["data.augment.crop.padding=2"])
-    assert [settings.short_name(item) for item in changed.data.augment] == ["flip", "crop", "varied"]
+    assert [settings.short_name(item) for item in changed.data.augment] == [
+        "flip",
+        "crop",
+        "varied",
+    ]
     assert changed.data.augment[0] is flip
 
 
@@ -266,7 +272,9 @@ def test_an_ill_typed_value_is_answered_with_a_word_that_can_be_typed(
     settings.override(recipe, words)
 
 
-@pytest.mark.parametrize("word", ["precision=fp8", "memory_format=x", "data.augment.varied.limit=x"])
+@pytest.mark.parametrize(
+    "word", ["precision=fp8", "memory_format=x", "data.augment.varied.limit=x"]
+)
 def test_types_are_named_as_people_write_them(recipe: Recipe, word: str) -> None:
     with pytest.raises(UserError) as caught:
         settings.override(recipe, [word])
@@ -289,14 +297,14 @@ def test_a_part_of_a_recipe_is_no_setting(recipe: Recipe, word: str) -> None:
 @pytest.mark.parametrize(
     ("word", "instead"), [("epochs", "epochs=VALUE"), ("--epochs", "epochs=VALUE"), ("5", "--help")]
 )
-def test_a_word_without_an_equals_sign_is_refused(
-    recipe: Recipe, word: str, instead: str
-) -> None:
+def test_a_word_without_an_equals_sign_is_refused(recipe: Recipe, word: str, instead: str) -> None:
     with refused(repr(word), "name=value", instead):
         settings.override(recipe, [word])
 
 
-@pytest.mark.parametrize("word", ["epochs=0", "data.batch_size=0", "clip_norm=-1", "data.std=0,0,0"])
+@pytest.mark.parametrize(
+    "word", ["epochs=0", "data.batch_size=0", "clip_norm=-1", "data.std=0,0,0"]
+)
 def test_an_override_is_validated_like_the_recipe_file(recipe: Recipe, word: str) -> None:
     with refused(word.partition("=")[0]):
         settings.override(recipe, [word])
@@ -436,7 +444,7 @@ def test_code_as_a_setting_appears_with_its_own_settings() -> None:
 
 
 NAMELESS: dict[str, Callable[[], Recipe]] = {
-    "model": lambda: tiny_recipe(model=lambda: Tiny()),  # noqa: PLW0108
+    "model": lambda: tiny_recipe(model=lambda: Tiny()),
     "schedule": lambda: tiny_recipe(schedule=lambda progress: 1 - progress),
     "augment": lambda: tiny_recipe(data={"augment": (lambda images, draws: images,)}),
     "in a partial": lambda: tiny_recipe(model=partial(lambda width=3: Tiny(width))),

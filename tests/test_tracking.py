@@ -131,9 +131,13 @@ class Offline:
         return [record[kind] for record in self.records if record["type"] == kind]
 
     def table(self, name: str) -> dict[str, Any]:
-        """The last table that was logged under a name."""
-        last = [r["item"] for r in self.of("history") if f"{name}.path" in r["item"]][-1]
-        return json.loads((self.where / "files" / last[f"{name}.path"]).read_text())
+        """The last table that was logged under a name, with its images."""
+        places = [e["local_path"] for e in self.contents() if e["path"] == f"{name}.table.json"]
+        return json.loads(Path(places[-1]).read_text())
+
+    def contents(self) -> list[dict[str, Any]]:
+        """Every file of every table."""
+        return [e for a in self.of("artifact") for e in a["manifest"]["contents"]]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def test_an_offline_run_lies_in_the_run_folder_with_all_that_a_later_upload_need
     assert (offline.mode, offline.notice) == ("offline", "")
     assert offline.where.is_dir()
     assert offline.where.is_relative_to(offline.folder)
-    contents = [e for a in offline.of("artifact") for e in a["manifest"]["contents"]]
+    contents = offline.contents()
     assert len(contents) == 2 * (36 + 1 + 1)  # two epochs: images, their table, the confusion
     for entry in contents:
         assert Path(entry["local_path"]).is_relative_to(offline.folder)
@@ -211,7 +215,8 @@ def test_the_table_of_predictions_has_a_row_per_sample_and_a_score_per_class(
     assert table["columns"] == ["image", "truth", "prediction", "confidence", *scores]
     assert len(table["data"]) == 36
     image, *rest = table["data"][0]
-    print(image)
+    assert image["_type"] == "image-file"
+    assert image["path"] in {entry["path"] for entry in offline.contents()}
     assert rest == ["cat", "dog", *(pytest.approx(p) for p in (0.91, 0.045, 0.91, 0.045))]
 
 
@@ -232,7 +237,7 @@ def test_a_run_carries_its_recipe_name_note_tags_log_and_exit_code(offline: Offl
     assert run["config"]["update"]["data_fallback"] == "no network"
     assert (run["project"], run["display_name"], run["notes"]) == ("pictures", "first", "a try")
     assert run["tags"] == ["synthetic-data"]
-    assert offline.of("exit") == [{"exit_code": 3}]
+    assert [record["exit_code"] for record in offline.of("exit")] == [3]
     logged = [record["line"] for record in offline.of("output_logger")]
     assert logged == ["WARNING:launcher:the disk is nearly full\n"]
 
@@ -342,49 +347,54 @@ def test_a_mode_that_does_not_exist_tracks_nothing_and_says_so(
 
 
 CHILD = """
-import sys
+import os, sys
 from pathlib import Path
-sys.modules.update({name: None for name in sys.argv[3:]})
 from tests.test_tracking import begin, train
-tracker = begin(sys.argv[1] if sys.argv[1] != "None" else None, Path(sys.argv[2]))
-train(tracker, range(1, 2))
-tracker.finish(0)
-print(tracker.mode, bool(sys.modules.get("wandb")), tracker.notice, sep="|")
+
+def report(mode):
+    tracker = begin(mode, Path(sys.argv[1]))
+    train(tracker, range(1, 2))
+    tracker.finish(0)
+    print(tracker.mode, bool(sys.modules.get("wandb")), tracker.notice, sep="|")
+
+"""
+UNTRACKED = """
+report("off")
+os.environ["WANDB_MODE"] = "disabled"
+report(None)
+del os.environ["WANDB_MODE"]
+sys.modules["wandb"] = None  # Python's own way to say that it cannot be imported
+report(None)
 """
 
 
-def command(mode: str | None, folder: Path, hidden: str = "") -> list[str]:
-    return [sys.executable, "-c", CHILD, str(mode), str(folder), *([hidden] if hidden else [])]
+def child(code: str, folder: Path) -> list[str]:
+    return [sys.executable, "-c", CHILD + code, str(folder)]
 
 
-@pytest.mark.parametrize(
-    ("mode", "variable"), [("off", ""), (None, "disabled")], ids=["off", "WANDB_MODE=disabled"]
-)
-def test_wandb_is_not_even_imported_when_it_is_off(
-    world: pytest.MonkeyPatch, tmp_path: Path, mode: str | None, variable: str
-) -> None:
-    if variable:
-        world.setenv("WANDB_MODE", variable)
-    child = subprocess.check_output(command(mode, tmp_path), cwd=ROOT, text=True, timeout=60)
-    assert child == "off|False|\n"
-    assert not (tmp_path / "wandb").exists()
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What three runs say: switched off, switched off by WANDB_MODE, and without wandb."""
+    folder = tmp_path_factory.mktemp("untracked")
+    with own_world(folder):
+        line = child(UNTRACKED, folder)
+        return subprocess.check_output(line, cwd=ROOT, text=True, timeout=60).splitlines()
 
 
-def test_without_wandb_installed_training_goes_on_untracked(
-    world: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    line = command(None, tmp_path, hidden="wandb")
-    child = subprocess.check_output(line, cwd=ROOT, text=True, timeout=60)
-    assert child.startswith("off|False|W&B is off: ModuleNotFoundError")
+def test_wandb_is_not_even_imported_when_it_is_off(untracked: list[str]) -> None:
+    assert untracked[:2] == ["off|False|", "off|False|"]
+
+
+def test_without_wandb_installed_training_goes_on_untracked(untracked: list[str]) -> None:
+    assert untracked[2].startswith("off|False|W&B is off: ModuleNotFoundError")
 
 
 def test_without_an_account_a_terminal_is_not_asked_anything(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command(None, tmp_path), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs
-    )
+    line = child("report(None)", tmp_path)
+    process = subprocess.Popen(line, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     try:
         assert process.wait(timeout=60) == 0
