@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-steps", type=_positive, metavar="N", help="stop after N steps")
     add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
-    add("--project", default="launcher", help="the project in Weights & Biases")
+    add("--project", help="the project in Weights & Biases")
     add("--log-every", type=_positive, metavar="N", help="steps between two readings of the loss")
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")

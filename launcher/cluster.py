@@ -178,22 +178,26 @@ def asked_processes() -> int | None:
     return processes_in(words)
 
 
+_LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+
+
 def processes_in(words: list[str]) -> int | None:
     """The number of processes that an `accelerate launch` command line asks for."""
-    if "launch" not in words:
+    start = next((i for i, word in enumerate(words) if Path(word).name in _LAUNCHERS), None)
+    if start is None:
         return None
-    own = words[words.index("launch") + 1 :]
+    own = words[start + 1 :]
     own = own[: own.index("launcher")] if "launcher" in own else own
-    flag = _flag(own, "--num_processes") or _flag(own, "--num-processes")
+    flag = _flag(own, "--num_processes")
     return int(flag) if flag else _processes_in_config(_flag(own, "--config_file"))
 
 
 def _flag(words: list[str], name: str) -> str | None:
+    """The value of a flag, which Accelerate lets people write with hyphens as well."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name[2:]:
+            return value if equals else following
     return None
 
 
@@ -233,11 +237,16 @@ def device_name(accelerator: "Accelerator") -> str:
     return str(accelerator.device)
 
 
+_ACCELERATES = frozenset(
+    ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+) | {"mixed_precision", "config_file", "multi_gpu", "gpu_ids", "cpu"}
+
+
 def refuse_misplaced(words: list[str]) -> None:
     """Refuse Accelerate's own flags behind the recipe, where they have no effect."""
     for word in words:
-        flag = word.partition("=")[0].replace("-", "_")
-        if flag in ("__num_processes", "__num_machines", "__mixed_precision", "__config_file"):
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and flag in _ACCELERATES:
             raise UserError(
                 f"{word} after the recipe",
                 expected="Accelerate's flags before -m launcher",

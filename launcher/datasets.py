@@ -4,12 +4,13 @@ torchvision opens and verifies the files. After that no image is decoded or tran
 again: see `batches`.
 """
 
+import http.client
 import inspect
 import os
 import socket
 import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,13 @@ class Data:
 class _UnavailableError(Exception):
     """The images are neither on disk nor reachable."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))  # one line
+
+
+# What torchvision raises for files that are absent, damaged or still being unpacked.
+_UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, AssertionError, IndexError, KeyError)
+
 
 def load(data: Images) -> Data:
     """Open or download the images of a recipe, or its declared fallback.
@@ -75,8 +83,15 @@ def load(data: Images) -> Data:
                 expected="the images on disk or a network to fetch them",
                 instead="type data.root=FOLDER, or declare data.fallback in the recipe",
             ) from None
-        train, test = _open_both(data.fallback, data.root)
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
+        try:
+            train, test = _open_both(data.fallback, data.root)
+        except _UnavailableError as second:
+            raise UserError(
+                f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
+                expected="the images on disk or a network to fetch them",
+                instead="type data.root=FOLDER, or declare fallback=Synthetic in the recipe",
+            ) from None
         loaded = Data(train, test, short_name(data.fallback), fallback=why)
     check(loaded, data)
     return loaded
@@ -86,8 +101,11 @@ def check(loaded: Data, data: Images) -> None:
     """Raise `UserError` where the two halves or the recipe's numbers do not fit together."""
     if loaded.train.classes != loaded.test.classes:
         odd = sorted(set(loaded.train.classes) ^ set(loaded.test.classes))
+        given = f"classes that only one half of {data.root!r} has: {', '.join(odd)}"
+        if not odd:
+            given = f"classes in another order for testing: {', '.join(loaded.test.classes)}"
         raise UserError(
-            f"classes that only one half of {data.root!r} has: {', '.join(odd)}",
+            given,
             expected="the same classes for training and for testing",
             instead="add the missing folders or remove the others",
         )
@@ -97,7 +115,7 @@ def check(loaded: Data, data: Images) -> None:
             raise UserError(
                 f"data.{name}={values}",
                 expected=f"{channels} number(s), one per channel of {loaded.name}",
-                instead=f"type data.{name}=({', '.join(['0.5'] * channels)},)",
+                instead=f"type data.{name}={'0.5,' * channels}",
             )
 
 
@@ -136,12 +154,17 @@ def _open(source: Source, root: str, train: bool) -> ImageSet:
         raise _UnavailableError(f"there is no folder {error}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
-    except RuntimeError:  # torchvision's word for files that are absent or damaged
-        _refuse_damaged(source, root)
-    except (OSError, ValueError, EOFError) as error:
-        raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
+    except _UNREADABLE:
+        pass  # look again under the lock: another process may be unpacking the files
     with _downloading(root):
-        return _as_set(_call(source, root, train, download=True), source)
+        try:
+            dataset = _call(source, root, train, download=False)
+        except _UNREADABLE as error:
+            _refuse_damaged(source, root)
+            if "not found" not in str(error):  # torchvision's words for absent files
+                raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
+            dataset = _call(source, root, train, download=True)
+    return _as_set(dataset, source)
 
 
 @contextmanager
@@ -150,10 +173,10 @@ def _downloading(root: str) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     try:
         os.makedirs(root, exist_ok=True)
-        with FileLock(Path(root, ".download.lock")):
+        with FileLock(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             yield
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
         raise _UnavailableError(f"cannot be downloaded ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
@@ -173,6 +196,8 @@ def _refuse_damaged(source: Source, root: str) -> None:
     function = source.func if isinstance(source, partial) else source
     folder = Path(root, getattr(function, "base_folder", ""))
     entries = [*getattr(function, "train_list", ()), *getattr(function, "test_list", ())]
+    if meta := getattr(function, "meta", None):  # CIFAR's list of class names
+        entries.append((meta["filename"], meta["md5"]))
     for name, md5 in entries:
         if (folder / name).is_file() and not check_integrity(str(folder / name), md5):
             raise _damaged(str(folder / name), root)
@@ -196,8 +221,8 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 
 def _as_set(dataset: Any, source: Source) -> ImageSet:
     name = short_name(source)
-    images = torch.as_tensor(getattr(dataset, "data", None) if hasattr(dataset, "data") else ())
-    labels = torch.as_tensor(getattr(dataset, "targets", getattr(dataset, "labels", ()))).long()
+    images = _tensor(getattr(dataset, "data", ()))
+    labels = _tensor(getattr(dataset, "targets", getattr(dataset, "labels", ()))).long()
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
         raise UserError(
             f"data.source={name}, with data of {images.dtype} {tuple(images.shape)}",
@@ -207,6 +232,14 @@ def _as_set(dataset: Any, source: Source) -> ImageSet:
     classes = tuple(str(label) for label in getattr(dataset, "classes", range(10)))
     _check_labels(labels, classes, name)
     return ImageSet(_channels_last(images), labels, classes)
+
+
+def _tensor(values: Any) -> Tensor:
+    """`values` as a tensor; an empty one where they are not numbers, or ragged."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.empty(0)
 
 
 def _channels_last(images: Tensor) -> Tensor:

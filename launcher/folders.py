@@ -35,6 +35,7 @@ class Folder:
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
         if half == Path(root):
+            _refuse_few(files, names)
             files = _split(files, train)
         if not files:
             raise _empty(half)
@@ -54,6 +55,18 @@ def _half(root: Path, train: bool) -> Path:
         if (root / name).is_dir():
             return root / name
     raise _empty(root / "test")
+
+
+def _refuse_few(files: list[tuple[Path, int]], names: list[str]) -> None:
+    """Refuse a class that would have no picture for testing."""
+    for label, name in enumerate(names):
+        own = [file for file, number in files if number == label]
+        if len(own) < TEST_EVERY:
+            raise UserError(
+                f"{own[0].parent} holds {len(own)} picture(s)",
+                expected=f"at least {TEST_EVERY}, as every fifth is kept for testing",
+                instead=f"add pictures of {name!r}, or use folders train/CLASS and test/CLASS",
+            )
 
 
 def _is_visible(path: Path, kind: str) -> bool:
@@ -86,9 +99,15 @@ def _read(file: Path, size: int) -> Any:
     try:
         with Image.open(file) as picture:
             upright = ImageOps.exif_transpose(picture)
-            return numpy.asarray(ImageOps.fit(upright.convert("RGB"), (size, size)))
+            return numpy.asarray(ImageOps.fit(_in_colour(upright), (size, size)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _not_a_picture(file, str(error)) from None
+
+
+def _in_colour(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):  # Pillow would turn all but the darkest pixels white
+        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
+    return picture.convert("RGB")
 
 
 def _not_a_picture(file: Path, why: str) -> UserError:

@@ -43,7 +43,7 @@ def load(path: Path) -> Loaded:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         found, instead = "no such file", _nearby(path)
     except (OSError, UnicodeDecodeError) as error:

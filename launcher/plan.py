@@ -100,7 +100,9 @@ def _check_division(plan: Plan, recipe: Recipe) -> None:
         raise UserError(
             f"a global batch of {plan.batch_size} images over {parts}",
             expected="at least one image for each",
-            instead=f"type data.batch_size={plan.pieces} or more, or start fewer processes",
+            instead=f"type data.batch_size={plan.pieces} or more, or start fewer processes"
+            if plan.pieces <= plan.train_images
+            else f"start fewer processes: there are {plan.train_images} training images",
         )
     last = plan.step_images(plan.steps_per_epoch)
     if recipe.sync_batch_norm and last < plan.pieces:

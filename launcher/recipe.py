@@ -47,6 +47,12 @@ class Images:
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _at_least("data.batch_size", self.batch_size, 1)
+        if not isinstance(self.augment, tuple):
+            raise UserError(
+                f"data.augment={getattr(self.augment, '__name__', self.augment)}",
+                expected="a tuple of augmentations",
+                instead="write augment=(flip,), with the comma, in the recipe file",
+            )
         if any(std <= 0 for std in self.std):
             raise UserError(
                 f"data.std={self.std}",

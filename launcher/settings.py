@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from launcher.errors import UserError
 from launcher.recipe import Recipe
 
@@ -42,6 +44,10 @@ class Setting:
             return self.annotation.__name__
         if _is_callable_type(self.annotation):
             return "code"
+        if typing.get_origin(self.annotation) is typing.Union:  # Optional[int], written int | None
+            options = typing.get_args(self.annotation)
+            names = (Setting("", o, None).type_name for o in options)
+            return " | ".join(names).replace("NoneType", "None")
         return str(self.annotation).replace("typing.", "").replace("NoneType", "None")
 
 
@@ -93,6 +99,13 @@ def code_name(value: Callable[..., Any]) -> str:
     Raises `UserError` for what has no name of its own.
     """
     function = _function(value)
+    if isinstance(function, nn.Module):
+        name = type(function).__name__
+        raise UserError(
+            f"a {name} that is built already in the recipe",
+            expected="a class or a function, which every process calls for itself",
+            instead=f"write {name} without brackets, with settings in partial({name}, ...)",
+        )
     name = getattr(function, "__qualname__", None)
     if name is None or "<lambda>" in name:
         raise UserError(
@@ -128,6 +141,10 @@ def _parameters(value: Callable[..., Any]) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(value, functools.partial):
         given = {**signature.bind_partial(*value.args).arguments, **value.keywords}
     hints = _hints(function)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for name, current in given.items() if takes_any else ():  # what **kwargs pass on
+        if name not in signature.parameters:
+            yield name, Any if current is None else type(current), current
     for name, parameter in signature.parameters.items():
         current = given.get(name, parameter.default)
         if name in _NOT_SETTINGS or current is inspect.Parameter.empty:
@@ -171,12 +188,17 @@ def _replace(value: Any, path: list[str], text: str, name: str, recipe: Recipe) 
     if head not in known:
         raise _unknown(name, recipe)
     annotation, child = known[head]
-    new = _replace(child, rest, text, name, recipe) if rest else parse(text, annotation, name)
+    new = (
+        _replace(child, rest, text, name, recipe) if rest else parse(text, annotation, name, child)
+    )
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
     if isinstance(value, tuple):
         return tuple(new if item is child else item for item in value)
     if isinstance(value, functools.partial):
+        given = inspect.signature(value.func).bind_partial(*value.args).arguments
+        if head in given:  # by position: every position becomes a keyword
+            return functools.partial(value.func, **{**given, **value.keywords, head: new})
         return functools.partial(value.func, *value.args, **{**value.keywords, head: new})
     return functools.partial(value, **{head: new})
 
@@ -197,7 +219,7 @@ def _top(names: list[str]) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in names))
 
 
-def parse(text: str, annotation: Any, name: str) -> Any:
+def parse(text: str, annotation: Any, name: str, current: Any = None) -> Any:
     """Read `text` as a value of `annotation`; raises `UserError` where it is none."""
     value = _literal(text)
     for candidate in (value, text):  # a string such as 10 may be meant as text
@@ -208,7 +230,9 @@ def parse(text: str, annotation: Any, name: str) -> Any:
     raise UserError(
         f"{name}={text}",
         expected=f"a value of type {setting.type_name}",
-        instead="change code in the recipe file" if _is_callable_type(annotation) else "retype it",
+        instead="change code in the recipe file"
+        if _is_callable_type(annotation)
+        else f"type {name}={as_text(current)} to keep it as it is",
     )
 
 

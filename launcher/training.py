@@ -1,6 +1,7 @@
 """One run from a recipe to its weights: the wiring of all other files."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Occasion:
     max_steps: int | None = None
     smoke: bool = False
     wandb: str | None = None
-    project: str = "launcher"
+    project: str | None = None  # in W&B; None: the user's own default, else "launcher"
     log_every: int | None = None
 
 
@@ -153,6 +154,8 @@ def _watched(
         rows |= {"W&B": f"{tracker.mode} {tracker.where}".strip()}
         rows |= {"run folder": str(folder.path)} if folder else {}
         console.header(f"launcher: {loaded.name}", rows, fallback_warning(data))
+        if tracker.notice:
+            console.say(tracker.notice)
         outcome = _consume(job, learner, data, folder, console, tracker)
         console.closing(_closing_rows(outcome, folder, tracker, data))
         exit_code = 0
@@ -177,7 +180,7 @@ def _start_tracker(loaded: Loaded, data: Data, occasion: Occasion, folder: RunFo
     return tracking.start(
         occasion.wandb,
         folder=folder.path,
-        project=occasion.project,
+        project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
         name=folder.path.name,
         config=settings.as_dict(loaded.recipe),
         tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],

@@ -57,7 +57,7 @@ def test_each_epoch_visits_every_image_once_in_its_own_order() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_ranks_together_see_exactly_the_global_batch(world_size: int, accumulate: int) -> None:
-    wanted = epoch_order(0, 2, COUNT).split(16)
+    wanted = torch.split(epoch_order(0, 2, COUNT), 16)
     ranks = [
         pieces(replace(recipe(), accumulate=accumulate), world_size, rank, epoch=2)
         for rank in range(world_size)

@@ -4,6 +4,7 @@ The files are small, but in the published formats, opened by torchvision's own c
 checksums and fetched, where they are fetched, from a real server on this machine.
 """
 
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -30,17 +31,17 @@ from PIL import Image
 from torchvision.datasets import (
     CIFAR10,
     CIFAR100,
+    KMNIST,
     MNIST,
     STL10,
     SVHN,
     FakeData,
     FashionMNIST,
-    KMNIST,
 )
 
 from launcher import Folder, Images, Synthetic, datasets, settings
 from launcher.errors import UserError
-from tests.helpers import HALF, refused, tiny_recipe, words_to_type
+from tests.helpers import HALF, refused, tiny_recipe
 
 NAMES = ["cat", "dog", "ship"]
 SMALL = partial(Synthetic, classes=3, count=50)
@@ -361,7 +362,7 @@ def test_a_folder_of_pictures_that_is_absent_is_replaced_or_refused(tmp_path: Pa
 
 
 def test_a_fallback_that_is_absent_as_well_is_refused(tmp_path: Path) -> None:
-    with refused("SmallCIFAR", "Folder"):
+    with refused("SmallCIFAR", "absent_folder"):
         datasets.load(images_of(Cifar().source(), tmp_path / "absent", fallback=absent_folder))
 
 
@@ -385,11 +386,11 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one content under any name and counts how often it was fetched."""
+    """Serves files, or one content under any name, and counts how often it was asked for them."""
 
     daemon_threads = True
 
-    def __init__(self, content: bytes, status: int = 200) -> None:
+    def __init__(self, content: bytes | dict[str, bytes], status: int = 200) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.status, self.fetched = content, status, 0
 
@@ -404,10 +405,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         # torchvision looks for redirections first, and marks that request by such a header.
         self.server.fetched += self.headers.get("Method") != "HEAD"
+        content = self.server.content
+        if isinstance(content, dict):
+            content = content[self.path.rpartition("/")[2]]
         self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(self.server.content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(self.server.content)
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -420,7 +424,7 @@ Serve = Callable[..., Server]
 def serve() -> Iterator[Serve]:
     servers = []
 
-    def start(content: bytes, status: int = 200) -> Server:
+    def start(content: bytes | dict[str, bytes], status: int = 200) -> Server:
         server = Server(content, status)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -474,21 +478,24 @@ def test_files_that_another_process_is_still_unpacking_are_waited_for(tmp_path: 
     content = late.read_bytes()
     late.write_bytes(cut(content))
 
-    def finish() -> None:
-        time.sleep(0.5)
-        late.write_bytes(content)
-        lock.release()
+    held = threading.Event()
 
-    lock = FileLock(tmp_path / ".download.lock", thread_local=False)
-    lock.acquire()
-    other = threading.Thread(target=finish)
+    def unpack() -> None:
+        with FileLock(tmp_path / ".download.lock"):
+            held.set()
+            time.sleep(0.5)
+            late.write_bytes(content)
+
+    other = threading.Thread(target=unpack)
     other.start()
+    held.wait()
     try:
         assert len(datasets.load(images_of(cifar.source(), tmp_path)).train) == 24
     finally:
         other.join()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # left open by urllib
 @pytest.mark.parametrize(("status", "whole"), [(404, True), (500, True), (200, False)])
 def test_a_server_without_the_right_file_counts_as_out_of_reach(
     tmp_path: Path, serve: Serve, status: int, whole: bool
@@ -500,6 +507,7 @@ def test_a_server_without_the_right_file_counts_as_out_of_reach(
     with refused("SmallCIFAR is not in", "cannot be downloaded"):
         datasets.load(images_of(source, root))
     assert datasets.load(images_of(source, root, fallback=SMALL)).name == "Synthetic"
+    gc.collect()
 
 
 @pytest.fixture
@@ -551,19 +559,17 @@ def test_an_answer_that_is_not_http_counts_as_out_of_reach(
         datasets.load(images_of(source, tmp_path / "data"))
 
 
-def test_a_missing_mnist_is_downloaded(tmp_path: Path, serve: Serve) -> None:
-    """Four files from one server would need four contents: the test set is the training set."""
-    pixels, labels = numpy.zeros((10, 28, 28), numpy.uint8), numpy.arange(10, dtype=numpy.uint8)
-    servers = {
-        "images-idx3": serve(gzip.compress(idx(pixels))),
-        "labels-idx1": serve(gzip.compress(idx(labels))),
-    }
-    resources = [
-        (f"{server.url.removeprefix('http://')}/../{half}-{kind}-ubyte.gz", md5(server.content))
-        for half in ("train", "t10k")
-        for kind, server in servers.items()
-    ]
-    assert resources
+def test_absent_mnist_files_are_downloaded_one_by_one(tmp_path: Path, serve: Serve) -> None:
+    write_mnist(tmp_path / "published", MNIST)
+    folder = tmp_path / "published" / "SmallMNIST" / "raw"
+    packed = {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in folder.iterdir()}
+    server = serve(packed)
+    resources = [(name, md5(content)) for name, content in packed.items()]
+    attributes = {"mirrors": [server.url.removesuffix("all.tar.gz")], "resources": resources}
+    source = type("SmallMNIST", (MNIST,), attributes)
+    data = datasets.load(images_of(source, tmp_path / "data", channels=1))
+    assert (len(data.train), len(data.test)) == (10, 5)
+    assert server.fetched == 4
 
 
 # Data that cannot be used
@@ -572,11 +578,11 @@ def test_a_missing_mnist_is_downloaded(tmp_path: Path, serve: Serve) -> None:
 def made(name: str, **attributes: Any) -> Any:
     """A source like torchvision's, both of whose halves have these attributes."""
 
-    def __init__(self: Any, root: str = "", train: bool = True, download: bool = False) -> None:
+    def start(self: Any, root: str = "", train: bool = True, download: bool = False) -> None:
         for key, value in attributes.items():
             setattr(self, key, value(train) if callable(value) else value)
 
-    return type(name, (), {"__init__": __init__})
+    return type(name, (), {"__init__": start})
 
 
 PIXELS = numpy.zeros((4, 8, 8, 3), numpy.uint8)

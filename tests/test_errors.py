@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -26,7 +27,9 @@ def test_a_user_error_is_one_line_whatever_its_parts_contain(text: str) -> None:
 
 
 @pytest.mark.parametrize("travel", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
-def test_a_user_error_travels_between_processes_with_all_its_parts(error, travel) -> None:  # type: ignore[no-untyped-def]
+def test_a_user_error_travels_between_processes_with_all_its_parts(
+    error: UserError, travel: Callable[[UserError], UserError]
+) -> None:
     arrived = travel(error)
     assert type(arrived) is UserError
     assert str(arrived) == str(error)

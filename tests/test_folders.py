@@ -32,8 +32,8 @@ def greys(half: Folder) -> list[int]:
     return half.data[:, 0, 0, 0].tolist()
 
 
-def both(root: Path, **settings: int) -> tuple[Folder, Folder]:
-    return Folder(str(root), train=True, **settings), Folder(str(root), train=False, **settings)
+def both(root: Path) -> tuple[Folder, Folder]:
+    return Folder(str(root), train=True), Folder(str(root), train=False)
 
 
 # Layouts

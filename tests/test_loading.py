@@ -84,7 +84,7 @@ def test_a_path_with_spaces_and_a_relative_path_load(
 def test_the_recipes_own_classes_can_be_named_and_found_again(tmp_path: Path) -> None:
     loaded = loading.load(written(tmp_path, GOOD))
     assert settings.code_name(loaded.recipe.model) == "recipes.mine:Net"
-    assert settings.override(loaded.recipe, ["model.width=7"]).model().in_features == 7  # type: ignore[union-attr]
+    assert settings.override(loaded.recipe, ["model.width=7"]).model().in_features == 7
 
 
 # Files that do not load

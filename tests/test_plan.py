@@ -122,7 +122,7 @@ def test_without_a_wish_the_loss_is_read_about_twenty_times_an_epoch(
 def test_the_global_batch_is_described_as_ranks_times_images(
     changes: dict[str, int], text: str
 ) -> None:
-    assert plan_of(**changes).describe_batch() == text  # type: ignore[arg-type]
+    assert plan_of(**changes).describe_batch() == text
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(16, 1), (4, 4), (1, 11)])
@@ -189,7 +189,7 @@ def test_the_pieces_over_ranks_and_passes_partition_every_global_batch(seed: int
     plan = plan_of(images, batch, world_size, accumulate=accumulate)
     for step in plan.epoch_steps(1):
         size = plan.step_images(step)
-        taken = []
+        taken: list[int] = []
         for rank in range(world_size):
             for number in range(accumulate):
                 start, stop = piece_bounds(size, plan.pieces, number * world_size + rank)

@@ -45,7 +45,7 @@ def test_records_are_one_json_object_a_line(tmp_path: Path) -> None:
 
 def test_weights_come_back_as_they_were_even_if_strided_or_shared(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     network[0].bias = network[1].bias
     save_weights(network, tmp_path / "weights.safetensors")
     loaded = load_file(tmp_path / "weights.safetensors")
