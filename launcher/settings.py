@@ -100,11 +100,11 @@ def code_name(value: Callable[..., Any]) -> str:
     """
     function = _function(value)
     if isinstance(function, nn.Module):
-        name = type(function).__name__
+        kind = type(function).__name__
         raise UserError(
-            f"a {name} that is built already in the recipe",
+            f"a {kind} that is built already in the recipe",
             expected="a class or a function, which every process calls for itself",
-            instead=f"write {name} without brackets, with settings in partial({name}, ...)",
+            instead=f"write {kind} without brackets, with settings in partial({kind}, ...)",
         )
     name = getattr(function, "__qualname__", None)
     if name is None or "<lambda>" in name:

@@ -190,7 +190,7 @@ def test_a_lambda_in_a_recipe_is_refused(tmp_path: Path, slot: str) -> None:
 
 
 def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path: Path) -> None:
-    with refused("model", "class"):
+    with refused("Net", "class"):
         loading.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
 
 
