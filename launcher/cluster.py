@@ -88,6 +88,7 @@ def join(precision: str) -> "Accelerator":
     world = announced()
     _check_gpus(world, torch.cuda.device_count())
     set_threads()
+    torch.backends.cudnn.benchmark = True  # the sizes of batches hardly change
     handlers: list[Any] = [
         InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         # Running statistics are averaged before each evaluation instead of broadcast each step.

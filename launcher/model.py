@@ -191,7 +191,7 @@ def evaluating(network: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """The network in evaluation mode without gradients; afterwards in training mode again."""
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: its tensors do not mix with CUDA graphs
             yield network
     finally:
         network.train()
