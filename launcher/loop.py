@@ -99,8 +99,8 @@ def train_step(
             logits = widened(learner.wrapped(piece.images))
             loss = job.recipe.loss(logits, piece.targets)
             # DDP averages gradients over the ranks; the world size turns that into their sum.
-            weight = piece.share * job.plan.world_size * job.recipe.loss_scale
-            accelerator.backward(loss * weight)
+            scale = job.plan.world_size * (images if job.recipe.sum_loss else 1)
+            accelerator.backward(loss * (piece.share * scale))
         meter.add(loss, piece.share * images)
         first_logits = logits if first_logits is None else first_logits
     meter.count(images)

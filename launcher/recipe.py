@@ -67,10 +67,11 @@ class Recipe:
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
     maps progress in [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets
     and returns the mean over the batch; with `data.mix` the targets are class probabilities.
-    `loss_scale` multiplies the loss that is differentiated, and so the gradients that clipping and
-    the optimizer see. `accumulate` splits the global batch into that many forward passes.
-    `average` keeps an average of the weights, which is then what is evaluated and saved. `views`
-    is test-time augmentation: a second figure beside the plain test accuracy.
+    `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
+    hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
+    batch into that many forward passes. `average` keeps an average of the weights, which is then
+    what is evaluated and saved. `views` is test-time augmentation: a second figure beside the
+    plain test accuracy.
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `compile` is true
@@ -84,7 +85,7 @@ class Recipe:
     initialise: Callable[[nn.Module, Tensor], None] | None = None
     schedule: Schedule = constant
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    loss_scale: float = 1.0
+    sum_loss: bool = False
     accumulate: int = 1
     clip_norm: float | None = None
     average: Callable[[nn.Module], AveragedModel] | None = None
@@ -100,12 +101,6 @@ class Recipe:
         _at_least("epochs", self.epochs, 1)
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
-        if self.loss_scale <= 0:
-            raise UserError(
-                f"loss_scale={self.loss_scale}",
-                expected="a positive number",
-                instead="type loss_scale=1.0, for example",
-            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(
                 f"clip_norm={self.clip_norm}",

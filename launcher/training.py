@@ -134,7 +134,7 @@ def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
         batch_size=max(min(data.batch_size, SMOKE_BATCH), smallest),
         fallback=None,
     )
-    recipe = replace(loaded.recipe, data=images, epochs=1)
+    recipe = replace(loaded.recipe, data=images, epochs=1, compile=False)
     return replace(loaded, recipe=recipe), replace(occasion, wandb="off", log_every=1)
 
 

@@ -146,7 +146,7 @@ recipe = Recipe(
     epochs=8,
     schedule=linear,
     loss=partial(cross_entropy, label_smoothing=0.2),
-    loss_scale=BATCH,
+    sum_loss=True,
     views=mirrored_and_shifted,
     precision="pure_fp16",
     compile="max-autotune",

@@ -69,10 +69,11 @@ def test_the_first_layer_whitens_the_images(speedrun: Recipe) -> None:
 def test_it_learns(speedrun: Recipe, precision: str) -> None:
     words = (f"precision={precision}", "epochs=3", "model.widths=(16,32,32)")
     network, epochs = trained(small(speedrun, words))
-    assert [report.train_loss for report in epochs] == sorted(
-        (report.train_loss for report in epochs), reverse=True
-    )
-    assert epochs[-1].train_loss < epochs[0].train_loss - 0.2
+    losses = [report.train_loss for report in epochs]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] < 2.3
+    assert losses[-1] < 1.9
+    assert epochs[-1].test.accuracy > 0.3
     assert epochs[-1].test_tta is not None
     half = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}
@@ -101,13 +102,11 @@ def test_its_settings_can_be_changed_and_written_down(speedrun: Recipe) -> None:
         settings.override(speedrun, ["compile=fast"])
 
 
-def test_the_loss_scale_multiplies_the_gradients() -> None:
-    scaled = replace(plain, model=Small64, loss_scale=8.0, epochs=1)
-    scaled = settings.override(scaled, ["optimizer.lr=0.00625"])  # 0.05 / 8
-    (one, first), (other, second) = (
-        trained(replace(plain, model=Small64, epochs=1)),
-        trained(scaled),
-    )
+def test_sum_loss_multiplies_the_gradients_by_the_images() -> None:
+    # 203 images in steps of 29: the sum over each is 29 times the mean.
+    even = replace(plain, model=Small64, epochs=1, data=replace(plain.data, batch_size=29))
+    one, first = trained(even)
+    other, second = trained(settings.override(even, ["sum_loss=true", f"optimizer.lr={0.05 / 29}"]))
     assert first[0].train_loss == pytest.approx(second[0].train_loss, abs=1e-12)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -117,8 +116,6 @@ def test_pure_fp16_needs_a_gpu() -> None:
     assert choose_precision("pure_fp16", has_gpu=True, environ={}) == ("pure_fp16", "recipe")
     with pytest.raises(UserError, match="pure_bf16"):
         choose_precision("pure_fp16", has_gpu=False, environ={})
-    with pytest.raises(UserError, match="loss_scale"):
-        replace(plain, loss_scale=0.0)
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 100])

@@ -119,8 +119,8 @@ SCENARIOS = {
         plain,
         model=Small64,
         initialise=unit_variance,
-        optimizer=partial(divided, lr=0.005),
-        loss_scale=3.0,
+        optimizer=partial(divided, lr=0.0003),
+        sum_loss=True,
         views=mirrored_and_shifted,
     ),
 }
