@@ -36,7 +36,7 @@ class Tutorial:
         self.recipe, self.device = recipe, device
         self.network = fresh_network(recipe).to(device)
         self.criterion = nn.CrossEntropyLoss()
-        self.optimizer = recipe.optimizer(self.network.parameters())
+        self.optimizer = recipe.optimizer(self.network.named_parameters())
         self.transform = Compose([ToTensor(), Normalize(recipe.data.mean, recipe.data.std)])
 
     def epoch(self, images: ImageSet) -> None:
@@ -62,7 +62,7 @@ class Bare:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.network = fresh_network(recipe).to(memory_format=torch.channels_last).to(device)
-        self.optimizer = recipe.optimizer(self.network.parameters())
+        self.optimizer = recipe.optimizer(self.network.named_parameters())
 
     def epoch(self, images: ImageSet) -> None:
         """Train on the images once, in a new order."""

@@ -77,8 +77,11 @@ def take_turns(competitors: dict[str, Epoch], images: int, rounds: int) -> Figur
     return {
         "images_per_second": {name: [round(v) for v in speeds[name]] for name in speeds},
         "median": {name: round(statistics.median(speeds[name])) for name in speeds},
-        "launcher/bare": ratio(speeds["launcher"], speeds["bare"]),
-        "launcher/tutorial": ratio(speeds["launcher"], speeds["tutorial"]),
+        **{
+            f"launcher/{name}": ratio(speeds["launcher"], speeds[name])
+            for name in competitors
+            if name != "launcher"
+        },
     }
 
 

@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     from launcher.augment import Draws, alternating_flip, crop, cutmix, cutout, flip, mixup
     from launcher.folders import Folder
     from launcher.model import ema
+    from launcher.optimizers import Muon, NamedParameters, Together
     from launcher.recipe import Images, Recipe
     from launcher.schedules import constant, cosine, linear, steps
     from launcher.synthetic import Synthetic
+    from launcher.views import mirrored, mirrored_and_shifted
 
 __all__ = [
     "Draws",
     "Folder",
     "Images",
+    "Muon",
+    "NamedParameters",
     "Recipe",
     "Synthetic",
+    "Together",
     "alternating_flip",
     "constant",
     "cosine",
@@ -32,6 +37,8 @@ __all__ = [
     "ema",
     "flip",
     "linear",
+    "mirrored",
+    "mirrored_and_shifted",
     "mixup",
     "steps",
 ]
@@ -40,9 +47,11 @@ _HOMES = {
     "launcher.augment": "Draws alternating_flip crop cutmix cutout flip mixup",
     "launcher.folders": "Folder",
     "launcher.model": "ema",
+    "launcher.optimizers": "Muon NamedParameters Together",
     "launcher.recipe": "Images Recipe",
     "launcher.schedules": "constant cosine linear steps",
     "launcher.synthetic": "Synthetic",
+    "launcher.views": "mirrored mirrored_and_shifted",
 }
 
 

@@ -56,9 +56,11 @@ def crop(
     shifts = (draws.fresh[:, :2] * (2 * padding + 1)).long() - padding
     rows = torch.arange(height, device=images.device) + shifts[:, :1]  # (n, h)
     columns = torch.arange(width, device=images.device) + shifts[:, 1:]  # (n, w)
-    inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
     shifted = _gather(images, _reflect(rows, height), _reflect(columns, width))
-    return shifted if fill == "reflect" else shifted * inside[:, None]
+    if fill == "reflect":
+        return shifted
+    inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
+    return shifted * inside[:, None]
 
 
 def cutout(images: Tensor, draws: Draws, *, size: int = 8, fill: int = 128) -> Tensor:

@@ -21,6 +21,8 @@ from launcher.recipe import Images, Recipe
 # What a random stream is for. Streams of different purposes never share numbers.
 _ORDER, _FRESH, _FIXED, _MIX, _LAYERS = range(5)
 
+AHEAD_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -81,6 +83,7 @@ class Normalise:
         self._scale = (1 / std).to(like).repeat(height * width)
         self._shift = (-mean / std).to(like).repeat(height * width)
         self._contiguous = contiguous
+        self.image_bytes = self._scale.nbytes
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise a batch; in channels_last memory unless told otherwise."""
@@ -90,8 +93,23 @@ class Normalise:
         return pictures.contiguous() if self._contiguous else pictures
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """What is drawn for one epoch: the order of the images, their partners, their draws."""
+
+    number: int
+    order: Tensor
+    partners: Tensor | None
+    fresh: Tensor | None
+
+
 class Batches:
-    """The training images of one rank, epoch by epoch."""
+    """The training images of one rank, epoch by epoch.
+
+    On a GPU the pictures of several steps are made at once, as many as fit in `AHEAD_BYTES`, since
+    the launching of kernels would otherwise take longer than their work; on a CPU those of one
+    step, which then stay in its cache. The next epoch is drawn while the device is busy.
+    """
 
     def __init__(
         self, images: ImageSet, recipe: Recipe, plan: Plan, normalise: Normalise, rank: int
@@ -100,25 +118,28 @@ class Batches:
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalise, self._rank = normalise, rank
         self._fixed = self._draws(stream(_FIXED, recipe.seed))
+        self._ahead: _Epoch | None = None
+        step_bytes = normalise.image_bytes * (-(-plan.batch_size // plan.world_size))
+        on_cpu = images.images.device.type == "cpu"
+        self._steps_at_once = 1 if on_cpu else max(1, AHEAD_BYTES // step_bytes)
 
     def epoch(self, epoch: int) -> Iterator[tuple[int, list[Piece]]]:
         """The steps of epoch `epoch`, each with its number and its `accumulate` pieces."""
+        drawn = self._ahead if self._ahead and self._ahead.number == epoch else self._draw(epoch)
+        self._ahead = None
+        steps = self._plan.epoch_steps(epoch)
+        for start in range(0, len(steps), self._steps_at_once):
+            if start + self._steps_at_once >= len(steps) and epoch < self._plan.last_epoch:
+                self._ahead = self._draw(epoch + 1)
+            yield from self._make(drawn, steps[start : start + self._steps_at_once])
+
+    def _draw(self, epoch: int) -> _Epoch:
         plan, seed = self._plan, self._recipe.seed
-        device = self._images.images.device
         order = epoch_order(seed, epoch, plan.train_images)
         partners = None
         if self._recipe.data.mix:
-            partners = successors(order, plan.batch_size).to(device)
-        order = order.to(device)
-        fresh = self._draws(stream(_FRESH, seed, epoch))
-        for step in plan.epoch_steps(epoch):
-            yield (
-                step,
-                [
-                    self._piece(order, partners, fresh, epoch, step, number)
-                    for number in range(plan.accumulate)
-                ],
-            )
+            partners = self._send(successors(order, plan.batch_size))
+        return _Epoch(epoch, self._send(order), partners, self._draws(stream(_FRESH, seed, epoch)))
 
     def _draws(self, random: numpy.random.Generator) -> Tensor | None:
         """Draws of all images for all augmentations: `(augmentations, images, 4)`."""
@@ -126,62 +147,71 @@ class Batches:
         if not kinds:
             return None
         size = (kinds, self._plan.train_images, DRAWS_PER_AUGMENTATION)
-        table = torch.from_numpy(random.random(size, dtype=numpy.float32))
-        return table.to(self._images.images.device)
+        return self._send(torch.from_numpy(random.random(size, dtype=numpy.float32)))
 
-    def _piece(
-        self,
-        order: Tensor,
-        partners: Tensor | None,
-        fresh: Tensor | None,
-        epoch: int,
-        step: int,
-        number: int,
-    ) -> Piece:
+    def _send(self, table: Tensor) -> Tensor:
+        """To the device, without waiting for what it is doing."""
+        device = self._images.images.device
+        if device.type == "cuda":
+            table = table.pin_memory()
+        return table.to(device, non_blocking=True)
+
+    def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[Piece]]]:
+        """Make the pictures of `steps` together; yield each step with its pieces."""
+        spans = [span for step in steps for span in self._spans(step)]
+        pieces, partners = self._pieces(drawn.order, drawn, spans), None
+        if drawn.partners is not None:
+            partners = self._pieces(drawn.partners, drawn, spans)
+        for number, step in enumerate(steps):
+            own = slice(number * self._plan.accumulate, (number + 1) * self._plan.accumulate)
+            if partners is None:
+                yield step, pieces[own]
+            else:
+                pairs = zip(pieces[own], partners[own], strict=True)
+                yield step, [self._mix(piece, partner, step) for piece, partner in pairs]
+
+    def _pieces(
+        self, order: Tensor, drawn: _Epoch, spans: list[tuple[int, int, float]]
+    ) -> list[Piece]:
+        """The images that `order` names in these spans of the epoch."""
+        indices = torch.cat([order[start:stop] for start, stop, _ in spans])
+        sizes = [stop - start for start, stop, _ in spans]
+        images = torch.split(self._pictures(indices, drawn), sizes)
+        targets = torch.split(self._images.labels.index_select(0, indices), sizes)
+        shares = [share for _, _, share in spans]
+        return [Piece(*parts) for parts in zip(images, targets, shares, strict=True)]
+
+    def _spans(self, step: int) -> list[tuple[int, int, float]]:
+        """Start, stop and share of this rank's pieces of a step, in the order of the epoch."""
         plan = self._plan
         first = (step - 1) % plan.steps_per_epoch * plan.batch_size
         size = plan.step_images(step)
-        start, stop = piece_bounds(size, plan.pieces, number * plan.world_size + self._rank)
-        share = (stop - start) / size
-        chosen = slice(first + start, first + max(stop, start + 1))
-        indices = order[chosen]
-        images = self._pictures(indices, fresh, epoch)
-        targets = self._images.labels.index_select(0, indices)
-        if partners is None:
-            return Piece(images, targets, share)
-        others = self._pictures(partners[chosen], fresh, epoch)
-        other_targets = self._images.labels.index_select(0, partners[chosen])
-        random = stream(_MIX, self._recipe.seed, step)
-        return self._mix(images, targets, others, other_targets, share, random)
+        spans = []
+        for number in range(plan.accumulate):
+            start, stop = piece_bounds(size, plan.pieces, number * plan.world_size + self._rank)
+            spans.append((first + start, first + max(stop, start + 1), (stop - start) / size))
+        return spans
 
-    def _pictures(self, indices: Tensor, fresh: Tensor | None, epoch: int) -> Tensor:
+    def _pictures(self, indices: Tensor, drawn: _Epoch) -> Tensor:
         """Gather, augment and normalise: int64 `(n,)` -> floating point `(n, c, h, w)`."""
         images = self._images.images.index_select(0, indices)
-        if fresh is not None and self._fixed is not None:
+        if drawn.fresh is not None and self._fixed is not None:
             pictures = images.permute(0, 3, 1, 2)
             for number, augmentation in enumerate(self._recipe.data.augment):
                 draws = Draws(
-                    fresh[number].index_select(0, indices),
+                    drawn.fresh[number].index_select(0, indices),
                     self._fixed[number].index_select(0, indices),
-                    epoch,
+                    drawn.number,
                 )
                 pictures = augmentation(pictures, draws)
             images = pictures.permute(0, 2, 3, 1)
         return self._normalise(images)
 
-    def _mix(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        others: Tensor,
-        other_targets: Tensor,
-        share: float,
-        random: numpy.random.Generator,
-    ) -> Piece:
+    def _mix(self, own: Piece, other: Piece, step: int) -> Piece:
         mix = self._recipe.data.mix
         assert mix is not None
-        mixed, weight = mix(images, others, random)
+        random = stream(_MIX, self._recipe.seed, step)
+        images, weight = mix(own.images, other.images, random)
         classes = len(self._images.classes)
-        own = one_hot(targets, classes).to(images.dtype)
-        other = one_hot(other_targets, classes).to(images.dtype)
-        return Piece(mixed, own * weight + other * (1 - weight), share)
+        mine, others = (one_hot(t, classes).to(images.dtype) for t in (own.targets, other.targets))
+        return Piece(images, mine * weight + others * (1 - weight), own.share)

@@ -25,6 +25,7 @@ _SEVERAL_ON_CPU = (
 )
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+_WITHOUT_AUTOCAST = ("fp32", "pure_bf16", "pure_fp16")
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def choose_precision(
             expected="no, bf16 or fp16",
             instead="type accelerate launch --mixed_precision bf16 ...",
         )
-    if precision == "fp16" and not has_gpu:
+    if precision in ("fp16", "pure_fp16") and not has_gpu:
         raise UserError(
-            f"precision fp16 ({origin}) without a GPU",
+            f"precision {precision} ({origin}) without a GPU",
             expected="bf16 or fp32 on a CPU",
-            instead="type precision=bf16 after the recipe",
+            instead=f"type precision={precision.replace('fp16', 'bf16')} after the recipe",
         )
     return precision, origin
 
@@ -87,14 +88,16 @@ def join(precision: str) -> "Accelerator":
     world = announced()
     _check_gpus(world, torch.cuda.device_count())
     set_threads()
+    torch.backends.cudnn.benchmark = True  # the sizes of batches hardly change
     handlers: list[Any] = [
         InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         # Running statistics are averaged before each evaluation instead of broadcast each step.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
-    names = {ours: theirs for theirs, ours in _ACCELERATE_NAMES.items()}
     accelerator = Accelerator(
-        cpu=_runs_on_cpu(), mixed_precision=names[precision], kwargs_handlers=handlers
+        cpu=_runs_on_cpu(),
+        mixed_precision="no" if precision in _WITHOUT_AUTOCAST else precision,
+        kwargs_handlers=handlers,
     )
     check_world(world.size, accelerator.num_processes, asked_processes())
     return accelerator

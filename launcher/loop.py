@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from launcher.batches import Batches, Normalise, Piece, layer_seeds, piece_bounds
 from launcher.datasets import Data, ImageSet
 from launcher.metrics import EpochReport, Evaluation, Meter, StepReport, Tally, sample_indices
-from launcher.model import Learner, average_buffers, evaluating, first_parameter
+from launcher.model import Learner, average_buffers, evaluating, first_parameter, widened
 from launcher.plan import Plan
-from launcher.recipe import Recipe
+from launcher.recipe import Recipe, Views
 
 EVALUATION_BATCH = 1000  # images per rank and forward pass; changes no result
 FIRST_PREDICTIONS = 5  # images whose predicted classes are shown after the first step
@@ -54,6 +54,9 @@ def fit(job: Job, learner: Learner, data: Data) -> Iterator[StepReport | EpochRe
         loss, images_per_second = yield from train_epoch(job, learner, batches, epoch)
         average_buffers(learner.evaluated, job.accelerator)
         evaluation = evaluate(job, learner.evaluated, test, normalise)
+        augmented = None
+        if recipe.views is not None:
+            augmented = evaluate(job, learner.evaluated, test, normalise, recipe.views)
         yield EpochReport(
             epoch=epoch,
             step=plan.epoch_steps(epoch)[-1],
@@ -63,6 +66,7 @@ def fit(job: Job, learner: Learner, data: Data) -> Iterator[StepReport | EpochRe
             seconds=time.perf_counter() - started,
             test=evaluation,
             probabilities=score_samples(job, learner.evaluated, test, normalise),
+            test_tta=augmented,
         )
 
 
@@ -74,7 +78,7 @@ def train_epoch(
     meter = Meter(accelerator.device, job.over_ranks)
     seeds = layer_seeds(recipe.seed, epoch, accelerator.process_index, plan.steps_per_epoch)
     for step, pieces in batches.epoch(epoch):
-        learner.scale_rates(recipe.schedule(plan.progress(step)))
+        learner.set_rates(plan.progress(step), recipe.schedule)
         seed_layers(seeds[(step - 1) % plan.steps_per_epoch], accelerator.device)
         logits = train_step(job, learner, pieces, plan.step_images(step), meter)
         if plan.is_reported(step):
@@ -93,10 +97,11 @@ def train_step(
     for piece in pieces:
         waits = piece is not pieces[-1]  # gradients travel between ranks once per step
         with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
-            logits = learner.wrapped(piece.images)
+            logits = widened(learner.wrapped(piece.images))
             loss = job.recipe.loss(logits, piece.targets)
             # DDP averages gradients over the ranks; the world size turns that into their sum.
-            backward(loss, piece.share * job.plan.world_size, accelerator)
+            scale = job.plan.world_size * (images if job.recipe.sum_loss else 1)
+            backward(loss, piece.share * scale, accelerator)
         meter.add(loss, piece.share * images)
         first_logits = logits if first_logits is None else first_logits
     meter.count(images)
@@ -131,15 +136,18 @@ def first_classes(logits: Tensor) -> tuple[int, ...]:
     return tuple(logits[:FIRST_PREDICTIONS].argmax(dim=1).tolist())
 
 
-def evaluate(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise) -> Evaluation:
-    """Evaluate each test image exactly once, on whichever rank."""
+def evaluate(
+    job: Job, network: nn.Module, test: ImageSet, normalise: Normalise, views: Views | None = None
+) -> Evaluation:
+    """Evaluate each test image exactly once, on whichever rank; by its `views` where given."""
     accelerator = job.accelerator
     tally = Tally(len(test.classes), accelerator.device)
     start, stop = piece_bounds(len(test), accelerator.num_processes, accelerator.process_index)
     with evaluating(network) as score, accelerator.autocast():
         for first in range(start, stop, EVALUATION_BATCH):
             part = slice(first, min(first + EVALUATION_BATCH, stop))
-            logits = widened(score(normalise(test.images[part])))
+            images = normalise(test.images[part])
+            logits = widened(views(score, images) if views else score(images))
             labels = test.labels[part]
             tally.add(logits, labels, job.recipe.loss(logits, labels))
     evaluation = tally.evaluation(job.over_ranks(tally.counts))
@@ -150,10 +158,6 @@ def evaluate(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise)
 def score_samples(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise) -> Tensor:
     """Class probabilities `(36, classes)` of the fixed sample images, on the CPU."""
     chosen = test.images[sample_indices(len(test))]
-    with evaluating(network) as score, job.accelerator.autocast():
-        return widened(score(normalise(chosen))).softmax(dim=1).cpu()
-
-
-def widened(logits: Tensor) -> Tensor:
-    """Half precision as float32; wider types as they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    with evaluating(network), job.accelerator.autocast():
+        # Not through a compiled call: these few images are not worth another compilation.
+        return widened(network.forward(normalise(chosen))).softmax(dim=1).cpu()

@@ -68,9 +68,14 @@ class EpochReport:
     seconds: float  # training and evaluation
     test: Evaluation
     probabilities: Tensor
+    test_tta: Evaluation | None = None  # the same images with test-time augmentation
 
     def metrics(self) -> dict[str, int | float | list[float | None]]:
-        """The flat names under which people find the figures again."""
+        """The flat names under which people find the figures again.
+
+        A name without `tta` is always of the plain images.
+        """
+        tta = {"test/accuracy_tta": self.test_tta.accuracy} if self.test_tta else {}
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -79,6 +84,7 @@ class EpochReport:
             "train/images_per_second": self.images_per_second,
             "test/loss": self.test.loss,
             "test/accuracy": self.test.accuracy,
+            **tta,
             "test/top5": self.test.top5,
             "test/images": self.test.images,
             "test/per_class_accuracy": list(self.test.per_class),

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launcher.batches import Normalise
 from launcher.datasets import ImageSet
 from launcher.errors import UserError
+from launcher.optimizers import compile_steps
 from launcher.recipe import Recipe
+from launcher.schedules import Schedule
 from launcher.settings import code_name
+
+INITIAL_IMAGES = 5000  # training images that a data-dependent initialisation sees
+_PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Learner:
 
     `network` is the plain module. `wrapped` is what trains: on several ranks, DDP around it.
     `average` is its running average, if the recipe keeps one. `rates` are the learning rates of
-    the optimizer's groups before the schedule.
+    the optimizer's groups before the schedule, `schedules` those groups' own where they have one.
     """
 
     network: nn.Module
@@ -32,6 +38,7 @@ class Learner:
     average: AveragedModel | None
     optimizer: Optimizer
     rates: tuple[float, ...]
+    schedules: tuple[Schedule | None, ...]
 
     @property
     def evaluated(self) -> nn.Module:
@@ -43,10 +50,14 @@ class Learner:
         """The present rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def scale_rates(self, multiplier: float) -> None:
-        """Set each group's rate to its own times the schedule's multiplier."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * multiplier
+    def set_rates(self, progress: float, schedule: Schedule) -> None:
+        """Set each group's rate to its own times the multiplier of its or the recipe's schedule."""
+        groups = zip(self.optimizer.param_groups, self.rates, self.schedules, strict=True)
+        for group, rate, own in groups:
+            group["lr"] = rate * (own or schedule)(progress)
+            if own and self.wrapped is self.network:  # DDP waits for the gradient of all it knows
+                for parameter in group["params"]:
+                    parameter.requires_grad_(group["lr"] != 0)
 
 
 def ema(network: nn.Module, *, decay: float = 0.999) -> AveragedModel:
@@ -96,6 +107,21 @@ def first_parameter(network: nn.Module) -> Tensor:
     return next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
 
 
+def initialise(network: nn.Module, recipe: Recipe, images: ImageSet, device: torch.device) -> None:
+    """Move the network to the device and run the recipe's initialisation, if it has one."""
+    network.to(device)
+    if recipe.initialise is not None:
+        like = widened(first_parameter(network))
+        normalise = Normalise(recipe.data, images.images.shape[1:], like, contiguous=False)
+        with torch.no_grad():
+            recipe.initialise(network, normalise(images.images[:INITIAL_IMAGES].to(device)))
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision as float32; wider types as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Learner:
     """Move the network to the device in the recipe's memory format and wrap it for training.
 
@@ -103,21 +129,34 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
     """
     if recipe.sync_batch_norm:
         network = _synchronised(network, accelerator)
-    network = network.to(accelerator.device)
+    network = _narrowed(network.to(accelerator.device), recipe)
     if recipe.memory_format == "channels_last":
         network = network.to(memory_format=torch.channels_last)
     average = recipe.average(network) if recipe.average else None
     optimizer = _optimizer(recipe, network)
     rates = tuple(group["lr"] for group in optimizer.param_groups)
+    schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
     with warnings.catch_warnings():
         # Newer torch renames the option, older torch knows only this name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         wrapped, prepared = accelerator.prepare(network, optimizer)
+    if recipe.compile:
+        mode = None if recipe.compile is True else recipe.compile
+        network.compile(mode=mode, dynamic=False)
+        compile_steps(optimizer)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
-    if recipe.compile:
-        network.compile()
-    return Learner(network, wrapped, average, optimizer, rates)
+    return Learner(network, wrapped, average, optimizer, rates, schedules)
+
+
+def _narrowed(network: nn.Module, recipe: Recipe) -> nn.Module:
+    """All but BatchNorm, whose statistics need it, in the recipe's pure half precision."""
+    if recipe.precision in _PURE:
+        network.to(_PURE[recipe.precision])
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.float()
+    return network
 
 
 def _synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -132,7 +171,7 @@ def _synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 def _optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
     try:
-        return recipe.optimizer([p for p in network.parameters() if p.requires_grad])
+        return recipe.optimizer([(n, p) for n, p in network.named_parameters() if p.requires_grad])
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{code_name(recipe.optimizer)} refuses its settings: {error}",
@@ -154,7 +193,7 @@ def evaluating(network: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """The network in evaluation mode without gradients; afterwards in training mode again."""
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: its tensors do not mix with CUDA graphs
             yield network
     finally:
         network.train()

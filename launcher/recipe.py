@@ -4,7 +4,7 @@
 file means the same experiment on a laptop and on 64 GPUs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,12 +16,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from launcher.augment import Draws
 from launcher.errors import UserError
-from launcher.schedules import constant
+from launcher.optimizers import NamedParameters
+from launcher.schedules import Schedule, constant
+from launcher.views import Score
 
 Source = Callable[..., Any]
 Augmentation = Callable[[Tensor, Draws], Tensor]
 Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
-Precision = Literal["fp32", "bf16", "fp16"]
+Views = Callable[[Score, Tensor], Tensor]
+Precision = Literal["fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"]
+CompileMode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @dataclass(frozen=True)
@@ -65,25 +69,36 @@ class Images:
 class Recipe:
     """One experiment.
 
-    `model` builds the network, `optimizer` takes its parameters. `schedule` maps progress in
-    [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets and returns the
-    mean over the batch; with `data.mix` the targets are class probabilities. `accumulate` splits
-    the global batch into that many forward passes. `average` keeps an average of the weights,
-    which is then what is evaluated and saved. `precision=None` leaves it to Accelerate's config.
+    `model` builds the network; `initialise`, if any, then changes it by the first 5,000 normalised
+    training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
+    maps progress in [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets
+    and returns the mean over the batch; with `data.mix` the targets are class probabilities.
+    `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
+    hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
+    batch into that many forward passes. `average` keeps an average of the weights, which is then
+    what is evaluated and saved. `views` is test-time augmentation: a second figure beside the
+    plain test accuracy.
+
+    `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
+    half precision, all but BatchNorm's; None leaves it to Accelerate's config. `compile` is true
+    or one of torch.compile's modes.
     """
 
     model: Callable[[], nn.Module]
     data: Images
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    optimizer: Callable[[NamedParameters], Optimizer]
     epochs: int
-    schedule: Callable[[float], float] = constant
+    initialise: Callable[[nn.Module, Tensor], None] | None = None
+    schedule: Schedule = constant
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    sum_loss: bool = False
     accumulate: int = 1
     clip_norm: float | None = None
     average: Callable[[nn.Module], AveragedModel] | None = None
+    views: Views | None = None
     precision: Precision | None = None
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
-    compile: bool = False
+    compile: bool | CompileMode = False
     sync_batch_norm: bool = False
     seed: int = 0
 

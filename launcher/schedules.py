@@ -6,6 +6,9 @@ with `functools.partial`, and any function of one float serves as well.
 """
 
 import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
 
 
 def constant(progress: float) -> float:
@@ -13,11 +16,14 @@ def constant(progress: float) -> float:
     return 1.0
 
 
-def linear(progress: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
-    """Rise from 0 to 1 over the fraction `warmup`, then fall in a straight line to `end`."""
+def linear(progress: float, *, warmup: float = 0.0, end: float = 0.0, until: float = 1.0) -> float:
+    """Rise from 0 to 1 over the fraction `warmup`, then fall in a straight line to `end`.
+
+    It is reached at `until` and kept from there on.
+    """
     if progress < warmup:
         return progress / warmup
-    return end + (1 - end) * (1 - _after(progress, warmup))
+    return end + (1 - end) * max(0.0, 1 - _after(progress, warmup, until))
 
 
 def cosine(progress: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
@@ -35,5 +41,5 @@ def steps(progress: float, *, at: tuple[float, ...] = (0.5, 0.75), factor: float
     return factor ** sum(progress >= point for point in at)
 
 
-def _after(progress: float, warmup: float) -> float:
-    return (progress - warmup) / (1 - warmup) if warmup < 1 else 0.0
+def _after(progress: float, warmup: float, until: float = 1.0) -> float:
+    return (progress - warmup) / (until - warmup) if warmup < until else 0.0

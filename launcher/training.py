@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from launcher import checkpoints, cluster, datasets, runs, settings, tracking
-from launcher.console import Console, first_step_line, make_console
+from launcher.console import Console, first_step_line, make_console, tta_note
 from launcher.datasets import Data
 from launcher.errors import TrainingError
 from launcher.loading import Loaded
 from launcher.loop import Job, fit
 from launcher.metrics import EpochReport, StepReport
-from launcher.model import Learner, build, count_parameters, prepare
+from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.plan import Plan, make_plan
 from launcher.runs import RunFolder
 from launcher.tracking import NullTracker, Tracker
@@ -61,6 +61,7 @@ def train(loaded: Loaded, occasion: Occasion) -> Outcome:
     network = build(recipe, data.train)
     accelerator = cluster.join(precision)
     job = Job(recipe, plan, accelerator)
+    initialise(network, recipe, data.train, accelerator.device)
     learner = prepare(network, recipe, accelerator)
     facts = describe(loaded, data, plan, network) | {
         "devices": f"{plan.world_size} x {cluster.device_name(accelerator)}",
@@ -130,7 +131,7 @@ def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
         batch_size=max(min(data.batch_size, SMOKE_BATCH), smallest),
         fallback=None,
     )
-    recipe = replace(loaded.recipe, data=images, epochs=1)
+    recipe = replace(loaded.recipe, data=images, epochs=1, compile=False)
     return replace(loaded, recipe=recipe), replace(occasion, wandb="off", log_every=1)
 
 
@@ -230,8 +231,8 @@ def _closing_rows(
 ) -> dict[str, str]:
     best, last = outcome.best, outcome.last
     rows = {
-        "best epoch": f"{best.epoch}, test accuracy {best.test.accuracy:.2%}",
-        "last epoch": f"{last.epoch}, test accuracy {last.test.accuracy:.2%}",
+        "best epoch": f"{best.epoch}, test accuracy {best.test.accuracy:.2%}{tta_note(best)}",
+        "last epoch": f"{last.epoch}, test accuracy {last.test.accuracy:.2%}{tta_note(last)}",
     }
     if data.fallback:
         rows["data"] = fallback_warning(data)

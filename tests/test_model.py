@@ -78,7 +78,7 @@ def test_the_average_follows_its_formula(images: datasets.ImageSet) -> None:
 def test_rates_are_scaled_from_the_recipes_own_each_time(images: datasets.ImageSet) -> None:
     learner = prepare(build(RECIPE, images), RECIPE, cluster.join("fp32"))
     for multiplier in (0.5, 0.25):
-        learner.scale_rates(multiplier)
+        learner.set_rates(multiplier, float)  # a schedule that returns the progress itself
         assert learner.learning_rate == multiplier
 
 

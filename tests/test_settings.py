@@ -144,7 +144,7 @@ def test_an_overridden_class_builds_what_was_asked_for(recipe: Recipe) -> None:
 def test_an_overridden_partial_keeps_its_other_keywords(recipe: Recipe) -> None:
     recipe = replace(recipe, optimizer=partial(SGD, lr=0.1, momentum=0.9))
     optimizer = settings.override(recipe, ["optimizer.lr=0.5"]).optimizer(
-        [nn.Parameter(torch.ones(1))]
+        [("p", nn.Parameter(torch.ones(1)))]
     )
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"]) == (0.5, 0.9)
@@ -518,7 +518,7 @@ def test_the_list_follows_the_order_of_the_recipes_fields(recipe: Recipe) -> Non
         ("data.root", "str"),
         ("data.mean", "tuple[float, ...]"),
         ("clip_norm", "float | None"),
-        ("compile", "bool"),
+        ("sync_batch_norm", "bool"),
     ],
 )
 def test_types_are_listed_as_people_write_them(recipe: Recipe, name: str, kind: str) -> None:

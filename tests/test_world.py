@@ -60,6 +60,7 @@ def test_evaluation_counts_each_image_once(results: Results, name: str, size: in
     one, many = results[1][name], results[size][name]
     assert many["confusions"] == one["confusions"]
     assert many["in_top5"] == one["in_top5"]
+    assert many["with_views"] == one["with_views"]
     assert [sum(map(sum, table)) for table in many["confusions"]] == [IMAGES // 5] * 2
 
 

@@ -7,15 +7,19 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 
 from launcher import (
     Images,
+    Muon,
+    NamedParameters,
     Recipe,
     Synthetic,
+    Together,
     cluster,
     crop,
     cutmix,
@@ -24,11 +28,12 @@ from launcher import (
     ema,
     flip,
     linear,
+    mirrored_and_shifted,
     mixup,
 )
 from launcher.loop import Job, fit
 from launcher.metrics import EpochReport, StepReport
-from launcher.model import build, prepare
+from launcher.model import build, initialise, prepare
 from launcher.plan import make_plan
 
 # 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.
@@ -55,6 +60,26 @@ class Small(nn.Module):
 class Small64(Small):
     def __init__(self) -> None:
         super().__init__(torch.float64)
+
+
+def divided(parameters: NamedParameters, *, lr: float = 0.05) -> Optimizer:
+    """Muon for the filters; the bias of the convolution is trained over half of the training."""
+    named = list(parameters)
+    filters = [pair for pair in named if pair[1].ndim == 4]
+    early = [pair for pair in named if pair[0] == "layers.0.bias"]
+    others = [pair for pair in named if pair[1].ndim != 4 and pair[0] != "layers.0.bias"]
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": early, "schedule": partial(linear, until=0.5)},
+    ]
+    return Together(Muon(filters, lr=lr), SGD(groups, lr=lr, momentum=0.9))
+
+
+def unit_variance(network: nn.Module, images: Tensor) -> None:
+    """Divide the first filters by the standard deviation of what they make of the images."""
+    assert isinstance(network, Small)
+    filters = network.layers[0].weight
+    filters /= network.layers[0](images).std(dim=(0, 2, 3))[:, None, None, None]
 
 
 plain = Recipe(
@@ -90,6 +115,14 @@ SCENARIOS = {
         memory_format="contiguous",
         accumulate=2,
     ),
+    "muon_initialised_views": replace(
+        plain,
+        model=Small64,
+        initialise=unit_variance,
+        optimizer=partial(divided, lr=0.0003),
+        sum_loss=True,
+        views=mirrored_and_shifted,
+    ),
 }
 
 
@@ -103,7 +136,9 @@ def run(recipe: Recipe) -> dict[str, object]:
         test_images=len(data.test),
         log_every=3,
     )
-    learner = prepare(build(recipe, data.train), recipe, accelerator)
+    network = build(recipe, data.train)
+    initialise(network, recipe, data.train, accelerator.device)
+    learner = prepare(network, recipe, accelerator)
     reports = list(fit(Job(recipe, plan, accelerator), learner, data))
     epochs = [report for report in reports if isinstance(report, EpochReport)]
     return {
@@ -113,6 +148,7 @@ def run(recipe: Recipe) -> dict[str, object]:
         "test_losses": [report.test.loss for report in epochs],
         "confusions": [report.test.confusion for report in epochs],
         "in_top5": [report.test.in_top5 for report in epochs],
+        "with_views": [report.test_tta.confusion for report in epochs if report.test_tta],
     }
 
 

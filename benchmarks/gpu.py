@@ -1,0 +1,291 @@
+"""Check and measure the launcher on a GPU machine, in one call of less than ten minutes.
+
+    python benchmarks/gpu.py --root FOLDER --seeds 10 --peer airbench94_muon.py
+
+FOLDER holds torchvision's cifar-10-batches-py; without it, embedded images (accuracies then mean
+nothing). `--parts` chooses among, and runs in this order:
+
+    checks       half precision learns, compiling changes no loss, equal runs are equal bit by bit
+    simplecnn    images per second of recipes/simplecnn.py against a bare loop (competitors.py)
+    speedrun94   seconds and accuracy of recipes/speedrun94.py over seeds; the same of the record's
+                 own script, if `--peer` names it; use of the device; where the time goes
+    resnet18     images per second of recipes/resnet18.py, use of the device, and one whole training
+
+The clock of speedrun94 is the record's: it runs over the data-dependent initialisation, all
+training steps and one evaluation with test-time augmentation, and not over the compilation (a
+whole training comes first, thrown away), the loading of the images, or evaluations between epochs.
+The seconds of the training alone are given as well. Like the record's script, all seeds use one
+compiled network, which gets fresh weights.
+
+Use of the device (MFU) is the arithmetic of the training step, as torch counts it, over the time
+of a step and the rate of a large matrix product in half precision, measured here.
+
+`--seconds PART=N ...` limits parts, `--set NAME=VALUE ...` changes settings of speedrun94. The
+results are written to `--output` after each part.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the check of equal runs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torchvision.datasets import CIFAR10
+
+from benchmarks.competitors import Bare, Launched
+from benchmarks.epoch import first_steps, machine, take_turns
+from benchmarks.trainer import Trainer, fresh_accelerator, profiled, timed, use_of_device
+from launcher import Recipe, Synthetic, datasets, loading, settings
+from launcher.datasets import Data
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SECONDS = {"checks": 90, "simplecnn": 90, "speedrun94": 260, "resnet18": 130}
+HALF = ("bf16", "fp16", "pure_bf16", "pure_fp16")
+
+Figures = dict[str, Any]
+
+
+def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe, Data]:
+    """A recipe of this repository and its images; all of it small in a rehearsal."""
+    recipe = settings.override(loading.load(RECIPES / f"{name}.py").recipe, overrides)
+    source = CIFAR10 if words.root else partial(Synthetic, count=words.count)
+    images = replace(recipe.data, source=source, root=words.root, fallback=None)
+    if words.rehearse:
+        images = replace(images, batch_size=min(images.batch_size, 100))
+        slim = ("model.widths=(16,32,32)", "precision=pure_bf16") if name == "speedrun94" else ()
+        recipe = settings.override(replace(recipe, compile=False, epochs=2), slim)
+    return replace(recipe, data=images), datasets.load(images)
+
+
+def checks(words: argparse.Namespace, deadline: float) -> Figures:
+    """Raise nothing: a check that fails is a `false` in the results."""
+    recipe, data = load("simplecnn", words)
+    data = replace(data, train=first_steps(data.train, recipe, 100))
+    figures: Figures = {}
+    for precision in [p for p in HALF if torch.cuda.is_available() or "fp16" not in p]:
+        # Without a scaler fp16 needs the larger gradients of a sum; Adam ignores their scale.
+        overrides = [f"precision={precision}", f"sum_loss={precision == 'pure_fp16'}"]
+        trainer = Trainer(settings.override(recipe, overrides), data)
+        losses = [report.loss for report in trainer.epochs(10, last=2)]
+        learns = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+        figures[f"{precision} learns"] = {"passed": learns, "losses": [losses[0], losses[-1]]}
+    figures["compiling changes no loss"] = compare_compiled(recipe, data)
+    figures["equal runs are equal"] = compare_equal(recipe, data)
+    return figures
+
+
+def compare_compiled(recipe: Recipe, data: Data) -> Figures:
+    """The losses of ten steps, plain and compiled, in full float32."""
+    few = replace(data, train=first_steps(data.train, recipe, 10))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        plain, compiled = (
+            [report.loss for report in Trainer(each, few).epochs(1, last=1)]
+            for each in (recipe, replace(recipe, compile=True))
+        )
+    difference = max(abs(a - b) for a, b in zip(plain, compiled, strict=True))
+    return {"passed": difference < 1e-3, "largest_difference": difference}
+
+
+def compare_equal(recipe: Recipe, data: Data) -> Figures:
+    """Two runs with torch's deterministic algorithms end with the same bits."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    ends = []
+    for _ in range(2):
+        trainer = Trainer(recipe, data)
+        torch.backends.cudnn.benchmark = False
+        list(trainer.epochs(last=1))
+        ends.append([p.detach().clone() for p in trainer.learner.network.parameters()])
+    torch.use_deterministic_algorithms(False)
+    return {"passed": all(map(torch.equal, *ends))}
+
+
+def simplecnn(words: argparse.Namespace, deadline: float) -> Figures:
+    """Images per second, evaluation excluded; the competitors take turns."""
+    figures: Figures = {}
+    for precision in ("bf16", "fp32"):
+        recipe, data = load("simplecnn", words, f"precision={precision}")
+        recipe = replace(recipe, epochs=100)  # more than are run
+        accelerator = fresh_accelerator(precision)
+        images = data.train.to(accelerator.device)
+        compiled = replace(recipe, compile=True)
+        racers: dict[str, Bare | Launched] = {
+            "bare": Bare(recipe, accelerator.device),
+            "launcher": Launched(recipe, data.train, accelerator),
+            "launcher compiled": Launched(compiled, data.train, accelerator),
+        }
+        if words.rehearse:
+            del racers["launcher compiled"]
+        for racer in racers.values():
+            racer.epoch(first_steps(images, recipe, 50))
+            racer.epoch(images)  # also the shape of the last batch
+        runs: dict[str, Callable[[], None]] = {
+            name: partial(racer.epoch, images) for name, racer in racers.items()
+        }
+        figures[precision] = take_turns(runs, len(images), words.rounds)
+    return figures
+
+
+def speedrun94(words: argparse.Namespace, deadline: float) -> Figures:
+    """Time and accuracy over seeds, then the record's script, then where the time goes."""
+    recipe, data = load("speedrun94", words, *words.set)
+    trainer = Trainer(recipe, data)
+    warm_up = once(trainer, seed=10_000)
+    figures: Figures = {"settings": words.set, "compile_seconds": warm_up["seconds"], "runs": []}
+    until = deadline - (deadline - time.perf_counter()) * (0.5 if words.peer else 0.15)
+    for seed in range(words.seeds):
+        if time.perf_counter() > until:
+            break
+        figures["runs"].append(once(trainer, seed))
+    figures |= summary(figures["runs"])
+    figures["use_of_device"] = use_of_device(trainer, figures["train_seconds"]["mean"])
+    figures["logging_every_step"] = once(trainer, seed=1, log_every=1)
+    figures["profile"] = profiled(trainer)
+    if words.peer:
+        figures["peer"] = run_peer(words.peer, data, deadline - time.perf_counter(), words.seeds)
+    return figures
+
+
+def once(trainer: Trainer, seed: int, log_every: int | None = None) -> Figures:
+    """One training by the record's clock; the plain accuracy comes after it."""
+    trainer.renew(seed)
+    train_seconds, reports = timed(lambda: list(trainer.epochs(log_every)))
+    tta_seconds, with_tta = timed(lambda: trainer.accuracy(with_views=True))
+    return {
+        "seed": seed,
+        "seconds": train_seconds + tta_seconds,
+        "train_seconds": train_seconds,
+        "accuracy": trainer.accuracy(with_views=False),
+        "accuracy_tta": with_tta,
+        "last_train_loss": reports[-1].loss,
+    }
+
+
+def summary(runs: list[Figures]) -> Figures:
+    """Mean and standard deviation of every figure."""
+    names = [name for name in runs[0] if name != "seed"] if runs else []
+    return {name: spread([run[name] for run in runs]) for name in names}
+
+
+def spread(values: list[float]) -> Figures:
+    """Mean, standard deviation, number."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
+
+
+def run_peer(script: Path, data: Data, seconds: float, seeds: int) -> Figures:
+    """Run the record's script for fewer seeds, in a folder of its own; read what it prints."""
+    text, count = re.subn(r"range\(200\)", f"range({seeds})", script.read_text(encoding="utf-8"))
+    if count != 1 or seconds < 60:
+        return {"skipped": f"{count} place(s) to set the number of runs, {seconds:.0f} s left"}
+    with TemporaryDirectory() as folder:
+        images = Path(folder, "cifar10")
+        images.mkdir()
+        for name, half in (("train", data.train), ("test", data.test)):
+            saved = {"images": half.images, "labels": half.labels, "classes": list(half.classes)}
+            torch.save(saved, images / f"{name}.pt")
+        Path(folder, script.name).write_text(text, encoding="utf-8")
+        command = [sys.executable, "-u", script.name]
+        done = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            printed, _ = done.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            done.kill()
+            printed, _ = done.communicate()
+    return peer_figures(printed)
+
+
+def peer_figures(printed: str) -> Figures:
+    """The accuracies and seconds of the peer's table; its first run is its warm-up."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    rows = [row for row in rows if len(row) == 6]
+    ends = [(float(r[4]), float(r[5])) for r in rows if r[1] == "eval"][1:]
+    plain = [float(r[3]) for r, following in itertools.pairwise(rows) if following[1] == "eval"][1:]
+    if not ends:
+        return {"failed": printed[-2000:]}
+    return {
+        "accuracy": spread(plain),
+        "accuracy_tta": spread([accuracy for accuracy, _ in ends]),
+        "seconds": spread([seconds for _, seconds in ends]),
+    }
+
+
+def resnet18(words: argparse.Namespace, deadline: float) -> Figures:
+    """Images per second after compilation; a whole training if there is time for it."""
+    recipe, data = load("resnet18", words)
+    if words.rehearse:
+        data = replace(data, train=first_steps(data.train, recipe, 1))
+    trainer = Trainer(recipe, data)
+    trainer.renew(0)
+    compile_seconds, _ = timed(lambda: list(trainer.epochs(last=1)))
+    seconds, _ = timed(lambda: list(trainer.epochs(last=1)))
+    figures: Figures = {
+        "first_epoch_seconds": compile_seconds,
+        "images_per_second": len(trainer.train) / seconds,
+        "use_of_device": use_of_device(trainer, seconds * recipe.epochs),
+        "epochs": recipe.epochs,
+    }
+    needed = seconds * recipe.epochs * 1.1 + 5
+    if deadline - time.perf_counter() < needed:
+        return {**figures, "accuracy": f"no time for {needed:.0f} s"}
+    return {**figures, **once(trainer, seed=0)}
+
+
+PARTS = {part.__name__: part for part in (checks, simplecnn, speedrun94, resnet18)}
+
+
+def parse_words() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--root", default="", help="folder of CIFAR-10; embedded images by default")
+    add("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    add("--seconds", nargs="*", default=[], metavar="PART=N", help=f"default: {SECONDS}")
+    add("--seeds", type=int, default=10)
+    add("--rounds", type=int, default=5, help="of simplecnn")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of speedrun94")
+    add("--peer", type=Path, help="the record's script, airbench94_muon.py")
+    add("--count", type=int, default=50_000, help="embedded images")
+    add("--rehearse", action="store_true", help="tiny and uncompiled, for a machine without GPU")
+    add("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the parts; a part that fails leaves its error in the results and the next one runs."""
+    words = parse_words()
+    limits = SECONDS | {name: int(n) for name, _, n in (w.partition("=") for w in words.seconds)}
+    figures: Figures = {"command": " ".join(["python", *sys.argv])}
+    figures["machine"] = machine(fresh_accelerator("fp32"))
+    for name in [part for part in PARTS if part in words.parts]:
+        started = time.perf_counter()
+        try:
+            figures[name] = PARTS[name](words, started + limits[name])
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            figures[name] = {"failed": f"{type(error).__name__}: {error}"}
+        figures[name]["part_seconds"] = round(time.perf_counter() - started, 1)
+        words.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(name, json.dumps(figures[name], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
