@@ -78,8 +78,11 @@ def checks(words: argparse.Namespace, deadline: float) -> Figures:
     data = replace(data, train=first_steps(data.train, recipe, 100))
     figures: Figures = {}
     for precision in [p for p in HALF if torch.cuda.is_available() or "fp16" not in p]:
-        # Without a scaler fp16 needs the larger gradients of a sum; Adam ignores their scale.
-        overrides = [f"precision={precision}", f"sum_loss={precision == 'pure_fp16'}"]
+        overrides = [f"precision={precision}"]
+        if precision == "pure_fp16":
+            # Without a scaler it needs the larger gradients of a sum, whose scale Adam ignores, and
+            # an epsilon that fp16 can hold: 1e-8 becomes 0, and Adam then divides 0 by 0.
+            overrides += ["sum_loss=true", "optimizer.eps=1e-4"]
         trainer = Trainer(settings.override(recipe, overrides), data)
         losses = [report.loss for report in trainer.epochs(10, last=2)]
         learns = all(map(math.isfinite, losses)) and losses[-1] < losses[0]

@@ -1,6 +1,10 @@
-"""ResNet-18 on CIFAR-10, the usual reference: 95 % in few epochs.
+"""ResNet-18 on CIFAR-10, the usual reference.
 
-accelerate launch -m launcher recipes/resnet18.py
+    accelerate launch -m launcher recipes/resnet18.py
+
+Test accuracy after 24 epochs: 93.2 and 93.3 % in two runs of seed 0, about 31 s of training on one
+NVIDIA H100 at 45,000 images/s, after 50 s of compiling (benchmarks/gpu.py, torch 2.11). Smaller and
+larger rates, stronger decay and cutout gave no more in 24 epochs; 95 % is still to be reached.
 
 ResNet-18 (He et al., 2016) as it is commonly fitted to small images: a 3x3 convolution for a stem
 and no first pooling. SGD with Nesterov momentum, a rate that rises and falls once (Smith & Topin,
