@@ -123,7 +123,8 @@ class Launched:
         )
         batches = Batches(images, self.recipe, plan, normalise, rank)
         job = Job(self.recipe, plan, self.accelerator)
-        return train_epoch(job, self.learner, batches, self.epochs)
+        events = train_epoch(job, self.learner, batches, self.epochs)
+        return (event for event in events if isinstance(event, StepReport))
 
 
 def fresh_network(recipe: Recipe) -> nn.Module:

@@ -50,7 +50,9 @@ class Trainer:
         job, normalise = self.job(log_every), self.normalise()
         batches = Batches(self.train, recipe, job.plan, normalise, rank=0)
         for epoch in range(1, (last or recipe.epochs) + 1):
-            yield from train_epoch(job, self.learner, batches, epoch)
+            for event in train_epoch(job, self.learner, batches, epoch):
+                if isinstance(event, StepReport):
+                    yield event
 
     def job(self, log_every: int | None = None) -> Job:
         """The plan of a whole training, in this one process."""

@@ -123,11 +123,12 @@ class Batches:
         on_cpu = images.images.device.type == "cpu"
         self._steps_at_once = 1 if on_cpu else max(1, AHEAD_BYTES // step_bytes)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[int, list[Piece]]]:
-        """The steps of epoch `epoch`, each with its number and its `accumulate` pieces."""
+    def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[Piece]]]:
+        """The steps of an epoch behind step `after`, each with its number and its pieces."""
         drawn = self._ahead if self._ahead and self._ahead.number == epoch else self._draw(epoch)
         self._ahead = None
         steps = self._plan.epoch_steps(epoch)
+        steps = range(max(steps.start, after + 1), steps.stop)
         for start in range(0, len(steps), self._steps_at_once):
             if start + self._steps_at_once >= len(steps) and epoch < self._plan.last_epoch:
                 self._ahead = self._draw(epoch + 1)

@@ -1,20 +1,249 @@
-"""Weights to disk: whole or not at all."""
+"""Weights and checkpoints on disk: whole or not at all, and verified before they are believed.
 
+    runs/NAME/checkpoints/step-000001564/
+        weights.safetensors      parameters and buffers
+        average.safetensors      the weight average, if the recipe keeps one
+        buffers.safetensors      running statistics of every rank, if there are several
+        optimizer.pt             the optimizer's state (tensors and numbers only)
+        state.json               position, best so far, resolved recipe, W&B id, scaler
+        manifest.json            size and SHA-256 of each of the above
+
+A checkpoint is written into a hidden folder, flushed to the disk, and renamed. The order of the
+images, every random draw and the learning rate follow from the position, so they are not saved.
+Nothing in it runs code when it is loaded.
+"""
+
+import hashlib
+import json
 import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
-from torch import nn
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from launcher.model import Learner
+
+KEPT = 3  # checkpoints; the best weights are kept apart
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a training between two steps, in memory of the host."""
+
+    tensors: Mapping[str, Tensors]  # by the name of their file
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+class CheckpointError(Exception):
+    """A checkpoint is damaged: says which file and how."""
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write weights and buffers as safetensors under `path`, replacing what was there at once."""
-    # Copies in the ordinary memory layout: safetensors refuses strided and shared tensors.
-    tensors = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary)
+        save_file(_on_host(network.state_dict()), temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def capture(learner: Learner, accelerator: Accelerator, state: dict[str, Any]) -> Snapshot:
+    """Copy the state to the host. Every rank calls this: running statistics are gathered."""
+    tensors = {"weights": _on_host(learner.network.state_dict())}
+    if learner.average is not None:
+        tensors["average"] = _on_host(learner.average.state_dict())
+    if accelerator.num_processes > 1 and (buffers := _rank_buffers(learner, accelerator)):
+        tensors["buffers"] = buffers
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    optimizer = _copied(learner.optimizer.state_dict())
+    return Snapshot(tensors, optimizer, {**state, "scaler": scaler})
+
+
+def restore(folder: Path, learner: Learner, accelerator: Accelerator) -> None:
+    """Put a verified checkpoint into a prepared learner, on every rank.
+
+    Settings of the optimizer stay those of the recipe, which may have been changed on purpose.
+    """
+    learner.network.load_state_dict(load_file(folder / "weights.safetensors"))
+    if learner.average is not None:
+        learner.average.load_state_dict(load_file(folder / "average.safetensors"))
+    options = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in learner.optimizer.param_groups
+    ]
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    learner.optimizer.load_state_dict(saved)
+    for group, option in zip(learner.optimizer.param_groups, options, strict=True):
+        group.update(option)
+    scaler = read_state(folder)["scaler"]
+    if accelerator.scaler is not None and scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    if (folder / "buffers.safetensors").is_file():
+        _take_buffers(load_file(folder / "buffers.safetensors"), learner, accelerator)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `state.json` says."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def write(snapshot: Snapshot, root: Path) -> Path:
+    """Write a checkpoint below `root` and drop the oldest; an `OSError` leaves all as it was."""
+    name = f"step-{snapshot.state['position']['step']:09d}"
+    temporary, final = root / f".{name}.{os.getpid()}", root / name
+    try:
+        temporary.mkdir(parents=True)
+        for kind, tensors in snapshot.tensors.items():
+            save_file(tensors, temporary / f"{kind}.safetensors")
+        torch.save(snapshot.optimizer, temporary / "optimizer.pt")
+        _write_text(temporary / "state.json", json.dumps(snapshot.state, indent=2))
+        _write_text(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2))
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        if final.exists():  # the same step again, after a resume: equal, or damaged
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _all(root)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not."""
+    complaints = []
+    for folder in reversed(_all(root)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            complaints.append(f"checkpoint {folder.name} is damaged ({error}); trying an older one")
+        else:
+            return folder, complaints
+    return None, complaints
+
+
+def verify(folder: Path) -> None:
+    """Raise `CheckpointError` unless every file is there with its recorded size and SHA-256."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError("no readable manifest.json") from None
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != size or _digest(path) != digest:
+            raise CheckpointError(f"{name} is not what was written")
+    if not {"weights.safetensors", "optimizer.pt", "state.json"} <= entries.keys():
+        raise CheckpointError("manifest.json lacks a file")
+
+
+class Writer:
+    """Writes checkpoints in the background, one at a time, so that training does not wait."""
+
+    def __init__(self, root: Path) -> None:
+        """Write below `root`."""
+        self._root = root
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def submit(self, snapshot: Snapshot) -> str:
+        """Begin to write; returns what went wrong with the one before, or an empty text."""
+        complaint = self.wait()
+        self._pending = self._pool.submit(write, snapshot, self._root)
+        return complaint
+
+    def wait(self) -> str:
+        """Wait until all is written; returns what went wrong, or an empty text."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except OSError as error:
+            return f"a checkpoint could not be written ({error}); the one before it stays"
+        return ""
+
+
+def _all(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step-*") if path.is_dir() and not path.is_symlink())
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = sorted(folder.iterdir())
+    return {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Copies in the ordinary memory layout: safetensors refuses strided and shared tensors."""
+    return {name: _copy(value).contiguous() for name, value in tensors.items()}
+
+
+def _copied(value: Any) -> Any:
+    """A nested state with its tensors copied to the host, in their own memory layout."""
+    if isinstance(value, Tensor):
+        return _copy(value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _buffers(learner: Learner) -> dict[str, Tensor]:
+    """The running statistics, which differ between the ranks, under names of their own."""
+    modules = {"network": learner.network, "average": learner.average}
+    return {
+        f"{owner}.{name}": buffer
+        for owner, module in modules.items()
+        if module is not None
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point()
+    }
+
+
+def _rank_buffers(learner: Learner, accelerator: Accelerator) -> Tensors:
+    """Each buffer of all ranks: `(ranks, ...)`."""
+    buffers = _buffers(learner).items()
+    return {name: _copy(accelerator.gather(buffer[None])) for name, buffer in buffers}
+
+
+def _take_buffers(saved: Tensors, learner: Learner, accelerator: Accelerator) -> None:
+    """This rank's own statistics; on another number of ranks, the mean of all."""
+    for name, buffer in _buffers(learner).items():
+        ranks = saved[name]
+        same = len(ranks) == accelerator.num_processes
+        buffer.copy_(ranks[accelerator.process_index] if same else ranks.mean(dim=0))

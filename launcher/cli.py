@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher import cluster
-from launcher.errors import LauncherError, UserError
+from launcher import cluster, signals
+from launcher.errors import EXIT_INTERRUPTED, EXIT_SAVED, LauncherError, UserError
 
 if TYPE_CHECKING:
     from launcher.loading import Loaded
+    from launcher.plan import Cadence
     from launcher.training import Occasion
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
@@ -35,10 +36,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line `words`; returns the exit code: 0, 1 (failed) or 2 (bad input)."""
+    """Run the command line `words`; returns the exit code, which errors.py explains."""
     logging.basicConfig(format="launcher: %(message)s")
     try:
-        return _run(sys.argv[1:] if words is None else list(words))
+        with signals.listening():  # before torch is imported: that takes seconds
+            return _run(sys.argv[1:] if words is None else list(words))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except LauncherError as error:
         if cluster.announced().is_main:
             sys.stderr.write(f"launcher: {error}\n")
@@ -64,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
     add("--project", help="the project in Weights & Biases")
     add("--log-every", type=_positive, metavar="N", help="steps between two readings of the loss")
+    add("--resume", action="store_true", help="continue the newest run, or the one of --name")
+    add("--resume-changed", metavar="A,B", help="settings that may differ from the checkpoint's")
+    every = "20 steps, 2m minutes, 1e epochs (the default) or never"
+    add("--checkpoint-every", default="1e", metavar="N", help=every)
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")
     return parser
@@ -121,16 +129,37 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
         wandb=arguments.wandb,
         project=arguments.project,
         log_every=arguments.log_every,
+        resume=arguments.resume or arguments.resume_changed is not None,
+        resume_changed=tuple((arguments.resume_changed or "").split(",")),
+        checkpoint_every=_cadence(arguments.checkpoint_every),
     )
     if arguments.dry_run:
         return _dry_run(loaded, occasion, arguments.world_size)
-    training.train(loaded, occasion)
-    return 0
+    outcome = training.train(loaded, occasion)
+    return EXIT_SAVED if outcome.stopped else 0
+
+
+def _cadence(text: str) -> "Cadence":
+    """`20` steps, `2m` minutes, `1e` epochs, or `never`."""
+    from launcher.plan import Cadence
+
+    number = text[:-1] if text[-1:] in ("m", "e") else text
+    if text == "never":
+        return Cadence()
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(
+            f"--checkpoint-every {text}",
+            expected="a number of steps, minutes (2m) or epochs (1e), or never",
+            instead="type --checkpoint-every 1e, for example",
+        )
+    if text.endswith("m"):
+        return Cadence(minutes=int(number))
+    return Cadence(epochs=int(number)) if text.endswith("e") else Cadence(steps=int(number))
 
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import datasets, model, settings, training
+    from launcher import datasets, model, settings, training, watching
 
     world = cluster.announced()
     data = datasets.load(loaded.recipe.data)
@@ -140,7 +169,7 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
     if world.is_main:
         sys.stdout.write(json.dumps(settings.as_dict(loaded.recipe), indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{value}\n" for label, value in facts.items())
-        sys.stdout.write(f"{warning}\n" if (warning := training.fallback_warning(data)) else "")
+        sys.stdout.write(f"{warning}\n" if (warning := watching.fallback_warning(data)) else "")
     return 0
 
 

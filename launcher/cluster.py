@@ -156,6 +156,8 @@ def _chose_threads() -> bool:
     """Whether OMP_NUM_THREADS is the user's: whether the launching parent was given it as well."""
     import psutil
 
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True  # no launcher stands between the user and this process
     try:
         parent = psutil.Process(os.getppid())
         flags = [word.partition("=")[0] for word in parent.cmdline()]

@@ -140,15 +140,19 @@ def epoch_line(report: EpochReport, plan: Plan, is_best: bool) -> str:
         f"epoch {report.epoch:>{width}}/{plan.epochs}"
         f"  train loss {report.train_loss:7.4f}"
         f"  test loss {report.test.loss:7.4f}"
-        f"  test accuracy {report.test.accuracy:7.2%}{tta_note(report)}"
+        f"  test accuracy {report.test.accuracy:7.2%}{_tta(report)}"
         f"  {report.images_per_second:>9,.0f} img/s"
         f"  {report.seconds:7.1f} s" + ("  best" if is_best else "")
     )
 
 
-def tta_note(report: EpochReport) -> str:
+def tta_note(accuracy: float | None) -> str:
     """The accuracy with test-time augmentation, where there is one, beside the plain figure."""
-    return f" ({report.test_tta.accuracy:.2%} with TTA)" if report.test_tta else ""
+    return f" ({accuracy:.2%} with TTA)" if accuracy is not None else ""
+
+
+def _tta(report: EpochReport) -> str:
+    return tta_note(report.test_tta.accuracy if report.test_tta else None)
 
 
 def first_step_line(report: StepReport, classes: tuple[str, ...]) -> str:

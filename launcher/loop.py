@@ -5,8 +5,9 @@ backward so that the gradients add up to that of the mean loss over the whole gl
 then let the optimizer step at the learning rate that belongs to this point of the training.
 """
 
+import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,11 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from launcher.agreement import Agreement
 from launcher.batches import Batches, Normalise, Piece, layer_seeds, piece_bounds
 from launcher.datasets import Data, ImageSet
+from launcher.errors import TrainingError
 from launcher.metrics import EpochReport, Evaluation, Meter, StepReport, Tally, sample_indices
 from launcher.model import Learner, average_buffers, evaluating, first_parameter, widened
-from launcher.plan import Plan
+from launcher.plan import START, Plan, Position
 from launcher.recipe import Recipe, Views
 
 EVALUATION_BATCH = 1000  # images per rank and forward pass; changes no result
@@ -38,20 +41,48 @@ class Job:
         return self.accelerator.reduce(values, reduction="sum")
 
 
-def fit(job: Job, learner: Learner, data: Data) -> Iterator[StepReport | EpochReport]:
-    """Train; yield a `StepReport` at each log interval and an `EpochReport` after each epoch.
+@dataclass(frozen=True)
+class SavePoint:
+    """All ranks stand between the same two steps: their state can be saved, and ends if `stops`."""
 
-    Every rank must run it to its end, since reports add sums over the ranks.
+    position: Position
+    stops: bool = False
+
+
+Event = StepReport | EpochReport | SavePoint
+
+
+def never() -> tuple[bool, bool]:
+    """The wishes of a caller who neither stops nor saves out of turn."""
+    return False, False
+
+
+def fit(
+    job: Job,
+    learner: Learner,
+    data: Data,
+    start: Position = START,
+    wishes: Callable[[], tuple[bool, bool]] = never,
+) -> Iterator[Event]:
+    """Train from `start` on: a `StepReport` at each log interval, an `EpochReport` per epoch.
+
+    After each step `wishes` is asked whether this rank wants to stop, and whether it wants to save;
+    a `SavePoint` follows when any rank does, or the plan. Every rank must run it to its end, since
+    reports add sums over the ranks. Raises `TrainingError` when the loss is not finite.
     """
     recipe, plan, device = job.recipe, job.plan, job.accelerator.device
     train, test = data.train.to(device), data.test.to(device)
     like, contiguous = first_parameter(learner.network), recipe.memory_format == "contiguous"
     normalise = Normalise(recipe.data, train.images.shape[1:], like, contiguous)
     batches = Batches(train, recipe, plan, normalise, job.accelerator.process_index)
+    agreement = Agreement(job.over_ranks, plan.world_size, device, wishes)
     learner.network.train()
-    for epoch in range(1, plan.last_epoch + 1):
+    for epoch in range(start.epochs + 1, plan.last_epoch + 1):
         started = time.perf_counter()
-        loss, images_per_second = yield from train_epoch(job, learner, batches, epoch)
+        trained = yield from train_epoch(job, learner, batches, epoch, start, agreement)
+        if trained is None:
+            return
+        loss, images_per_second = trained
         average_buffers(learner.evaluated, job.accelerator)
         evaluation = evaluate(job, learner.evaluated, test, normalise)
         augmented = None
@@ -68,24 +99,60 @@ def fit(job: Job, learner: Learner, data: Data) -> Iterator[StepReport | EpochRe
             probabilities=score_samples(job, learner.evaluated, test, normalise),
             test_tta=augmented,
         )
+        if plan.is_saved_after_epoch(epoch):
+            yield SavePoint(plan.position_after(epoch))
 
 
 def train_epoch(
-    job: Job, learner: Learner, batches: Batches, epoch: int
-) -> Generator[StepReport, None, tuple[float, float]]:
-    """Train one epoch; return its mean loss and images/s over all ranks."""
+    job: Job,
+    learner: Learner,
+    batches: Batches,
+    epoch: int,
+    start: Position = START,
+    agreement: Agreement | None = None,
+) -> Generator[StepReport | SavePoint, None, tuple[float, float] | None]:
+    """Train one epoch, or what `start` leaves of it; return its mean loss and images/s.
+
+    Returns None where the ranks agreed to stop before its end.
+    """
     recipe, plan, accelerator = job.recipe, job.plan, job.accelerator
-    meter = Meter(accelerator.device, job.over_ranks)
+    meter = resumed_meter(job, epoch, start)
     seeds = layer_seeds(recipe.seed, epoch, accelerator.process_index, plan.steps_per_epoch)
-    for step, pieces in batches.epoch(epoch):
+    for step, pieces in batches.epoch(epoch, after=start.step):
         learner.set_rates(plan.progress(step), recipe.schedule)
         seed_layers(seeds[(step - 1) % plan.steps_per_epoch], accelerator.device)
         logits = train_step(job, learner, pieces, plan.step_images(step), meter)
-        if plan.is_reported(step):
+        stops, saves = agreement.after_step() if agreement else never()
+        saves = saves or stops or plan.is_saved_after_step(step)
+        if saves or plan.is_reported(step):
             loss, images_per_second = meter.read()
+            refuse_infinite(loss, epoch, step, learner.learning_rate)
             first = first_classes(logits) if step == 1 else ()
             yield StepReport(epoch, step, loss, learner.learning_rate, images_per_second, first)
+        if saves:
+            yield SavePoint(Position(step, epoch - 1, meter.loss_sum), stops)
+        if stops:
+            return None
     return meter.epoch()
+
+
+def resumed_meter(job: Job, epoch: int, start: Position) -> Meter:
+    """The epoch's meter, with what `start` has behind it of this epoch."""
+    before = start.step - job.plan.epoch_steps(epoch).start + 1
+    if before <= 0:
+        return Meter(job.accelerator.device, job.over_ranks)
+    images = min(before * job.plan.batch_size, job.plan.train_images)
+    return Meter(job.accelerator.device, job.over_ranks, loss_sum=start.epoch_loss, images=images)
+
+
+def refuse_infinite(loss: float, epoch: int, step: int, learning_rate: float) -> None:
+    """Raise `TrainingError` before a state that is not finite can replace a good one."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is not finite ({loss}) at step {step} (epoch {epoch}, "
+            f"learning rate {learning_rate:g}); the last checkpoint is kept; "
+            "try a lower rate, clip_norm=1 or precision=bf16"
+        )
 
 
 def train_step(

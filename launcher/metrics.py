@@ -92,6 +92,21 @@ class EpochReport:
         }
 
 
+@dataclass(frozen=True)
+class Best:
+    """The epoch of the highest test accuracy so far; with test-time augmentation beside it."""
+
+    epoch: int
+    accuracy: float
+    accuracy_tta: float | None = None
+
+    @classmethod
+    def of(cls, report: EpochReport) -> "Best":
+        """The figures of one epoch."""
+        tta = report.test_tta.accuracy if report.test_tta else None
+        return cls(report.epoch, report.test.accuracy, tta)
+
+
 def sample_indices(count: int) -> list[int]:
     """The fixed test images that reports show: up to 36, spread evenly over the set."""
     shown = min(SAMPLES, count)
@@ -101,12 +116,19 @@ def sample_indices(count: int) -> list[int]:
 class Meter:
     """The training loss and speed of one epoch. `over_ranks` adds a tensor over all ranks."""
 
-    def __init__(self, device: torch.device, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Start the clock of the epoch."""
+    def __init__(
+        self,
+        device: torch.device,
+        over_ranks: Callable[[Tensor], Tensor],
+        *,
+        loss_sum: float = 0.0,
+        images: int = 0,
+    ) -> None:
+        """Start the clock; `loss_sum` and `images` are what a resumed epoch has behind it."""
         self._interval_sum = torch.zeros((), dtype=_widest(device), device=device)
         self._over_ranks = over_ranks
-        self._interval_images = self._epoch_images = 0
-        self._epoch_sum = 0.0
+        self._interval_images, self._epoch_images, self._before = 0, images, images
+        self.loss_sum = loss_sum
         self._started = self._interval_started = time.perf_counter()
 
     def add(self, mean_loss: Tensor, images: float) -> None:
@@ -123,7 +145,7 @@ class Meter:
         now = time.perf_counter()
         images = self._interval_images
         rate = images / (now - self._interval_started)
-        self._epoch_sum += total
+        self.loss_sum += total
         self._epoch_images += images
         self._interval_sum.zero_()
         self._interval_images, self._interval_started = 0, now
@@ -132,7 +154,8 @@ class Meter:
     def epoch(self) -> tuple[float, float]:
         """Mean loss and images/s of the epoch up to the last reading."""
         seconds = self._interval_started - self._started
-        return self._epoch_sum / self._epoch_images, self._epoch_images / seconds
+        images = self._epoch_images - self._before
+        return self.loss_sum / self._epoch_images, images / seconds if seconds else 0.0
 
 
 class Tally:

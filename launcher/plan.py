@@ -11,6 +11,30 @@ from launcher.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where a training stands between two steps: with the recipe, all that a resume must know."""
+
+    step: int = 0  # steps done
+    epochs: int = 0  # epochs done, evaluation included
+    epoch_loss: float = 0.0  # sum of the losses of the images seen in the present epoch
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often a checkpoint is written; all None: never, but at a signal."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    minutes: float | None = None
+
+
+EVERY_EPOCH = Cadence(epochs=1)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How many steps of how many images. A step is one optimizer step."""
 
@@ -23,6 +47,8 @@ class Plan:
     steps_per_epoch: int
     last_step: int  # where the run ends: all steps, or --max-steps
     log_every: int
+    save_steps: int | None = None  # a checkpoint after so many steps
+    save_epochs: int | None = None  # or after so many epochs
 
     @property
     def steps(self) -> int:
@@ -54,6 +80,20 @@ class Plan:
         ends_epoch = step % self.steps_per_epoch == 0 or step == self.last_step
         return step == 1 or step % self.log_every == 0 or ends_epoch
 
+    def is_saved_after_step(self, step: int) -> bool:
+        """Whether a checkpoint is due within an epoch."""
+        return self.save_steps is not None and step % self.save_steps == 0
+
+    def is_saved_after_epoch(self, epoch: int) -> bool:
+        """Whether a checkpoint is due after the evaluation: always after the last epoch."""
+        last = self.save_epochs is not None and epoch == self.last_epoch
+        return last or (self.save_epochs is not None and epoch % self.save_epochs == 0)
+
+    def position_after(self, epoch: int) -> Position:
+        """After the evaluation of an epoch; one that --max-steps cut short is not done."""
+        step = self.epoch_steps(epoch)[-1]
+        return Position(step, epoch if step == epoch * self.steps_per_epoch else epoch - 1)
+
     def progress(self, step: int) -> float:
         """The fraction of the training behind the middle of step `step`, counted from 1."""
         return (step - 0.5) / self.steps
@@ -74,6 +114,8 @@ def make_plan(
     test_images: int,
     max_steps: int | None = None,
     log_every: int | None = None,
+    save_steps: int | None = None,
+    save_epochs: int | None = None,
 ) -> Plan:
     """Count the steps. Raises `UserError` for a batch that cannot be divided over the ranks."""
     batch_size = min(recipe.data.batch_size, train_images)
@@ -89,6 +131,8 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         last_step=min(steps, max_steps or steps),
         log_every=log_every or max(1, min(50, steps_per_epoch // 20)),
+        save_steps=save_steps,
+        save_epochs=save_epochs,
     )
     _check_division(plan, recipe)
     return plan

@@ -5,18 +5,23 @@ runs/NAME/
     run.json            the occasion: command, versions, devices, data
     recipe.py           the source of the recipe
     metrics.jsonl       one JSON object per epoch
+    checkpoints/        the last three, from which --resume continues: see checkpoints.py
     best.safetensors    the weights of the epoch with the highest test accuracy
     final.safetensors   the weights at the end
 """
 
 import json
 import platform
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from launcher.errors import UserError
 
@@ -32,13 +37,57 @@ class RunFolder:
     def describe(self, config: Mapping[str, Any], run: Mapping[str, Any], source: str) -> None:
         """Write what is known before the first step."""
         _write_json(self.path / "config.json", config)
-        _write_json(self.path / "run.json", {**run, "versions": versions()})
+        identity = {"wandb_id": self._known_id() or secrets.token_hex(4)}
+        _write_json(self.path / "run.json", {**run, **identity, "versions": versions()})
         (self.path / "recipe.py").write_text(source, encoding="utf-8")
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def forget_after(self, epochs: int) -> None:
+        """Drop the lines of `metrics.jsonl` that a resumed run will write again."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _epoch_of(line) <= epochs]
+            temporary = self.path / ".metrics.jsonl"
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(path)
+
+    def lock(self) -> FileLock:
+        """Hold the folder for this process; the lock ends with the process.
+
+        Raises `UserError` where another process trains this run.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"the run {self.path} is being trained by another process",
+                expected="one process group per run",
+                instead="wait for its end, or type another --name",
+            ) from None
+        return lock
+
+    def wandb_id(self) -> str:
+        """The id under which W&B knows this run, the same in every attempt."""
+        known = self._known_id()
+        assert known, "describe() comes first"
+        return known
+
+    def _known_id(self) -> str:
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))["wandb_id"]
+        except (OSError, ValueError, KeyError):
+            return ""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
 
     @property
     def best(self) -> Path:
@@ -49,6 +98,26 @@ class RunFolder:
     def final(self) -> Path:
         """Where the last weights lie."""
         return self.path / "final.safetensors"
+
+
+class Logged:
+    """The last step and epoch that W&B was given, kept for a resumed run, which replays some."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what earlier attempts have logged."""
+        self._path = folder / "wandb-logged.json"
+        self._last = {"step": 0, "epoch": 0}
+        if self._path.is_file():
+            with suppress(ValueError):  # cut off by a crash: rather a row twice than none
+                self._last |= json.loads(self._path.read_text(encoding="utf-8"))
+
+    def is_new(self, kind: str, number: int) -> bool:
+        """Whether this step or epoch was not logged yet; from now on it was."""
+        if number <= self._last[kind]:
+            return False
+        self._last[kind] = number
+        self._path.write_text(json.dumps(self._last), encoding="utf-8")
+        return True
 
 
 def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
@@ -67,6 +136,24 @@ def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
     stem = f"{recipe_name}-{datetime.now():%Y%m%d-%H%M%S}"
     taken = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
     return _make(next(runs / free for free in taken if not (runs / free).exists()))
+
+
+def find(runs: Path, name: str | None, recipe_name: str) -> RunFolder | None:
+    """The run of that name, or without one the newest run of the recipe; None if there is none."""
+    if name is not None:
+        return RunFolder(runs / name) if (runs / name / "run.json").is_file() else None
+    described = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(described):
+        if json.loads(path.read_text(encoding="utf-8")).get("name") == recipe_name:
+            return RunFolder(path.parent)
+    return None
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a crash cut off
 
 
 def _make(path: Path) -> RunFolder:

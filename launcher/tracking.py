@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from launcher.datasets import Data
-from launcher.metrics import EpochReport, StepReport, sample_indices
+from launcher.metrics import Best, EpochReport, StepReport, sample_indices
+from launcher.runs import Logged
 
 if TYPE_CHECKING:
     import wandb
@@ -48,7 +49,7 @@ class NullTracker:
     def log_step(self, report: StepReport) -> None:
         """Do nothing."""
 
-    def log_epoch(self, report: EpochReport, best: EpochReport) -> None:
+    def log_epoch(self, report: EpochReport, best: Best) -> None:
         """Do nothing."""
 
     def finish(self, exit_code: int) -> None:
@@ -62,13 +63,14 @@ class WandbTracker:
     thread of their own, since that may wait for the network.
     """
 
-    def __init__(self, run: "wandb.Run", samples: "Samples", notice: str) -> None:
-        """Record into a run that has begun."""
+    def __init__(self, run: "wandb.Run", samples: "Samples", notice: str, folder: Path) -> None:
+        """Record into a run that has begun; `folder` is the launcher's own run folder."""
         self._run, self._samples, self._warned = run, samples, False
         self._folder = Path(run.dir).parent
         self.mode = "offline" if run.offline else "online"
         self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
+        self._logged = Logged(folder)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_tables, name="tables", daemon=True)
         self._thread.start()
@@ -78,11 +80,14 @@ class WandbTracker:
     def log_step(self, report: StepReport) -> None:
         """Record the training since the last report."""
         with self._only_warning():
-            self._run.log(step_scalars(report))
+            if self._logged.is_new("step", report.step):  # else replayed after a resume
+                self._run.log(step_scalars(report))
 
-    def log_epoch(self, report: EpochReport, best: EpochReport) -> None:
+    def log_epoch(self, report: EpochReport, best: Best) -> None:
         """Record an epoch, the best one so far, the sample images, and later the tables."""
         with self._only_warning():
+            if not self._logged.is_new("epoch", report.epoch):
+                return
             scalars = epoch_scalars(report, best, self._samples.classes)
             self._run.log({**scalars, "samples": self._samples.captioned(report)})
             if self._waiting.qsize() >= MOST_WAITING:
@@ -174,11 +179,13 @@ def start(
     tags: Sequence[str],
     data: Data,
     note: str,
+    run_id: str | None = None,
 ) -> Tracker:
     """Begin to track a run: `mode` is online, offline, off, or None for whatever is possible.
 
     Call it on the main process only. Never raises and never asks: where W&B cannot do what was
-    wanted, the tracker does less and its `notice` says why.
+    wanted, the tracker does less and its `notice` says why. With `run_id` the run of that id is
+    continued, or begun under it; rows that it has already are left out.
     """
     if (mode or os.environ.get("WANDB_MODE")) in ("off", "disabled"):
         return NullTracker()
@@ -195,18 +202,20 @@ def start(
             config={**config, "data_fallback": data.fallback},
             tags=list(tags),
             notes=note or None,
+            id=run_id,
+            resume="allow" if run_id else None,
             settings=_settings(),
         )
         mode, notice = _choose(mode)
         if mode == "online":
             try:
-                return WandbTracker(begin(mode="online"), samples, notice)
+                return WandbTracker(begin(mode="online"), samples, notice, folder)
             except Exception as error:
                 notice = f"W&B keeps the run offline: {_one_line(error)}"
                 wandb.teardown()  # or the same id is refused
         if mode == "off":
             return NullTracker()
-        return WandbTracker(begin(mode="offline"), samples, notice)
+        return WandbTracker(begin(mode="offline"), samples, notice, folder)
     except Exception as error:  # whatever is wrong with W&B, training can do without it
         return NullTracker(f"W&B is off: {_one_line(error)}")
 
@@ -222,9 +231,7 @@ def step_scalars(report: StepReport) -> dict[str, float]:
     }
 
 
-def epoch_scalars(
-    report: EpochReport, best: EpochReport, classes: Sequence[str]
-) -> dict[str, float]:
+def epoch_scalars(report: EpochReport, best: Best, classes: Sequence[str]) -> dict[str, float]:
     """What a report of an epoch is called in W&B: `train_epoch/` is the mean of an epoch."""
     numbers = {k: v for k, v in report.metrics().items() if not isinstance(v, list)}
     scalars = {name.replace("train/", "train_epoch/"): value for name, value in numbers.items()}
@@ -232,7 +239,7 @@ def epoch_scalars(
     if len(classes) <= MOST_CLASS_CURVES:
         pairs = zip(classes, report.test.per_class, strict=True)
         scalars.update({f"test/class_accuracy/{c}": a for c, a in pairs if a is not None})
-    return {**scalars, "best/test_accuracy": best.test.accuracy, "best/epoch": best.epoch}
+    return {**scalars, "best/test_accuracy": best.accuracy, "best/epoch": best.epoch}
 
 
 def _caption(truth: str, guess: str, confidence: float) -> str:

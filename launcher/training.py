@@ -1,25 +1,33 @@
 """One run from a recipe to its weights: the wiring of all other files."""
 
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, cluster, datasets, runs, settings, tracking
-from launcher.console import Console, first_step_line, make_console, tta_note
+from launcher import checkpoints, cluster, datasets, settings, tracking
+from launcher.checkpoints import Writer
+from launcher.console import make_console
 from launcher.datasets import Data
-from launcher.errors import TrainingError
+from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError
 from launcher.loading import Loaded
-from launcher.loop import Job, fit
-from launcher.metrics import EpochReport, StepReport
+from launcher.loop import Job
 from launcher.model import Learner, build, count_parameters, initialise, prepare
-from launcher.plan import Plan, make_plan
-from launcher.runs import RunFolder
-from launcher.tracking import NullTracker, Tracker
+from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
+from launcher.resuming import Start, new_run, resumed_run
+from launcher.tracking import NullTracker
+from launcher.watching import (
+    Outcome,
+    Watchers,
+    closing_rows,
+    consume,
+    fallback_warning,
+    show_header,
+)
 
 SMOKE_BATCH = 64  # images at most: a smoke test is about the code, not about the settings
 SMOKE_FALL = 0.01  # of the loss; without learning, chance moves the halves by about 0.001
@@ -36,21 +44,16 @@ class Occasion:
     wandb: str | None = None
     project: str | None = None  # in W&B; None: the user's own default, else "launcher"
     log_every: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The epoch of the highest test accuracy, the last epoch, and the losses that were read."""
-
-    best: EpochReport
-    last: EpochReport
-    losses: tuple[float, ...]
+    resume: bool = False
+    resume_changed: tuple[str, ...] = ()
+    checkpoint_every: Cadence = EVERY_EPOCH
 
 
 def train(loaded: Loaded, occasion: Occasion) -> Outcome:
     """Train a recipe; every rank calls this.
 
-    Raises `UserError` before anything is written, and `TrainingError` for a failed smoke test.
+    Raises `UserError` before anything is written, and `TrainingError` for a loss that is not finite
+    or a failed smoke test.
     """
     if occasion.smoke:
         loaded, occasion = _for_smoke(loaded, occasion)
@@ -74,7 +77,7 @@ def train(loaded: Loaded, occasion: Occasion) -> Outcome:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if occasion.smoke:
+    if occasion.smoke and not outcome.stopped:
         check_smoke(outcome.losses)
     return outcome
 
@@ -88,6 +91,8 @@ def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) ->
         test_images=len(data.test),
         max_steps=occasion.max_steps,
         log_every=occasion.log_every,
+        save_steps=occasion.checkpoint_every.steps,
+        save_epochs=occasion.checkpoint_every.epochs,
     )
 
 
@@ -106,15 +111,8 @@ def describe(loaded: Loaded, data: Data, plan: Plan, network: nn.Module) -> dict
     }
 
 
-def fallback_warning(data: Data) -> str:
-    """What no reader of this run may miss; empty where the right images are used."""
-    return f"NOT THE REAL DATA: {data.fallback}; using {data.name}" if data.fallback else ""
-
-
 def check_smoke(losses: tuple[float, ...]) -> None:
-    """Raise `TrainingError` unless all losses are finite and their second half is clearly lower."""
-    if not all(math.isfinite(loss) for loss in losses):
-        raise TrainingError(f"smoke test: the loss is not finite: {losses[-1]}")
+    """Raise `TrainingError` unless the second half of the losses is clearly lower."""
     half = len(losses) // 2
     first, second = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
     if not second < first * (1 - SMOKE_FALL):
@@ -132,7 +130,9 @@ def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
         fallback=None,
     )
     recipe = replace(loaded.recipe, data=images, epochs=1, compile=False)
-    return replace(loaded, recipe=recipe), replace(occasion, wandb="off", log_every=1)
+    return replace(loaded, recipe=recipe), replace(
+        occasion, wandb="off", log_every=1, checkpoint_every=Cadence(), resume=False
+    )
 
 
 def _watched(
@@ -143,104 +143,70 @@ def _watched(
     occasion: Occasion,
     facts: dict[str, str],
 ) -> Outcome:
-    """Train in front of those who watch: console, run folder, W&B. Only rank 0 has them."""
-    folder = None if occasion.smoke else _make_folder(job.accelerator, loaded, occasion, facts)
-    console = make_console(job.accelerator.is_main_process)
-    tracker: Tracker = NullTracker()
-    exit_code = 1
+    """Train in front of those who watch."""
+    locks: list[FileLock] = []  # held until this process is done with the folder
+    start = None if occasion.smoke else _begin(job, data, loaded, occasion, facts, locks)
+    if start and start.checkpoint:
+        checkpoints.restore(start.checkpoint, learner, job.accelerator)
+    watchers = _gather(job.accelerator, start, data, loaded, occasion)
+    exit_code = EXIT_FAULT
     try:
-        if folder and job.accelerator.is_main_process:
-            tracker = _start_tracker(loaded, data, occasion, folder)
-        rows = {name: fact for name, fact in facts.items() if name != "fallback"}
-        rows |= {"W&B": f"{tracker.mode} {tracker.where}".strip()}
-        rows |= {"run folder": str(folder.path)} if folder else {}
-        console.header(f"launcher: {loaded.name}", rows, fallback_warning(data))
-        if tracker.notice:
-            console.say(tracker.notice)
-        outcome = _consume(job, learner, data, folder, console, tracker)
-        console.closing(_closing_rows(outcome, folder, tracker, data))
-        exit_code = 0
+        show_header(watchers, start, loaded.name, data, facts)
+        outcome = consume(job, learner, data, start, watchers, occasion.checkpoint_every)
+        exit_code = EXIT_SAVED if outcome.stopped else 0
+        watchers.console.closing(closing_rows(outcome, watchers, data))
     finally:
-        console.close()
-        tracker.finish(exit_code)
+        watchers.console.close()
+        watchers.tracker.finish(exit_code)
+        for lock in locks:
+            lock.release()
     return outcome
 
 
-def _make_folder(
-    accelerator: Accelerator, loaded: Loaded, occasion: Occasion, facts: dict[str, str]
-) -> RunFolder:
-    def make() -> RunFolder:
-        folder = runs.create(occasion.runs, occasion.name, loaded.name)
-        folder.describe(settings.as_dict(loaded.recipe), facts, loaded.source)
-        return folder
+def _begin(
+    job: Job,
+    data: Data,
+    loaded: Loaded,
+    occasion: Occasion,
+    facts: dict[str, str],
+    locks: list[FileLock],
+) -> Start:
+    """Choose the run folder and the checkpoint on rank 0, for all ranks."""
+    config = settings.as_dict(loaded.recipe)
+    where = (occasion.runs, occasion.name, loaded.name)
 
-    return cluster.on_main(accelerator, make)
+    def begin() -> Start:
+        if occasion.resume:
+            start = resumed_run(*where, config, data.name, occasion.resume_changed)
+        else:
+            start = new_run(*where)
+        locks.append(start.folder.lock())
+        start.folder.describe(config, facts | {"name": loaded.name}, loaded.source)
+        start.folder.forget_after(start.position.epochs)
+        return start
+
+    return cluster.on_main(job.accelerator, begin)
 
 
-def _start_tracker(loaded: Loaded, data: Data, occasion: Occasion, folder: RunFolder) -> Tracker:
-    return tracking.start(
+def _gather(
+    accelerator: Accelerator,
+    start: Start | None,
+    data: Data,
+    loaded: Loaded,
+    occasion: Occasion,
+) -> Watchers:
+    console = make_console(accelerator.is_main_process)
+    if start is None or not accelerator.is_main_process:
+        return Watchers(console, NullTracker(), start.folder if start else None, None)
+    tracker = tracking.start(
         occasion.wandb,
-        folder=folder.path,
+        folder=start.folder.path,
         project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
-        name=folder.path.name,
+        name=start.folder.path.name,
         config=settings.as_dict(loaded.recipe),
         tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
         data=data,
         note=loaded.note,
+        run_id=start.folder.wandb_id(),
     )
-
-
-def _consume(
-    job: Job,
-    learner: Learner,
-    data: Data,
-    folder: RunFolder | None,
-    console: Console,
-    tracker: Tracker,
-) -> Outcome:
-    """Run the loop and pass its reports on."""
-    losses: list[float] = []
-    best = last = None
-    writes = folder is not None and job.accelerator.is_main_process
-    for report in fit(job, learner, data):
-        if isinstance(report, StepReport):
-            losses.append(report.loss)
-            if report.first_predictions:
-                console.say(first_step_line(report, data.train.classes))
-            console.step(report, job.plan)
-            tracker.log_step(report)
-            continue
-        last = report
-        is_best = best is None or report.test.accuracy > best.test.accuracy
-        best = report if best is None or is_best else best
-        console.epoch(report, job.plan, is_best)
-        tracker.log_epoch(report, best)
-        if folder is not None and writes:
-            folder.record(report.metrics() | {"data": data.name})
-            if is_best:
-                checkpoints.save_weights(learner.evaluated, folder.best)
-    if folder is not None and writes:
-        checkpoints.save_weights(learner.evaluated, folder.final)
-    assert best is not None
-    assert last is not None
-    return Outcome(best, last, tuple(losses))
-
-
-def _closing_rows(
-    outcome: Outcome, folder: RunFolder | None, tracker: Tracker, data: Data
-) -> dict[str, str]:
-    best, last = outcome.best, outcome.last
-    rows = {
-        "best epoch": f"{best.epoch}, test accuracy {best.test.accuracy:.2%}{tta_note(best)}",
-        "last epoch": f"{last.epoch}, test accuracy {last.test.accuracy:.2%}{tta_note(last)}",
-    }
-    if data.fallback:
-        rows["data"] = fallback_warning(data)
-    if folder is not None:
-        rows |= {
-            "weights": f"{folder.best} and {folder.final.name}",
-            "run folder": str(folder.path),
-        }
-    if tracker.where:
-        rows["W&B"] = f"{tracker.mode} {tracker.where}"
-    return rows
+    return Watchers(console, tracker, start.folder, Writer(start.folder.checkpoints))

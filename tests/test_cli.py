@@ -183,3 +183,46 @@ def test_a_fault_of_the_recipes_own_code_keeps_its_traceback(tmp_path: Path) -> 
     (tmp_path / "faulty.py").write_text(text)
     with pytest.raises(KeyError, match="mine"):
         main(["faulty.py", *TINY])
+
+
+def test_resume_without_any_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no run of simplecnn" in complaint(capsys, SIMPLECNN, "--resume")
+
+
+def test_resume_of_a_name_that_is_new_begins_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [SIMPLECNN, *TINY, "--name", "new", "--resume"]
+    assert main(words) == 0
+    assert "no run is called new yet" in capsys.readouterr().out
+    assert main(words) == 0  # nothing is left to do
+    assert "resumed after step 12" in capsys.readouterr().out
+
+
+def test_a_changed_recipe_is_not_resumed_by_accident(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "longer"]) == 0
+    longer = [SIMPLECNN, *TINY, "--name", "longer", "--resume", "epochs=3"]
+    assert main(longer) == 2
+    assert "epochs (2 -> 3)" in capsys.readouterr().err
+    assert main([*longer, "--resume-changed", "epochs"]) == 0
+    rows = Path("runs/longer/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "wild", "optimizer.lr=1e30"]) == 1
+    error = capsys.readouterr().err
+    assert "the loss is not finite (" in error
+    assert "learning rate 1e+30" in error
+    assert not list(Path("runs/wild").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("text", ["0", "e", "1h", "-1", "", "1.5e"])
+def test_a_cadence_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--checkpoint-every" in complaint(capsys, SIMPLECNN, "--checkpoint-every", text)
+
+
+@pytest.mark.parametrize(("text", "count"), [("never", 0), ("1e", 2), ("5", 2), ("1m", 0)])
+def test_checkpoints_come_as_often_as_told(text: str, count: int) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "often", "--checkpoint-every", text]) == 0
+    assert len(list(Path("runs/often").glob("checkpoints/step-*"))) == count

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from launcher.datasets import Data, ImageSet
-from launcher.metrics import EpochReport, Evaluation, StepReport
+from launcher.metrics import Best, EpochReport, Evaluation, StepReport
 from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, epoch_scalars, start
 from tests.wandb_server import API_KEY, WandbServer
 
@@ -63,7 +63,7 @@ def train(tracker: Tracker, epochs: range) -> None:
     for epoch in epochs:
         for step in (epoch * 10 - 5, epoch * 10):
             tracker.log_step(step_report(epoch, step))
-        tracker.log_epoch(epoch_report(epoch), epoch_report(1))
+        tracker.log_epoch(epoch_report(epoch), Best.of(epoch_report(1)))
 
 
 @contextmanager
@@ -417,7 +417,9 @@ def test_images_of_any_number_of_channels_are_shown(channels: int, mode: str) ->
 def test_many_classes_are_no_flood_of_curves_and_columns() -> None:
     names = tuple(f"class {number}" for number in range(101))
     report = epoch_report(1, classes=101)
-    assert not [name for name in epoch_scalars(report, report, names) if "class_accuracy" in name]
+    assert not [
+        name for name in epoch_scalars(report, Best.of(report), names) if "class_accuracy" in name
+    ]
     tables = Samples(images(classes=names)).tables(report)
     assert list(tables) == ["predictions"]
     assert tables["predictions"].columns == ["image", "truth", "prediction", "confidence"]
@@ -426,7 +428,7 @@ def test_many_classes_are_no_flood_of_curves_and_columns() -> None:
 def test_a_class_without_test_images_has_no_curve() -> None:
     test = Evaluation(0.4, ((1, 0), (0, 0)), 1)
     report = EpochReport(1, 1, 0.5, 0.1, 1.0, 1.0, test, torch.ones(36, 2))
-    names = epoch_scalars(report, report, ("cat", "dog"))
+    names = epoch_scalars(report, Best.of(report), ("cat", "dog"))
     assert "test/class_accuracy/cat" in names
     assert "test/class_accuracy/dog" not in names
 

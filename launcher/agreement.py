@@ -1,0 +1,49 @@
+"""All ranks stop and save at the same step, although a signal reaches them at different times.
+
+A rank that left the loop alone would leave the others waiting in a collective. So the ranks add up
+their wishes, about once a second: often enough for any grace period, and too seldom to be seen in
+the speed. The number of steps between two questions follows from the mean time of a step over all
+ranks, which all ranks know alike.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SECONDS_BETWEEN = 1.0
+MOST_STEPS_BETWEEN = 1000
+
+
+class Agreement:
+    """What all ranks do after a step."""
+
+    def __init__(
+        self,
+        over_ranks: Callable[[Tensor], Tensor],
+        world_size: int,
+        device: torch.device,
+        wishes: Callable[[], tuple[bool, bool]],
+    ) -> None:
+        """`wishes` says whether this rank wants to stop, and whether it wants to save."""
+        self._over_ranks, self._world_size, self._device = over_ranks, world_size, device
+        self._wishes = wishes
+        self._steps, self._every = 0, 1
+        self._asked = time.perf_counter()
+
+    def after_step(self) -> tuple[bool, bool]:
+        """Whether to stop and whether to save now: the same on every rank. Call it every step."""
+        if self._world_size == 1:
+            return self._wishes()
+        self._steps += 1
+        if self._steps < self._every:
+            return False, False
+        now = time.perf_counter()
+        mine = [*map(float, self._wishes()), (now - self._asked) / self._steps]
+        values = torch.tensor(mine, device=self._device)
+        stop, save, seconds = self._over_ranks(values).tolist()
+        mean = max(seconds / self._world_size, SECONDS_BETWEEN / MOST_STEPS_BETWEEN)
+        self._every = max(1, int(SECONDS_BETWEEN / mean))
+        self._steps, self._asked = 0, now
+        return stop > 0, save > 0

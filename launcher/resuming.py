@@ -1,0 +1,109 @@
+"""Where a run begins: a new folder, or a checkpoint of an old one that fits the recipe."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import checkpoints, runs
+from launcher.errors import UserError
+from launcher.metrics import Best
+from launcher.plan import START, Position
+from launcher.runs import RunFolder
+
+_OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run folder, the checkpoint to continue from, and lines for the user."""
+
+    folder: RunFolder
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
+    position: Position = START
+    best: Best | None = None
+
+
+def new_run(root: Path, name: str | None, recipe_name: str) -> Start:
+    """A folder of its own for a run from the beginning."""
+    return Start(runs.create(root, name, recipe_name))
+
+
+def resumed_run(
+    root: Path,
+    name: str | None,
+    recipe_name: str,
+    config: Mapping[str, Any],
+    data_name: str,
+    changed: Sequence[str],
+) -> Start:
+    """The newest whole checkpoint of the named, or else of the newest, run of this recipe.
+
+    A name that no run has yet begins that run, so a batch script can always say `--resume`. Raises
+    `UserError` where settings differ from the checkpoint's that `changed` does not name.
+    """
+    folder = runs.find(root, name, recipe_name)
+    if folder is None:
+        if name is None:
+            raise UserError(
+                f"--resume, but there is no run of {recipe_name} in {root}",
+                expected="a run to continue",
+                instead="leave --resume out, or type --name NAME or --runs FOLDER",
+            )
+        note = f"no run is called {name} yet: it begins now"
+        return Start(runs.create(root, name, recipe_name), notes=(note,))
+    checkpoint, complaints = checkpoints.newest(folder.checkpoints)
+    if checkpoint is None:
+        return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
+    state = checkpoints.read_state(checkpoint)
+    refuse_changes(state["config"], config, changed)
+    _refuse_other_data(state["data"], data_name)
+    best = Best(**state["best"]) if state["best"] else None
+    position = Position(**state["position"])
+    note = f"resumed after step {position.step}, from {checkpoint.name}"
+    return Start(folder, checkpoint, (*complaints, note), position, best)
+
+
+def refuse_changes(
+    saved: Mapping[str, Any], present: Mapping[str, Any], changed: Sequence[str]
+) -> None:
+    """Raise `UserError` for settings that differ, unless `changed` names them as intended."""
+    before, now = dict(flattened(saved)), dict(flattened(present))
+    differing = [
+        name
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and name != _OF_THE_MACHINE
+    ]
+    surprising = [name for name in differing if not _is_named(name, changed)]
+    if surprising:
+        shown = ", ".join(f"{n} ({before.get(n)} -> {now.get(n)})" for n in surprising)
+        raise UserError(
+            f"the recipe changed since the checkpoint: {shown}",
+            expected="the settings that the run began with",
+            instead=f"type --resume-changed {','.join(surprising)} if that is intended",
+        )
+
+
+def flattened(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """The leaves of a nested JSON form under dotted names."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return [(prefix.removesuffix("."), value)]
+    return [leaf for name, item in items for leaf in flattened(item, f"{prefix}{name}.")]
+
+
+def _is_named(name: str, changed: Sequence[str]) -> bool:
+    return any(name == word or name.startswith(f"{word}.") for word in changed)
+
+
+def _refuse_other_data(saved: str, present: str) -> None:
+    if saved != present:
+        raise UserError(
+            f"images of {present}, but the run began with {saved}",
+            expected="the same images in every part of a run",
+            instead="type data.root=FOLDER, or begin another run",
+        )

@@ -1,0 +1,54 @@
+"""Start the launcher as its users do, wait for a line of its output, and compare what it left."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYTHON = (sys.executable,)
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+_TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+TORCHRUN = (*_TORCHRUN, "2")
+TORCHRUN_4 = (*_TORCHRUN, "4")
+RESUMABLE = ROOT / "tests" / "resumable.py"
+PATIENCE = 90.0  # seconds on a busy machine
+
+
+class Run:
+    """A running launcher; its output goes into a file, which may be read while it runs."""
+
+    def __init__(
+        self, launch: tuple[str, ...], folder: Path, *words: str, recipe: Path = RESUMABLE
+    ) -> None:
+        self.output = folder / f"output-{time.monotonic_ns()}"
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [*launch, "-m", "launcher", str(recipe), "--wandb", "off", *words],
+                cwd=folder,
+                env=environment | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        """Until the output contains `text`."""
+        until = time.monotonic() + PATIENCE
+        while text not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < until, self.text()
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        return self.process.wait(timeout=PATIENCE)
+
+
+def fingerprint(run: Path) -> str:
+    """SHA-256 of the final weights."""
+    return hashlib.sha256((run / "final.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,189 @@
+"""Checkpoints are whole or are not believed; what differs from them is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher import checkpoints, cluster, datasets, resuming
+from launcher.checkpoints import CheckpointError, Writer, capture, newest, restore, write
+from launcher.errors import UserError
+from launcher.model import Learner, build, prepare
+from launcher.plan import Position
+from launcher.recipe import Recipe
+from launcher.runs import Logged, RunFolder
+from tests.resumable import recipe
+
+STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}
+
+
+def learner(seed: int = 0, recipe: Recipe = recipe) -> Learner:
+    recipe = replace(recipe, seed=seed)
+    images = datasets.load(recipe.data).train
+    return prepare(build(recipe, images), recipe, cluster.join("fp32"))
+
+
+def trained(seed: int = 0) -> Learner:
+    """A learner whose optimizer and average have a past."""
+    result = learner(seed)
+    result.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    result.optimizer.step()
+    assert result.average is not None
+    result.average.update_parameters(result.network)
+    return result
+
+
+def saved(root: Path, step: int) -> Path:
+    state = STATE | {"position": vars(Position(step))}
+    return write(capture(trained(step), cluster.join("fp32"), state), root)
+
+
+def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
+    old = trained()
+    state = STATE | {"position": vars(Position(3))}
+    folder = write(capture(old, cluster.join("fp32"), state), tmp_path)
+    new = learner(seed=1)
+    restore(folder, new, cluster.join("fp32"))
+    assert old.average is not None
+    assert new.average is not None
+    for a, b in (
+        (old.network.state_dict(), new.network.state_dict()),
+        (old.average.state_dict(), new.average.state_dict()),
+    ):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    before, after = old.optimizer.state_dict()["state"], new.optimizer.state_dict()["state"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
+
+
+def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    new = learner()
+    new.optimizer.param_groups[0]["weight_decay"] = 0.123
+    restore(folder, new, cluster.join("fp32"))
+    assert new.optimizer.param_groups[0]["weight_decay"] == 0.123
+
+
+def test_the_last_three_are_kept_and_nothing_half_written(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        saved(tmp_path, step)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-000000003", "step-000000004", "step-000000005"]
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / "optimizer.pt").unlink()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "average.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_it(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def empty_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+
+
+def cut_the_manifest(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lose_a_file, truncate, flip_a_bit, empty_it, empty_the_manifest, cut_the_manifest],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    older, newer = saved(tmp_path, 1), saved(tmp_path, 2)
+    assert newest(tmp_path) == (newer, [])
+    damage(newer)
+    found, (complaint,) = newest(tmp_path)
+    assert found == older
+    assert "step-000000002 is damaged" in complaint
+    with pytest.raises(CheckpointError):
+        checkpoints.verify(newer)
+
+
+def test_a_folder_that_was_never_renamed_is_not_a_checkpoint(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    shutil.copytree(folder, tmp_path / ".step-000000002.77")
+    assert newest(tmp_path) == (folder, [])
+
+
+def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
+    assert saved(tmp_path, 1) == saved(tmp_path, 1)
+    assert newest(tmp_path)[1] == []
+
+
+def test_a_disk_that_refuses_costs_a_complaint_and_no_checkpoint(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "good", 1)
+    (tmp_path / "file").write_text("not a folder")
+    writer = Writer(tmp_path / "file")
+    state = STATE | {"position": vars(Position(2))}
+    snapshot = capture(trained(), cluster.join("fp32"), state)
+    assert writer.submit(snapshot) == ""
+    assert "could not be written" in writer.wait()
+    assert writer.wait() == ""
+    assert newest(tmp_path / "good") == (folder, [])
+
+
+def test_changed_settings_are_named_unless_they_are_intended() -> None:
+    before = {"epochs": 2, "optimizer": {"lr": 0.1}, "data": {"root": "a", "augment": [{"p": 1}]}}
+    now = {"epochs": 3, "optimizer": {"lr": 0.1}, "data": {"root": "b", "augment": [{"p": 2}]}}
+    with pytest.raises(UserError) as caught:
+        resuming.refuse_changes(before, now, ())
+    assert "epochs (2 -> 3)" in str(caught.value)
+    assert "data.augment.0.p (1 -> 2)" in str(caught.value)
+    assert "--resume-changed data.augment.0.p,epochs" in str(caught.value)
+    assert "root" not in str(caught.value)  # the machine's, not the experiment's
+    resuming.refuse_changes(before, now, ("epochs", "data.augment"))
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lock = folder.lock()
+    with pytest.raises(UserError, match="by another process"):
+        folder.lock()
+    lock.release()
+    folder.lock().release()
+
+
+def test_epochs_that_will_be_repeated_are_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.forget_after(0)
+    for epoch in (1, 2, 3):
+        folder.record({"epoch": epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "tes')  # cut off by a kill
+    folder.forget_after(2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_what_was_logged_once_is_not_logged_again(tmp_path: Path) -> None:
+    first = Logged(tmp_path)
+    assert [first.is_new("step", step) for step in (1, 5, 9)] == [True] * 3
+    second = Logged(tmp_path)
+    assert [second.is_new("step", step) for step in (5, 9, 10)] == [False, False, True]
+    assert second.is_new("epoch", 1)
+    (tmp_path / "wandb-logged.json").write_text('{"step": 1')
+    assert Logged(tmp_path).is_new("step", 1)

@@ -1,0 +1,161 @@
+"""A run that was interrupted, anywhere and by anyone, ends with the weights it would have had."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.processes import (
+    ACCELERATE,
+    PATIENCE,
+    PYTHON,
+    RESUMABLE,
+    TORCHRUN,
+    TORCHRUN_4,
+    Run,
+    fingerprint,
+)
+
+SHORT = ("epochs=12", "--checkpoint-every", "7")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = Run(PYTHON, folder, "--name", "whole", *SHORT)
+    assert run.end() == 0, run.text()
+    return folder / "runs" / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two processes."""
+    folder = tmp_path_factory.mktemp("whole_of_two")
+    run = Run(TORCHRUN, folder, "--name", "whole", *SHORT)
+    assert run.end() == 0, run.text()
+    return folder / "runs" / "whole"
+
+
+def rows(run: Path) -> list[tuple[object, ...]]:
+    """The figures of each epoch that do not depend on the clock."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(x["epoch"], x["step"], x["train/loss"], x["test/loss"]) for x in lines]
+
+
+def resume(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON) -> Run:
+    run = Run(launch, folder, "--name", "cut", "--resume", *SHORT, *words)
+    assert run.end() == 0, run.text()
+    return run
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
+    name: str, whole: Path, tmp_path: Path
+) -> None:
+    run = Run(PYTHON, tmp_path, "--name", "cut", *SHORT)
+    run.wait_for("epoch  3/12")
+    run.process.send_signal(signal.Signals[name])
+    assert run.end() == 75, run.text()
+    assert f"by {name}" in run.text()
+    assert "Traceback" not in run.text()
+    assert "resumed after step" in resume(tmp_path).text()
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
+    assert rows(tmp_path / "runs" / "cut") == rows(whole)
+
+
+def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> None:
+    chance = random.Random(int(time.time()))
+    for _ in range(3):
+        run = Run(PYTHON, tmp_path, "--name", "cut", "--resume", *SHORT)
+        run.wait_for("run folder")
+        time.sleep(chance.uniform(0, 1.0))
+        run.process.kill()
+        run.end()
+    resume(tmp_path)
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
+    assert rows(tmp_path / "runs" / "cut") == rows(whole)
+
+
+@pytest.mark.slow
+def test_several_ranks_stop_together_and_resume_bit_identical(
+    whole_of_two: Path, tmp_path: Path
+) -> None:
+    run = Run(TORCHRUN, tmp_path, "--name", "cut", *SHORT)
+    run.wait_for("epoch  3/12")
+    first, second = ranks_of(run)
+    os.kill(first.pid, signal.SIGTERM)
+    time.sleep(0.7)  # as seen on clusters; a rank that left alone would hang the other
+    if second.is_running():
+        os.kill(second.pid, signal.SIGTERM)
+    assert run.end() != 0
+    assert "goes on from here" in run.text()
+    resume(tmp_path, launch=TORCHRUN)
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_path: Path) -> None:
+    run = Run(TORCHRUN, tmp_path, "--name", "cut", *SHORT)
+    run.wait_for("epoch  3/12")
+    ranks_of(run)[1].kill()
+    assert run.end() != 0
+    resume(tmp_path, launch=TORCHRUN)
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
+
+
+def ranks_of(run: Run) -> list[psutil.Process]:
+    children = psutil.Process(run.process.pid).children()
+    return [child for child in children if "resumable.py" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+def test_no_orphan_trains_on_when_accelerates_parent_is_killed(whole: Path, tmp_path: Path) -> None:
+    run = Run(ACCELERATE, tmp_path, "--name", "cut", *SHORT)
+    run.wait_for("epoch  3/12")
+    (rank,) = ranks_of(run)
+    run.process.terminate()
+    run.end()
+    rank.wait(timeout=PATIENCE)
+    assert "the launcher is gone" in run.text()
+    resume(tmp_path)
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    run = Run(PYTHON, tmp_path, "--name", "cut", "epochs=4000")
+    run.wait_for("first step")
+    while run.process.poll() is None:
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(0.0005)
+    assert run.end() == 130
+
+
+@pytest.mark.slow
+def test_other_numbers_of_ranks_follow_the_same_trajectory(tmp_path: Path) -> None:
+    """1 -> 2 -> 4 -> 1 processes, without what is each rank's own: dropout and BatchNorm."""
+    source = RESUMABLE.read_text()
+    source = source.replace("nn.BatchNorm2d(width)", "nn.Identity()").replace("(0.2)", "(0.0)")
+    source = source.replace("        )\n\n    def forward", "        ).double()\n\n    def forward")
+    recipe = tmp_path / "double.py"
+    recipe.write_text(source)
+    weights = {}
+    for name, parts in {"one": (PYTHON,), "many": (PYTHON, TORCHRUN, TORCHRUN_4, PYTHON)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, launch in enumerate(parts, start=1):
+            steps = str(88 * number // len(parts))
+            words = ("--name", "cut", "epochs=4", "--resume", "--max-steps", steps)
+            run = Run(launch, folder, *words, recipe=recipe)
+            assert run.end() == 0, run.text()
+        weights[name] = load_file(folder / "runs" / "cut" / "final.safetensors")
+    assert weights["one"]["layers.0.weight"].dtype == torch.float64
+    for key, value in weights["one"].items():
+        torch.testing.assert_close(weights["many"][key], value, rtol=0, atol=1e-12, msg=key)
