@@ -3,9 +3,9 @@
     python benchmarks/chaos.py --kills 100
 
 Each time one random process of the run is sent SIGKILL at a random moment after its beginning. In
-the end the final weights must have the SHA-256 of the uninterrupted run's. `--ranks 2` trains on two
-processes under torchrun. The recipe is tests/resumable.py: dropout, augmentation, CutMix, clipping,
-weight average.
+the end the final weights must have the SHA-256 of the uninterrupted run's. `--ranks 2` trains on
+two processes under torchrun. The recipe is tests/resumable.py: dropout, augmentation, CutMix,
+clipping, weight average.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from tests.processes import PYTHON, TORCHRUN, Run, fingerprint
+from tests.processes import PYTHON, TORCHRUN, Run, fingerprint, ranks_of
 
 
 def main() -> None:
@@ -35,7 +36,12 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         figures = torment(Path(folder), words.kills, words.ranks, random.Random(words.seed))
     command = f"python benchmarks/chaos.py --kills {words.kills} --ranks {words.ranks}"
-    result = {"command": command, "seed": words.seed, "machine": machine("CPU"), **figures}
+    result = {
+        "command": command,
+        "seed": words.seed,
+        "machine": machine(Accelerator(cpu=True)),
+        **figures,
+    }
     words.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
     sys.exit(0 if figures["identical"] else 1)
@@ -44,7 +50,7 @@ def main() -> None:
 def torment(folder: Path, kills: int, ranks: int, chance: random.Random) -> dict[str, object]:
     """The kills, and whether the weights are those of a run that was left in peace."""
     launch = PYTHON if ranks == 1 else TORCHRUN
-    settings = (f"epochs={max(8, 3 * kills)}", "--checkpoint-every", "7")
+    settings = (f"epochs={max(8, 6 * kills)}", "--checkpoint-every", "7")
     whole = Run(launch, folder, "--name", "whole", *settings)
     assert whole.process.wait() == 0, whole.text()
     done = 0
@@ -55,18 +61,13 @@ def torment(folder: Path, kills: int, ranks: int, chance: random.Random) -> dict
             break
         run.wait_for("run folder")
         time.sleep(chance.uniform(0, 1.5))
-        victims = psutil.Process(run.process.pid).children() if ranks > 1 else []
+        victims = ranks_of(run) if ranks > 1 else []
         chance.choice(victims or [psutil.Process(run.process.pid)]).kill()
         run.process.wait()
         done += 1
         print(f"kill {done} of {kills}", flush=True)
     whole_print, cut_print = (fingerprint(folder / "runs" / name) for name in ("whole", "cut"))
-    return {
-        "kills": kills,
-        "ranks": ranks,
-        "sha256": cut_print,
-        "identical": whole_print == cut_print,
-    }
+    return {"sha256": cut_print, "identical": whole_print == cut_print}
 
 
 if __name__ == "__main__":

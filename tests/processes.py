@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 PYTHON = (sys.executable,)
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
@@ -47,6 +49,12 @@ class Run:
 
     def end(self) -> int:
         return self.process.wait(timeout=PATIENCE)
+
+
+def ranks_of(run: Run) -> list[psutil.Process]:
+    """The processes that train, below torchrun or `accelerate launch`."""
+    children = psutil.Process(run.process.pid).children()
+    return [child for child in children if "-m launcher" in " ".join(child.cmdline())]
 
 
 def fingerprint(run: Path) -> str:

@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from tests.processes import (
     TORCHRUN_4,
     Run,
     fingerprint,
+    ranks_of,
 )
 
 SHORT = ("epochs=12", "--checkpoint-every", "7")
@@ -109,11 +109,6 @@ def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_pa
     assert run.end() != 0
     resume(tmp_path, launch=TORCHRUN)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
-
-
-def ranks_of(run: Run) -> list[psutil.Process]:
-    children = psutil.Process(run.process.pid).children()
-    return [child for child in children if "resumable.py" in " ".join(child.cmdline())]
 
 
 @pytest.mark.slow
