@@ -131,7 +131,7 @@ def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
     )
     recipe = replace(loaded.recipe, data=images, epochs=1, compile=False)
     return replace(loaded, recipe=recipe), replace(
-        occasion, wandb="off", log_every=1, checkpoint_every=Cadence(), resume=False
+        occasion, wandb="off", log_every=1, checkpoint_every=Cadence(), resume=False, max_steps=None
     )
 
 
