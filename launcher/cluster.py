@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.errors import UserError
+from launcher.signals import is_launched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -156,8 +157,8 @@ def _chose_threads() -> bool:
     """Whether OMP_NUM_THREADS is the user's: whether the launching parent was given it as well."""
     import psutil
 
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return True  # no launcher stands between the user and this process
+    if not is_launched():
+        return True
     try:
         parent = psutil.Process(os.getppid())
         flags = [word.partition("=")[0] for word in parent.cmdline()]

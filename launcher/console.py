@@ -74,7 +74,7 @@ class LiveConsole(Console):
             TextColumn("{task.fields[rate]} img/s"),
             TimeRemainingColumn(),
             console=rich,
-            refresh_per_second=4,  # each refresh costs the training thread about 2 ms
+            refresh_per_second=4,  # drawing takes time from the training
             transient=True,
             expand=True,
         )

@@ -38,10 +38,11 @@ def stop_reason() -> str:
     """Why this process is to stop: the signal's name, or the end of its launcher; else empty."""
     if _received:
         return _received[0]
-    return "the launcher is gone" if _is_launched() and os.getppid() != _parent else ""
+    return "the launcher is gone" if is_launched() and os.getppid() != _parent else ""
 
 
-def _is_launched() -> bool:
+def is_launched() -> bool:
+    """Whether `accelerate launch` or torchrun stands between the user and this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 

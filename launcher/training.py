@@ -30,7 +30,7 @@ from launcher.watching import (
 )
 
 SMOKE_BATCH = 64  # images at most: a smoke test is about the code, not about the settings
-SMOKE_FALL = 0.01  # of the loss; without learning, chance moves the halves by about 0.001
+SMOKE_FALL = 0.01  # of the loss: without learning, chance may still lower it a little
 
 
 @dataclass(frozen=True)
