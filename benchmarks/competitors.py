@@ -14,10 +14,11 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from launcher import model
 from launcher.batches import Batches, Normalise
 from launcher.datasets import ImageSet
-from launcher.loop import Job, train_epoch
+from launcher.loop import train_epoch
 from launcher.metrics import StepReport
 from launcher.plan import make_plan
 from launcher.recipe import Recipe
+from launcher.step import Job
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types

@@ -14,10 +14,11 @@ Nothing in it runs code when it is loaded.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from launcher import files
+from launcher.errors import UserError
+from launcher.metrics import Best
 from launcher.model import Learner
+from launcher.plan import Position
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
@@ -49,12 +55,35 @@ class CheckpointError(Exception):
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write weights and buffers as safetensors under `path`, replacing what was there at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    files.replace(path, save(_on_host(network.state_dict())))
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Put saved weights into a network; raises `UserError` unless they fit it."""
     try:
-        save_file(_on_host(network.state_dict()), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"weights in {path} that cannot be read ({error})",
+            expected="a file in the safetensors format",
+            instead="name a run, or the final.safetensors of one",
+        ) from None
+    own = network.state_dict()
+    differing = [n for n in {**own, **saved} if _shape(own, n) != _shape(saved, n)]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{path} has {name} {_shape(saved, name)}, the model {_shape(own, name)}"
+            f" ({len(differing)} such difference(s))",
+            expected="weights of the same model",
+            instead="name a run of this model, or change the model's settings to fit",
+        )
+    network.load_state_dict(saved)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    """`(16, 3, 3, 3)`, or `nothing`."""
+    return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
 
 
 def capture(learner: Learner, accelerator: Accelerator, state: dict[str, Any]) -> Snapshot:
@@ -97,28 +126,45 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
+def place_of(folder: Path) -> tuple[Position, Best | None]:
+    """Where the training stood, and its best epoch so far."""
+    state = read_state(folder)
+    return Position(**state["position"]), Best(**state["best"]) if state["best"] else None
+
+
 def write(snapshot: Snapshot, root: Path) -> Path:
     """Write a checkpoint below `root` and drop the oldest; an `OSError` leaves all as it was."""
     name = f"step-{snapshot.state['position']['step']:09d}"
     temporary, final = root / f".{name}.{os.getpid()}", root / name
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        for kind, tensors in snapshot.tensors.items():
-            save_file(tensors, temporary / f"{kind}.safetensors")
-        torch.save(snapshot.optimizer, temporary / "optimizer.pt")
-        _write_text(temporary / "state.json", json.dumps(snapshot.state, indent=2))
-        _write_text(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2))
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
+        manifest = {}
+        for file, content in _contents(snapshot):
+            files.write_new(temporary / file, content)
+            digest = hashlib.sha256(content).hexdigest()
+            manifest[file] = {"bytes": len(content), "sha256": digest}
+        files.write_new(temporary / "manifest.json", _json(manifest))
+        files.flush_folder(temporary)
         if final.exists():  # the same step again, after a resume: equal, or damaged
             shutil.rmtree(final)
         temporary.rename(final)
-        _flush(root)
+        files.flush_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _all(root)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _contents(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint: made in memory, so that only Python writes to the disk."""
+    for kind, tensors in snapshot.tensors.items():
+        yield f"{kind}.safetensors", save(tensors)
+    optimizer = io.BytesIO()
+    torch.save(snapshot.optimizer, optimizer)
+    yield "optimizer.pt", optimizer.getvalue()
+    yield "state.json", _json(snapshot.state)
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -181,26 +227,13 @@ def _all(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if path.is_dir() and not path.is_symlink())
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = sorted(folder.iterdir())
-    return {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in files}
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:

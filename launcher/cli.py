@@ -4,12 +4,21 @@ import argparse
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher import cluster, signals
-from launcher.errors import EXIT_INTERRUPTED, EXIT_SAVED, LauncherError, UserError
+from launcher.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_SAVED,
+    LauncherError,
+    RankError,
+    UserError,
+)
+from launcher.redaction import redacted
 
 if TYPE_CHECKING:
     from launcher.loading import Loaded
@@ -38,15 +47,21 @@ class _Parser(argparse.ArgumentParser):
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code, which errors.py explains."""
     logging.basicConfig(format="launcher: %(message)s")
+    words = sys.argv[1:] if words is None else list(words)
+    sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B keeps the command line with the run
     try:
         with signals.listening():  # before torch is imported: that takes seconds
-            return _run(sys.argv[1:] if words is None else list(words))
+            return _run(words)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except LauncherError as error:
-        if cluster.announced().is_main:
-            sys.stderr.write(f"launcher: {error}\n")
+        own = isinstance(error, RankError)  # else all ranks have it, and one says it
+        if f"{error}" and (own or cluster.announced().is_main):
+            sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
+    except Exception:
+        sys.stderr.write(redacted(traceback.format_exc()))
+        return EXIT_FAULT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,9 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--project", help="the project in Weights & Biases")
     add("--log-every", type=_positive, metavar="N", help="steps between two readings of the loss")
     add("--resume", action="store_true", help="continue the newest run, or the one of --name")
+    add("--init-from", metavar="RUN|FILE", help="begin with the weights of a run or a file")
     add("--resume-changed", metavar="A,B", help="settings that may differ from the checkpoint's")
     every = "20 steps, 2m minutes, 1e epochs (the default) or never"
     add("--checkpoint-every", default="1e", metavar="N", help=every)
+    add("--timeout", type=_seconds, metavar="S", help="seconds until silent ranks end the run")
+    add(
+        "--join-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="... to wait for all ranks",
+    )
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")
     return parser
@@ -81,6 +105,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return number
 
 
@@ -120,6 +151,7 @@ def _load(path: str, overrides: list[str]) -> "Loaded":
 
 def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
     from launcher import training
+    from launcher.joining import Timeouts
 
     occasion = training.Occasion(
         runs=arguments.runs,
@@ -131,7 +163,9 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
         log_every=arguments.log_every,
         resume=arguments.resume or arguments.resume_changed is not None,
         resume_changed=tuple((arguments.resume_changed or "").split(",")),
+        init_from=arguments.init_from,
         checkpoint_every=_cadence(arguments.checkpoint_every),
+        timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
     )
     if arguments.dry_run:
         return _dry_run(loaded, occasion, arguments.world_size)

@@ -8,11 +8,10 @@ be alone; both train wrongly without a word, so both are stopped here.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher.errors import UserError
+from launcher.errors import LauncherError, RankError, UserError
 from launcher.signals import is_launched
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ _SEVERAL_ON_CPU = (
     "type ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {count} "
     "-m launcher RECIPE"
 )
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _WITHOUT_AUTOCAST = ("fp32", "pure_bf16", "pure_fp16")
 
@@ -79,24 +77,23 @@ def choose_precision(
 
 
 def join(precision: str) -> "Accelerator":
-    """Join the other processes: the Accelerator with device and process group.
+    """The Accelerator with its device, in the process group that there is.
 
     Raises `UserError` where the number of processes that runs is not the number asked for.
     """
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     world = announced()
     _check_gpus(world, torch.cuda.device_count())
     set_threads()
     torch.backends.cudnn.benchmark = True  # the sizes of batches hardly change
     handlers: list[Any] = [
-        InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         # Running statistics are averaged before each evaluation instead of broadcast each step.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
     accelerator = Accelerator(
-        cpu=_runs_on_cpu(),
+        cpu=runs_on_cpu(),
         mixed_precision="no" if precision in _WITHOUT_AUTOCAST else precision,
         kwargs_handlers=handlers,
     )
@@ -104,8 +101,8 @@ def join(precision: str) -> "Accelerator":
     return accelerator
 
 
-def _runs_on_cpu() -> bool:
-    """Without this, several processes on a machine without a GPU do not find each other."""
+def runs_on_cpu() -> bool:
+    """Whether training is to run on the CPU: as the user said, or for want of anything else."""
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -113,7 +110,7 @@ def _runs_on_cpu() -> bool:
 
 
 def _check_gpus(world: World, gpus: int) -> None:
-    if not _runs_on_cpu() and gpus and world.local_rank >= gpus:
+    if not runs_on_cpu() and gpus and world.local_rank >= gpus:
         raise UserError(
             f"process {world.local_rank + 1} of this machine, which has {gpus} GPU(s)",
             expected="at most one process per GPU",
@@ -144,7 +141,7 @@ def set_threads(environ: Mapping[str, str] = os.environ) -> None:
     """
     import torch
 
-    if _runs_on_cpu() and environ.get("OMP_NUM_THREADS", "1") == "1" and not _chose_threads():
+    if runs_on_cpu() and environ.get("OMP_NUM_THREADS", "1") == "1" and not _chose_threads():
         torch.set_num_threads(max(1, usable_cores() // int(environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -216,18 +213,26 @@ def _processes_in_config(config_file: str | None) -> int | None:
 
 
 def on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its result on every rank; a `UserError` reaches all."""
+    """Run `action` on rank 0 and return its result on every rank.
+
+    A `UserError` reaches all; of any other exception the others only learn that there was one.
+    """
     from accelerate.utils import broadcast_object_list
 
     outcome: list[Any] = [None]
+    fault = None
     if accelerator.is_main_process:
         try:
             outcome = [action()]
         except UserError as error:
             outcome = [error]
+        except Exception as error:
+            fault, outcome = error, [RankError("")]
     if accelerator.num_processes > 1:
         outcome = broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
+    if fault is not None:
+        raise fault
+    if isinstance(outcome[0], LauncherError):
         raise outcome[0]
     return outcome[0]
 

@@ -1,7 +1,9 @@
 """The exceptions of the launcher and the exit codes they end with.
 
     LauncherError          the run did not succeed                              exit code 1
-    ├── TrainingError      training itself went wrong (loss not finite, ...)    exit code 1
+    ├── TrainingError      training itself went wrong                           exit code 1
+    │   └── NotFiniteError     that is: the loss is not finite
+    ├── RankError          one rank failed: it speaks, whichever it is          exit code 1
     └── UserError          what was typed or given cannot be trained            exit code 2
 
 A `LauncherError` is shown as one line without a traceback. Every other exception is a fault of
@@ -25,6 +27,18 @@ class LauncherError(Exception):
 
 class TrainingError(LauncherError):
     """Training was possible but failed: for example, the loss is not a number."""
+
+
+class NotFiniteError(TrainingError):
+    """The loss or the gradient of `step` is not a finite number."""
+
+    def __init__(self, message: str, step: int) -> None:
+        self.step = step
+        super().__init__(message)
+
+
+class RankError(LauncherError):
+    """What this rank has to say, be it the first or not; empty where another rank says it."""
 
 
 class UserError(LauncherError):

@@ -1,44 +1,39 @@
 """Training as a generator: `fit()` yields measurements, and the caller decides what to do.
 
-One training step, in short: gather this rank's pieces of the global batch, run them forward and
-backward so that the gradients add up to that of the mean loss over the whole global batch,
-then let the optimizer step at the learning rate that belongs to this point of the training.
+One training step is in `step.py`; here is what happens around it: the order of epochs and steps,
+the rate that belongs to each, the measurements, the evaluation, and the moments between two steps
+at which a run can be saved and stopped.
 """
 
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from launcher.agreement import Agreement
-from launcher.batches import Batches, Normalise, Piece, layer_seeds, piece_bounds
+from launcher.batches import Batches, Normalise, layer_seeds, piece_bounds
 from launcher.datasets import Data, ImageSet
-from launcher.errors import TrainingError
-from launcher.metrics import EpochReport, Evaluation, Meter, StepReport, Tally, sample_indices
+from launcher.errors import NotFiniteError
+from launcher.metrics import (
+    EpochReport,
+    Evaluation,
+    Meter,
+    Reading,
+    StepReport,
+    Tally,
+    sample_indices,
+)
 from launcher.model import Learner, average_buffers, evaluating, first_parameter, widened
-from launcher.plan import START, Plan, Position
-from launcher.recipe import Recipe, Views
+from launcher.plan import START, Position
+from launcher.recipe import Views
+from launcher.step import Job, seed_layers, train_step
 
 EVALUATION_BATCH = 1000  # images per rank and forward pass; changes no result
+MOST_SKIPPED = 20  # steps in a row without an update, before the run stops
 FIRST_PREDICTIONS = 5  # images whose predicted classes are shown after the first step
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, in which numbers, and where."""
-
-    recipe: Recipe
-    plan: Plan
-    accelerator: Accelerator
-
-    def over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all ranks."""
-        return self.accelerator.reduce(values, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def fit(
 
     After each step `wishes` is asked whether this rank wants to stop, and whether it wants to save;
     a `SavePoint` follows when any rank does, or the plan. Every rank must run it to its end, since
-    reports add sums over the ranks. Raises `TrainingError` when the loss is not finite.
+    reports add sums over the ranks. Raises `NotFiniteError` when the loss is not finite.
     """
     recipe, plan, device = job.recipe, job.plan, job.accelerator.device
     train, test = data.train.to(device), data.test.to(device)
@@ -118,84 +113,71 @@ def train_epoch(
     recipe, plan, accelerator = job.recipe, job.plan, job.accelerator
     meter = resumed_meter(job, epoch, start)
     seeds = layer_seeds(recipe.seed, epoch, accelerator.process_index, plan.steps_per_epoch)
+    skips = 0
     for step, pieces in batches.epoch(epoch, after=start.step):
-        learner.set_rates(plan.progress(step), recipe.schedule)
-        seed_layers(seeds[(step - 1) % plan.steps_per_epoch], accelerator.device)
-        logits = train_step(job, learner, pieces, plan.step_images(step), meter)
-        stops, saves = agreement.after_step() if agreement else never()
-        saves = saves or stops or plan.is_saved_after_step(step)
-        if saves or plan.is_reported(step):
-            loss, images_per_second = meter.read()
-            refuse_infinite(loss, epoch, step, learner.learning_rate)
+        with located(step, epoch):
+            learner.set_rates(plan.progress(step), recipe.schedule)
+            seed_layers(seeds[(step - 1) % plan.steps_per_epoch], accelerator.device)
+            logits, is_taken = train_step(job, learner, pieces, step, meter)
+            skips = 0 if is_taken else skips + 1
+            stops, saves = agreement.after_step() if agreement else never()
+            saves = saves or stops or plan.is_saved_after_step(step)
+            reading = meter.read() if saves or plan.is_reported(step) else None
+        if reading is not None:
+            refuse_infinite(job, learner, reading, skips, step)
             first = first_classes(logits) if step == 1 else ()
-            yield StepReport(epoch, step, loss, learner.learning_rate, images_per_second, first)
+            yield step_report(epoch, step, reading, learner.learning_rate, first)
         if saves:
-            yield SavePoint(Position(step, epoch - 1, meter.loss_sum), stops)
+            yield SavePoint(Position(step, epoch - 1, meter.loss_sum, meter.images), stops)
         if stops:
             return None
     return meter.epoch()
 
 
+@contextmanager
+def located(step: int, epoch: int) -> Iterator[None]:
+    """Note on an exception where the training was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in step {step} (epoch {epoch})")
+        raise
+
+
 def resumed_meter(job: Job, epoch: int, start: Position) -> Meter:
     """The epoch's meter, with what `start` has behind it of this epoch."""
-    before = start.step - job.plan.epoch_steps(epoch).start + 1
-    if before <= 0:
-        return Meter(job.accelerator.device, job.over_ranks)
-    images = min(before * job.plan.batch_size, job.plan.train_images)
-    return Meter(job.accelerator.device, job.over_ranks, loss_sum=start.epoch_loss, images=images)
+    device, over_ranks = job.accelerator.device, job.over_ranks
+    if start.step < job.plan.epoch_steps(epoch).start:
+        return Meter(device, over_ranks)
+    return Meter(device, over_ranks, loss_sum=start.epoch_loss, images=start.epoch_images)
 
 
-def refuse_infinite(loss: float, epoch: int, step: int, learning_rate: float) -> None:
-    """Raise `TrainingError` before a state that is not finite can replace a good one."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is not finite ({loss}) at step {step} (epoch {epoch}, "
-            f"learning rate {learning_rate:g}); the last checkpoint is kept; "
-            "try a lower rate, clip_norm=1 or precision=bf16"
+def step_report(
+    epoch: int, step: int, reading: Reading, learning_rate: float, first: tuple[int, ...]
+) -> StepReport:
+    """A reading in the form in which it leaves the loop."""
+    loss = math.nan if reading.loss is None else reading.loss
+    rate, norm = reading.images_per_second, reading.gradient_norm
+    return StepReport(epoch, step, loss, learning_rate, rate, norm, reading.skipped, first)
+
+
+def refuse_infinite(job: Job, learner: Learner, reading: Reading, skips: int, step: int) -> None:
+    """Raise `NotFiniteError` before a state that is not finite can replace a good one."""
+    bad = reading.infinite_step
+    if bad is not None:
+        rate = learner.rate_at(job.plan.progress(bad), job.recipe.schedule)
+        raise NotFiniteError(
+            f"the loss is not finite at step {bad} (epoch {job.plan.epoch_of(bad)}, learning rate "
+            f"{rate:g}, gradient norm {reading.gradient_norm} at step {step}); the last "
+            "checkpoint is kept; try a lower rate, clip_norm=1, precision=bf16 or on_nan=skip",
+            bad,
         )
-
-
-def train_step(
-    job: Job, learner: Learner, pieces: list[Piece], images: int, meter: Meter
-) -> Tensor:
-    """One optimizer step on a global batch of `images`; returns the logits of the first piece."""
-    accelerator, optimizer = job.accelerator, learner.optimizer
-    first_logits = None
-    for piece in pieces:
-        waits = piece is not pieces[-1]  # gradients travel between ranks once per step
-        with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
-            logits = widened(learner.wrapped(piece.images))
-            loss = job.recipe.loss(logits, piece.targets)
-            # DDP averages gradients over the ranks; the world size turns that into their sum.
-            scale = job.plan.world_size * (images if job.recipe.sum_loss else 1)
-            backward(loss, piece.share * scale, accelerator)
-        meter.add(loss, piece.share * images)
-        first_logits = logits if first_logits is None else first_logits
-    meter.count(images)
-    if job.recipe.clip_norm is not None:
-        accelerator.clip_grad_norm_(learner.network.parameters(), job.recipe.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    if learner.average is not None and not accelerator.optimizer_step_was_skipped:
-        learner.average.update_parameters(learner.network)
-    assert first_logits is not None
-    return first_logits
-
-
-def backward(loss: Tensor, weight: float, accelerator: Accelerator) -> None:
-    """Add the gradients of `weight` times `loss`; with fp16, scaled by Accelerate."""
-    weighted = loss if weight == 1 else loss * weight
-    if accelerator.scaler is not None:
-        accelerator.backward(weighted)
-    else:  # accelerator.backward would divide by one, which costs 1 % of a small step
-        weighted.backward()  # type: ignore[no-untyped-call]
-
-
-def seed_layers(seed: int, device: torch.device) -> None:
-    """Seed the random layers. `torch.manual_seed` does the same but takes 80 microseconds."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+    if skips >= MOST_SKIPPED:
+        raise NotFiniteError(
+            f"the gradient was not finite in each of the {skips} steps up to {step}; "
+            "the last checkpoint is kept; try a lower rate or clip_norm=1",
+            step,
+        )
 
 
 def first_classes(logits: Tensor) -> tuple[int, ...]:

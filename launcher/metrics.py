@@ -4,6 +4,7 @@ A sum is read, and so waits for the device, once per report. Over ranks the sums
 the means averaged, so every image counts once, wherever it was.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class StepReport:
     loss: float  # mean over the images since the last report
     learning_rate: float
     images_per_second: float  # over all ranks
+    gradient_norm: float | None = None  # of this very step, before clipping
+    skipped: tuple[int, ...] = ()  # steps since the last report whose update was left out
     first_predictions: tuple[int, ...] = ()  # classes of the first five images; step 1 only
 
 
@@ -113,8 +116,22 @@ def sample_indices(count: int) -> list[int]:
     return [index * count // shown for index in range(shown)]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a `Meter` measured since its last reading. `loss` is None if all steps were skipped."""
+
+    loss: float | None
+    images_per_second: float
+    gradient_norm: float | None
+    skipped: tuple[int, ...]
+    infinite_step: int | None  # the first step whose loss is not finite on some rank
+
+
 class Meter:
-    """The training loss and speed of one epoch. `over_ranks` adds a tensor over all ranks."""
+    """The training loss and speed of one epoch. `over_ranks` adds a tensor over all ranks.
+
+    The loop hands it the losses as they are, on the device; all computing waits for a reading.
+    """
 
     def __init__(
         self,
@@ -125,37 +142,68 @@ class Meter:
         images: int = 0,
     ) -> None:
         """Start the clock; `loss_sum` and `images` are what a resumed epoch has behind it."""
-        self._interval_sum = torch.zeros((), dtype=_widest(device), device=device)
-        self._over_ranks = over_ranks
-        self._interval_images, self._epoch_images, self._before = 0, images, images
-        self.loss_sum = loss_sum
+        self._dtype, self._over_ranks = _widest(device), over_ranks
+        self._clear()
+        self._before, self.images, self.loss_sum = images, images, loss_sum
         self._started = self._interval_started = time.perf_counter()
 
-    def add(self, mean_loss: Tensor, images: float) -> None:
-        """Add the mean loss of a piece, weighted by its images. Does not wait for the device."""
-        self._interval_sum.add_(mean_loss.detach(), alpha=images)
+    def _clear(self) -> None:
+        self._losses: list[Tensor] = []
+        self._weights: list[float] = []
+        self._steps: list[int] = []
+        self._skipped: list[int] = []
+        self._interval_images = 0
+        self._norm: Tensor | None = None
 
-    def count(self, images: int) -> None:
-        """Count the images of a step over all ranks."""
+    def add(self, step: int, mean_loss: Tensor, images: float) -> None:
+        """Add the mean loss of a piece of a step, to be weighted by its images on this rank."""
+        self._losses.append(mean_loss.detach())
+        self._weights.append(images)
+        self._steps.append(step)
+
+    def count(self, images: int, gradient_norm: Tensor | None) -> None:
+        """The step is done: its images over all ranks, and its gradient norm if measured."""
         self._interval_images += images
+        self._norm = gradient_norm
 
-    def read(self) -> tuple[float, float]:
-        """Mean loss and images/s over all ranks since the last reading. Waits for the device."""
-        total = float(self._over_ranks(self._interval_sum))
-        now = time.perf_counter()
-        images = self._interval_images
-        rate = images / (now - self._interval_started)
+    def drop(self, step: int) -> None:
+        """The step's update was skipped: its losses do not count."""
+        while self._steps and self._steps[-1] == step:
+            for values in (self._losses, self._weights, self._steps):
+                values.pop()
+        self._skipped.append(step)
+
+    def read(self) -> Reading:
+        """The means over all ranks since the last reading. Waits for the device."""
+        reading = self._reading() if self._losses else self._nothing()
+        self._clear()
+        self._interval_started = time.perf_counter()
+        return reading
+
+    def _reading(self) -> Reading:
+        losses = torch.stack(self._losses).to(self._dtype)
+        total = float(self._over_ranks(losses @ losses.new_tensor(self._weights)))
+        rate = self._interval_images / (time.perf_counter() - self._interval_started)
         self.loss_sum += total
-        self._epoch_images += images
-        self._interval_sum.zero_()
-        self._interval_images, self._interval_started = 0, now
-        return total / images, rate
+        self.images += self._interval_images
+        norm = None if self._norm is None else float(self._norm)
+        infinite = None if math.isfinite(total) else self._first_infinite(losses)
+        loss = total / self._interval_images
+        return Reading(loss, rate, norm, tuple(self._skipped), infinite)
+
+    def _first_infinite(self, losses: Tensor) -> int:
+        """Every rank has as many pieces, so the places of their losses are those of all ranks."""
+        found = self._over_ranks((~losses.isfinite()).to(self._dtype))
+        return self._steps[int(found.nonzero()[0])]
+
+    def _nothing(self) -> Reading:
+        return Reading(None, 0.0, None, tuple(self._skipped), None)
 
     def epoch(self) -> tuple[float, float]:
         """Mean loss and images/s of the epoch up to the last reading."""
         seconds = self._interval_started - self._started
-        images = self._epoch_images - self._before
-        return self.loss_sum / self._epoch_images, images / seconds if seconds else 0.0
+        loss = self.loss_sum / self.images if self.images else math.nan
+        return loss, (self.images - self._before) / seconds if seconds else 0.0
 
 
 class Tally:

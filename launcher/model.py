@@ -50,6 +50,10 @@ class Learner:
         """The present rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
+    def rate_at(self, progress: float, schedule: Schedule) -> float:
+        """The rate of the first group at some point of the training."""
+        return self.rates[0] * (self.schedules[0] or schedule)(progress)
+
     def set_rates(self, progress: float, schedule: Schedule) -> None:
         """Set each group's rate to its own times the multiplier of its or the recipe's schedule."""
         groups = zip(self.optimizer.param_groups, self.rates, self.schedules, strict=True)

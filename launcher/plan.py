@@ -16,7 +16,8 @@ class Position:
 
     step: int = 0  # steps done
     epochs: int = 0  # epochs done, evaluation included
-    epoch_loss: float = 0.0  # sum of the losses of the images seen in the present epoch
+    epoch_loss: float = 0.0  # sum of the losses of the images counted in the present epoch
+    epoch_images: int = 0
 
 
 START = Position()
@@ -63,7 +64,11 @@ class Plan:
     @property
     def last_epoch(self) -> int:
         """The epoch in which the run ends, counted from 1."""
-        return math.ceil(self.last_step / self.steps_per_epoch)
+        return self.epoch_of(self.last_step)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch to which a step belongs, both counted from 1."""
+        return math.ceil(step / self.steps_per_epoch)
 
     def step_images(self, step: int) -> int:
         """Images of step `step`, counted from 1: the last step of an epoch may have fewer."""

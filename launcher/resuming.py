@@ -59,10 +59,30 @@ def resumed_run(
     state = checkpoints.read_state(checkpoint)
     refuse_changes(state["config"], config, changed)
     _refuse_other_data(state["data"], data_name)
-    best = Best(**state["best"]) if state["best"] else None
-    position = Position(**state["position"])
+    position, best = checkpoints.place_of(checkpoint)
     note = f"resumed after step {position.step}, from {checkpoint.name}"
     return Start(folder, checkpoint, (*complaints, note), position, best)
+
+
+def initial_weights(root: Path, given: str) -> Path:
+    """The file that `--init-from` means: itself, or the last weights of a run or its folder.
+
+    Raises `UserError` where there is none.
+    """
+    for folder in (Path(given), root / given):
+        if folder.is_file():
+            return folder
+        for name in ("final.safetensors", "best.safetensors", "weights.safetensors"):
+            if (folder / name).is_file():
+                return folder / name
+        checkpoint, _ = checkpoints.newest(folder / "checkpoints")
+        if checkpoint is not None:
+            return checkpoint / "weights.safetensors"
+    raise UserError(
+        f"--init-from {given}",
+        expected=f"a run in {root}, a run's folder or a .safetensors file",
+        instead="see which runs there are: ls " + str(root),
+    )
 
 
 def refuse_changes(

@@ -13,6 +13,7 @@ runs/NAME/
 import json
 import platform
 import secrets
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from launcher import files
 from launcher.errors import UserError
+from launcher.redaction import cleaned, redacted
 
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
 
@@ -39,12 +42,11 @@ class RunFolder:
         _write_json(self.path / "config.json", config)
         identity = {"wandb_id": self._known_id() or secrets.token_hex(4)}
         _write_json(self.path / "run.json", {**run, **identity, "versions": versions()})
-        (self.path / "recipe.py").write_text(source, encoding="utf-8")
+        files.replace(self.path / "recipe.py", redacted(source).encode())
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        files.append(self.path / "metrics.jsonl", json.dumps(metrics))
 
     def forget_after(self, epochs: int) -> None:
         """Drop the lines of `metrics.jsonl` that a resumed run will write again."""
@@ -52,9 +54,12 @@ class RunFolder:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _epoch_of(line) <= epochs]
-            temporary = self.path / ".metrics.jsonl"
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+            files.replace(path, "".join(kept).encode())
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left half written; hold the lock before."""
+        for path in (*self.path.glob(".*.safetensors.*"), *self.checkpoints.glob(".step-*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def lock(self) -> FileLock:
         """Hold the folder for this process; the lock ends with the process.
@@ -116,7 +121,7 @@ class Logged:
         if number <= self._last[kind]:
             return False
         self._last[kind] = number
-        self._path.write_text(json.dumps(self._last), encoding="utf-8")
+        files.replace(self._path, json.dumps(self._last).encode(), is_kept=False)
         return True
 
 
@@ -139,14 +144,30 @@ def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
 
 
 def find(runs: Path, name: str | None, recipe_name: str) -> RunFolder | None:
-    """The run of that name, or without one the newest run of the recipe; None if there is none."""
+    """The run of that name, or without one the newest run of the recipe; None if there is none.
+
+    Raises `UserError` for a run folder that is a link, or whose checkpoints are.
+    """
     if name is not None:
-        return RunFolder(runs / name) if (runs / name / "run.json").is_file() else None
+        return _own(runs / name) if (runs / name / "run.json").is_file() else None
     described = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(described):
         if json.loads(path.read_text(encoding="utf-8")).get("name") == recipe_name:
-            return RunFolder(path.parent)
+            return _own(path.parent)
     return None
+
+
+def _own(path: Path) -> RunFolder:
+    """Nothing is written through a link to another place."""
+    folder = RunFolder(path)
+    for place in (path, folder.checkpoints):
+        if place.is_symlink():
+            raise UserError(
+                f"{place} is a link to {place.readlink()}",
+                expected="a folder of its own for each run",
+                instead="type --runs FOLDER for runs that lie elsewhere",
+            )
+    return folder
 
 
 def _epoch_of(line: str) -> float:
@@ -187,4 +208,4 @@ def versions() -> dict[str, str]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.replace(path, (json.dumps(cleaned(content), indent=2) + "\n").encode())

@@ -222,12 +222,14 @@ def start(
 
 def step_scalars(report: StepReport) -> dict[str, float]:
     """What a report of training is called in W&B."""
+    norm = {} if report.gradient_norm is None else {"train/gradient_norm": report.gradient_norm}
     return {
         "epoch": report.epoch,
         "train/step": report.step,
         "train/loss": report.loss,
         "train/learning_rate": report.learning_rate,
         "train/images_per_second": report.images_per_second,
+        **norm,
     }
 
 

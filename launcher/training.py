@@ -9,16 +9,18 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, cluster, datasets, settings, tracking
+from launcher import checkpoints, cluster, datasets, joining, settings, tracking
 from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
-from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError
+from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
+from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
-from launcher.loop import Job
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
-from launcher.resuming import Start, new_run, resumed_run
+from launcher.redaction import cleaned
+from launcher.resuming import Start, initial_weights, new_run, resumed_run
+from launcher.step import Job
 from launcher.tracking import NullTracker
 from launcher.watching import (
     Outcome,
@@ -47,39 +49,79 @@ class Occasion:
     resume: bool = False
     resume_changed: tuple[str, ...] = ()
     checkpoint_every: Cadence = EVERY_EPOCH
+    timeouts: Timeouts = PATIENT
+    init_from: str | None = None
 
 
 def train(loaded: Loaded, occasion: Occasion) -> Outcome:
     """Train a recipe; every rank calls this.
 
-    Raises `UserError` before anything is written, and `TrainingError` for a loss that is not finite
-    or a failed smoke test.
+    Raises `UserError` before anything is written, `TrainingError` for a loss that is not finite
+    or a failed smoke test, and `RankError` where the ranks lose each other.
     """
     if occasion.smoke:
         loaded, occasion = _for_smoke(loaded, occasion)
+    company = joining.meet(cluster.announced(), occasion.timeouts)
+    try:
+        outcome = _train(loaded, occasion, company)
+    except LauncherError:
+        raise
+    except Exception as error:
+        explained = company.explain(error)
+        if explained is error:
+            raise
+        raise explained from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if occasion.smoke and not outcome.stopped:
+        check_smoke(outcome.losses)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What each rank can make without the others."""
+
+    data: Data
+    plan: Plan
+    network: nn.Module
+    precision: str
+    facts: dict[str, str]
+
+
+def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
     recipe = loaded.recipe
     precision, origin = cluster.choose_precision(recipe.precision, torch.cuda.is_available())
     data = datasets.load(recipe.data)
     plan = plan_for(loaded, data, occasion, cluster.announced().size)
     network = build(recipe, data.train)
-    accelerator = cluster.join(precision)
-    job = Job(recipe, plan, accelerator)
-    initialise(network, recipe, data.train, accelerator.device)
-    learner = prepare(network, recipe, accelerator)
-    facts = describe(loaded, data, plan, network) | {
-        "devices": f"{plan.world_size} x {cluster.device_name(accelerator)}",
-        "precision": f"{precision} ({origin})",
-    }
-    if data.fallback:
-        facts["fallback"] = fallback_warning(data)
+    facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
+    if occasion.init_from is not None:
+        weights = initial_weights(occasion.runs, occasion.init_from)
+        checkpoints.load_weights(network, weights)
+        facts |= {"weights": f"from {weights}"}
+    return _Prepared(data, plan, network, precision, facts)
+
+
+def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     try:
-        outcome = _watched(job, learner, data, loaded, occasion, facts)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if occasion.smoke and not outcome.stopped:
-        check_smoke(outcome.losses)
-    return outcome
+        ready = _prepare(loaded, occasion)
+    except UserError as error:
+        company.agree(error)
+        raise
+    company.agree(None)
+    company.found(occasion.timeouts.of_collectives)
+    accelerator = cluster.join(ready.precision)
+    job = Job(loaded.recipe, ready.plan, accelerator)
+    if occasion.init_from is None:
+        initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
+    learner = prepare(ready.network, job.recipe, accelerator)
+    facts = ready.facts | {
+        "devices": f"{job.plan.world_size} x {cluster.device_name(accelerator)}",
+    }
+    if ready.data.fallback:
+        facts["fallback"] = fallback_warning(ready.data)
+    return _watched(job, learner, ready.data, loaded, occasion, cleaned(facts))
 
 
 def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) -> Plan:
@@ -172,7 +214,7 @@ def _begin(
     locks: list[FileLock],
 ) -> Start:
     """Choose the run folder and the checkpoint on rank 0, for all ranks."""
-    config = settings.as_dict(loaded.recipe)
+    config = cleaned(settings.as_dict(loaded.recipe))
     where = (occasion.runs, occasion.name, loaded.name)
 
     def begin() -> Start:
@@ -181,6 +223,7 @@ def _begin(
         else:
             start = new_run(*where)
         locks.append(start.folder.lock())
+        start.folder.tidy()
         start.folder.describe(config, facts | {"name": loaded.name}, loaded.source)
         start.folder.forget_after(start.position.epochs)
         return start
@@ -203,7 +246,7 @@ def _gather(
         folder=start.folder.path,
         project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
         name=start.folder.path.name,
-        config=settings.as_dict(loaded.recipe),
+        config=cleaned(settings.as_dict(loaded.recipe)),
         tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
         data=data,
         note=loaded.note,

@@ -2,19 +2,26 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
-from launcher import checkpoints, runs, settings, signals
+from launcher import checkpoints, cluster, runs, settings, signals
 from launcher.checkpoints import Writer
 from launcher.console import Console, first_step_line, tta_note
 from launcher.datasets import Data
-from launcher.loop import Job, SavePoint, fit
+from launcher.errors import NotFiniteError, TrainingError
+from launcher.loop import Event, SavePoint, fit
 from launcher.metrics import Best, EpochReport, StepReport
 from launcher.model import Learner
-from launcher.plan import START, Cadence
+from launcher.plan import START, Cadence, Position
+from launcher.redaction import cleaned
 from launcher.resuming import Start
 from launcher.runs import RunFolder
+from launcher.step import Job
 from launcher.tracking import Tracker
+
+MOST_ROLLBACKS = 10  # a run that needs more does not get better by leaving steps out
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,16 @@ class _Wishes:
         return bool(signals.stop_reason()), due
 
 
+@dataclass
+class _Seen:
+    """What the events so far have told."""
+
+    best: Best | None
+    last: Best | None = None
+    losses: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
 def consume(
     job: Job,
     learner: Learner,
@@ -84,35 +101,71 @@ def consume(
     watchers: Watchers,
     cadence: Cadence,
 ) -> Outcome:
-    """Run the loop and pass its events on."""
-    position, wishes = start.position if start else START, _Wishes(cadence)
-    losses: list[float] = []
-    best = start.best if start else None
-    last = None
-    stopped = False
-    for event in fit(job, learner, data, position, wishes):
-        if isinstance(event, StepReport):
-            losses.append(event.loss)
-            _show_step(event, job, data, watchers)
-        elif isinstance(event, EpochReport):
-            last = Best.of(event)
-            is_best = best is None or last.accuracy > best.accuracy
-            best = last if best is None or is_best else best
-            _show_epoch(event, best, is_best, job, learner, data, watchers)
-        else:
-            stopped = event.stops
-            _save(event, best, job, learner, data, watchers)
-    if watchers.writer and watchers.folder:
-        _complain(watchers.writer.wait(), watchers)
-        if not stopped:
-            checkpoints.save_weights(learner.evaluated, watchers.folder.final)
+    """Run the loop and pass its events on.
+
+    Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
+    `TrainingError` where the final weights could not be written.
+    """
+    position, seen = start.position if start else START, _Seen(start.best if start else None)
+    wishes = _Wishes(cadence)
+    while True:
+        try:
+            for event in fit(job, learner, data, position, wishes):
+                _take(event, seen, job, learner, data, watchers)
+            break
+        except NotFiniteError as error:
+            position, seen.best = _roll_back(job, learner, watchers, error)
+            job = replace(job, left_out=job.left_out | {error.step})
+    unsaved = "" if seen.stopped else _save_final(learner, watchers)
+    _wait_for_writer(watchers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
-    return Outcome(best, last, tuple(losses), stopped)
+    if unsaved:
+        raise TrainingError(unsaved)
+    return Outcome(seen.best, seen.last, tuple(seen.losses), seen.stopped)
+
+
+def _take(
+    event: Event, seen: _Seen, job: Job, learner: Learner, data: Data, watchers: Watchers
+) -> None:
+    if isinstance(event, StepReport):
+        seen.losses.append(event.loss)
+        _show_step(event, job, data, watchers)
+    elif isinstance(event, EpochReport):
+        seen.last = Best.of(event)
+        is_best = seen.best is None or seen.last.accuracy > seen.best.accuracy
+        seen.best = seen.last if seen.best is None or is_best else seen.best
+        _show_epoch(event, seen.best, is_best, job, learner, data, watchers)
+    else:
+        seen.stopped = event.stops
+        _save(event, seen.best, job, learner, data, watchers)
+
+
+def _roll_back(
+    job: Job, learner: Learner, watchers: Watchers, error: NotFiniteError
+) -> tuple[Position, Best | None]:
+    """Restore the newest whole checkpoint on all ranks, which all have met the same error."""
+    folder = watchers.folder
+    if job.recipe.on_nan != "rollback" or folder is None:
+        raise error
+    _wait_for_writer(watchers)
+    found = cluster.on_main(job.accelerator, lambda: checkpoints.newest(folder.checkpoints)[0])
+    if found is None or len(job.left_out) >= MOST_ROLLBACKS or error.step in job.left_out:
+        raise error
+    checkpoints.restore(found, learner, job.accelerator)
+    position, best = checkpoints.place_of(found)
+    if job.accelerator.is_main_process:
+        _attempt("metrics.jsonl", partial(folder.forget_after, position.epochs), watchers)
+    watchers.console.say(f"{error}")
+    watchers.console.say(f"rolled back to step {position.step}; step {error.step} is left out")
+    return position, best
 
 
 def _show_step(report: StepReport, job: Job, data: Data, watchers: Watchers) -> None:
     if report.first_predictions:
         watchers.console.say(first_step_line(report, data.train.classes))
+    if report.skipped:
+        steps = ", ".join(map(str, report.skipped))
+        watchers.console.say(f"no update in step {steps}: the gradient is not finite, or left out")
     watchers.console.step(report, job.plan)
     watchers.tracker.log_step(report)
 
@@ -128,10 +181,13 @@ def _show_epoch(
 ) -> None:
     watchers.console.epoch(report, job.plan, is_best)
     watchers.tracker.log_epoch(report, best)
-    if watchers.folder and job.accelerator.is_main_process:
-        watchers.folder.record(report.metrics() | {"data": data.name})
+    folder = watchers.folder
+    if folder and job.accelerator.is_main_process:
+        row = report.metrics() | {"data": data.name}
+        _attempt("metrics.jsonl", partial(folder.record, row), watchers)
         if is_best:
-            checkpoints.save_weights(learner.evaluated, watchers.folder.best)
+            save = partial(checkpoints.save_weights, learner.evaluated, folder.best)
+            _attempt("the best weights", save, watchers)
 
 
 def _save(
@@ -150,12 +206,36 @@ def _save(
         "best": asdict(best) if best else None,
         "world_size": job.plan.world_size,
         "data": data.name,
-        "config": settings.as_dict(job.recipe),
+        "config": cleaned(settings.as_dict(job.recipe)),
         "versions": runs.versions(),
     }
     snapshot = checkpoints.capture(learner, job.accelerator, state)
     if watchers.writer:
         _complain(watchers.writer.submit(snapshot), watchers)
+
+
+def _save_final(learner: Learner, watchers: Watchers) -> str:
+    """Write the weights at the end, on rank 0; returns what went wrong, or an empty text."""
+    if watchers.writer is None or watchers.folder is None:
+        return ""
+    save = partial(checkpoints.save_weights, learner.evaluated, watchers.folder.final)
+    return _attempt("the final weights", save, watchers)
+
+
+def _wait_for_writer(watchers: Watchers) -> None:
+    if watchers.writer:
+        _complain(watchers.writer.wait(), watchers)
+
+
+def _attempt(what: str, action: Callable[[], None], watchers: Watchers) -> str:
+    """Write something; a disk that refuses costs a line, not the training."""
+    try:
+        action()
+    except OSError as error:
+        complaint = f"{what} could not be written ({error})"
+        _complain(complaint, watchers)
+        return complaint
+    return ""
 
 
 def _complain(text: str, watchers: Watchers) -> None:

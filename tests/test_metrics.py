@@ -1,5 +1,7 @@
 """Sums over the images, whatever the batches and ranks they came in."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -42,14 +44,45 @@ def test_two_classes_have_a_top_five_of_two() -> None:
 
 def test_the_meter_weighs_losses_by_images_and_adds_over_ranks() -> None:
     meter = Meter(CPU, over_ranks=lambda values: values * 2)  # another rank with equal sums
-    meter.add(torch.tensor(1.0), 10)
-    meter.add(torch.tensor(4.0), 5)
-    meter.count(30)
-    assert meter.read()[0] == pytest.approx(2.0)
-    meter.add(torch.tensor(6.0), 5)
-    meter.count(10)
-    assert meter.read()[0] == pytest.approx(6.0)
+    meter.add(1, torch.tensor(1.0), 10)
+    meter.add(1, torch.tensor(4.0), 5)
+    meter.count(30, torch.tensor(0.5))
+    reading = meter.read()
+    assert reading.loss == pytest.approx(2.0)
+    assert reading.gradient_norm == 0.5
+    meter.add(2, torch.tensor(6.0), 5)
+    meter.count(10, None)
+    assert meter.read().loss == pytest.approx(6.0)
     assert meter.epoch()[0] == pytest.approx(3.0)
+
+
+def test_the_meter_leaves_out_a_skipped_step_and_names_it() -> None:
+    meter = Meter(CPU, over_ranks=lambda values: values)
+    meter.add(1, torch.tensor(1.0), 10)
+    meter.count(10, None)
+    meter.add(2, torch.tensor(math.nan), 4)
+    meter.add(2, torch.tensor(2.0), 6)
+    meter.drop(2)
+    reading = meter.read()
+    assert (reading.loss, reading.skipped, reading.infinite_step) == (1.0, (2,), None)
+    meter.add(3, torch.tensor(1.0), 10)
+    meter.drop(3)
+    assert meter.read().loss is None
+    assert meter.epoch()[0] == 1.0
+    assert meter.images == 10
+
+
+def test_the_meter_finds_the_first_infinite_step_of_any_rank() -> None:
+    elsewhere = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)  # another rank's second step
+
+    def over_ranks(values: torch.Tensor) -> torch.Tensor:
+        return values + (elsewhere if values.ndim else math.nan)
+
+    meter = Meter(CPU, over_ranks)
+    for step, loss in enumerate((1.0, 1.0, math.inf), start=7):
+        meter.add(step, torch.tensor(loss), 10)
+        meter.count(10, None)
+    assert meter.read().infinite_step == 8
 
 
 @pytest.mark.parametrize("count", [1, 35, 36, 37, 10_000])

@@ -14,11 +14,12 @@ from launcher.batches import Batches, Normalise
 from launcher.cluster import choose_precision
 from launcher.datasets import load
 from launcher.errors import UserError
-from launcher.loop import Job, fit
+from launcher.loop import fit
 from launcher.metrics import EpochReport
 from launcher.model import build, initialise, prepare
 from launcher.plan import make_plan
 from launcher.schedules import linear
+from launcher.step import Job
 from tests.world_worker import Small64, plain
 
 RECIPES = Path(__file__).parent.parent / "recipes"

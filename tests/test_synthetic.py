@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from launcher import Recipe, Synthetic, cluster, datasets, loading
-from launcher.loop import Job, fit
+from launcher.loop import fit
 from launcher.metrics import EpochReport
 from launcher.model import build, prepare
 from launcher.plan import make_plan
+from launcher.step import Job
 from tests.helpers import RECIPES
 
 

@@ -31,10 +31,11 @@ from launcher import (
     mirrored_and_shifted,
     mixup,
 )
-from launcher.loop import Job, fit
+from launcher.loop import fit
 from launcher.metrics import EpochReport, StepReport
 from launcher.model import build, initialise, prepare
 from launcher.plan import make_plan
+from launcher.step import Job
 
 # 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.
 IMAGES, BATCH = 203, 32
