@@ -108,18 +108,20 @@ class Company:
         """Who is missing after a collective that failed; empty if another rank says so."""
         assert self._store is not None
         self._store.set(f"survivor/{self._world.rank}", "")
-        if self._store.add("survivors", 1) > 1:
-            time.sleep(GRACE + 1 if self._hosts else 0)
-            return ""
-        time.sleep(GRACE)
-        if self._store.add("failures", 0):
+        speaks = self._store.add("survivors", 1) == 1
+        until = time.monotonic() + GRACE + (1 if self._hosts else 0)
+        while (speaks or self._hosts) and time.monotonic() < until:
+            if self._store.add("failures", 0):
+                return ""
+            time.sleep(0.1)
+        if not speaks:
             return ""
         missing = self._without("survivor")
         if not missing:
             return f"{self._name} could not reach the others\n{text}"
         where = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in missing)
         return (
-            f"{where} does not answer: killed, stopped or cut off ({_step_of(text)}, {self._name})"
+            f"{where} does not answer: killed, stopped or cut off ({self._name}, {_step_of(text)})"
         )
 
     def _all_at(self, place: str, timeout: timedelta) -> bool:

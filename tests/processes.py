@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -23,15 +25,20 @@ class Run:
     """A running launcher; its output goes into a file, which may be read while it runs."""
 
     def __init__(
-        self, launch: tuple[str, ...], folder: Path, *words: str, recipe: Path = RESUMABLE
+        self,
+        launch: tuple[str, ...],
+        folder: Path,
+        *words: str,
+        recipe: Path = RESUMABLE,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.output = folder / f"output-{time.monotonic_ns()}"
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        fixed = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [*launch, "-m", "launcher", str(recipe), "--wandb", "off", *words],
                 cwd=folder,
-                env=environment | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder)},
+                env={**os.environ, **fixed, "HF_HOME": str(folder), **environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )

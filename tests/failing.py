@@ -1,0 +1,48 @@
+"""A recipe that fails as FAIL says, on the rank FAIL_RANK, in its training pass FAIL_PASS."""
+
+import math
+import os
+import signal
+from dataclasses import replace
+
+from torch import Tensor
+
+from launcher.errors import UserError
+from tests.resumable import Network
+from tests.resumable import recipe as resumable
+
+PASS = int(os.environ.get("FAIL_PASS", 40))
+IS_HERE = os.environ.get("RANK", "0") == os.environ.get("FAIL_RANK", "1")
+
+
+class Failing(Network):
+    """Counts its forward passes in training."""
+
+    passes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if self.training and IS_HERE:
+            Failing.passes += 1
+            if Failing.passes == PASS:
+                return logits * fail()
+        return logits
+
+
+def fail() -> float:
+    match os.environ.get("FAIL"):
+        case "raise":
+            raise ArithmeticError("a fault of the recipe")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "nan":
+            return math.nan
+    return 1.0
+
+
+if os.environ.get("FAIL") == "refuse" and IS_HERE:
+    raise UserError("a disk without the images", expected="images", instead="mount it")
+
+recipe = replace(resumable, model=Failing)

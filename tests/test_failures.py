@@ -1,0 +1,126 @@
+"""One rank fails: all end in time, and the log names it and says why, once."""
+
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.processes import PYTHON, ROOT, TORCHRUN, Run, fingerprint, ranks_of
+
+FAILING = ROOT / "tests" / "failing.py"
+SHORT = ("epochs=4", "--name", "run", "--checkpoint-every", "7")
+HOST = re.escape(socket.gethostname())
+
+
+def failing(launch: tuple[str, ...], folder: Path, fail: str, *words: str, rank: int = 1) -> Run:
+    environment = {"FAIL": fail, "FAIL_RANK": str(rank)}
+    return Run(launch, folder, *SHORT, *words, recipe=FAILING, environment=environment)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_the_rank_that_raised_is_named_once_with_its_traceback(rank: int, tmp_path: Path) -> None:
+    run = failing(TORCHRUN, tmp_path, "raise", rank=rank)
+    assert run.end() != 0
+    ours = run.text().partition("torch/distributed/run.py")[0]
+    assert ours.count("Traceback") == 1 + ours.count('<frozen runpy>", line 198')
+    assert len(re.findall(rf"launcher: rank {rank} of 2 on {HOST} failed\n", ours)) == 1
+    assert ours.count("ArithmeticError: a fault of the recipe\nin step 40 (epoch 2)") == 1
+    assert "closed by peer" not in ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fail", ["kill", "stop"])
+def test_a_rank_that_does_not_answer_ends_the_run_and_is_named(fail: str, tmp_path: Path) -> None:
+    run = failing(TORCHRUN, tmp_path, fail, "--timeout", "4")
+    run.wait_for("epoch 1/4")
+    stopped = ranks_of(run)[1]
+    run.wait_for("does not answer")
+    assert len(re.findall(rf"rank 1 on {HOST} does not answer.*step 40", run.text())) == 1
+    if fail == "stop":  # torchrun waits 30 s before it kills a process that ignores it
+        stopped.send_signal(signal.SIGKILL)
+    assert run.end() != 0
+
+
+def test_a_rank_that_never_comes_is_named_in_time(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = Run(PYTHON, tmp_path, *SHORT, "--join-timeout", "2", environment=world)
+    assert run.end() == 1
+    assert "3 of 4 processes did not come within 2 s: ranks 1-3" in run.text()
+    assert "--join-timeout" in run.text()
+    lonely = world | {"RANK": "2"}  # nobody listens there
+    run = Run(PYTHON, tmp_path, *SHORT, "--join-timeout", "2", environment=lonely)
+    assert run.end() == 1
+    assert re.search(rf"rank 2 on {HOST} cannot reach rank 0 at 127.0.0.1 port {port}", run.text())
+
+
+@pytest.mark.slow
+def test_what_one_rank_refuses_ends_all_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom dataclasses import replace\nfrom functools import partial\n"
+        "from launcher import Folder\nfrom tests.resumable import recipe\n"
+        "data = replace(recipe.data, source=Folder, root='nowhere')\n"
+        "recipe = recipe if os.environ['RANK'] == '0' else replace(recipe, data=data)\n"
+    )
+    run = Run(TORCHRUN, tmp_path, recipe=tmp_path / "mine.py")
+    assert run.end() != 0
+    ours = run.text().partition("torch/distributed/run.py")[0]
+    assert len(re.findall(rf"launcher: rank 1 of 2 on {HOST}: .*nowhere", ours)) == 1
+    assert "exitcode  : 2" in run.text()
+    assert not (tmp_path / "runs").exists()
+
+
+def nan_run(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON, rank: int = 0) -> Run:
+    return failing(launch, folder, "nan", *words, rank=rank)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
+    run = nan_run(tmp_path, "--checkpoint-every", "1e", "--log-every", "25", "clip_norm=none")
+    assert run.end() == 1
+    # The losses are read after step 50, and name the step all the same.
+    assert "the loss is not finite at step 40 (epoch 2, learning rate 0.000" in run.text()
+    assert "gradient norm nan at step 50" in run.text()
+    names = [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir()]
+    assert names == ["step-000000025"]
+
+
+@pytest.mark.slow
+def test_a_skipped_update_leaves_the_run_finite(tmp_path: Path) -> None:
+    run = nan_run(tmp_path, "on_nan=skip")
+    assert run.end() == 0, run.text()
+    assert "no update in step 40" in run.text()
+    weights = load_file(tmp_path / "runs" / "run" / "final.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.slow
+def test_skipping_and_rolling_back_leave_out_the_same_update(tmp_path: Path) -> None:
+    """Also over two ranks, of which one has the bad loss, and with running statistics."""
+    prints = {}
+    for on_nan in ("skip", "rollback"):
+        folder = tmp_path / on_nan
+        folder.mkdir()
+        run = nan_run(folder, f"on_nan={on_nan}", launch=TORCHRUN, rank=1)
+        assert run.end() == 0, run.text()
+        prints[on_nan] = fingerprint(folder / "runs" / "run")
+        assert ("rolled back to step 35; step 40 is left out" in run.text()) == (on_nan != "skip")
+    assert prints["skip"] == prints["rollback"]
+
+
+@pytest.mark.slow
+def test_a_run_without_any_good_update_stops(tmp_path: Path) -> None:
+    recipe = tmp_path / "hopeless.py"
+    recipe.write_text(
+        "from dataclasses import replace\nimport math\nfrom tests.resumable import recipe\n"
+        "def loss(logits, targets):\n    return logits.sum() * math.inf\n"
+        "recipe = replace(recipe, loss=loss, on_nan='skip')\n"
+    )
+    run = Run(PYTHON, tmp_path, *SHORT, recipe=recipe)
+    assert run.end() == 1
+    assert "not finite in each of the" in run.text()
