@@ -15,7 +15,6 @@ import platform
 import secrets
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -103,26 +102,6 @@ class RunFolder:
     def final(self) -> Path:
         """Where the last weights lie."""
         return self.path / "final.safetensors"
-
-
-class Logged:
-    """The last step and epoch that W&B was given, kept for a resumed run, which replays some."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read what earlier attempts have logged."""
-        self._path = folder / "wandb-logged.json"
-        self._last = {"step": 0, "epoch": 0}
-        if self._path.is_file():
-            with suppress(ValueError):  # cut off by a crash: rather a row twice than none
-                self._last |= json.loads(self._path.read_text(encoding="utf-8"))
-
-    def is_new(self, kind: str, number: int) -> bool:
-        """Whether this step or epoch was not logged yet; from now on it was."""
-        if number <= self._last[kind]:
-            return False
-        self._last[kind] = number
-        files.replace(self._path, json.dumps(self._last).encode(), is_kept=False)
-        return True
 
 
 def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from launcher.datasets import Data
+from launcher.journal import Journal, Row, epoch_scalars, rows_on_disk, step_scalars
 from launcher.metrics import Best, EpochReport, StepReport, sample_indices
-from launcher.runs import Logged
 
 if TYPE_CHECKING:
     import wandb
@@ -33,7 +33,6 @@ ENVIRONMENT = {
 }
 GRAPHQL_RETRIES = 2  # the client's default goes on for minutes, and `finish` waits for it
 MOST_WAITING = 16  # epochs whose tables may wait for the network
-MOST_CLASS_CURVES = 20
 MOST_TABLE_CLASSES = 100  # W&B takes at most 10,000 rows: the confusion matrix of 100 classes
 
 _log = logging.getLogger("launcher")
@@ -70,26 +69,28 @@ class WandbTracker:
         self.mode = "offline" if run.offline else "online"
         self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
-        self._logged = Logged(folder)
+        self._journal, self._in_turn = Journal(folder), threading.Lock()
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_tables, name="tables", daemon=True)
         self._thread.start()
         with self._only_warning():
             _define_axes(run)
+            for row in self._journal.rows[self._rows_there() :]:
+                run.log(row)  # without its pictures, which went with the process
 
     def log_step(self, report: StepReport) -> None:
         """Record the training since the last report."""
         with self._only_warning():
-            if self._logged.is_new("step", report.step):  # else replayed after a resume
-                self._run.log(step_scalars(report))
+            if self._journal.is_new("step", report.step):  # else replayed after a resume
+                self._log(step_scalars(report))
 
     def log_epoch(self, report: EpochReport, best: Best) -> None:
         """Record an epoch, the best one so far, the sample images, and later the tables."""
         with self._only_warning():
-            if not self._logged.is_new("epoch", report.epoch):
+            if not self._journal.is_new("epoch", report.epoch):
                 return
             scalars = epoch_scalars(report, best, self._samples.classes)
-            self._run.log({**scalars, "samples": self._samples.captioned(report)})
+            self._log(scalars, {"samples": self._samples.captioned(report)})
             if self._waiting.qsize() >= MOST_WAITING:
                 raise TimeoutError(f"the tables of {MOST_WAITING} epochs are waiting already")
             self._waiting.put(report)
@@ -103,10 +104,25 @@ class WandbTracker:
         except Exception as error:
             _log.warning("W&B lacks a part of the run (%s): wandb sync %s", error, self._folder)
 
+    def _log(self, scalars: Row, pictures: Row | None = None) -> None:
+        """One row, which the journal counts as W&B does."""
+        with self._in_turn:
+            self._journal.add(scalars)
+            self._run.log({**scalars, **(pictures or {})})
+
+    def _rows_there(self) -> int:
+        """The rows of the journal that W&B has from earlier attempts, or will by `wandb sync`."""
+        if not self._journal.rows:
+            return 0
+        kinds = ("offline-run-*", "run-*") if self._run.offline else ("offline-run-*",)
+        parts = (part for kind in kinds for part in self._folder.parent.glob(kind))
+        found = rows_on_disk(part for part in parts if part != self._folder)
+        return found if self._run.offline else max(found, self._run.starting_step)
+
     def _log_tables(self) -> None:
         while (report := self._waiting.get()) is not None:
             with self._only_warning():
-                self._run.log({"epoch": report.epoch, **self._samples.tables(report)})
+                self._log({"epoch": report.epoch}, self._samples.tables(report))
 
     @contextmanager
     def _only_warning(self) -> Iterator[None]:
@@ -218,30 +234,6 @@ def start(
         return WandbTracker(begin(mode="offline"), samples, notice, folder)
     except Exception as error:  # whatever is wrong with W&B, training can do without it
         return NullTracker(f"W&B is off: {_one_line(error)}")
-
-
-def step_scalars(report: StepReport) -> dict[str, float]:
-    """What a report of training is called in W&B."""
-    norm = {} if report.gradient_norm is None else {"train/gradient_norm": report.gradient_norm}
-    return {
-        "epoch": report.epoch,
-        "train/step": report.step,
-        "train/loss": report.loss,
-        "train/learning_rate": report.learning_rate,
-        "train/images_per_second": report.images_per_second,
-        **norm,
-    }
-
-
-def epoch_scalars(report: EpochReport, best: Best, classes: Sequence[str]) -> dict[str, float]:
-    """What a report of an epoch is called in W&B: `train_epoch/` is the mean of an epoch."""
-    numbers = {k: v for k, v in report.metrics().items() if not isinstance(v, list)}
-    scalars = {name.replace("train/", "train_epoch/"): value for name, value in numbers.items()}
-    scalars["train/step"] = scalars.pop("step")
-    if len(classes) <= MOST_CLASS_CURVES:
-        pairs = zip(classes, report.test.per_class, strict=True)
-        scalars.update({f"test/class_accuracy/{c}": a for c, a in pairs if a is not None})
-    return {**scalars, "best/test_accuracy": best.accuracy, "best/epoch": best.epoch}
 
 
 def _caption(truth: str, guess: str, confidence: float) -> str:

@@ -16,7 +16,7 @@ from launcher.errors import UserError
 from launcher.model import Learner, build, prepare
 from launcher.plan import Position
 from launcher.recipe import Recipe
-from launcher.runs import Logged, RunFolder
+from launcher.runs import RunFolder
 from tests.resumable import recipe
 
 STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}
@@ -177,13 +177,3 @@ def test_epochs_that_will_be_repeated_are_forgotten(tmp_path: Path) -> None:
     folder.forget_after(2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-
-
-def test_what_was_logged_once_is_not_logged_again(tmp_path: Path) -> None:
-    first = Logged(tmp_path)
-    assert [first.is_new("step", step) for step in (1, 5, 9)] == [True] * 3
-    second = Logged(tmp_path)
-    assert [second.is_new("step", step) for step in (5, 9, 10)] == [False, False, True]
-    assert second.is_new("epoch", 1)
-    (tmp_path / "wandb-logged.json").write_text('{"step": 1')
-    assert Logged(tmp_path).is_new("step", 1)

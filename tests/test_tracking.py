@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from launcher.datasets import Data, ImageSet
+from launcher.journal import epoch_scalars
 from launcher.metrics import Best, EpochReport, Evaluation, StepReport
-from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, epoch_scalars, start
+from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, start
 from tests.wandb_server import API_KEY, WandbServer
 
 ROOT = Path(__file__).parents[1]

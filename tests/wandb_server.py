@@ -64,6 +64,8 @@ class WandbServer:
                 project = {"id": "project", "name": given["project"], "entity": ENTITY}
                 bucket = {"id": "run", "name": given["name"], "displayName": given["displayName"]}
                 return {"upsertBucket": {"bucket": {**bucket, "project": project}}}
+            case "RunResumeStatus":
+                return {"model": {"id": "project", "name": "p", "entity": ENTITY, **self._known()}}
             case "CreateRunFiles":
                 files = [{"name": name, "uploadUrl": self._place(name)} for name in given["files"]]
                 return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
@@ -86,6 +88,26 @@ class WandbServer:
                 return {"commitArtifact": {"artifact": {"id": given["artifactID"]}}}
         return {}
 
+    def _known(self) -> dict[str, Any]:
+        """What a continued run wants to know of its past."""
+        if not self.received.history:
+            return {"bucket": None}
+        rows = self.received.history
+        tail = json.dumps([json.dumps(row) for row in rows[-1:]])
+        counts = {"historyLineCount": len(rows), "logLineCount": 0, "eventsLineCount": 0}
+        texts = {"historyTail": tail, "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}"}
+        name = self.received.run.get("name", "")
+        return {
+            "bucket": {
+                "name": name,
+                "id": "run",
+                **counts,
+                **texts,
+                "tags": [],
+                "wandbConfig": '{"t": 1}',
+            }
+        }
+
     def _file(self, file: dict[str, Any]) -> dict[str, Any]:
         place = self._place(f"{file['artifactID']}/{file['name']}")
         artifact = {"id": file["artifactID"]}
@@ -98,8 +120,9 @@ class WandbServer:
     def file_stream(self, sent: dict[str, Any]) -> None:
         """Record the lines of a run's log and its end."""
         files = sent.get("files", {})
-        for line in files.get("wandb-history.jsonl", {"content": []})["content"]:
-            self.received.history.append(json.loads(line))
+        if history := files.get("wandb-history.jsonl"):
+            del self.received.history[history["offset"] :]  # sent again after a lost answer
+            self.received.history.extend(json.loads(line) for line in history["content"])
         for line in files.get("wandb-summary.json", {"content": []})["content"]:
             self.received.summary = json.loads(line)
         if sent.get("complete"):
