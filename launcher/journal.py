@@ -1,7 +1,8 @@
 """The rows that W&B is given: what is in them, and which it was given already.
 
-Every row is noted, so that a resumed run neither repeats one nor loses one. A resumed run trains some steps again, whose rows W&B has already; and a killed process takes the
-last rows with it, which W&B's own process had not sent or written yet.
+Every row is noted, so that a resumed run neither repeats one nor loses one. It trains some steps
+again, whose rows W&B has already; and a killed process takes the last rows with it, which W&B's own
+process had not sent or written yet.
 """
 
 import json
@@ -17,6 +18,7 @@ from launcher.metrics import Best, EpochReport, StepReport
 
 # The figures that make a row that of a step, or of an epoch, and where their number stands.
 _KINDS = {"step": ("train/loss", "train/step"), "epoch": ("test/accuracy", "epoch")}
+ROW = "row"  # each row's own number, by which a resumed run sees what W&B has; tables have none
 INSPECTION_SECONDS = 60
 
 Row = dict[str, Any]
@@ -69,23 +71,26 @@ class Journal:
         """Whether no attempt has logged this step or epoch."""
         return number > self._last[kind]
 
-    def add(self, row: Row) -> None:
-        """Note a row, before W&B gets it."""
+    def add(self, scalars: Row) -> Row:
+        """Note a row, before W&B gets it; returns it with its number, counted from 1."""
+        row = {**scalars, ROW: len(self.rows) + 1}
         files.append(self._path, json.dumps(row))
         self.rows.append(row)
         for kind, (figure, number) in _KINDS.items():
             if figure in row:
                 self._last[kind] = row[number]
+        return row
 
 
-def rows_on_disk(parts: Iterable[Path]) -> int:
-    """The rows in W&B's own logs of earlier attempts; what cannot be read counts as none."""
-    return sum(map(_rows_of, parts))
+def last_row_on_disk(parts: Iterable[Path]) -> int:
+    """The number of the last row in W&B's own logs of earlier attempts; 0 if none can be read."""
+    return max((row for part in parts for row in _rows_of(part)), default=0)
 
 
-def _rows_of(part: Path) -> int:
+def _rows_of(part: Path) -> list[int]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         done = subprocess.run(command, capture_output=True, timeout=INSPECTION_SECONDS, check=False)
-        return sum("history" in json.loads(line) for line in done.stdout.splitlines())
-    return 0
+        records = map(json.loads, done.stdout.splitlines())
+        return [record.get("history", {}).get("item", {}).get(ROW, 0) for record in records]
+    return []

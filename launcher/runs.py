@@ -43,6 +43,11 @@ class RunFolder:
         _write_json(self.path / "run.json", {**run, **identity, "versions": versions()})
         files.replace(self.path / "recipe.py", redacted(source).encode())
 
+    @property
+    def is_described(self) -> bool:
+        """Whether what `describe` wrote is still there."""
+        return (self.path / "run.json").is_file()
+
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         files.append(self.path / "metrics.jsonl", json.dumps(metrics))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from launcher.datasets import Data
-from launcher.journal import Journal, Row, epoch_scalars, rows_on_disk, step_scalars
+from launcher.journal import ROW, Journal, Row, epoch_scalars, last_row_on_disk, step_scalars
 from launcher.metrics import Best, EpochReport, StepReport, sample_indices
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ class WandbTracker:
         self.mode = "offline" if run.offline else "online"
         self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
-        self._journal, self._in_turn = Journal(folder), threading.Lock()
+        self._journal = Journal(folder)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_tables, name="tables", daemon=True)
         self._thread.start()
         with self._only_warning():
             _define_axes(run)
-            for row in self._journal.rows[self._rows_there() :]:
+            for row in self._journal.rows[self._last_row_there() :]:
                 run.log(row)  # without its pictures, which went with the process
 
     def log_step(self, report: StepReport) -> None:
@@ -105,24 +105,24 @@ class WandbTracker:
             _log.warning("W&B lacks a part of the run (%s): wandb sync %s", error, self._folder)
 
     def _log(self, scalars: Row, pictures: Row | None = None) -> None:
-        """One row, which the journal counts as W&B does."""
-        with self._in_turn:
-            self._journal.add(scalars)
-            self._run.log({**scalars, **(pictures or {})})
+        """One row, which the journal has numbered."""
+        self._run.log({**self._journal.add(scalars), **(pictures or {})})
 
-    def _rows_there(self) -> int:
-        """The rows of the journal that W&B has from earlier attempts, or will by `wandb sync`."""
+    def _last_row_there(self) -> int:
+        """The number of the last row that W&B has from earlier attempts, or may get by a sync."""
         if not self._journal.rows:
             return 0
         kinds = ("offline-run-*", "run-*") if self._run.offline else ("offline-run-*",)
         parts = (part for kind in kinds for part in self._folder.parent.glob(kind))
-        found = rows_on_disk(part for part in parts if part != self._folder)
-        return found if self._run.offline else max(found, self._run.starting_step)
+        found = last_row_on_disk(part for part in parts if part != self._folder)
+        if self._run.offline:
+            return found
+        return max(found, dict(self._run.summary).get(ROW, 0))
 
     def _log_tables(self) -> None:
         while (report := self._waiting.get()) is not None:
             with self._only_warning():
-                self._log({"epoch": report.epoch}, self._samples.tables(report))
+                self._run.log({"epoch": report.epoch, **self._samples.tables(report)})
 
     @contextmanager
     def _only_warning(self) -> Iterator[None]:
@@ -302,6 +302,7 @@ def _define_axes(run: "wandb.Run") -> None:
     """Draw each curve over what it counts; W&B's own step counts the rows of its log."""
     run.define_metric("train/step", hidden=True)
     run.define_metric("epoch", hidden=True)
+    run.define_metric(ROW, hidden=True)
     run.define_metric("train/*", step_metric="train/step")
     for name in ("train_epoch/*", "test/*", "best/*", "seconds", "samples", "predictions"):
         run.define_metric(name, step_metric="epoch")

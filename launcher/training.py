@@ -18,7 +18,7 @@ from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
-from launcher.redaction import cleaned
+from launcher.redaction import cleaned, redacted
 from launcher.resuming import Start, initial_weights, new_run, resumed_run
 from launcher.step import Job
 from launcher.tracking import NullTracker
@@ -249,7 +249,7 @@ def _gather(
         config=cleaned(settings.as_dict(loaded.recipe)),
         tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
         data=data,
-        note=loaded.note,
+        note=redacted(loaded.note),
         run_id=start.folder.wandb_id(),
     )
     return Watchers(console, tracker, start.folder, Writer(start.folder.checkpoints))

@@ -183,6 +183,10 @@ def _show_epoch(
     watchers.tracker.log_epoch(report, best)
     folder = watchers.folder
     if folder and job.accelerator.is_main_process:
+        if not folder.is_described:
+            _complain(
+                f"{folder.path} was removed: what is still to come cannot be resumed", watchers
+            )
         row = report.metrics() | {"data": data.name}
         _attempt("metrics.jsonl", partial(folder.record, row), watchers)
         if is_best:

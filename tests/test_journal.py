@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launcher.journal import Journal, rows_on_disk
+from launcher.journal import Journal, last_row_on_disk
 
 
 def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> None:
@@ -27,6 +27,6 @@ def test_a_line_that_a_kill_cut_off_was_not_logged(tmp_path: Path) -> None:
     assert [row["train/step"] for row in Journal(tmp_path).rows] == [5, 7]
 
 
-def test_a_log_that_w_and_b_cannot_read_has_no_rows(tmp_path: Path) -> None:
+def test_a_log_that_w_and_b_cannot_read_has_no_row(tmp_path: Path) -> None:
     (tmp_path / "offline-run-1").mkdir()
-    assert rows_on_disk(tmp_path.glob("offline-run-*")) == 0
+    assert last_row_on_disk(tmp_path.glob("offline-run-*")) == 0

@@ -95,7 +95,8 @@ class WandbServer:
         rows = self.received.history
         tail = json.dumps([json.dumps(row) for row in rows[-1:]])
         counts = {"historyLineCount": len(rows), "logLineCount": 0, "eventsLineCount": 0}
-        texts = {"historyTail": tail, "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}"}
+        summary = json.dumps(self.received.summary)
+        texts = {"historyTail": tail, "eventsTail": "[]", "summaryMetrics": summary, "config": "{}"}
         name = self.received.run.get("name", "")
         return {
             "bucket": {

@@ -1,0 +1,203 @@
+"""Nothing good is lost to a disk that refuses, a folder that goes, or a link that leads away.
+
+And no secret is kept.
+"""
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launcher import cli, files, resuming, runs
+from launcher.checkpoints import load_weights, save_weights
+from launcher.errors import UserError
+from launcher.redaction import cleaned, redacted
+from launcher.runs import RunFolder
+from tests.helpers import Tiny, refused
+from tests.processes import PYTHON, RESUMABLE, Run, fingerprint
+from tests.wandb_server import API_KEY
+
+SHORT = ("epochs=6", "--name", "run", "--checkpoint-every", "7")
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+    """Files that grow beyond a limit are refused by the kernel, as on a full disk."""
+    run = Run(PYTHON, tmp_path, *SHORT)
+    run.wait_for("epoch 2/6")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert run.end() == 1
+    text = run.text()
+    assert "a checkpoint could not be written" in text
+    assert "epoch 6/6" in text
+    assert "launcher: the final weights could not be written" in text
+    assert "Traceback" not in text
+    folder = tmp_path / "runs" / "run"
+    names = checkpoints_of(folder)
+    assert names
+    assert all(name.startswith("step-") for name in names)
+    assert Run(PYTHON, tmp_path, *SHORT, "--resume").end() == 0
+    assert fingerprint(folder) == fingerprint(whole(tmp_path))
+
+
+def whole(folder: Path) -> Path:
+    run = Run(PYTHON, folder, *SHORT, "--name", "whole")
+    assert run.end() == 0, run.text()
+    return folder / "runs" / "whole"
+
+
+def test_a_run_folder_that_is_deleted_meanwhile_ends_no_training(tmp_path: Path) -> None:
+    run = Run(PYTHON, tmp_path, *SHORT)
+    run.wait_for("epoch 2/6")
+    run.process.send_signal(signal.SIGSTOP)
+    shutil.rmtree(tmp_path / "runs")
+    run.process.send_signal(signal.SIGCONT)
+    assert run.end() == 0, run.text()
+    assert "epoch 6/6" in run.text()
+    assert "runs/run was removed" in run.text()
+    assert (tmp_path / "runs" / "run" / "final.safetensors").is_file()
+
+
+def test_a_file_in_the_place_of_the_checkpoints_costs_lines_only(tmp_path: Path) -> None:
+    run = Run(PYTHON, tmp_path, *SHORT)
+    run.wait_for("epoch 2/6")
+    run.process.send_signal(signal.SIGSTOP)
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
+    (tmp_path / "runs" / "run" / "checkpoints").write_text("")
+    run.process.send_signal(signal.SIGCONT)
+    assert run.end() == 0, run.text()
+    assert "a checkpoint could not be written" in run.text()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into every folder")
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be made"):
+        runs.create(tmp_path, "mine", "net")
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "runs" / "mine"
+    outside.mkdir()
+    folder.mkdir(parents=True)
+    (outside / "file").write_text("precious")
+    for name in ("config.json", "recipe.py", "final.safetensors", "metrics.jsonl"):
+        (folder / name).symlink_to(outside / "file")
+    run = RunFolder(folder)
+    run.describe({"epochs": 1}, {"name": "net"}, "source")
+    save_weights(Tiny(), run.final)
+    with pytest.raises(OSError, match="symbolic"):
+        run.record({"epoch": 1})
+    assert (outside / "file").read_text() == "precious"
+    (folder / "checkpoints").symlink_to(outside)
+    with pytest.raises(UserError, match="is a link to"):
+        runs.find(tmp_path / "runs", "mine", "net")
+    (tmp_path / "runs" / "other").symlink_to(folder)
+    with pytest.raises(UserError, match="is a link to"):
+        runs.find(tmp_path / "runs", "other", "net")
+    with pytest.raises(UserError, match="exists already"):
+        runs.create(tmp_path / "runs", "other", "net")
+
+
+def test_half_written_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step-000000007.99").mkdir(parents=True)
+    (tmp_path / ".best.safetensors.99").write_text("half")
+    RunFolder(tmp_path).tidy()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_replaced_file_is_whole_or_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.replace(path, b"old")
+    (tmp_path / f".file.{os.getpid()}").mkdir()  # in the way
+    with pytest.raises(OSError, match=r"file"):
+        files.replace(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+SECRETS = {
+    "MY_API_KEY": "k-planted-0123456789",
+    "HF_TOKEN": "hf_planted0123456789",
+    "DB_PASSWORD": "pw planted 0123456789",
+    "WANDB_API_KEY": API_KEY,
+}
+IN_ADDRESSES = {
+    "https://me:planted-login@host/x": "https://***@host/x",
+    "s3://planted-user@bucket": "s3://***@bucket",
+    "http://h/x?token=planted-parameter&a=1": "http://h/x?token=***&a=1",
+    "http://h/x?X-Amz-Signature=planted-parameter": "http://h/x?X-Amz-Signature=***",
+}
+
+
+def test_secrets_are_hidden_and_the_rest_stays() -> None:
+    for secret in SECRETS.values():
+        assert redacted(f"before {secret} after", SECRETS) == "before *** after"
+    for address, hidden in IN_ADDRESSES.items():
+        assert redacted(f"see {address}", {}) == f"see {hidden}"
+    plain = "https://pytorch.org/docs?page=1 user@host lr=0.1 a:b@c"
+    assert redacted(plain, {"KEYBOARD": "us", "TOKENS": "0.1"}) == plain
+    nested = {"a": [SECRETS["HF_TOKEN"], 1, None], "b": {"c": True}}
+    assert cleaned(nested, SECRETS) == {"a": ["***", 1, None], "b": {"c": True}}
+
+
+def test_no_output_of_a_run_holds_a_planted_secret(tmp_path: Path) -> None:
+    """In settings, the docstring, the source, exceptions, W&B's files and its command line."""
+    source = RESUMABLE.read_text().replace(
+        '"""A recipe', f'"""{SECRETS["MY_API_KEY"]} https://me:planted-login@host A recipe', 1
+    )
+    source = source.replace("width: int = 8", 'width: int = 8, note: str = ""')
+    recipe = tmp_path / "secretive.py"
+    recipe.write_text(source)
+    word = f"model.note=https://h/x?token=planted-parameter&also={SECRETS['HF_TOKEN']}"
+    words = ("epochs=1", "--name", "run", "--wandb", "offline", word)
+    run = Run(PYTHON, tmp_path, *words, recipe=recipe, environment=SECRETS)
+    assert run.end() == 0, run.text()
+    again = Run(PYTHON, tmp_path, *words, "--resume", recipe=recipe, environment=SECRETS)
+    assert again.end() == 0, again.text()
+    wrong = f"optimizer.lr={SECRETS['DB_PASSWORD']}"
+    bad = Run(PYTHON, tmp_path, wrong, recipe=recipe, environment=SECRETS)
+    assert bad.end() == 2
+    recipe.unlink()
+    places = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in places)
+    for secret in (*SECRETS.values(), "planted-login", "planted-parameter"):
+        for path in places:
+            if path.is_file():
+                assert secret.encode() not in path.read_bytes(), (path, secret)
+
+
+def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
+    first = Run(PYTHON, tmp_path, "epochs=1", "--name", "first")
+    assert first.end() == 0, first.text()
+    words = ("epochs=1", "--name", "second", "--init-from", "first", "--max-steps", "1")
+    second = Run(PYTHON, tmp_path, *words, "optimizer.lr=0.0")
+    assert second.end() == 0, second.text()
+    assert "from runs/first/final.safetensors" in second.text()
+    weights = [
+        load_file(tmp_path / "runs" / name / "final.safetensors") for name in ("first", "second")
+    ]
+    key = "layers.6.weight"  # neither decayed nor changed at rate 0
+    assert torch.equal(weights[0][key], weights[1][key])
+
+
+def test_weights_that_are_not_there_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with refused("--init-from nothing", "a run in"):
+        resuming.initial_weights(tmp_path, "nothing")
+    path = tmp_path / "weights.safetensors"
+    assert cli.main(["x", "--init-from"]) == 2
+    save_weights(Tiny(width=5), path)
+    assert resuming.initial_weights(tmp_path, str(path)) == path
+    with refused("layers.2.weight (5, 3), the model (4, 3)", "same model"):
+        load_weights(Tiny(), path)
+    path.write_text("no weights")
+    with refused("cannot be read"):
+        load_weights(Tiny(), path)
