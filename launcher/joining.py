@@ -19,7 +19,7 @@ from launcher.errors import LauncherError, RankError, UserError
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-GRACE = 5.0  # seconds for the other survivors of a failure to say that they live
+GRACE = 3.0  # seconds for the other survivors of a failure to say that they live
 POLL = 2.0  # seconds between two looks at whether a rank has failed meanwhile
 PREPARATION = timedelta(minutes=30)  # for data and network to be ready on the slowest rank
 # What gloo says where it is not this rank that failed; NCCL has an exception of its own.

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from tests.processes import (
     ACCELERATE,
+    ACCELERATE_2,
     PATIENCE,
     PYTHON,
     RESUMABLE,
     TORCHRUN,
+    TORCHRUN_1,
     TORCHRUN_4,
     Run,
     fingerprint,
@@ -112,16 +114,50 @@ def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_no_orphan_trains_on_when_accelerates_parent_is_killed(whole: Path, tmp_path: Path) -> None:
-    run = Run(ACCELERATE, tmp_path, "--name", "cut", *SHORT)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "launch", [ACCELERATE, ACCELERATE_2, TORCHRUN_1], ids=["accelerate", "accelerate_2", "torchrun"]
+)
+def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
+    launch: tuple[str, ...], name: str, whole: Path, whole_of_two: Path, tmp_path: Path
+) -> None:
+    """Some launchers pass a signal on, some die of it: then the ranks notice that it is gone."""
+    run = Run(launch, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch  3/12")
-    (rank,) = ranks_of(run)
-    run.process.terminate()
+    ranks = ranks_of(run)
+    run.process.send_signal(signal.Signals[name])
     run.end()
-    rank.wait(timeout=PATIENCE)
-    assert "the launcher is gone" in run.text()
-    resume(tmp_path)
-    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
+    for rank in ranks:
+        rank.wait(timeout=PATIENCE)
+    assert "epoch 12/12" not in run.text()
+    folder = tmp_path / "runs" / "cut"
+    stopped = json.loads(newest_state(folder).read_text())["position"]["step"]
+    assert "goes on from here" in run.text(), run.text()
+    resumed = resume(tmp_path, launch=launch)
+    assert f"resumed after step {stopped}" in resumed.text()
+    assert fingerprint(folder) == fingerprint(whole_of_two if launch == ACCELERATE_2 else whole)
+
+
+def newest_state(folder: Path) -> Path:
+    return max((folder / "checkpoints").iterdir()) / "state.json"
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_random_rank_at_random_moments_change_nothing(
+    whole_of_two: Path, tmp_path: Path
+) -> None:
+    seed = int(time.time())
+    chance = random.Random(seed)
+    for _ in range(10):
+        run = Run(TORCHRUN, tmp_path, "--name", "cut", "--resume", *SHORT)
+        run.wait_for("run folder")
+        time.sleep(chance.uniform(0, 1.0))
+        if ranks := ranks_of(run):
+            chance.choice(ranks).kill()
+        run.end()
+    resume(tmp_path, launch=TORCHRUN)
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two), seed
+    assert rows(tmp_path / "runs" / "cut") == rows(whole_of_two), seed
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
