@@ -90,6 +90,9 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
     shows = "--help" in command or "--dry-run" in command or "--smoke" in command
+    if "--init-from" in command:
+        (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
+        assert run(earlier, folder, SHORT)[0] == 0
     code, output, errors = run(command, folder, [] if shows else SHORT)
     assert code == 0, errors[-3000:]
     if "--help" in command:
@@ -99,7 +102,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     else:
         assert "best epoch" in output
         assert ("NOT THE REAL DATA" in output) == ("--smoke" not in command)
-        assert len(list(folder.glob("runs/*/final.safetensors"))) == ("--smoke" not in command)
+        finals = len(list(folder.glob("runs/*/final.safetensors")))
+        assert finals == ("--smoke" not in command) + ("--init-from" in command)
 
 
 def test_the_commands_for_two_nodes_train_together(folder: Path) -> None:
