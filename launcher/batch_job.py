@@ -101,7 +101,8 @@ class BatchJob:
         """The words behind `python -m launcher` for one run; the same for each attempt of it."""
         swept = (f"{self.sweep.setting}={self.sweep.values[index]}",) if self.sweep else ()
         run = (f"--runs={self.runs}", f"--name={self.run_names[index]}", "--resume")
-        return ("train", self.recipe, *self.overrides, *swept, *self.options, *run)
+        saves = f"--save-before={int(self.save_before.total_seconds())}"
+        return ("train", self.recipe, *self.overrides, *swept, *self.options, saves, *run)
 
 
 def safe_name(text: str) -> str:
@@ -129,9 +130,9 @@ def _at_least(option: str, value: int, least: int) -> None:
 
 
 def _check_times(time: timedelta, save_before: timedelta) -> None:
-    if save_before < timedelta(0) or time < 2 * save_before or time < timedelta(minutes=1):
+    if save_before < timedelta(seconds=1) or time < 2 * save_before or time < timedelta(minutes=1):
         raise UserError(
             f"--time {time} with --save-before {int(save_before.total_seconds())} seconds",
-            expected="at least a minute, and at least twice the time kept for saving",
+            expected="at least a minute, and at least twice the second or more kept for saving",
             instead="type --time 4:00:00, for example, or a smaller --save-before",
         )

@@ -1,7 +1,8 @@
 """One run from a recipe to its weights: the wiring of all other files."""
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ class Occasion:
     checkpoint_every: Cadence = EVERY_EPOCH
     timeouts: Timeouts = PATIENT
     init_from: str | None = None
+    place: Mapping[str, str] = field(default_factory=dict)  # where it runs, for the header
 
 
 def train(loaded: Loaded, occasion: Occasion) -> Outcome:
@@ -118,6 +120,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     learner = prepare(ready.network, job.recipe, accelerator)
     facts = ready.facts | {
         "devices": f"{job.plan.world_size} x {cluster.device_name(accelerator)}",
+        **occasion.place,
     }
     if ready.data.fallback:
         facts["fallback"] = fallback_warning(ready.data)

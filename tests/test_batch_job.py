@@ -17,6 +17,7 @@ def test_a_job_says_how_its_run_is_started_the_same_in_every_attempt() -> None:
     one = job(overrides=("epochs=2", "optimizer.lr=0.1"), options=("--wandb=off",), runs="my runs")
     assert one.words() == (
         *("train", "recipes/simplecnn.py", "epochs=2", "optimizer.lr=0.1", "--wandb=off"),
+        "--save-before=120",
         *("--runs=my runs", "--name=first", "--resume"),
     )
     assert one.run_names == ("first",)
@@ -49,9 +50,9 @@ def test_a_process_per_gpu_and_on_cpus_as_many_as_asked_for() -> None:
         ({"gpus": 0, "processes": 0}, "--processes 0"),
         ({"cpus": 0}, "--cpus 0"),
         ({"gpus": 4, "processes": 2}, "one process per GPU"),
-        ({"time": timedelta(minutes=3)}, "at least twice the time kept for saving"),
-        ({"save_before": timedelta(0), "time": timedelta(seconds=59)}, "at least a minute"),
-        ({"save_before": timedelta(seconds=-1)}, "--save-before -1"),
+        ({"time": timedelta(minutes=3)}, "at least twice the second"),
+        ({"save_before": timedelta(seconds=1), "time": timedelta(seconds=59)}, "at least a minute"),
+        ({"save_before": timedelta(0)}, "--save-before 0"),
         ({"recipe": "--help"}, "the recipe '--help'"),
         ({"recipe": "a=b"}, "the recipe 'a=b'"),
         ({"recipe": ""}, "the recipe ''"),
