@@ -17,6 +17,7 @@ from launcher.datasets import Data
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
 from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
+from launcher.loop import settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.redaction import cleaned
@@ -192,6 +193,7 @@ def _watched(
     locks: list[FileLock] = []  # held until this process is done with the folder
     start = None if occasion.smoke else _begin(job, data, loaded, occasion, facts, locks)
     if start and start.checkpoint:
+        settle(job, learner, data)
         checkpoints.restore(start.checkpoint, learner, job.accelerator)
     watchers = _gather(job.accelerator, start, data, loaded, occasion)
     exit_code = EXIT_FAULT
