@@ -70,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=1, metavar="N", help="GPUs of each machine; 0: CPUs only")
     add("--processes", type=int, default=1, metavar="N", help="with --gpus 0: on each machine")
     add("--cpus", type=int, default=2, metavar="N", help="cores per process (default: 2)")
-    add("--time", type=_time, default="1:00:00", help="of one attempt: 30 (minutes), 4:00:00, 1-0")
+    add(
+        "--time",
+        type=parse_time,
+        default="1:00:00",
+        help="of one attempt: 30 (minutes), 4:00:00, 1-0",
+    )
     before = "save and stop so long before the end of that time (default: 120)"
     add("--save-before", type=int, default=120, metavar="SECONDS", help=before)
     add("--sweep", type=_sweep, metavar="NAME=A,B", help="one run per value, in a job array")
@@ -82,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_PASSED_ON = ("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed")
+_PASSED_ON = (
+    *("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
+    *("init-from", "timeout", "join-timeout"),
+)
 
 
 def _job(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> BatchJob:
@@ -110,7 +118,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
     """Name all options, and the nearest first."""
     valid = [text for action in parser._actions for text in action.option_strings]
     option = word.partition("=")[0]
-    near = difflib.get_close_matches(option, valid, n=1)
+    near = difflib.get_close_matches(option, valid, n=1) if "." not in option else []
     hint = f"type {near[0]}, or" if near else "if it is a setting, type it as name=value, or"
     return UserError(
         f"{option} after launcher submit",
@@ -119,7 +127,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
     )
 
 
-def _time(text: str) -> timedelta:
+def parse_time(text: str) -> timedelta:
     """A time as Slurm takes it: minutes, [hours:]minutes:seconds, days-hours."""
     found = _TIME.fullmatch(text)
     if not found:
