@@ -130,9 +130,10 @@ def _at_least(option: str, value: int, least: int) -> None:
 
 
 def _check_times(time: timedelta, save_before: timedelta) -> None:
-    if save_before < timedelta(seconds=1) or time < 2 * save_before or time < timedelta(minutes=1):
+    """Most of an attempt is for training, also where Slurm's warning comes a minute early."""
+    if save_before < timedelta(seconds=1) or time < 2 * save_before + timedelta(minutes=1):
         raise UserError(
             f"--time {time} with --save-before {int(save_before.total_seconds())} seconds",
-            expected="at least a minute, and at least twice the second or more kept for saving",
+            expected="at least a minute and twice the second or more kept for saving",
             instead="type --time 4:00:00, for example, or a smaller --save-before",
         )

@@ -61,7 +61,8 @@ def render(job: BatchJob, site: str = "") -> str:
 
 
 def _options(job: BatchJob) -> list[str]:
-    seconds = int(job.save_before.total_seconds())
+    # The launcher knows the end of its time. If it cannot ask, this warns it; up to 60 s early.
+    warning = max(1, int(job.save_before.total_seconds()) // 2)
     return [
         f"--job-name={job.name}",
         f"--nodes={job.nodes}",
@@ -72,7 +73,7 @@ def _options(job: BatchJob) -> list[str]:
         *([f"--array=0-{len(job.sweep.values) - 1}"] if job.sweep else []),
         "--requeue",
         "--open-mode=append",
-        f"--signal=B:USR1@{seconds}",
+        f"--signal=B:USR1@{warning}",
         "--output=/dev/null",  # the script opens a log for each attempt
     ]
 

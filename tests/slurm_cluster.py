@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 150.0  # seconds on a busy machine
+PATIENCE = 300.0  # seconds on a busy machine
 _DAEMONS = ("munged", "slurmctld", "slurmd", "srun")
 _CONFIGURATION = """\
 ClusterName=ci

@@ -52,7 +52,7 @@ def test_a_job_on_gpus() -> None:
         "#SBATCH --time=1-04:05:00",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
-        "#SBATCH --signal=B:USR1@120",
+        "#SBATCH --signal=B:USR1@60",
         "#SBATCH --output=/dev/null",
     ]
     assert "ACCELERATE_USE_CPU" not in render(job)
@@ -62,7 +62,7 @@ def test_a_job_on_gpus() -> None:
 def test_a_job_on_cpus() -> None:
     script = render(replace(JOB, gpus=0, processes=3, save_before=timedelta(seconds=20)))
     assert "#SBATCH --ntasks-per-node=3" in script
-    assert "#SBATCH --signal=B:USR1@20" in script
+    assert "#SBATCH --signal=B:USR1@10" in script
     assert "gpus-per-node" not in script
     assert "export ACCELERATE_USE_CPU=true" in script
 

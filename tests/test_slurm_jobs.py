@@ -10,7 +10,7 @@ import pytest
 from tests.processes import RESUMABLE, TORCHRUN_4, Run, fingerprint
 from tests.slurm_cluster import Slurm
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
 EPOCHS = 6
 ON_TWO_NODES = ("--nodes", "2", "--gpus", "0", "--processes", "2", "--cpus", "1")
 OPTIONS = ("--wandb", "off", "--checkpoint-every", "1000")  # saved at the stop, and only then
@@ -41,16 +41,18 @@ class Job:
     def log(self, attempt: int) -> Path:
         return self.folder / "runs" / "jobs" / f"{self.name}-{self.number}-{attempt}.log"
 
-    def check(self, whole: str, stopped: str) -> None:
-        """Two attempts: the first stopped and saved, the second resumed and ended as it should."""
+    def check(self, whole: str, stopped: str) -> int:
+        """Attempts that stopped and saved, and a last one that ended as it should; how many."""
         assert self.slurm.wait_for_end(self.number) == "COMPLETED", self.log(1).read_text()
-        first, second = self.log(1).read_text(), self.log(2).read_text()
-        assert re.search(rf"stopped +by {stopped}; the same command with --resume", first), first
-        assert "Traceback" not in first + second
-        assert "attempt 2" in second
-        assert "resumed after step" in second, second
+        attempts = len(list(self.folder.glob("runs/jobs/*.log")))
+        texts = [self.log(attempt).read_text() for attempt in range(1, attempts + 1)]
+        for text in texts[:-1]:
+            assert re.search(rf"stopped +by {stopped}; the same command with --resume", text), text
+        for text in texts[1:]:
+            assert "resumed after step" in text, text
+        assert "Traceback" not in "".join(texts)
         assert fingerprint(self.folder / "runs" / self.name) == whole
-        assert not self.log(3).exists()
+        return attempts
 
 
 def submit(slurm: Slurm, folder: Path, *words: str, **environment: str) -> str:
@@ -78,14 +80,14 @@ def job(slurm: Slurm, tmp_path: Path) -> Job:
 def test_a_job_that_is_requeued_by_hand_goes_on(job: Job, slurm: Slurm, whole: str) -> None:
     assert "= 4 rank(s) x" in job.log(1).read_text()
     slurm.say("scontrol", "requeue", job.number)
-    job.check(whole, "SIG(TERM|USR1)")
+    assert job.check(whole, "SIG(TERM|USR1)") == 2
 
 
 def test_a_job_that_slurm_warns_of_its_time_limit_goes_on(
     job: Job, slurm: Slurm, whole: str
 ) -> None:
     slurm.say("scancel", "--batch", "--signal=USR1", job.number)
-    job.check(whole, "SIGUSR1")
+    assert job.check(whole, "SIGUSR1") == 2
 
 
 def test_a_job_that_gives_way_to_a_more_urgent_one_goes_on(
@@ -95,16 +97,37 @@ def test_a_job_that_gives_way_to_a_more_urgent_one_goes_on(
     urgent = slurm.say("sbatch", "--parsable", *words)
     assert slurm.wait_for_end(urgent) == "COMPLETED"
     assert not (job.folder / "runs" / job.name / "final.safetensors").exists()
-    job.check(whole, "SIG(TERM|USR1)")
+    assert job.check(whole, "SIG(TERM|USR1)") == 2
 
 
-def test_a_job_stops_by_itself_before_its_time_limit_and_goes_on(
+def test_a_job_of_two_minutes_goes_on_in_another_two(
     slurm: Slurm, tmp_path: Path, whole: str
 ) -> None:
-    words = (f"epochs={EPOCHS}", "--time", "1", "--save-before", "25", *ON_TWO_NODES)
-    job = Job(slurm, tmp_path, "cut", 0.3, *words)
-    job.check(whole, r"(the time limit of the job at [-\d]+ [:\d]+|SIGUSR1)")
-    assert "saves and stops by itself" in job.log(1).read_text()
+    words = (f"epochs={EPOCHS}", "--time", "2", "--save-before", "25", *ON_TWO_NODES)
+    job = Job(slurm, tmp_path, "cut", 0.7, *words)
+    stopped = r"(the time limit of the job at [-\d]+ [:\d]+|SIGUSR1)"
+    assert 2 <= job.check(whole, stopped) <= 5
+
+
+def test_a_run_stops_by_itself_before_its_time_limit(slurm: Slurm, tmp_path: Path) -> None:
+    words = ("epochs=1000", "--name", "own", "--save-before", "20", *OPTIONS)
+    done = subprocess.run(
+        ("srun", "-N2", "--time=1", "python", "-m", "launcher", str(RESUMABLE), *words),
+        cwd=tmp_path,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    ends, saves = re.findall(
+        r"ends ([-\d]+ [:\d]+); saves and stops by itself \S+ (\S+)", done.stdout
+    )[0]
+    assert f"stopped     by the time limit of the job at {ends}; the same" in done.stdout
+    seconds = [
+        3600 * int(h) + 60 * int(m) + int(s) for h, m, s in (ends[-8:].split(":"), saves.split(":"))
+    ]
+    assert (seconds[0] - seconds[1]) % 86_400 == 20
 
 
 def test_a_job_that_its_user_cancels_stays_away(job: Job, slurm: Slurm) -> None:
@@ -155,5 +178,5 @@ def test_wrong_combinations_end_at_once_with_one_line(
 def test_hosts_and_addresses_are_those_that_slurm_knows(slurm: Slurm) -> None:
     from launcher.slurm import first_host
 
-    for nodes in ("node[1-2]", "gpu[007-009,012],cpu1", "a,b", "rack[2,4]n[10-11]-ib"):
+    for nodes in ("node[1-2]", "gpu[007-009,012],cpu1", "a,b", "rack[2,4]n[10-11]"):
         assert slurm.say("scontrol", "show", "hostnames", nodes).split()[0] == first_host(nodes)
