@@ -5,11 +5,12 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher import cluster, signals
+from launcher import cluster, signals, slurm
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -34,7 +35,7 @@ devices, is Accelerate's to say:
   accelerate launch --multi_gpu --num_processes 4 -m launcher recipes/simplecnn.py epochs=20
 
 Words of the form name=value (or --name=value) change settings of the recipe for this run;
-`launcher RECIPE --help` lists them."""
+`launcher RECIPE --help` lists them. `launcher submit --help` tells how to train in a Slurm job."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="... to wait for all ranks",
     )
+    before = "save and stop so long before the end of a batch job (default: %(default)s)"
+    add("--save-before", type=_positive, default=120, metavar="SECONDS", help=before)
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")
     return parser
@@ -116,6 +119,10 @@ def _seconds(text: str) -> float:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["submit"]:
+        from launcher import submitting
+
+        return submitting.main(words[1:])
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
@@ -127,11 +134,13 @@ def _run(words: list[str]) -> int:
     cluster.refuse_misplaced(unknown)
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run")
+    shows = arguments.help or arguments.dry_run
+    place = {} if shows else slurm.enter(timedelta(seconds=arguments.save_before))
     loaded = _load(named[0], [*named[1:], *unknown])
     if arguments.help:
         sys.stdout.write(parser.format_help() + _settings_table(loaded))
         return 0
-    return _train(loaded, arguments)
+    return _train(loaded, arguments, place)
 
 
 def _load(path: str, overrides: list[str]) -> "Loaded":
@@ -149,7 +158,7 @@ def _load(path: str, overrides: list[str]) -> "Loaded":
     return replace(loaded, recipe=settings.override(loaded.recipe, overrides))
 
 
-def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
+def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
     from launcher import training
     from launcher.joining import Timeouts
 
@@ -166,6 +175,7 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
         init_from=arguments.init_from,
         checkpoint_every=_cadence(arguments.checkpoint_every),
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
+        place=place,
     )
     if arguments.dry_run:
         return _dry_run(loaded, occasion, arguments.world_size)

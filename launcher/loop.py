@@ -66,10 +66,8 @@ def fit(
     reports add sums over the ranks. Raises `NotFiniteError` when the loss is not finite.
     """
     recipe, plan, device = job.recipe, job.plan, job.accelerator.device
-    train, test = data.train.to(device), data.test.to(device)
-    like, contiguous = first_parameter(learner.network), recipe.memory_format == "contiguous"
-    normalise = Normalise(recipe.data, train.images.shape[1:], like, contiguous)
-    batches = Batches(train, recipe, plan, normalise, job.accelerator.process_index)
+    test, normalise = data.test.to(device), normalisation(job, learner, data)
+    batches = batches_of(job, data, normalise)
     agreement = Agreement(job.over_ranks, plan.world_size, device, wishes)
     learner.network.train()
     for epoch in range(start.epochs + 1, plan.last_epoch + 1):
@@ -96,6 +94,35 @@ def fit(
         )
         if plan.is_saved_after_epoch(epoch):
             yield SavePoint(plan.position_after(epoch))
+
+
+def normalisation(job: Job, learner: Learner, data: Data) -> Normalise:
+    """Bytes to what the network takes."""
+    like, contiguous = first_parameter(learner.network), job.recipe.memory_format == "contiguous"
+    return Normalise(job.recipe.data, data.train.images.shape[1:], like, contiguous)
+
+
+def batches_of(job: Job, data: Data, normalise: Normalise) -> Batches:
+    """This rank's pieces of all global batches."""
+    accelerator = job.accelerator
+    train = data.train.to(accelerator.device)
+    return Batches(train, job.recipe, job.plan, normalise, accelerator.process_index)
+
+
+def settle(job: Job, learner: Learner, data: Data) -> None:
+    """Run one piece forward and backward for nothing, before a checkpoint is restored.
+
+    After its first backward pass, DDP reorders the gradients that it sums over the ranks; from
+    three ranks on, the order decides how a sum is rounded. So a run that goes on from a checkpoint
+    has that first pass behind it, as the uninterrupted run has.
+    """
+    if job.plan.world_size > 1:
+        batches = batches_of(job, data, normalisation(job, learner, data))
+        _, pieces = next(iter(batches.epoch(1)))
+        learner.network.train()
+        loss = job.recipe.loss(widened(learner.wrapped(pieces[-1].images)), pieces[-1].targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        learner.optimizer.zero_grad()
 
 
 def train_epoch(

@@ -1,20 +1,25 @@
 """Signals become a flag that the loop reads, so that training stops between two steps and saves.
 
-SIGTERM and SIGUSR1 (what schedulers send) and Ctrl-C ask for a stop; a second Ctrl-C ends the
-process at once. A process whose launcher (`accelerate launch`, torchrun) is gone stops as well:
-with one process Accelerate passes no signal on, and the training would go on unseen.
+SIGTERM and SIGUSR1 (what schedulers send) and Ctrl-C ask for a stop, and so does the end of a batch
+job's time; a second Ctrl-C ends the process at once. A process whose launcher (`accelerate launch`,
+torchrun) is gone stops as well: with one process Accelerate passes no signal on, and the training
+would go on unseen.
 """
 
+import math
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 from launcher.errors import EXIT_INTERRUPTED
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NEVER = (math.inf, "")
 _received: list[str] = []
+_end = _NEVER
 _parent = os.getppid()
 
 
@@ -25,7 +30,9 @@ def listening() -> Iterator[None]:
     After a stop they are ignored until the end: the state is saved, and a late one must not spoil
     the exit code.
     """
+    global _end
     _received.clear()
+    _end = _NEVER
     before = {number: signal.signal(number, _note) for number in _STOPPING}
     try:
         yield
@@ -34,16 +41,25 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if _received else handler)
 
 
+def stop_at(moment: float, reason: str) -> None:
+    """Ask for a stop at `moment`, in seconds since 1970."""
+    global _end
+    _end = (moment, reason)
+
+
 def stop_reason() -> str:
-    """Why this process is to stop: the signal's name, or the end of its launcher; else empty."""
+    """Why this process is to stop: a signal's name, its time, its launcher's end; else empty."""
     if _received:
         return _received[0]
+    moment, reason = _end
+    if time.time() >= moment:
+        return reason
     return "the launcher is gone" if is_launched() and os.getppid() != _parent else ""
 
 
-def is_launched() -> bool:
+def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether `accelerate launch` or torchrun stands between the user and this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
 
 
 def _note(number: int, frame: FrameType | None) -> None:

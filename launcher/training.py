@@ -1,7 +1,8 @@
 """One run from a recipe to its weights: the wiring of all other files."""
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from launcher.datasets import Data
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
 from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
+from launcher.loop import settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.redaction import cleaned, redacted
@@ -51,6 +53,7 @@ class Occasion:
     checkpoint_every: Cadence = EVERY_EPOCH
     timeouts: Timeouts = PATIENT
     init_from: str | None = None
+    place: Mapping[str, str] = field(default_factory=dict)  # where it runs, for the header
 
 
 def train(loaded: Loaded, occasion: Occasion) -> Outcome:
@@ -118,6 +121,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     learner = prepare(ready.network, job.recipe, accelerator)
     facts = ready.facts | {
         "devices": f"{job.plan.world_size} x {cluster.device_name(accelerator)}",
+        **occasion.place,
     }
     if ready.data.fallback:
         facts["fallback"] = fallback_warning(ready.data)
@@ -189,6 +193,7 @@ def _watched(
     locks: list[FileLock] = []  # held until this process is done with the folder
     start = None if occasion.smoke else _begin(job, data, loaded, occasion, facts, locks)
     if start and start.checkpoint:
+        settle(job, learner, data)
         checkpoints.restore(start.checkpoint, learner, job.accelerator)
     watchers = _gather(job.accelerator, start, data, loaded, occasion)
     exit_code = EXIT_FAULT

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.slurm_cluster import slurm
+
+__all__ = ["slurm"]
 _FOREIGN = ("ACCELERATE_", "WANDB_", "SLURM_", "MASTER_", "TORCHELASTIC_")
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR", "NO_COLOR")
 

@@ -104,6 +104,17 @@ def test_several_ranks_stop_together_and_resume_bit_identical(
 
 
 @pytest.mark.slow
+def test_sums_over_four_ranks_are_rounded_the_same_after_a_resume(tmp_path: Path) -> None:
+    """Two numbers have one sum; of more, the order decides, and DDP changes it after one step."""
+    for name, parts in {"whole": ("88",), "cut": ("30", "88")}.items():
+        for steps in parts:
+            words = ("--name", name, "epochs=4", "--resume", "--max-steps", steps)
+            run = Run(TORCHRUN_4, tmp_path, *words)
+            assert run.end() == 0, run.text()
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(tmp_path / "runs" / "whole")
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_path: Path) -> None:
     run = Run(TORCHRUN, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch  3/12")

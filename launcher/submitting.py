@@ -1,0 +1,208 @@
+"""`launcher submit`: a training goes into the queue of a batch system. Imports nothing heavy."""
+
+import argparse
+import difflib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from launcher import job_status, sbatch
+from launcher.batch_job import JOBS_FOLDER, BatchJob, Sweep, safe_name
+from launcher.errors import UserError
+
+SITE = Path("accelerate_config") / "slurm_site.sh"
+_USAGE = "launcher submit RECIPE [name=value ...] [options]"
+_DESCRIPTION = """\
+Train a recipe as a Slurm job, which comes back by itself after pre-emption and after its time
+limit and then resumes:
+
+  launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --time 4:00:00 epochs=20
+  launcher submit recipes/simplecnn.py --sweep optimizer.lr=0.01,0.03,0.1
+  launcher submit --status"""
+_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)|(\d+)-(\d+)|(\d+)")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, expected=_USAGE, instead="see launcher submit --help")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words behind `launcher submit`; returns the exit code."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    if arguments.help:
+        sys.stdout.write(parser.format_help())
+        return 0
+    if unknown:
+        raise _unknown(unknown[0], parser)
+    if arguments.status:
+        sys.stdout.write(job_status.table(Path(arguments.runs), job_status.queue))
+        return 0
+    job = _job(arguments, parser)
+    script = sbatch.render(job, _site(arguments.site))
+    if arguments.dry_run:
+        sys.stdout.write(script)
+        return 0
+    return _submit(job, script)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launcher submit",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("--help", "-h", action="store_true", help="this text")
+    add("--status", action="store_true", help="state, attempt, epoch and best figure of each run")
+    add("--dry-run", action="store_true", help="print the script instead of submitting it")
+    add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs of each machine; 0: CPUs only")
+    add("--processes", type=int, default=1, metavar="N", help="with --gpus 0: on each machine")
+    add("--cpus", type=int, default=2, metavar="N", help="cores per process (default: 2)")
+    add(
+        "--time",
+        type=parse_time,
+        default="1:00:00",
+        help="of one attempt: 30 (minutes), 4:00:00, 1-0",
+    )
+    before = "save and stop so long before the end of that time (default: 120)"
+    add("--save-before", type=int, default=120, metavar="SECONDS", help=before)
+    add("--sweep", type=_sweep, metavar="NAME=A,B", help="one run per value, in a job array")
+    add("--name", help="of the job and of its run (default: the recipe's and the time)")
+    add("--runs", default="runs", metavar="DIR", help="where run folders go (default: runs)")
+    add("--site", type=Path, metavar="FILE", help=f"this site's own lines (default: {SITE})")
+    for option in _PASSED_ON:
+        add(f"--{option}", help="as for launcher RECIPE")
+    return parser
+
+
+_PASSED_ON = (
+    *("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
+    *("init-from", "timeout", "join-timeout"),
+)
+
+
+def _job(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> BatchJob:
+    if not arguments.words:
+        parser.error("no recipe is named")
+    recipe, *overrides = arguments.words
+    given = {option: getattr(arguments, option.replace("-", "_")) for option in _PASSED_ON}
+    return BatchJob(
+        recipe=recipe,
+        name=arguments.name or f"{safe_name(Path(recipe).stem)}-{time.strftime('%Y%m%d-%H%M%S')}",
+        nodes=arguments.nodes,
+        gpus=arguments.gpus,
+        processes=arguments.processes,
+        cpus=arguments.cpus,
+        time=arguments.time,
+        save_before=timedelta(seconds=arguments.save_before),
+        runs=arguments.runs,
+        overrides=tuple(overrides),
+        options=tuple(f"--{option}={text}" for option, text in given.items() if text is not None),
+        sweep=arguments.sweep,
+    )
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
+    """Name all options, and the nearest first."""
+    valid = [text for action in parser._actions for text in action.option_strings]
+    option = word.partition("=")[0]
+    near = difflib.get_close_matches(option, valid, n=1) if "." not in option else []
+    hint = f"type {near[0]}, or" if near else "if it is a setting, type it as name=value, or"
+    return UserError(
+        f"{option} after launcher submit",
+        expected=f"one of {', '.join(valid)}",
+        instead=f"{hint} see launcher submit --help",
+    )
+
+
+def parse_time(text: str) -> timedelta:
+    """A time as Slurm takes it: minutes, [hours:]minutes:seconds, days-hours."""
+    found = _TIME.fullmatch(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time like 30 (minutes), 4:00:00 or 1-12")
+    days, hours, minutes, seconds, whole_days, hours_of_day, plain = (
+        int(x or 0) for x in found.groups()
+    )
+    return timedelta(
+        days=days + whole_days,
+        hours=hours + hours_of_day,
+        minutes=minutes + plain,
+        seconds=seconds,
+    )
+
+
+def _sweep(text: str) -> Sweep:
+    setting, _, values = text.partition("=")
+    return Sweep(setting, tuple(values.split(",")) if values else ())
+
+
+def _site(path: Path | None) -> str:
+    """The site's own lines: of the file that is named, or else of the usual one if it is there."""
+    try:
+        return (path or SITE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if path is None:
+            return ""
+        raise _unreadable(path, "no such file") from None
+    except OSError as error:
+        raise _unreadable(path or SITE, str(error.strerror)) from None
+
+
+def _unreadable(path: Path, why: str) -> UserError:
+    return UserError(
+        f"--site {path} ({why})",
+        expected="a file with #SBATCH lines and commands",
+        instead=f"name one, or edit {SITE}",
+    )
+
+
+def _submit(job: BatchJob, script: str) -> int:
+    """Hand the script to sbatch, and write down what was submitted."""
+    folder = Path(job.runs) / JOBS_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--runs {job.runs} ({error.strerror})",
+            expected="a folder that can be written",
+            instead="type --runs FOLDER",
+        ) from None
+    number = _sbatch(script)
+    job_status.remember(job, number)
+    for run in job.run_names:
+        sys.stdout.write(
+            f"job {number}: run {Path(job.runs) / run}, log {folder / run}-{number}-1.log\n"
+        )
+    return 0
+
+
+def _sbatch(script: str) -> str:
+    """The number of the job."""
+    data = script.encode(errors="surrogateescape")
+    try:
+        done = subprocess.run(("sbatch", "--parsable"), input=data, capture_output=True)
+    except FileNotFoundError:
+        raise UserError(
+            "launcher submit on a machine without sbatch",
+            expected="a machine from which Slurm takes jobs",
+            instead="log in there, or add --dry-run to see the script",
+        ) from None
+    if done.returncode:
+        raise UserError(
+            f"sbatch refused the job: {done.stderr.decode(errors='replace').strip()}",
+            expected="a job that this cluster can run",
+            instead=f"change the options, or the site's lines in {SITE}",
+        )
+    return done.stdout.decode().strip().partition(";")[0]
