@@ -79,7 +79,7 @@ def fit(
         average_buffers(learner.evaluated, job.accelerator)
         evaluation = evaluate(job, learner.evaluated, test, normalise)
         augmented = None
-        if recipe.views is not None:
+        if recipe.views is not None and epoch == plan.last_epoch:
             augmented = evaluate(job, learner.evaluated, test, normalise, recipe.views)
         yield EpochReport(
             epoch=epoch,

@@ -44,13 +44,13 @@ class Block(nn.Module):
     first step on.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        """`inputs` and `outputs` are numbers of channels."""
+    def __init__(self, inputs: int, outputs: int, momentum: float) -> None:
+        """`inputs` and `outputs` are numbers of channels; `momentum` is that of the statistics."""
         super().__init__()
         self.convolution1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.norm1 = batch_norm(outputs)
+        self.norm1 = batch_norm(outputs, momentum)
         self.convolution2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = batch_norm(outputs)
+        self.norm2 = batch_norm(outputs, momentum)
         for convolution in (self.convolution1, self.convolution2):
             nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
 
@@ -66,14 +66,19 @@ class SpeedVGG(nn.Module):
     Sizes: 32 -> 31 -> 15 -> 7 -> 3 -> 1 pixels.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (64, 256, 256), classes: int = 10) -> None:
-        """`widths` are the channels of the blocks."""
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (64, 256, 256),
+        classes: int = 10,
+        momentum: float = 0.4,
+    ) -> None:
+        """`widths` are the channels of the blocks, `momentum` that of the running statistics."""
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, kernel_size=2)  # 24 = 2 signs x 3 channels x 2 x 2 pixels
         self.whitening.weight.requires_grad = False
         inputs = (24, *widths)
         pairs = zip(inputs, widths, strict=False)
-        self.blocks = nn.Sequential(*(Block(before, after) for before, after in pairs))
+        self.blocks = nn.Sequential(*(Block(before, after, momentum) for before, after in pairs))
         self.head = nn.Linear(widths[-1], classes, bias=False)
         self.head.weight.data /= self.head.weight.data.std()
 
@@ -84,9 +89,9 @@ class SpeedVGG(nn.Module):
         return self.head(x) / x.shape[1]
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
+def batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
     """BatchNorm that trains its bias only and whose running statistics follow fast."""
-    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
     norm.weight.requires_grad = False
     return norm
 
