@@ -77,9 +77,10 @@ class Recipe:
     hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
     batch into that many forward passes. `average` keeps an average of the weights, which is then
     what is evaluated and saved. `views` is test-time augmentation: after the last epoch, a second
-    figure beside the plain test accuracy. `on_nan` says what follows a loss or gradient that is not finite: stop
-    (the last checkpoint stays); skip that update, for which the gradient's norm is read in every
-    step; or roll back to the last checkpoint and leave that one update out.
+    figure beside the plain test accuracy. `on_nan` says what follows a loss
+    or gradient that is not finite: stop (the last checkpoint stays); skip that update, for which
+    the gradient's norm is read in every step; or roll back to the last checkpoint and leave that
+    one update out.
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `compile` is true
