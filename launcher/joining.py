@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from launcher import signals
 from launcher.cluster import World, runs_on_cpu
 from launcher.errors import LauncherError, RankError, UserError
 
@@ -133,6 +134,8 @@ class Company:
         while not self._is_set(f"all-{place}", min(POLL, until - time.monotonic())):
             if self._store.add("failures", 0):
                 raise RankError("")
+            if reason := signals.stop_reason():
+                raise RankError(f"{self._name} was stopped by {reason} before all were {place}")
             if time.monotonic() >= until:
                 return False
         return True

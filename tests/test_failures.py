@@ -3,12 +3,13 @@
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.processes import PYTHON, ROOT, TORCHRUN, Run, fingerprint, ranks_of
+from tests.processes import PATIENCE, PYTHON, ROOT, TORCHRUN, Run, fingerprint, ranks_of
 
 FAILING = ROOT / "tests" / "failing.py"
 SHORT = ("epochs=4", "--name", "run", "--checkpoint-every", "7")
@@ -58,6 +59,26 @@ def test_a_rank_that_never_comes_is_named_in_time(tmp_path: Path) -> None:
     run = Run(PYTHON, tmp_path, *SHORT, "--join-timeout", "2", environment=lonely)
     assert run.end() == 1
     assert re.search(rf"rank 2 on {HOST} cannot reach rank 0 at 127.0.0.1 port {port}", run.text())
+
+
+def test_a_signal_ends_the_wait_for_the_others(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = Run(PYTHON, tmp_path, *SHORT, environment=world)
+    until = time.monotonic() + PATIENCE
+    while not listens(int(port)) and time.monotonic() < until:
+        time.sleep(0.1)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 1
+    assert "was stopped by SIGTERM before all were here" in run.text()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.slow
