@@ -7,6 +7,7 @@ still agree on who failed first, and only that one speaks.
 
 import os
 import socket
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Company:
     def __init__(self, world: World, store: "Store | None" = None, *, hosts: bool = False) -> None:
         """`hosts` says that the store ends with this process."""
         self._world, self._store, self._hosts = world, store, hosts
+        self._first_host = "?"
         self._name = f"rank {world.rank} of {world.size} on {socket.gethostname()}"
 
     def call_roll(self, timeout: timedelta) -> None:
@@ -57,6 +59,7 @@ class Company:
             self._store.set(f"host/{self._world.rank}", socket.gethostname())
             if not self._all_at("here", timeout):
                 raise RankError(self._absence(timeout)) if self._world.is_main else RankError("")
+            self._first_host = self._host(0)
 
     def agree(self, problem: UserError | None) -> None:
         """Raise the first rank's `problem`, if any has one, on every rank."""
@@ -95,6 +98,14 @@ class Company:
         """What this rank is to say of its failure: all, or nothing if another failed before."""
         if self._store is None:
             return error
+        answers: list[Exception] = []
+        asking = threading.Thread(target=lambda: answers.append(self._explain(error)), daemon=True)
+        asking.start()  # where the link is down, the store would let it wait for ever
+        asking.join(5 * GRACE)
+        return answers[0] if answers else self._silence()
+
+    def _explain(self, error: Exception) -> Exception:
+        assert self._store is not None
         text = "".join(traceback.format_exception(error))
         try:
             if not is_of_others(error):
@@ -103,7 +114,13 @@ class Company:
                 return RankError(f"{self._name} failed\n{text}" if first else "")
             return RankError(self._account(text))
         except RuntimeError:  # the store is gone
-            return RankError("rank 0, with which all the others began, does not answer any more")
+            return self._silence()
+
+    def _silence(self) -> RankError:
+        return RankError(
+            f"rank 0 on {self._first_host}, with which all the others began, "
+            f"does not answer any more ({self._name})"
+        )
 
     def _account(self, text: str) -> str:
         """Who is missing after a collective that failed; empty if another rank says so."""

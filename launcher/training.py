@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, cluster, datasets, joining, settings, tracking
+from launcher import checkpoints, cluster, datasets, joining, settings, sharing, tracking
 from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
@@ -95,7 +95,7 @@ class _Prepared:
 def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
     recipe = loaded.recipe
     precision, origin = cluster.choose_precision(recipe.precision, torch.cuda.is_available())
-    data = datasets.load(recipe.data)
+    data = sharing.load(recipe.data)
     plan = plan_for(loaded, data, occasion, cluster.announced().size)
     network = build(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}

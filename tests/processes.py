@@ -69,3 +69,19 @@ def ranks_of(run: Run) -> list[psutil.Process]:
 def fingerprint(run: Path) -> str:
     """SHA-256 of the final weights."""
     return hashlib.sha256((run / "final.safetensors").read_bytes()).hexdigest()
+
+
+def write_double(path: Path, pause: float = 0.0) -> Path:
+    """The resumable recipe in float64, without what is each rank's own: dropout and BatchNorm.
+
+    On any number of ranks it computes the same to 1e-12. `pause` slows each forward pass, so that
+    there is time to interrupt it.
+    """
+    source = RESUMABLE.read_text()
+    source = source.replace("nn.BatchNorm2d(width)", "nn.Identity()").replace("(0.2)", "(0.0)")
+    source = source.replace("        )\n\n    def forward", "        ).double()\n\n    def forward")
+    source = source.replace(
+        "        return self", f"        time.sleep({pause})\n        return self"
+    )
+    path.write_text(source.replace("\nfrom functools", "\nimport time\nfrom functools"))
+    return path

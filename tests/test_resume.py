@@ -16,13 +16,13 @@ from tests.processes import (
     ACCELERATE_2,
     PATIENCE,
     PYTHON,
-    RESUMABLE,
     TORCHRUN,
     TORCHRUN_1,
     TORCHRUN_4,
     Run,
     fingerprint,
     ranks_of,
+    write_double,
 )
 
 SHORT = ("epochs=12", "--checkpoint-every", "7")
@@ -183,11 +183,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_numbers_of_ranks_follow_the_same_trajectory(tmp_path: Path) -> None:
     """1 -> 2 -> 4 -> 1 processes, without what is each rank's own: dropout and BatchNorm."""
-    source = RESUMABLE.read_text()
-    source = source.replace("nn.BatchNorm2d(width)", "nn.Identity()").replace("(0.2)", "(0.0)")
-    source = source.replace("        )\n\n    def forward", "        ).double()\n\n    def forward")
-    recipe = tmp_path / "double.py"
-    recipe.write_text(source)
+    recipe = write_double(tmp_path / "double.py")
     weights = {}
     for name, parts in {"one": (PYTHON,), "many": (PYTHON, TORCHRUN, TORCHRUN_4, PYTHON)}.items():
         folder = tmp_path / name
