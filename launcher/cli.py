@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="... to wait for all ranks",
     )
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
-    add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")
+    add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan and predict N")
     return parser
 
 
@@ -193,7 +193,7 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import datasets, model, settings, training, watching
+    from launcher import datasets, model, settings, timing, training, watching
 
     world = cluster.announced()
     data = datasets.load(loaded.recipe.data)
@@ -204,6 +204,10 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
         sys.stdout.write(json.dumps(settings.as_dict(loaded.recipe), indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{value}\n" for label, value in facts.items())
         sys.stdout.write(f"{warning}\n" if (warning := watching.fallback_warning(data)) else "")
+        sys.stdout.flush()  # what follows takes seconds
+    if world_size and world.size == 1:
+        lines = timing.scaling_lines(loaded.recipe, plan, network, data.train)
+        sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0
 
 
