@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="... to wait for all ranks",
     )
+    add("--profile", action="store_true", help="train some tens of steps: where does the time go?")
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan and predict N")
     return parser
@@ -127,6 +128,8 @@ def _run(words: list[str]) -> int:
     cluster.refuse_misplaced(unknown)
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run")
+    if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
+        parser.error("--profile goes with neither --smoke nor --resume")
     loaded = _load(named[0], [*named[1:], *unknown])
     if arguments.help:
         sys.stdout.write(parser.format_help() + _settings_table(loaded))
@@ -165,6 +168,7 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace) -> int:
         resume_changed=tuple((arguments.resume_changed or "").split(",")),
         init_from=arguments.init_from,
         checkpoint_every=_cadence(arguments.checkpoint_every),
+        profile=arguments.profile,
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
     )
     if arguments.dry_run:

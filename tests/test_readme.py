@@ -90,7 +90,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
     shows = "--help" in command or "--dry-run" in command or "--smoke" in command
-    code, output, errors = run(command, folder, [] if shows else SHORT)
+    short = ["data.batch_size=16", "epochs=40"] if "--profile" in command else SHORT
+    code, output, errors = run(command, folder, [] if shows else short)
     assert code == 0, errors[-3000:]
     if "--help" in command:
         assert "model.width" in output

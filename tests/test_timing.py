@@ -49,7 +49,10 @@ def test_half_precision_of_a_gpu_is_measured_in_that_of_the_cpu_and_says_so() ->
 
 
 def test_mixing_accumulation_and_several_optimizer_groups_are_measured_as_well() -> None:
-    recipe = tiny_recipe(accumulate=2, data={"mix": cutmix, "batch_size": 20})
+    def loss(logits: Tensor, probabilities: Tensor) -> Tensor:
+        return -(logits.log_softmax(dim=1) * probabilities).sum(dim=1).mean()
+
+    recipe = tiny_recipe(accumulate=2, loss=loss, data={"mix": cutmix, "batch_size": 20})
     lines, _ = planned(recipe, world_size=1)
     assert worlds(lines) == 2 * ["1", "8"]  # 2 passes x 8 ranks is the most that 20 images feed
 
