@@ -69,6 +69,12 @@ def successors(order: Tensor, batch_size: int) -> Tensor:
     return following
 
 
+def steps_at_once(plan: Plan, image_bytes: int, device: torch.device) -> int:
+    """For how many steps pictures are made together, each of `image_bytes`."""
+    step_bytes = image_bytes * (-(-plan.batch_size // plan.world_size))
+    return 1 if device.type == "cpu" else max(1, AHEAD_BYTES // step_bytes)
+
+
 class Normalise:
     """uint8 `(n, h, w, c)` -> floating point `(n, c, h, w)` with the recipe's mean and std."""
 
@@ -119,9 +125,7 @@ class Batches:
         self._normalise, self._rank = normalise, rank
         self._fixed = self._draws(stream(_FIXED, recipe.seed))
         self._ahead: _Epoch | None = None
-        step_bytes = normalise.image_bytes * (-(-plan.batch_size // plan.world_size))
-        on_cpu = images.images.device.type == "cpu"
-        self._steps_at_once = 1 if on_cpu else max(1, AHEAD_BYTES // step_bytes)
+        self._steps_at_once = steps_at_once(plan, normalise.image_bytes, images.images.device)
 
     def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[Piece]]]:
         """The steps of an epoch behind step `after`, each with its number and its pieces."""

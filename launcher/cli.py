@@ -99,8 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     before = "save and stop so long before the end of a batch job (default: %(default)s)"
     add("--save-before", type=_positive, default=120, metavar="SECONDS", help=before)
+    add("--profile", action="store_true", help="train some tens of steps: where does the time go?")
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
-    add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan for N processes")
+    add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan and predict N")
     return parser
 
 
@@ -136,6 +137,8 @@ def _run(words: list[str]) -> int:
         parser.error("--world-size goes with --dry-run")
     shows = arguments.help or arguments.dry_run
     place = {} if shows else slurm.enter(timedelta(seconds=arguments.save_before))
+    if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
+        parser.error("--profile goes with neither --smoke nor --resume")
     loaded = _load(named[0], [*named[1:], *unknown])
     if arguments.help:
         sys.stdout.write(parser.format_help() + _settings_table(loaded))
@@ -174,6 +177,7 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, 
         resume_changed=tuple((arguments.resume_changed or "").split(",")),
         init_from=arguments.init_from,
         checkpoint_every=_cadence(arguments.checkpoint_every),
+        profile=arguments.profile,
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
         place=place,
     )
@@ -203,7 +207,7 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import datasets, model, settings, training, watching
+    from launcher import datasets, model, settings, timing, training, watching
 
     world = cluster.announced()
     data = datasets.load(loaded.recipe.data)
@@ -214,6 +218,10 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
         sys.stdout.write(json.dumps(settings.as_dict(loaded.recipe), indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{value}\n" for label, value in facts.items())
         sys.stdout.write(f"{warning}\n" if (warning := watching.fallback_warning(data)) else "")
+        sys.stdout.flush()  # what follows takes seconds
+    if world_size and world.size == 1:
+        lines = timing.scaling_lines(loaded.recipe, plan, network, data.train)
+        sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import urllib.error
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torchvision.datasets.utils import check_integrity
 
 from launcher.errors import UserError
 from launcher.recipe import Images, Source
@@ -143,19 +143,34 @@ def _known_shape(data: Images) -> dict[str, int]:
 
 
 def _open_both(source: Source, root: str) -> tuple[ImageSet, ImageSet]:
-    return _open(source, root, train=True), _open(source, root, train=False)
+    """Both halves at once, since most of it is reading and hashing of files."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = list(pool.map(partial(_open, source, root), (True, False)))
+    train, test = (
+        _fetch(source, root, train) if half is None else half
+        for train, half in zip((True, False), found, strict=True)
+    )
+    return train, test
 
 
-def _open(source: Source, root: str, train: bool) -> ImageSet:
-    """Open one half; where it is absent and can be downloaded, one process per node does so."""
+def _open(source: Source, root: str, train: bool) -> ImageSet | None:
+    """Open one half; None where its files are absent or damaged."""
     try:
-        return _as_set(_call(source, root, train, download=False), source)
+        dataset = _call(source, root, train, download=False)
     except FileNotFoundError as error:
         raise _UnavailableError(f"there is no folder {error}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
     except _UNREADABLE:
-        pass  # look again under the lock: another process may be unpacking the files
+        return None
+    return _as_set(dataset, source)
+
+
+def _fetch(source: Source, root: str, train: bool) -> ImageSet:
+    """Look again under the lock, for another process may be unpacking; then download.
+
+    One process per node does so.
+    """
     with _downloading(root):
         try:
             dataset = _call(source, root, train, download=False)
@@ -193,6 +208,8 @@ def _call(source: Source, root: str, train: bool, download: bool) -> Any:
 
 def _refuse_damaged(source: Source, root: str) -> None:
     """Name files of a torchvision data set that are there with other contents than published."""
+    from torchvision.datasets.utils import check_integrity
+
     function = source.func if isinstance(source, partial) else source
     folder = Path(root, getattr(function, "base_folder", ""))
     entries = [*getattr(function, "train_list", ()), *getattr(function, "test_list", ())]

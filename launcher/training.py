@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, cluster, datasets, joining, settings, sharing, tracking
+from launcher import checkpoints, cluster, datasets, joining, profiling, settings, sharing, tracking
 from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
@@ -54,6 +54,7 @@ class Occasion:
     timeouts: Timeouts = PATIENT
     init_from: str | None = None
     place: Mapping[str, str] = field(default_factory=dict)  # where it runs, for the header
+    profile: bool = False
 
 
 def train(loaded: Loaded, occasion: Occasion) -> Outcome:
@@ -119,13 +120,15 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
     learner = prepare(ready.network, job.recipe, accelerator)
+    windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
+    job = profiling.shortened(job, windows) if windows else job
     facts = ready.facts | {
         "devices": f"{job.plan.world_size} x {cluster.device_name(accelerator)}",
         **occasion.place,
     }
     if ready.data.fallback:
         facts["fallback"] = fallback_warning(ready.data)
-    return _watched(job, learner, ready.data, loaded, occasion, cleaned(facts))
+    return _watched(job, learner, ready.data, loaded, occasion, cleaned(facts), windows)
 
 
 def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) -> Plan:
@@ -188,6 +191,7 @@ def _watched(
     loaded: Loaded,
     occasion: Occasion,
     facts: dict[str, str],
+    windows: profiling.Windows | None,
 ) -> Outcome:
     """Train in front of those who watch."""
     locks: list[FileLock] = []  # held until this process is done with the folder
@@ -199,9 +203,14 @@ def _watched(
     exit_code = EXIT_FAULT
     try:
         show_header(watchers, start, loaded.name, data, facts)
-        outcome = consume(job, learner, data, start, watchers, occasion.checkpoint_every)
+        watch = profiling.Stopwatch(windows, start.folder, job) if windows and start else None
+        through = watch.through if watch else iter
+        outcome = consume(job, learner, data, start, watchers, occasion.checkpoint_every, through)
         exit_code = EXIT_SAVED if outcome.stopped else 0
-        watchers.console.closing(closing_rows(outcome, watchers, data))
+        rows = closing_rows(outcome, watchers, data)
+        if watch and not outcome.stopped:
+            rows |= profiling.rows(watch, job, learner, data, facts["precision"])
+        watchers.console.closing(rows)
     finally:
         watchers.console.close()
         watchers.tracker.finish(exit_code)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -100,8 +100,9 @@ def consume(
     start: Start | None,
     watchers: Watchers,
     cadence: Cadence,
+    through: Callable[[Iterator[Event]], Iterator[Event]] = iter,
 ) -> Outcome:
-    """Run the loop and pass its events on.
+    """Run the loop and pass its events on, `through` whoever looks at them first.
 
     Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
     `TrainingError` where the final weights could not be written.
@@ -110,7 +111,7 @@ def consume(
     wishes = _Wishes(cadence)
     while True:
         try:
-            for event in fit(job, learner, data, position, wishes):
+            for event in through(fit(job, learner, data, position, wishes)):
                 _take(event, seen, job, learner, data, watchers)
             break
         except NotFiniteError as error:

@@ -112,7 +112,14 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan(
     config, end = json.JSONDecoder().raw_decode(printed)
     assert config["epochs"] == 3
     assert "64 = 8 rank(s) x 8 image(s)" in printed[end:]
+    rows = [line.split() for line in printed[end:].splitlines()]
+    assert [row[0] for row in rows if row[-1:] and row[-1].endswith("%")] == 2 * ["1", "8", "64"]
     assert not Path("runs").exists()
+
+
+def test_dry_run_without_a_world_size_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, "--dry-run"]) == 0
+    assert "scaling" not in capsys.readouterr().out
 
 
 def test_help_lists_the_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:

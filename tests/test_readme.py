@@ -93,7 +93,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     if "--init-from" in command:
         (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
         assert run(earlier, folder, SHORT)[0] == 0
-    code, output, errors = run(command, folder, [] if shows else SHORT)
+    short = ["data.batch_size=16", "epochs=40"] if "--profile" in command else SHORT
+    code, output, errors = run(command, folder, [] if shows else short)
     assert code == 0, errors[-3000:]
     if "--help" in command:
         assert "model.width" in output

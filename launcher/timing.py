@@ -1,0 +1,113 @@
+"""How long this machine computes on a step of a given number of images: for the prediction."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from launcher import cluster, model, scaling
+from launcher.batches import Normalise
+from launcher.datasets import ImageSet
+from launcher.model import Learner
+from launcher.plan import Plan
+from launcher.recipe import Precision, Recipe
+from launcher.scaling import Compute
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STEPS, SECONDS = 20, 2.0  # measured at most, for each number of images
+_DOCUMENT = "docs/scaling.md"
+LEAST_IMAGES = 2  # BatchNorm may refuse a single one, and a second costs little
+
+
+def synchronise() -> None:
+    """Wait for the device, where there is one beside the CPU."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet) -> list[str]:
+    """What `--dry-run --world-size` prints: measured compute, assumed links, predicted steps."""
+    wanted, _ = cluster.choose_precision(recipe.precision, has_gpu=True)
+    precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
+    accelerator = cluster.join(precision)
+    recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
+    recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
+    learner = model.prepare(network, recipe, accelerator)
+    worlds = sorted({*scaling.SHOWN_WORLDS, plan.world_size})
+    possible = [world for world in worlds if world * plan.accumulate <= plan.batch_size]
+    computes = {
+        world: measure(recipe, replace(plan, world_size=world), learner, data, accelerator)
+        for world in possible
+    }
+    gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+    device = cluster.device_name(accelerator)
+    note = f" (for {wanted})" if precision != wanted else ""
+    lines = [
+        f"scaling predicted from one rank's measured compute and assumed links: {_DOCUMENT}",
+        f"  {gradients / 1e6:.2f} MB of gradients; compute on {device} in {precision}{note},",
+        "  not compiled; a faster device has less compute for the links to hide behind",
+        *scaling.table(computes, gradients, plan.batch_size),
+    ]
+    if len(possible) < len(worlds):
+        least = worlds[-1] * plan.accumulate
+        lines.append(f"  {worlds[-1]:,} ranks need a batch of at least {least:,} images")
+    return lines
+
+
+def measure(
+    recipe: Recipe, plan: Plan, learner: Learner, data: ImageSet, accelerator: "Accelerator"
+) -> Compute:
+    """The compute of one rank in a full step of `plan`: the fastest of a few steps.
+
+    Not their mean, since whatever else the machine does only adds to it.
+    """
+    count = max(LEAST_IMAGES, -(-plan.batch_size // plan.pieces))
+    like, shape = model.first_parameter(learner.network), data.images.shape[1:]
+    normalise = Normalise(recipe.data, shape, like, recipe.memory_format == "contiguous")
+    pixels, labels = (part[:count].to(accelerator.device) for part in (data.images, data.labels))
+    # With mixing, a loss is given class probabilities.
+    targets = one_hot(labels, len(data.classes)).to(like) if recipe.data.mix else labels
+    learner.network.train()
+
+    def step() -> tuple[float, ...]:
+        losses: list[Tensor] = []
+
+        def forward() -> None:
+            logits = model.widened(learner.wrapped(normalise(pixels)))
+            losses.append(recipe.loss(logits, targets))
+
+        def update() -> None:
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+
+        def backward() -> None:
+            losses[0].backward()  # type: ignore[no-untyped-call]
+
+        return _seconds(forward), _seconds(backward), _seconds(update)
+
+    step()  # whatever is only done once
+    forward, backward, update = min(_repeated(step), key=sum)
+    return Compute(plan.accumulate * (forward + backward) + update, backward)
+
+
+def _repeated(step: Callable[[], tuple[float, ...]]) -> Iterable[tuple[float, ...]]:
+    until = time.perf_counter() + SECONDS
+    for number in range(STEPS):
+        if number and time.perf_counter() > until:
+            return
+        yield step()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of the work and of what it left to do on the device."""
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
