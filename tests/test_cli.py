@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ) -> None:
     assert main([SIMPLECNN, *TINY, "--name", "wild", "optimizer.lr=1e30"]) == 1
     error = capsys.readouterr().err
-    assert "the loss is not finite (" in error
+    assert "the loss is not finite at step 2 (epoch 1" in error
     assert "learning rate 1e+30" in error
     assert not list(Path("runs/wild").glob("checkpoints/*"))
 
