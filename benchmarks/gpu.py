@@ -5,7 +5,8 @@
 FOLDER holds torchvision's cifar-10-batches-py; without it, embedded images (accuracies then mean
 nothing). `--parts` chooses among, and runs in this order:
 
-    checks       half precision learns, compiling changes no loss, equal runs are equal bit by bit
+    checks       half precision learns, compiling changes no loss, equal runs are equal bit by bit,
+                 resume is exact, two ranks on one card with SyncBatchNorm are one (checks.py)
     simplecnn    images per second of recipes/simplecnn.py against a bare loop (competitors.py)
     speedrun94   seconds and accuracy of recipes/speedrun94.py over seeds; the same of the record's
                  own script, if `--peer` names it; use of the device; where the time goes
@@ -47,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torchvision.datasets import CIFAR10
 
+from benchmarks.checks import resume_is_exact, two_ranks_are_one
 from benchmarks.competitors import Bare, Launched
 from benchmarks.epoch import first_steps, machine, take_turns
 from benchmarks.trainer import Trainer, fresh_accelerator, profiled, timed, use_of_device
@@ -54,7 +56,7 @@ from launcher import Recipe, Synthetic, datasets, loading, settings
 from launcher.datasets import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SECONDS = {"checks": 90, "simplecnn": 90, "speedrun94": 260, "resnet18": 130}
+SECONDS = {"checks": 120, "simplecnn": 90, "speedrun94": 260, "resnet18": 130}
 HALF = ("bf16", "fp16", "pure_bf16", "pure_fp16")
 
 Figures = dict[str, Any]
@@ -89,6 +91,8 @@ def checks(words: argparse.Namespace, deadline: float) -> Figures:
         figures[f"{precision} learns"] = {"passed": learns, "losses": [losses[0], losses[-1]]}
     figures["compiling changes no loss"] = compare_compiled(recipe, data)
     figures["equal runs are equal"] = compare_equal(recipe, data)
+    figures["resume is exact"] = resume_is_exact()
+    figures["two ranks with SyncBatchNorm are one"] = two_ranks_are_one()
     return figures
 
 

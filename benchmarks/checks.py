@@ -1,0 +1,159 @@
+"""Checks of gpu.py that need processes of their own: exact resume, SyncBatchNorm on two ranks.
+
+Run by themselves they print their figures: `python benchmarks/checks.py`. Without a GPU they run on
+the CPU, where the network of the two ranks has no BatchNorm, which torch synchronises on GPUs only.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from benchmarks.competitors import Launched
+from launcher import Images, Recipe, Synthetic, cluster, datasets
+from tests.processes import RESUMABLE, fingerprint
+
+SELF = Path(__file__).resolve()
+PATIENCE = 60  # seconds
+
+Figures = dict[str, Any]
+
+
+class Normalised(nn.Module):
+    """A convolution, BatchNorm where there is a GPU, a linear layer; in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(8) if torch.cuda.is_available() else nn.Identity()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            norm,
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 10),
+        ).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) -> (n, 10)."""
+        return self.layers(images)
+
+
+def resume_is_exact() -> Figures:
+    """A run that is cut and resumed ends with the bits of one that is not; deterministic."""
+    with TemporaryDirectory() as folder:
+        for words in (("whole",), ("cut", "--max-steps", "30"), ("cut", "--resume")):
+            arguments = [str(RESUMABLE), "--wandb", "off", "epochs=3", "--name", *words]
+            if not _succeed(_start(["resume", *arguments], folder)):
+                return {"passed": False, "failed": words}
+        prints = [fingerprint(Path(folder, "runs", name)) for name in ("whole", "cut")]
+    return {"passed": prints[0] == prints[1], "sha256": prints}
+
+
+def two_ranks_are_one() -> Figures:
+    """Two ranks on one device over gloo, with SyncBatchNorm, end with one rank's parameters."""
+    with TemporaryDirectory() as folder:
+        one, two = Path(folder, "one.pt"), Path(folder, "two.pt")
+        alone = _succeed(_start(["rank", str(one)], folder))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        # Both have the local rank 0, and so the same device.
+        several = address | {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        ranks = [_start(["rank", str(two)], folder, RANK=str(n), **several) for n in range(2)]
+        if not (_succeed(*ranks) and alone):
+            return {"passed": False, "failed": "two ranks" if alone else "one rank"}
+        first, second = torch.load(one), torch.load(two)
+    gap = max(float((first[name] - second[name]).abs().max()) for name in first)
+    moved = max(float((first[name] - first[f"initial {name}"]).abs().max()) for name in _names())
+    passed = first.keys() == second.keys() and gap < 1e-10 < moved
+    return {"passed": passed, "largest_difference": gap, "largest_change": moved}
+
+
+def _names() -> list[str]:
+    return [name for name, _ in Normalised().named_parameters()]
+
+
+def _start(words: list[str], folder: str, **environment: str) -> "subprocess.Popen[bytes]":
+    own = os.environ | {"PYTHONPATH": str(SELF.parent.parent)} | environment
+    return subprocess.Popen([sys.executable, str(SELF), *words], cwd=folder, env=own)
+
+
+def _succeed(*processes: "subprocess.Popen[bytes]") -> bool:
+    """Wait for all; none is left running."""
+    try:
+        return not any(process.wait(PATIENCE) for process in processes)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def deterministic_command(words: list[str]) -> int:
+    """The launcher's command with torch's deterministic algorithms."""
+    from launcher import cli
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    join = cluster.join
+
+    def steady(precision: str) -> Any:
+        accelerator = join(precision)
+        torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
+        return accelerator
+
+    vars(cluster)["join"] = steady
+    return cli.main(words)
+
+
+def rank(output: Path) -> None:
+    """Train as one of the ranks that the environment tells of; rank 0 saves what it learnt."""
+    world = cluster.announced()
+    if world.size > 1:  # before Accelerate does, which would take NCCL: one rank per card
+        torch.distributed.init_process_group("gloo", rank=world.rank, world_size=world.size)
+    images = Images(partial(Synthetic, count=400), batch_size=32, mean=(0.5,) * 3, std=(0.3,) * 3)
+    recipe = Recipe(
+        model=Normalised,
+        data=images,
+        optimizer=partial(SGD, lr=0.1, momentum=0.9),
+        epochs=1,
+        sync_batch_norm=torch.cuda.is_available() and world.size > 1,
+    )
+    train = datasets.load(images).train
+    accelerator = cluster.join("fp32")
+    launched = Launched(replace(recipe, seed=1), train, accelerator)
+    network = launched.learner.network
+    before = {f"initial {n}": p.detach().clone().cpu() for n, p in network.named_parameters()}
+    launched.epoch(train.to(accelerator.device))
+    if world.is_main:
+        torch.save({n: v.cpu() for n, v in network.state_dict().items()} | before, output)
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """A child's part, or both checks."""
+    if sys.argv[1:2] == ["resume"]:
+        sys.exit(deterministic_command(sys.argv[2:]))
+    if sys.argv[1:2] == ["rank"]:
+        rank(Path(sys.argv[2]))
+    else:
+        figures = {"resume": resume_is_exact(), "two ranks": two_ranks_are_one()}
+        print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
