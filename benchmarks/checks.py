@@ -26,7 +26,7 @@ from launcher import Images, Recipe, Synthetic, cluster, datasets
 from tests.processes import RESUMABLE, fingerprint
 
 SELF = Path(__file__).resolve()
-PATIENCE = 60  # seconds
+PATIENCE = 90  # seconds
 
 Figures = dict[str, Any]
 
