@@ -244,8 +244,10 @@ def main() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # it asks for workers
+    steps = f" --steps {words.steps}" if words.steps else ""
     figures: Figures = {
-        "command": " ".join(["python benchmarks/peers.py --root FOLDER", *sys.argv[3:]]),
+        "command": f"python benchmarks/peers.py --root FOLDER --rounds {words.rounds}{steps}",
+        "workers": words.workers,
         "date": date.today().isoformat(),
         "data": data.name,
         "images": len(data.train),
