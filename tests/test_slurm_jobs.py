@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.processes import RESUMABLE, TORCHRUN_4, Run, fingerprint
@@ -134,6 +136,23 @@ def test_a_job_that_its_user_cancels_stays_away(job: Job, slurm: Slurm) -> None:
     slurm.say("scancel", job.number)
     assert slurm.wait_for_end(job.number) == "CANCELLED"
     assert "the same command with --resume goes on" in job.log(1).read_text()
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_is_named(job: Job, slurm: Slurm) -> None:
+    (third,) = (
+        process
+        for process in psutil.process_iter(["cmdline", "cwd", "environ"])
+        if f"--name={job.name}" in (process.info["cmdline"] or ())
+        and "python" in process.info["cmdline"][0]
+        and process.info["cwd"] == str(job.folder)
+        and process.info["environ"].get("SLURM_PROCID") == "2"
+    )
+    third.kill()
+    killed = time.monotonic()
+    assert slurm.wait_for_end(job.number) == "FAILED"
+    assert time.monotonic() - killed < 90
+    assert re.search(r"launcher: .*rank 2 on \S+ .*does not answer", job.log(1).read_text())
+    assert not job.log(2).exists()
 
 
 def test_a_sweep_is_one_run_per_value_and_status_shows_them(slurm: Slurm, tmp_path: Path) -> None:
