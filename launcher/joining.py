@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ from launcher.errors import LauncherError, RankError, UserError
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-GRACE = 3.0  # seconds for the other survivors of a failure to say that they live
+GRACE = 4.0  # seconds for all who live to say so, after a failure
+ATTENTION = 0.5  # seconds between two looks at whether somebody asks who lives
 POLL = 2.0  # seconds between two looks at whether a rank has failed meanwhile
 PREPARATION = timedelta(minutes=30)  # for data and network to be ready on the slowest rank
 # What gloo says where it is not this rank that failed; NCCL has an exception of its own.
@@ -50,6 +52,8 @@ class Company:
     def __init__(self, world: World, store: "Store | None" = None, *, hosts: bool = False) -> None:
         """`hosts` says that the store ends with this process."""
         self._world, self._store, self._hosts = world, store, hosts
+        self._leaves = threading.Event()
+        self._attendant = threading.Thread(target=self._attend, name="attendance", daemon=True)
         self._first_host = "?"
         self._name = f"rank {world.rank} of {world.size} on {socket.gethostname()}"
 
@@ -60,6 +64,22 @@ class Company:
             if not self._all_at("here", timeout):
                 raise RankError(self._absence(timeout)) if self._world.is_main else RankError("")
             self._first_host = self._host(0)
+            self._attendant.start()
+
+    def leave(self) -> None:
+        """The run is over for this rank."""
+        self._leaves.set()
+        if self._attendant.is_alive():
+            self._attendant.join()
+
+    def _attend(self) -> None:
+        """Answer who asks which ranks live; the main thread may be waiting for a dead one."""
+        assert self._store is not None
+        with suppress(RuntimeError):  # the store is gone, and with it whoever could ask
+            while not self._leaves.wait(ATTENTION):
+                if self._store.check(["roll"]):
+                    self._store.set(f"alive/{self._world.rank}", "")
+                    return
 
     def agree(self, problem: UserError | None) -> None:
         """Raise the first rank's `problem`, if any has one, on every rank."""
@@ -125,8 +145,8 @@ class Company:
     def _account(self, text: str) -> str:
         """Who is missing after a collective that failed; empty if another rank says so."""
         assert self._store is not None
-        self._store.set(f"survivor/{self._world.rank}", "")
-        speaks = self._store.add("survivors", 1) == 1
+        self._store.set(f"alive/{self._world.rank}", "")
+        speaks = self._store.add("roll", 1) == 1
         until = time.monotonic() + GRACE + (1 if self._hosts else 0)
         while (speaks or self._hosts) and time.monotonic() < until:
             if self._store.add("failures", 0):
@@ -134,7 +154,7 @@ class Company:
             time.sleep(0.1)
         if not speaks:
             return ""
-        missing = self._without("survivor")
+        missing = self._without("alive")
         if not missing:
             return f"{self._name} could not reach the others\n{text}"
         where = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in missing)

@@ -75,6 +75,8 @@ def train(loaded: Loaded, occasion: Occasion) -> Outcome:
         if explained is error:
             raise
         raise explained from None
+    finally:
+        company.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if occasion.smoke and not outcome.stopped:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.processes import PATIENCE, PYTHON, ROOT, TORCHRUN, Run, fingerprint, ranks_of
+from tests.processes import PATIENCE, PYTHON, ROOT, TORCHRUN, TORCHRUN_4, Run, fingerprint, ranks_of
 
 FAILING = ROOT / "tests" / "failing.py"
 SHORT = ("epochs=4", "--name", "run", "--checkpoint-every", "7")
@@ -39,10 +39,19 @@ def test_a_rank_that_does_not_answer_ends_the_run_and_is_named(fail: str, tmp_pa
     run.wait_for("epoch 1/4")
     stopped = ranks_of(run)[1]
     run.wait_for("does not answer")
-    assert len(re.findall(rf"rank 1 on {HOST} does not answer.*step 40", run.text())) == 1
+    assert len(re.findall(rf"launcher: rank 1 on {HOST} does not answer.*step 40", run.text())) == 1
     if fail == "stop":  # torchrun waits 30 s before it kills a process that ignores it
         stopped.send_signal(signal.SIGKILL)
     assert run.end() != 0
+
+
+@pytest.mark.slow
+def test_the_one_of_four_ranks_that_was_killed_is_named(tmp_path: Path) -> None:
+    """Not those who were waiting for others who were waiting for it."""
+    run = failing(TORCHRUN_4, tmp_path, "kill", rank=2)
+    assert run.end() != 0
+    assert len(re.findall(rf"launcher: rank 2 on {HOST} does not answer", run.text())) == 1
+    assert run.text().count("launcher: ") == 2  # the header is the other
 
 
 def test_a_rank_that_never_comes_is_named_in_time(tmp_path: Path) -> None:
