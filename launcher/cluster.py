@@ -5,7 +5,9 @@ ways of launching ask for several processes and start one, or start several that
 be alone; both train wrongly without a word, so both are stopped here.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ _SEVERAL_ON_CPU = (
     "type ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {count} "
     "-m launcher RECIPE"
 )
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _WITHOUT_AUTOCAST = ("fp32", "pure_bf16", "pure_fp16")
 
@@ -87,6 +90,7 @@ def join(precision: str) -> "Accelerator":
     world = announced()
     _check_gpus(world, torch.cuda.device_count())
     set_threads()
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the sizes of batches hardly change
     handlers: list[Any] = [
         # Running statistics are averaged before each evaluation instead of broadcast each step.
@@ -143,6 +147,18 @@ def set_threads(environ: Mapping[str, str] = os.environ) -> None:
 
     if runs_on_cpu() and environ.get("OMP_NUM_THREADS", "1") == "1" and not _chose_threads():
         torch.set_num_threads(max(1, usable_cores() // int(environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, let the C library keep the memory of one step for the next.
+
+    glibc gives large blocks back to the kernel, which has to clear each of their pages again:
+    a quarter of the time of a step with large activations (benchmarks/memory.py).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and runs_on_cpu():  # not with musl
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def usable_cores() -> int:
