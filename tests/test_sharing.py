@@ -58,6 +58,7 @@ def test_32_processes_open_each_file_as_often_as_one_does(
     assert left_in(root) == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_killed_halfway_is_replaced_by_one_other(
     root: Path, alone: dict[str, Any]
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_reader_that_is_killed_halfway_is_replaced_by_one_other(
     assert left_in(root) == [], "the next run cleans up"
 
 
+@pytest.mark.slow
 def test_a_refusal_reaches_all_processes_from_one_reading(root: Path) -> None:
     (root / "cifar-10-batches-py" / "second").write_bytes(b"cut")
     alone, many = crowd(root, 1), crowd(root, 8)
@@ -104,6 +106,7 @@ def test_a_shared_root_that_is_read_only_works_and_stays_as_it_was(read_only: Pa
     assert sorted(read_only.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_without_room_for_a_copy_each_process_reads_and_one_says_so(
     root: Path, alone: dict[str, Any]
 ) -> None:
