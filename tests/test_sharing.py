@@ -13,6 +13,7 @@ import pytest
 
 from launcher import datasets, sharing
 from tests.test_datasets import Cifar, images_of
+from tests.test_slurm import TASK
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,3 +131,18 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(
     assert len(sharing.load(data, environment).train) == len(datasets.load(data).train)
     assert "is not a folder of this user alone" in caplog.text
     assert left_in(root) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "8"}, 8),
+        (TASK | {"LOCAL_WORLD_SIZE": "1"}, 2),  # srun, each task with a GPU of its own
+        (TASK | {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, 4),
+    ],
+)
+def test_the_processes_of_a_node_are_counted_under_every_launcher(
+    environment: dict[str, str], processes: int
+) -> None:
+    assert sharing._processes_here(environment) == processes
