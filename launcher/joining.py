@@ -70,7 +70,7 @@ class Company:
         """The run is over for this rank."""
         self._leaves.set()
         if self._attendant.is_alive():
-            self._attendant.join()
+            self._attendant.join(GRACE)  # where the link is down, the store never answers it
 
     def _attend(self) -> None:
         """Answer who asks which ranks live; the main thread may be waiting for a dead one."""

@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from launcher import datasets, settings
+from launcher import datasets, settings, signals, slurm
 from launcher.datasets import Data, ImageSet
 from launcher.errors import UserError
 from launcher.recipe import Images
@@ -38,11 +38,11 @@ def load(data: Images, environ: Mapping[str, str] = os.environ) -> Data:
 
     Raises what `datasets.load` raises, on every process of the node.
     """
-    processes = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = _processes_here(environ)
     if processes == 1:
         return datasets.load(data)
     try:
-        folder = _launch_folder(data, environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        folder = _launch_folder(data, environ)
         outcome = _take(folder, data, processes)
     except (OSError, SafetensorError, psutil.Error) as error:
         if environ.get("LOCAL_RANK") == "0":
@@ -104,12 +104,12 @@ def _map(path: Path) -> Data | UserError:
     return Data(train, test, about["name"], about["fallback"])
 
 
-def _launch_folder(data: Images, attempt: str) -> Path:
+def _launch_folder(data: Images, environ: Mapping[str, str]) -> Path:
     """A folder that the processes of one launch on one node share, and nobody else.
 
-    They have the launching process as their parent, whose number and age no other one has.
+    They have the launching process above them, whose number and age no other one has.
     """
-    parent = psutil.Process(os.getppid())
+    parent, attempt = _starter(environ), environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     mine = _private(Path(tempfile.gettempdir(), f"launcher-{os.getuid()}"))
     _sweep(mine)
     source = settings.as_dict(replace(data, root=str(Path(data.root).resolve())))
@@ -117,6 +117,20 @@ def _launch_folder(data: Images, attempt: str) -> Path:
     folder = mine / f"{parent.pid}-{parent.create_time()}-{attempt}-{digest}"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _processes_here(environ: Mapping[str, str]) -> int:
+    """The processes of this node; srun may show each of them its own GPU and nothing else."""
+    step = None if signals.is_launched(environ) else slurm.step_of(environ)
+    return step.tasks_here if step else int(environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _starter(environ: Mapping[str, str]) -> psutil.Process:
+    """The launching process: the parent, or that of srun, below which a script may stand."""
+    above = psutil.Process().parents()
+    if not signals.is_launched(environ):
+        return next((process for process in above if process.name() == "slurmstepd"), above[0])
+    return above[0]
 
 
 def _private(folder: Path) -> Path:

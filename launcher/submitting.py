@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from launcher import job_status, sbatch
+from launcher import job_status, kubernetes, sbatch
 from launcher.batch_job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
 
 SITE = Path("accelerate_config") / "slurm_site.sh"
+CLUSTER = Path("accelerate_config") / "kubernetes.yaml"
 _USAGE = "launcher submit RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
 Train a recipe as a Slurm job, which comes back by itself after pre-emption and after its time
@@ -23,7 +24,11 @@ limit and then resumes:
 
   launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --time 4:00:00 epochs=20
   launcher submit recipes/simplecnn.py --sweep optimizer.lr=0.01,0.03,0.1
-  launcher submit --status"""
+  launcher submit --status
+
+Or print the manifests of the same job for Kubernetes:
+
+  launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --kubernetes --dry-run"""
 _TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)|(\d+)-(\d+)|(\d+)")
 
 
@@ -45,6 +50,8 @@ def main(words: Sequence[str]) -> int:
         sys.stdout.write(job_status.table(Path(arguments.runs), job_status.queue))
         return 0
     job = _job(arguments, parser)
+    if arguments.kubernetes:
+        return _print_manifests(job, arguments)
     script = sbatch.render(job, _site(arguments.site))
     if arguments.dry_run:
         sys.stdout.write(script)
@@ -70,18 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=1, metavar="N", help="GPUs of each machine; 0: CPUs only")
     add("--processes", type=int, default=1, metavar="N", help="with --gpus 0: on each machine")
     add("--cpus", type=int, default=2, metavar="N", help="cores per process (default: 2)")
-    add(
-        "--time",
-        type=parse_time,
-        default="1:00:00",
-        help="of one attempt: 30 (minutes), 4:00:00, 1-0",
-    )
+    add("--time", type=parse_time, help="of one attempt: 30 (minutes), 4:00:00, 1-0 (default: 1 h)")
     before = "save and stop so long before the end of that time (default: 120)"
     add("--save-before", type=int, default=120, metavar="SECONDS", help=before)
     add("--sweep", type=_sweep, metavar="NAME=A,B", help="one run per value, in a job array")
     add("--name", help="of the job and of its run (default: the recipe's and the time)")
     add("--runs", default="runs", metavar="DIR", help="where run folders go (default: runs)")
-    add("--site", type=Path, metavar="FILE", help=f"this site's own lines (default: {SITE})")
+    files = f"this site's own lines (default: {SITE}, or {CLUSTER})"
+    add("--site", type=Path, metavar="FILE", help=files)
+    kinds, manifests = ("job", "jobset"), "print manifests of a Job (the default) or a JobSet"
+    add("--kubernetes", nargs="?", const="job", choices=kinds, metavar="KIND", help=manifests)
     for option in _PASSED_ON:
         add(f"--{option}", help="as for launcher RECIPE")
     return parser
@@ -105,13 +110,26 @@ def _job(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Batc
         gpus=arguments.gpus,
         processes=arguments.processes,
         cpus=arguments.cpus,
-        time=arguments.time,
+        time=arguments.time or timedelta(hours=1),
         save_before=timedelta(seconds=arguments.save_before),
         runs=arguments.runs,
         overrides=tuple(overrides),
         options=tuple(f"--{option}={text}" for option, text in given.items() if text is not None),
         sweep=arguments.sweep,
     )
+
+
+def _print_manifests(job: BatchJob, arguments: argparse.Namespace) -> int:
+    """Manifests for `kubectl apply -f -`, which knows the cluster and the user's rights."""
+    if not arguments.dry_run or arguments.time:
+        raise UserError(
+            f"--kubernetes {'with --time' if arguments.time else 'without --dry-run'}",
+            expected="manifests to print, of a job that has as long as it needs",
+            instead="type --kubernetes --dry-run | kubectl apply -f -",
+        )
+    site = kubernetes.read_site(arguments.site or CLUSTER)
+    sys.stdout.write(kubernetes.render(job, site, arguments.kubernetes))
+    return 0
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:

@@ -31,7 +31,7 @@ class Node:
 
     def __init__(self, place: int, prefix: str) -> None:
         self.name = f"node{place}"
-        self.address = f"10.77.0.{place}"
+        self.address = f"10.0.0.{place}"
         self._space, self._switch = f"{prefix}-{self.name}", f"{prefix}-switch"
         self._port = f"port{place}"
 

@@ -195,7 +195,7 @@ def test_a_first_machine_that_never_comes_is_named_in_time(
 ) -> None:
     run = start(by("elastic", pair, 1, "--rdzv-conf", "timeout=4"), tmp_path, recipe)
     assert run.end() == 1
-    said = "machine 1 (node2) cannot reach machine 0 at 10.77.0.1 port 29500 within 4 s"
+    said = "machine 1 (node2) cannot reach machine 0 at 10.0.0.1 port 29500 within 4 s"
     assert f"launcher: {said}" in run.text()
 
 
@@ -220,10 +220,16 @@ def test_a_machine_that_comes_late_is_waited_for(
 # Healing
 
 
+@pytest.mark.parametrize("agent", ["accelerate", "elastic"])
 def test_a_killed_rank_comes_back_from_the_last_checkpoint(
-    pair: list[Node], tmp_path: Path, recipe: Path, alone: Path
+    agent: str, pair: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:
-    commands = [by("elastic", pair, place, "--max-restarts", "1") for place in range(2)]
+    commands = [
+        by_accelerate(pair, place, "--max_restarts", "1")
+        if agent == "accelerate"
+        else by(agent, pair, place, "--max-restarts", "1")
+        for place in range(2)
+    ]
     runs = [start(command, tmp_path, recipe) for command in commands]
     runs[0].wait_for("epoch 1/4")
     ranks_of(runs[1])[0].kill()

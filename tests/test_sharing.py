@@ -13,6 +13,7 @@ import pytest
 
 from launcher import datasets, sharing
 from tests.test_datasets import Cifar, images_of
+from tests.test_slurm import TASK
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +59,7 @@ def test_32_processes_open_each_file_as_often_as_one_does(
     assert left_in(root) == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_killed_halfway_is_replaced_by_one_other(
     root: Path, alone: dict[str, Any]
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_reader_that_is_killed_halfway_is_replaced_by_one_other(
     assert left_in(root) == [], "the next run cleans up"
 
 
+@pytest.mark.slow
 def test_a_refusal_reaches_all_processes_from_one_reading(root: Path) -> None:
     (root / "cifar-10-batches-py" / "second").write_bytes(b"cut")
     alone, many = crowd(root, 1), crowd(root, 8)
@@ -104,6 +107,7 @@ def test_a_shared_root_that_is_read_only_works_and_stays_as_it_was(read_only: Pa
     assert sorted(read_only.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_without_room_for_a_copy_each_process_reads_and_one_says_so(
     root: Path, alone: dict[str, Any]
 ) -> None:
@@ -127,3 +131,18 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(
     assert len(sharing.load(data, environment).train) == len(datasets.load(data).train)
     assert "is not a folder of this user alone" in caplog.text
     assert left_in(root) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "8"}, 8),
+        (TASK | {"LOCAL_WORLD_SIZE": "1"}, 2),  # srun, each task with a GPU of its own
+        (TASK | {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, 4),
+    ],
+)
+def test_the_processes_of_a_node_are_counted_under_every_launcher(
+    environment: dict[str, str], processes: int
+) -> None:
+    assert sharing._processes_here(environment) == processes

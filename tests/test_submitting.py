@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher import job_status, submitting
 from launcher.batch_job import BatchJob, Sweep
@@ -162,3 +163,26 @@ def test_the_queue_as_squeue_prints_it(tmp_path: Path) -> None:
     )
     (tmp_path / "squeue").chmod(0o755)
     assert job_status.queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
+
+
+def test_manifests_for_kubernetes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    site = ROOT / "accelerate_config" / "kubernetes.yaml"
+    words = ("--nodes", "2", "--gpus", "8", "--name", "first", "--site", str(site), "--kubernetes")
+    service, batch = yaml.safe_load_all(script(capsys, *words))
+    assert (service["kind"], batch["kind"]) == ("Service", "Job")
+    (train,) = batch["spec"]["template"]["spec"]["containers"]
+    assert {"--nnodes=2", "--nproc-per-node=8", "recipes/a recipe.py"} <= set(train["args"])
+    assert [item["kind"] for item in yaml.safe_load_all(script(capsys, *words, "jobset"))] == [
+        "JobSet"
+    ]
+
+
+@pytest.mark.parametrize("words", [("--kubernetes",), ("--kubernetes", "--dry-run", "--time", "9")])
+def test_manifests_are_only_printed_and_have_no_time_limit(words: tuple[str, ...]) -> None:
+    with refused("--kubernetes", "kubectl apply"):
+        submitting.main(["x.py", *words])
+
+
+def test_without_its_site_kubernetes_is_refused() -> None:
+    with refused("kubernetes.yaml", "No such file"):
+        submitting.main(["x.py", "--kubernetes", "--dry-run"])
