@@ -67,6 +67,9 @@ def _run(path: Path, source: str) -> ModuleType:
         raise UserError(str(path), expected="a Python file", instead="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that typing and pickle can find the recipe's own classes
+    folder = str(path.resolve().parents[1])
+    if folder not in sys.path:
+        sys.path.append(folder)  # so that a recipe can build on its neighbours: recipes.simplecnn
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except SyntaxError as error:

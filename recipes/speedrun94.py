@@ -14,6 +14,7 @@ pure half precision. On a CPU add precision=pure_bf16 compile=false, and patienc
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,26 +39,34 @@ BATCH = 2000
 
 
 class Block(nn.Module):
-    """Convolution, pooling, convolution; BatchNorm and GELU after each: halves the image's sides.
+    """Convolution and pooling, then more convolutions: halves the image's sides.
 
-    The first filters pass the input on as it is, so that the signal reaches the head from the
-    first step on.
+    BatchNorm and GELU follow each convolution. From a third convolution on, what came out of the
+    first is added before the last GELU. Filters begin by passing the input on as it is, so that the
+    signal reaches the head from the first step on.
     """
 
-    def __init__(self, inputs: int, outputs: int, momentum: float) -> None:
+    def __init__(self, inputs: int, outputs: int, convolutions: int, momentum: float) -> None:
         """`inputs` and `outputs` are numbers of channels; `momentum` is that of the statistics."""
         super().__init__()
-        self.convolution1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.norm1 = batch_norm(outputs, momentum)
-        self.convolution2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = batch_norm(outputs, momentum)
-        for convolution in (self.convolution1, self.convolution2):
+        channels = (inputs, *(outputs for _ in range(convolutions)))
+        pairs = pairwise(channels)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairs
+        )
+        self.norms = nn.ModuleList(batch_norm(outputs, momentum) for _ in range(convolutions))
+        for convolution in self.convolutions:
+            assert isinstance(convolution, nn.Conv2d)
             nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, inputs, h, w) -> (n, outputs, h // 2, w // 2)."""
-        x = gelu(self.norm1(max_pool2d(self.convolution1(x), 2)))
-        return gelu(self.norm2(self.convolution2(x)))
+        first = x = gelu(self.norms[0](max_pool2d(self.convolutions[0](x), 2)))
+        for number in range(1, len(self.convolutions)):
+            x = self.norms[number](self.convolutions[number](x))
+            closes_shortcut = number >= 2 and number == len(self.convolutions) - 1
+            x = gelu(x + first if closes_shortcut else x)
+        return x
 
 
 class SpeedVGG(nn.Module):
@@ -70,15 +79,21 @@ class SpeedVGG(nn.Module):
         self,
         widths: tuple[int, ...] = (64, 256, 256),
         classes: int = 10,
+        convolutions: int = 2,
         momentum: float = 0.4,
     ) -> None:
-        """`widths` are the channels of the blocks, `momentum` that of the running statistics."""
+        """`widths` are the channels of the blocks, each of which has so many convolutions.
+
+        `momentum` is that of the running statistics.
+        """
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, kernel_size=2)  # 24 = 2 signs x 3 channels x 2 x 2 pixels
         self.whitening.weight.requires_grad = False
         inputs = (24, *widths)
         pairs = zip(inputs, widths, strict=False)
-        self.blocks = nn.Sequential(*(Block(before, after, momentum) for before, after in pairs))
+        self.blocks = nn.Sequential(
+            *(Block(before, after, convolutions, momentum) for before, after in pairs)
+        )
         self.head = nn.Linear(widths[-1], classes, bias=False)
         self.head.weight.data /= self.head.weight.data.std()
 

@@ -20,6 +20,7 @@ from launcher.model import build, initialise, prepare
 from launcher.plan import make_plan
 from launcher.schedules import linear
 from launcher.step import Job
+from recipes.speedrun94 import Block
 from tests.world_worker import Small64, plain
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -78,8 +79,9 @@ def test_it_learns(speedrun: Recipe, precision: str) -> None:
     assert [report.test_tta is None for report in epochs] == [True, True, False]
     half = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}
-    assert dtypes["head.weight"] == dtypes["blocks.0.convolution1.weight"] == half
-    assert dtypes["blocks.0.norm1.bias"] == dtypes["blocks.0.norm1.running_mean"] == torch.float32
+    assert dtypes["head.weight"] == dtypes["blocks.0.convolutions.0.weight"] == half
+    norm = [dtypes[f"blocks.0.norms.0.{name}"] for name in ("bias", "running_mean")]
+    assert norm == [torch.float32, torch.float32]
 
 
 def test_every_parameter_has_one_group(speedrun: Recipe) -> None:
@@ -149,3 +151,28 @@ def test_a_linear_schedule_can_end_early() -> None:
     assert linear(0.5, until=0.5) == linear(0.9, until=0.5) == 0.0
     assert linear(0.9, until=0.5, end=0.1) == pytest.approx(0.1)
     assert linear(0.3, warmup=0.1, until=0.5) == pytest.approx(0.5)
+
+
+def test_the_larger_speedrun_builds_on_the_smaller_from_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = loading.load(RECIPES / "speedrun96.py").recipe
+    words = ("epochs=2", "model.widths=(16,32,32)", "data.augment.cutout.size=4")
+    network, epochs = trained(small(recipe, words))
+    assert epochs[1].train_loss < epochs[0].train_loss < 2.3
+    assert len(network.state_dict()["blocks.2.convolutions.2.weight"]) == 32
+
+
+def test_the_third_convolution_has_a_shortcut_around_it() -> None:
+    block = Block(4, 4, 3, 0.4).eval()
+    images = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        whole = block(images)
+        block.get_parameter("convolutions.2.weight").zero_()
+        shortcut = block(images)
+        block.get_parameter("convolutions.0.weight").zero_()
+        nothing = block(images)
+    assert not torch.equal(whole, shortcut)
+    assert shortcut.abs().sum() > 0
+    assert nothing.abs().sum() == 0
