@@ -165,16 +165,19 @@ class Company:
     def _all_at(self, place: str, timeout: timedelta) -> bool:
         """Whether all ranks come to `place` in time."""
         assert self._store is not None
-        if self._store.add(place, 1) == self._world.size:
-            self._store.set(f"all-{place}", "")
         until = time.monotonic() + timeout.total_seconds()
-        while not self._is_set(f"all-{place}", min(POLL, until - time.monotonic())):
-            if self._store.add("failures", 0):
-                raise RankError("")
-            if reason := signals.stop_reason():
-                raise RankError(f"{self._name} was stopped by {reason} before all were {place}")
-            if time.monotonic() >= until:
-                return False
+        try:
+            if self._store.add(place, 1) == self._world.size:
+                self._store.set(f"all-{place}", "")
+            while not self._is_set(f"all-{place}", min(POLL, until - time.monotonic())):
+                if self._store.add("failures", 0):
+                    raise RankError("")
+                if reason := signals.stop_reason():
+                    raise RankError(f"{self._name} was stopped by {reason} before all were {place}")
+                if time.monotonic() >= until:
+                    return False
+        except RuntimeError:  # the store is gone
+            raise self._silence() from None
         return True
 
     def _is_set(self, key: str, seconds: float) -> bool:
