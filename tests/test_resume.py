@@ -137,6 +137,8 @@ def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
     run.wait_for("epoch  3/12")
     ranks = ranks_of(run)
     run.process.send_signal(signal.Signals[name])
+    if launch == ACCELERATE and name == "SIGINT":  # a terminal tells both: they are one group
+        ranks[0].send_signal(signal.SIGINT)
     run.end()
     for rank in ranks:
         rank.wait(timeout=PATIENCE)
