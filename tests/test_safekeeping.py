@@ -29,6 +29,7 @@ def checkpoints_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
     """Files that grow beyond a limit are refused by the kernel, as on a full disk."""
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # coverage would leave a broken file behind
@@ -67,6 +68,7 @@ def test_a_run_folder_that_is_deleted_meanwhile_ends_no_training(tmp_path: Path)
     assert (tmp_path / "runs" / "run" / "final.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_file_in_the_place_of_the_checkpoints_costs_lines_only(tmp_path: Path) -> None:
     run = Run(PYTHON, tmp_path, *SHORT)
     run.wait_for("epoch 2/6")
