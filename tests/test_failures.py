@@ -70,6 +70,7 @@ def test_a_rank_that_never_comes_is_named_in_time(tmp_path: Path) -> None:
     assert re.search(rf"rank 2 on {HOST} cannot reach rank 0 at 127.0.0.1 port {port}", run.text())
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_wait_for_the_others(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

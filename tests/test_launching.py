@@ -52,7 +52,9 @@ def ranks(done: subprocess.CompletedProcess[str]) -> int:
     ("launch", "wanted"),
     [
         ((*ACCELERATE, "--config_file", str(CONFIGS / "cpu.yaml")), 1),
-        ((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), 2),
+        pytest.param(
+            (*ACCELERATE, "--multi_gpu", "--num_processes", "2"), 2, marks=pytest.mark.slow
+        ),
     ],
     ids=["cpu.yaml", "multi_gpu"],
 )

@@ -109,6 +109,7 @@ def test_what_cannot_be_profiled_is_refused_in_one_line(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_slow_augmentation_is_seen_as_data(tmp_path: Path) -> None:
     """A recipe whose augmentation sleeps is data-bound, and the advice says so."""
     text = RESUMABLE.read_text().replace("augment=(flip, crop)", "augment=(flip, sleepy)")

@@ -58,7 +58,9 @@ def resume(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1"))]
+)
 def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     name: str, whole: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +75,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     assert rows(tmp_path / "runs" / "cut") == rows(whole)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> None:
     chance = random.Random(int(time.time()))
     for _ in range(3):

@@ -56,6 +56,7 @@ def whole(folder: Path) -> Path:
     return folder / "runs" / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_deleted_meanwhile_ends_no_training(tmp_path: Path) -> None:
     run = Run(PYTHON, tmp_path, *SHORT)
     run.wait_for("epoch 2/6")
@@ -178,6 +179,7 @@ def test_no_output_of_a_run_holds_a_planted_secret(tmp_path: Path) -> None:
                 assert secret.encode() not in path.read_bytes(), (path, secret)
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
     first = Run(PYTHON, tmp_path, "epochs=1", "--name", "first")
     assert first.end() == 0, first.text()

@@ -131,6 +131,7 @@ def play(stage: Path, scripts: list[bytes], index: int) -> list[list[str]]:
     return [os.fsdecode(words).split("\0")[:-1] for words in said]
 
 
+@pytest.mark.slow
 def test_a_thousand_hostile_jobs_start_what_they_should_and_nothing_else(stage: Path) -> None:
     chance = random.Random(5)
     jobs = [hostile_job(chance) for _ in range(JOBS)]

@@ -47,6 +47,7 @@ def left_in(root: Path) -> list[Path]:
     return list((root.parent / "node").glob("launcher-*/*"))
 
 
+@pytest.mark.slow
 def test_32_processes_open_each_file_as_often_as_one_does(
     root: Path, alone: dict[str, Any]
 ) -> None:
