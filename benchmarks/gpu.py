@@ -194,17 +194,21 @@ def spread(values: list[float]) -> Figures:
     return {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
 
 
+def save_for_peer(data: Data, folder: Path) -> None:
+    """The images in the form in which the record's script keeps them."""
+    folder.mkdir()
+    for name, half in (("train", data.train), ("test", data.test)):
+        saved = {"images": half.images, "labels": half.labels, "classes": list(half.classes)}
+        torch.save(saved, folder / f"{name}.pt")
+
+
 def run_peer(script: Path, data: Data, seconds: float, seeds: int) -> Figures:
     """Run the record's script for fewer seeds, in a folder of its own; read what it prints."""
     text, count = re.subn(r"range\(200\)", f"range({seeds})", script.read_text(encoding="utf-8"))
     if count != 1 or seconds < 60:
         return {"skipped": f"{count} place(s) to set the number of runs, {seconds:.0f} s left"}
     with TemporaryDirectory() as folder:
-        images = Path(folder, "cifar10")
-        images.mkdir()
-        for name, half in (("train", data.train), ("test", data.test)):
-            saved = {"images": half.images, "labels": half.labels, "classes": list(half.classes)}
-            torch.save(saved, images / f"{name}.pt")
+        save_for_peer(data, Path(folder, "cifar10"))
         Path(folder, script.name).write_text(text, encoding="utf-8")
         command = [sys.executable, "-u", script.name]
         done = subprocess.Popen(

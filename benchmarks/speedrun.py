@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from benchmarks.gpu import once, spread
+from benchmarks.gpu import once, save_for_peer, spread
 from benchmarks.trainer import Figures, Trainer
 from launcher import loading, settings
 from launcher.datasets import Data
@@ -70,11 +69,7 @@ def on_cpu(text: str, epochs: int) -> str:
 def run_peer(script: Path, data: Data, epochs: int) -> Figures:
     """Seconds of each epoch, and of the evaluation with test-time augmentation."""
     with TemporaryDirectory() as folder:
-        images = Path(folder, "cifar10")
-        images.mkdir()
-        for name, half in (("train", data.train), ("test", data.test)):
-            saved = {"images": half.images, "labels": half.labels, "classes": list(half.classes)}
-            torch.save(saved, images / f"{name}.pt")
+        save_for_peer(data, Path(folder, "cifar10"))
         text = on_cpu(script.read_text(encoding="utf-8"), epochs)
         Path(folder, script.name).write_text(text, encoding="utf-8")
         command = [sys.executable, "-u", script.name]
