@@ -85,9 +85,9 @@ def update(job: Job, learner: Learner, step: int, norm: Tensor | None) -> bool:
     if not is_skipped or accelerator.scaler is not None:  # the scaler skips by itself, and adapts
         optimizer.step()
     optimizer.zero_grad()
-    is_taken = not is_skipped and not accelerator.optimizer_step_was_skipped
-    if learner.average is not None and is_taken:
-        learner.average.update_parameters(learner.network)
+    average = None if is_skipped else learner.average
+    if average is not None and not accelerator.optimizer_step_was_skipped:
+        average.update_parameters(learner.network)
     return not is_skipped
 
 
