@@ -99,7 +99,7 @@ def main() -> None:
     data = load_data(recipe.data)
     trainer = Trainer(recipe, data)
     figures: Figures = {
-        "command": f"python benchmarks/speedrun.py --seeds {words.seeds}",
+        "command": command(words.seeds, words.peer),
         "machine": machine(Accelerator(cpu=True)),
         "settings": ON_CPU,
         "runs": [],
@@ -114,6 +114,12 @@ def main() -> None:
             print(figures["peer"][-1], flush=True)
         summarise(figures, recipe.epochs)
         words.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def command(seeds: int, peer: Path | None) -> str:
+    """What to type for these figures; FOLDER is where CIFAR-10 lies."""
+    beside = f" --peer {peer.name}" if peer else ""
+    return f"python benchmarks/speedrun.py --root FOLDER --seeds {seeds}{beside}"
 
 
 def summarise(figures: Figures, epochs: int) -> None:
