@@ -13,10 +13,10 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from launcher.errors import LauncherError, RankError
+from launcher.joining import open_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -59,29 +59,15 @@ def _meet(arguments: argparse.Namespace) -> "Store | None":
     Only where each machine was told its number: a rendezvous that numbers them itself may do with
     fewer.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
     if arguments.rdzv_backend != "static" or arguments.nnodes in ("1", "1:1"):
         return None
     timeout = float(_parse_rendezvous_config(arguments.rdzv_conf).get("timeout", TIMEOUT))
-    machine = f"machine {arguments.node_rank} ({socket.gethostname()})"
-    where = (arguments.master_addr, int(arguments.master_port))
-    try:
-        store = TCPStore(
-            *where,
-            is_master=arguments.node_rank == 0,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise RankError(
-            f"{machine} cannot {'listen' if arguments.node_rank == 0 else 'reach machine 0'} at "
-            f"{where[0]} port {where[1]} within {timeout:g} s: {reason}"
-        ) from None
-    _call_roll(store, arguments.node_rank, int(arguments.nnodes.split(":")[0]), timeout)
+    place, machine = (arguments.master_addr, int(arguments.master_port)), arguments.node_rank
+    host = "machine 0" if machine else None
+    store = open_store(*place, timeout, f"machine {machine}", host)
+    _call_roll(store, machine, int(arguments.nnodes.split(":")[0]), timeout)
     return store
 
 

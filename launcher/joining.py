@@ -222,30 +222,38 @@ def meet(world: World, timeouts: Timeouts) -> Company:
     """
     if world.size == 1:
         return Company(world)
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=timeouts.join)
     hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = open_store(*place, timeouts.join, f"rank {world.rank}", None if hosts else "rank 0")
+    company = Company(world, PrefixStore(f"launcher/{_attempt()}", store), hosts=hosts)
+    company.call_roll(timedelta(seconds=timeouts.join))
+    return company
+
+
+def open_store(address: str, port: int, seconds: float, name: str, host: str | None) -> "Store":
+    """The key-value store that `host` keeps there, or with None this process, called `name`.
+
+    Raises `RankError` where nobody answers within so many seconds, or the port is taken.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     try:
-        store = TCPStore(
+        return TCPStore(
             address,
             port,
-            is_master=hosts,
-            timeout=timeout,
+            is_master=host is None,
+            timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
             multi_tenant=True,
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise RankError(
-            f"rank {world.rank} on {socket.gethostname()} cannot "
-            f"{'listen' if hosts else 'reach rank 0'} at {address} port {port} within "
-            f"{timeouts.join:g} s: {reason}"
+            f"{name} on {socket.gethostname()} cannot {f'reach {host}' if host else 'listen'} at "
+            f"{address} port {port} within {seconds:g} s: {reason}"
         ) from None
-    company = Company(world, PrefixStore(f"launcher/{_attempt()}", store), hosts=hosts)
-    company.call_roll(timeout)
-    return company
 
 
 def is_of_others(error: BaseException) -> bool:

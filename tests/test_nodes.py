@@ -195,7 +195,7 @@ def test_a_first_machine_that_never_comes_is_named_in_time(
 ) -> None:
     run = start(by("elastic", pair, 1, "--rdzv-conf", "timeout=4"), tmp_path, recipe)
     assert run.end() == 1
-    said = "machine 1 (node2) cannot reach machine 0 at 10.0.0.1 port 29500 within 4 s"
+    said = "machine 1 on node2 cannot reach machine 0 at 10.0.0.1 port 29500 within 4 s"
     assert f"launcher: {said}" in run.text()
 
 
