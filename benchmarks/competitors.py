@@ -14,8 +14,10 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from launcher import model
 from launcher.batches import Batches, Normalise
 from launcher.datasets import ImageSet
+from launcher.joining import PATIENT
 from launcher.loop import train_epoch
 from launcher.metrics import StepReport
+from launcher.nearby import average_nearby
 from launcher.plan import make_plan
 from launcher.recipe import Recipe
 from launcher.step import Job
@@ -105,6 +107,7 @@ class Launched:
     def __init__(self, recipe: Recipe, images: ImageSet, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator, self.epochs = recipe, accelerator, 0
         self.learner = model.prepare(model.build(recipe, images), recipe, accelerator)
+        average_nearby(self.learner.wrapped, PATIENT.of_collectives)
         self.learner.network.train()
 
     def epoch(self, images: ImageSet) -> None:

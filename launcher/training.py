@@ -19,6 +19,7 @@ from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
 from launcher.loop import settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
+from launcher.nearby import average_nearby
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.redaction import cleaned, redacted
 from launcher.resuming import Start, initial_weights, new_run, resumed_run
@@ -122,6 +123,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
     learner = prepare(ready.network, job.recipe, accelerator)
+    average_nearby(learner.wrapped, occasion.timeouts.of_collectives)
     windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
     job = profiling.shortened(job, windows) if windows else job
     facts = ready.facts | {

@@ -14,7 +14,8 @@ pure half precision.
 
 On 2 cores of an AMD EPYC, precision=bf16 compile=false, 3 seeds (benchmarks/speedrun.py, torch
 2.14): 93.98 +- 0.17 % with test-time augmentation, 93.13 +- 0.03 % without, in 461 +- 8 s. The
-record's script took 100 s an epoch there (median of four), so 833 s for its eight and its evaluation.
+record's script took 100 s an epoch there (median of four), so 833 s for its eight and its
+evaluation.
 """
 
 from functools import partial

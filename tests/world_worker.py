@@ -5,6 +5,7 @@ Started by torchrun: `world_worker.py FOLDER`. Rank 0 writes FOLDER/NAME.pt for 
 
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from launcher import (
 from launcher.loop import fit
 from launcher.metrics import EpochReport, StepReport
 from launcher.model import build, initialise, prepare
+from launcher.nearby import average_nearby
 from launcher.plan import make_plan
 from launcher.step import Job
 
@@ -99,6 +101,7 @@ plain = Recipe(
 SCENARIOS = {
     "float32": plain,
     "float64": replace(plain, model=Small64),
+    "float64_over_gloo": replace(plain, model=Small64),
     "accumulated": replace(plain, model=Small64, accumulate=3),
     "clipped_and_averaged": replace(
         plain, model=Small64, clip_norm=0.5, average=partial(ema, decay=0.9)
@@ -127,7 +130,7 @@ SCENARIOS = {
 }
 
 
-def run(recipe: Recipe) -> dict[str, object]:
+def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
     accelerator = cluster.join("fp32")
     data = datasets.load(recipe.data)
     plan = make_plan(
@@ -140,6 +143,8 @@ def run(recipe: Recipe) -> dict[str, object]:
     network = build(recipe, data.train)
     initialise(network, recipe, data.train, accelerator.device)
     learner = prepare(network, recipe, accelerator)
+    if nearby:
+        average_nearby(learner.wrapped, timedelta(seconds=60))
     reports = list(fit(Job(recipe, plan, accelerator), learner, data))
     epochs = [report for report in reports if isinstance(report, EpochReport)]
     return {
@@ -155,7 +160,7 @@ def run(recipe: Recipe) -> dict[str, object]:
 
 def main(folder: Path) -> None:
     for name, recipe in SCENARIOS.items():
-        result = run(recipe)
+        result = run(recipe, nearby=name != "float64_over_gloo")
         if cluster.announced().is_main:
             torch.save(result, folder / f"{name}.pt")
 
