@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from launcher.agreement import Agreement
@@ -234,9 +236,11 @@ def evaluate(
     return evaluation
 
 
-def score_samples(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise) -> Tensor:
-    """Class probabilities `(36, classes)` of the fixed sample images, on the CPU."""
+def score_samples(
+    job: Job, network: nn.Module, test: ImageSet, normalise: Normalise
+) -> NDArray[Any]:
+    """Class probabilities `(36, classes)` of the fixed sample images."""
     chosen = test.images[sample_indices(len(test))]
     with evaluating(network), job.accelerator.autocast():
         # Not through a compiled call: these few images are not worth another compilation.
-        return widened(network.forward(normalise(chosen))).softmax(dim=1).cpu()
+        return widened(network.forward(normalise(chosen))).softmax(dim=1).cpu().numpy()

@@ -8,8 +8,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SAMPLES = 36  # test images that every epoch report shows
@@ -61,7 +63,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch: `probabilities` are the scores `(36, classes)` of the fixed first test images."""
+    """One epoch: `probabilities` are the scores `(36, classes)` of the fixed first test images.
+
+    They are numpy's since a thread of W&B's works with them: from the first operation of torch in
+    a second thread on, OpenMP lets its threads sleep between two operations of the first, and
+    training on a CPU takes a fifth longer (benchmarks/observers.py).
+    """
 
     epoch: int
     step: int
@@ -70,7 +77,7 @@ class EpochReport:
     images_per_second: float  # training only, over all ranks
     seconds: float  # training and evaluation
     test: Evaluation
-    probabilities: Tensor
+    probabilities: NDArray[Any]
     test_tta: Evaluation | None = None  # the same images with test-time augmentation
 
     def metrics(self) -> dict[str, int | float | list[float | None]]:

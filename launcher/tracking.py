@@ -180,8 +180,9 @@ class Samples:
 
     def _guesses(self, report: EpochReport) -> Iterator[tuple[Image.Image, str, str, float]]:
         """Picture, truth, prediction and confidence of each image."""
-        confidences, best = (part.tolist() for part in report.probabilities.max(dim=1))
-        guesses = [self.classes[index] for index in best]
+        scores = report.probabilities
+        guesses = [self.classes[index] for index in scores.argmax(axis=1)]
+        confidences = scores.max(axis=1).tolist()
         return zip(self._pictures, self._truths, guesses, confidences, strict=True)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+import numpy
 from rich.console import Console as RichConsole
 
 from launcher.console import Console, LiveConsole, epoch_line, first_step_line
@@ -34,7 +34,7 @@ EPOCH = EpochReport(
     images_per_second=12345.6,
     seconds=2.5,
     test=Evaluation(loss=0.4, confusion=((1, 1), (0, 2)), in_top5=4),
-    probabilities=torch.zeros(4, 2),
+    probabilities=numpy.zeros((4, 2)),
 )
 STEP = StepReport(3, 22, 1.25, 0.1, 5000.0, first_predictions=(1, 0))
 

@@ -97,7 +97,7 @@ def test_samples_are_spread_over_the_test_set(count: int) -> None:
 
 def test_metrics_have_the_documented_names() -> None:
     evaluation = Evaluation(loss=0.5, confusion=((1, 1), (0, 2)), in_top5=4)
-    report = EpochReport(2, 20, 0.7, 0.1, 100.0, 3.0, evaluation, torch.zeros(4, 2))
+    report = EpochReport(2, 20, 0.7, 0.1, 100.0, 3.0, evaluation, torch.zeros(4, 2).numpy())
     metrics = report.metrics()
     assert metrics["epoch"] == 2
     assert metrics["train/loss"] == 0.7

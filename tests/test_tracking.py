@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -39,7 +40,7 @@ def step_report(epoch: int, step: int) -> StepReport:
 
 def epoch_report(epoch: int, classes: int = 3) -> EpochReport:
     """Every sample is taken for class 1, with 91 % confidence."""
-    probabilities = torch.full((36, classes), 0.09 / (classes - 1))
+    probabilities = numpy.full((36, classes), 0.09 / (classes - 1))
     probabilities[:, 1] = 0.91
     confusion = CONFUSION if classes == 3 else tuple((1,) * classes for _ in range(classes))
     test = Evaluation(loss=0.4, confusion=confusion, in_top5=50)
@@ -428,7 +429,7 @@ def test_many_classes_are_no_flood_of_curves_and_columns() -> None:
 
 def test_a_class_without_test_images_has_no_curve() -> None:
     test = Evaluation(0.4, ((1, 0), (0, 0)), 1)
-    report = EpochReport(1, 1, 0.5, 0.1, 1.0, 1.0, test, torch.ones(36, 2))
+    report = EpochReport(1, 1, 0.5, 0.1, 1.0, 1.0, test, numpy.ones((36, 2)))
     names = epoch_scalars(report, Best.of(report), ("cat", "dog"))
     assert "test/class_accuracy/cat" in names
     assert "test/class_accuracy/dog" not in names

@@ -50,8 +50,8 @@ def test_shifts_mirror_the_edge_and_keep_the_layout() -> None:
 def test_metrics_keep_the_plain_figure_apart() -> None:
     plain = Evaluation(1.0, ((3, 1), (2, 2)), 8)
     augmented = Evaluation(0.9, ((4, 0), (2, 2)), 8)
-    report = EpochReport(1, 1, 1.0, 0.1, 1.0, 1.0, plain, torch.zeros(1, 2), augmented)
+    report = EpochReport(1, 1, 1.0, 0.1, 1.0, 1.0, plain, torch.zeros(1, 2).numpy(), augmented)
     assert report.metrics()["test/accuracy"] == 5 / 8
     assert report.metrics()["test/accuracy_tta"] == 6 / 8
-    without = EpochReport(1, 1, 1.0, 0.1, 1.0, 1.0, plain, torch.zeros(1, 2))
+    without = EpochReport(1, 1, 1.0, 0.1, 1.0, 1.0, plain, torch.zeros(1, 2).numpy())
     assert "test/accuracy_tta" not in without.metrics()
