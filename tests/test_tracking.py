@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -441,3 +442,29 @@ def test_the_null_tracker_takes_everything_and_does_nothing() -> None:
     tracker.finish(0)
     assert (tracker.mode, tracker.where, tracker.notice) == ("off", "", "")
     assert not isinstance(tracker, WandbTracker)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_the_thread_of_the_tables_wakes_no_threads_of_torch() -> None:
+    """They would let OpenMP's threads of the training sleep between two operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    made, end = threading.Event(), threading.Event()
+    samples = Samples(images())
+
+    def make() -> None:
+        samples.tables(epoch_report(1))
+        made.set()
+        end.wait()
+
+    torch.ones(10**6).exp()  # the threads of this one are there
+    before = set(os.listdir("/proc/self/task"))
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        assert made.wait(30)
+        assert len(set(os.listdir("/proc/self/task")) - before) == 1, "the one that was started"
+    finally:
+        end.set()
+        thread.join()
+        torch.set_num_threads(threads)
