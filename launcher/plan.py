@@ -86,18 +86,26 @@ class Plan:
         return step == 1 or step % self.log_every == 0 or ends_epoch
 
     def is_saved_after_step(self, step: int) -> bool:
-        """Whether a checkpoint is due within an epoch."""
-        return self.save_steps is not None and step % self.save_steps == 0
+        """Whether a checkpoint is due within an epoch: also where --max-steps ends the run there.
+
+        The evaluation that follows then leaves no trace in it, as it has none in a longer run.
+        """
+        due = self.save_steps is not None and step % self.save_steps == 0
+        return due or (self.save_epochs is not None and self._is_cut(step))
 
     def is_saved_after_epoch(self, epoch: int) -> bool:
         """Whether a checkpoint is due after the evaluation: always after the last epoch."""
-        last = self.save_epochs is not None and epoch == self.last_epoch
-        return last or (self.save_epochs is not None and epoch % self.save_epochs == 0)
+        if self.save_epochs is None or self._is_cut(self.epoch_steps(epoch)[-1]):
+            return False
+        return epoch == self.last_epoch or epoch % self.save_epochs == 0
+
+    def _is_cut(self, step: int) -> bool:
+        """Whether --max-steps ends the run after this step, within an epoch."""
+        return step == self.last_step and step % self.steps_per_epoch != 0
 
     def position_after(self, epoch: int) -> Position:
-        """After the evaluation of an epoch; one that --max-steps cut short is not done."""
-        step = self.epoch_steps(epoch)[-1]
-        return Position(step, epoch if step == epoch * self.steps_per_epoch else epoch - 1)
+        """After the evaluation of a whole epoch."""
+        return Position(epoch * self.steps_per_epoch, epoch)
 
     def progress(self, step: int) -> float:
         """The fraction of the training behind the middle of step `step`, counted from 1."""
