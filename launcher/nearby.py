@@ -1,10 +1,10 @@
-"""The gradients of ranks that share the CPUs of one machine, averaged through sockets.
+"""The gradients of two ranks that share the CPUs of a machine, averaged through a socket.
 
 gloo wakes several threads for an all-reduce. Between two processes on two cores that takes 1 to
 2 ms, however little there is to add: as long as the backward pass of a small network. Here the main
-thread of each rank sends its gradients to rank 0, which adds them in the order of the ranks and
-sends back the mean, the same bits to all. Many bytes stay with gloo, which adds them while the
-backward pass goes on; so does all between machines, and NCCL's part are GPUs.
+threads of the ranks hand each other their gradients. Many bytes stay with gloo, which adds them
+while the backward pass goes on. Two numbers have one sum, so the result is gloo's to the last bit;
+of more ranks the order would decide, and a run could not go on with the same bits elsewhere.
 """
 
 import os
@@ -20,101 +20,84 @@ from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-MOST_BYTES = 2**20  # that rank 0 receives for one bucket of DDP
-_TOKEN_BYTES, _RANK_BYTES = 16, 4
+MOST_BYTES = 2**20  # of one bucket of DDP
+_TOKEN_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Links:
-    """On rank 0 a socket to each other rank, in their order; on these one to rank 0."""
+class Link:
+    """What this rank has to the other of the two."""
 
     rank: int
-    sockets: tuple[socket.socket, ...]
-    ranks: int
+    socket: socket.socket
 
 
 def average_nearby(
     wrapped: nn.Module, timeout: timedelta, environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Average small gradients in this way from now on, if all ranks are on this machine's CPUs.
+    """Average small gradients in this way from now on, if there are two ranks, here and on CPUs.
 
     Every rank calls it. A rank that is gone, or silent for longer than `timeout`, is a
-    `torch.distributed.DistError` in the backward pass of the others.
+    `torch.distributed.DistError` in the backward pass of the other.
     """
     if not isinstance(wrapped, DistributedDataParallel) or wrapped.device_type != "cpu":
         return
-    if environ.get("LOCAL_WORLD_SIZE") == str(distributed.get_world_size()):
+    if distributed.get_world_size() == 2 and environ.get("LOCAL_WORLD_SIZE") == "2":
         wrapped.register_comm_hook(connect(timeout), average)
 
 
-def connect(timeout: timedelta) -> Links:
-    """Connect each rank to rank 0; over 127.0.0.1, since the path of a Unix socket may be long."""
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    if rank == 0:
-        with socket.create_server(("127.0.0.1", 0), backlog=ranks) as server:
-            server.settimeout(timeout.total_seconds())
+def connect(timeout: timedelta) -> Link:
+    """Connect the two; over 127.0.0.1, since the path of a Unix socket may be too long."""
+    seconds = timeout.total_seconds()
+    if distributed.get_rank() == 0:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(seconds)
             token = secrets.token_bytes(_TOKEN_BYTES)
             distributed.broadcast_object_list([server.getsockname(), token])
-            sockets = _accept(server, token, ranks - 1, timeout)
+            link = accept(server, token, seconds)
     else:
         told: list[Any] = [None, None]
         distributed.broadcast_object_list(told)
         address, token = told
-        sockets = (socket.create_connection(address, timeout.total_seconds()),)
-        sockets[0].sendall(token + rank.to_bytes(_RANK_BYTES))
-    for link in sockets:
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Links(rank, sockets, ranks)
+        link = socket.create_connection(address, seconds)
+        link.sendall(token)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Link(distributed.get_rank(), link)
 
 
-def _accept(
-    server: socket.socket, token: bytes, count: int, timeout: timedelta
-) -> tuple[socket.socket, ...]:
-    """The sockets of the other ranks, in the order of the ranks; strangers are turned away."""
-    found: dict[int, socket.socket] = {}
-    while len(found) < count:
+def accept(server: socket.socket, token: bytes, seconds: float) -> socket.socket:
+    """The connection of the one who knows the token; strangers are turned away."""
+    while True:
         link, _ = server.accept()
-        link.settimeout(timeout.total_seconds())
-        hello = bytearray(_TOKEN_BYTES + _RANK_BYTES)
+        link.settimeout(seconds)
+        hello = bytearray(len(token))
         _fill(link, memoryview(hello))
-        if hello[:_TOKEN_BYTES] == token:
-            found[int.from_bytes(hello[_TOKEN_BYTES:])] = link
-        else:
-            link.close()
-    return tuple(found[rank] for rank in sorted(found))
+        if hello == token:
+            return link
+        link.close()
 
 
 def average(
-    links: Links,
+    link: Link,
     bucket: distributed.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """DDP's hook: the mean over the ranks of one bucket of gradients, `(n,)`, in their place."""
+    """DDP's hook: the mean over both ranks of one bucket of gradients, `(n,)`, in their place."""
     gradients = bucket.buffer()
-    if gradients.nbytes * (links.ranks - 1) > MOST_BYTES:
+    if gradients.nbytes > MOST_BYTES:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the ranks of all
+    gradients.div_(2)
+    others = torch.empty_like(gradients)
     try:
-        _exchange(links, gradients)
+        if link.rank == 0:
+            link.socket.sendall(_bytes_of(gradients))
+        _fill(link.socket, _bytes_of(others))
+        if link.rank == 1:
+            link.socket.sendall(_bytes_of(gradients))
     except OSError as error:
-        text = f"rank {links.rank} and its neighbours: {error}"
-        raise distributed.DistError(text) from error
+        raise distributed.DistError(f"rank {link.rank} and its neighbour: {error}") from error
     done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(gradients)
+    done.set_result(gradients.add_(others))
     return done
-
-
-def _exchange(links: Links, gradients: Tensor) -> None:
-    mine = _bytes_of(gradients)
-    if links.rank == 0:
-        others = torch.empty_like(gradients)
-        for link in links.sockets:
-            _fill(link, _bytes_of(others))
-            gradients.add_(others)
-        gradients.div_(links.ranks)
-        for link in links.sockets:
-            link.sendall(mine)
-    else:
-        links.sockets[0].sendall(mine)
-        _fill(links.sockets[0], mine)
 
 
 def _bytes_of(values: Tensor) -> memoryview:

@@ -39,7 +39,7 @@ def train(size: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_parameters_equal_those_of_one_process(results: Results, name: str, size: int) -> None:
     one, many = results[1][name]["parameters"], results[size][name]["parameters"]
-    tolerance = 1e-6 if name == "float32" else 1e-12
+    tolerance = 1e-6 if name.startswith("float32") else 1e-12
     assert one.keys() == many.keys()
     for key, value in one.items():
         torch.testing.assert_close(many[key], value, rtol=0, atol=tolerance, msg=f"{name} {key}")
@@ -49,7 +49,7 @@ def test_parameters_equal_those_of_one_process(results: Results, name: str, size
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_reported_losses_equal_those_of_one_process(results: Results, name: str, size: int) -> None:
     one, many = results[1][name], results[size][name]
-    tolerance = 1e-5 if name == "float32" else 1e-11
+    tolerance = 1e-5 if name.startswith("float32") else 1e-11
     for key in ("losses", "train_losses", "test_losses"):
         assert many[key] == pytest.approx(one[key], abs=tolerance, rel=0), key
 
@@ -68,3 +68,9 @@ def test_training_moved_the_parameters(results: Results) -> None:
     for name in SCENARIOS:
         losses = results[1][name]["train_losses"]
         assert losses[1] < losses[0], name
+
+
+def test_two_ranks_nearby_have_the_bits_of_gloo(results: Results) -> None:
+    nearby, gloo = (results[2][name]["parameters"] for name in ("float32", "float32_over_gloo"))
+    assert all(torch.equal(nearby[key], gloo[key]) for key in nearby)
+    assert not all(torch.equal(results[1]["float32"]["parameters"][key], gloo[key]) for key in gloo)

@@ -101,7 +101,7 @@ plain = Recipe(
 SCENARIOS = {
     "float32": plain,
     "float64": replace(plain, model=Small64),
-    "float64_over_gloo": replace(plain, model=Small64),
+    "float32_over_gloo": plain,
     "accumulated": replace(plain, model=Small64, accumulate=3),
     "clipped_and_averaged": replace(
         plain, model=Small64, clip_norm=0.5, average=partial(ema, decay=0.9)
@@ -160,7 +160,7 @@ def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
 
 def main(folder: Path) -> None:
     for name, recipe in SCENARIOS.items():
-        result = run(recipe, nearby=name != "float64_over_gloo")
+        result = run(recipe, nearby=name != "float32_over_gloo")
         if cluster.announced().is_main:
             torch.save(result, folder / f"{name}.pt")
 
