@@ -64,7 +64,7 @@ def check_trace(path: Path) -> None:
     assert any(event["name"].startswith("aten::conv") for event in events)
     end = max(e["ts"] + e["dur"] for e in events if e.get("cat") == "user_annotation")
     late = [e for e in events if e.get("cat") == "cpu_op" and e["ts"] > end]
-    assert not late, "the evaluation is in the trace"
+    assert not late, "what follows the steps is in the trace"
 
 
 def test_a_profiled_run_trains_as_a_short_one_does(tmp_path: Path) -> None:
