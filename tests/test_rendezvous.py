@@ -1,0 +1,46 @@
+"""torchrun and Accelerate find our rendezvous, and what they give it is checked."""
+
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+
+from launcher.rendezvous import handler
+from tests.processes import ACCELERATE, ROOT, Run
+
+
+def parameters(backend: str = "launcher", **conf: str) -> RendezvousParameters:
+    return RendezvousParameters(backend, "127.0.0.1:29500", "none", 2, 2, **conf)
+
+
+def test_torch_knows_it_by_the_entry_point() -> None:
+    with pytest.raises(SystemExit):
+        rendezvous_handler_registry.create_handler(parameters())
+
+
+@pytest.mark.parametrize(
+    ("conf", "given"),
+    [
+        ({}, "without a rank"),
+        ({"rank": "2"}, "with rank=2"),
+        ({"rank": "-1"}, "with rank=-1"),
+        ({"rank": "one"}, "with rank=one"),
+    ],
+)
+def test_a_machine_without_its_number_is_refused_in_one_line(
+    conf: dict[str, str], given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        handler()(parameters(**conf))
+    assert stop.value.code == 2
+    expected = "expected this machine's number, 0 to 1; type --rdzv_conf rank=1 on the last machine"
+    assert capsys.readouterr().err == f"launcher: --rdzv_conf {given}; {expected}\n"
+
+
+def test_accelerate_shows_that_line_and_no_traceback(tmp_path: Path) -> None:
+    config = ("--config_file", str(ROOT / "accelerate_config" / "nodes.yaml"))
+    where = ("--main_process_ip", "127.0.0.1", "--rdzv_backend", "launcher")
+    run = Run((*ACCELERATE, *config, *where), tmp_path)
+    assert run.end() == 2
+    assert "launcher: --rdzv_conf without a rank; expected this machine's number" in run.text()
+    assert "Traceback" not in run.text()
