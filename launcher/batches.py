@@ -184,7 +184,7 @@ class Batches:
             return [Piece(*self._examples(order[start:stop], drawn), share)]
         indices = torch.cat([order[start:stop] for start, stop, _ in spans])
         sizes = [stop - start for start, stop, _ in spans]
-        images, targets = (part.split(sizes) for part in self._examples(indices, drawn))
+        images, targets = (torch.split(part, sizes) for part in self._examples(indices, drawn))
         shares = [share for _, _, share in spans]
         return [Piece(*parts) for parts in zip(images, targets, shares, strict=True)]
 
