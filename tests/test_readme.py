@@ -112,6 +112,7 @@ def test_the_commands_for_two_nodes_train_together(folder: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     here = f"--num_processes 2 --main_process_port {port} --main_process_ip 127.0.0.1"
+    here += " --machine_rank 1"  # else Accelerate refuses a port that machine 0, here too, has open
     commands = [line.replace("--main_process_ip 10.0.0.1", here) for line in NODES]
     nodes = [start(command, folder, SHORT) for command in commands]
     outputs = [node.communicate(timeout=120) for node in nodes]
