@@ -4,6 +4,7 @@
 file means the same experiment on a laptop and on 64 GPUs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,7 +58,13 @@ class Images:
                 expected="a tuple of augmentations",
                 instead="write augment=(flip,), with the comma, in the recipe file",
             )
-        if any(std <= 0 for std in self.std):
+        if not all(map(math.isfinite, self.mean)):
+            raise UserError(
+                f"data.mean={self.mean}",
+                expected="a finite number per channel",
+                instead="use the mean of the pixels in [0, 1]",
+            )
+        if not all(0 < std < math.inf for std in self.std):
             raise UserError(
                 f"data.std={self.std}",
                 expected="a positive number per channel",
@@ -111,7 +118,7 @@ class Recipe:
         _at_least("epochs", self.epochs, 1)
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:  # nan is not
             raise UserError(
                 f"clip_norm={self.clip_norm}",
                 expected="a positive number or none",

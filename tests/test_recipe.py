@@ -1,6 +1,7 @@
 """The recipe's own validation: what no machine could train is refused on creation."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ FIELDS = [
     ("seed", -1),
     ("clip_norm", 0),
     ("clip_norm", -1.5),
+    ("clip_norm", math.nan),
 ]
 
 
@@ -42,10 +44,16 @@ def test_a_batch_without_images_is_refused(value: int) -> None:
         tiny_recipe(data={"batch_size": value})
 
 
-@pytest.mark.parametrize("std", [(0.5, 0.0, 0.5), (-1.0,)])
+@pytest.mark.parametrize("std", [(0.5, 0.0, 0.5), (-1.0,), (math.nan,), (math.inf,)])
 def test_a_standard_deviation_that_is_not_positive_is_refused(std: tuple[float, ...]) -> None:
     with refused("data.std=", "positive", "standard deviation"):
         tiny_recipe(data={"std": std})
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_mean_that_is_not_finite_is_refused(value: float) -> None:
+    with refused("data.mean=", "finite", "mean of the pixels"):
+        tiny_recipe(data={"mean": (0.5, 0.5, value)})
 
 
 @pytest.mark.parametrize(
