@@ -82,7 +82,7 @@ def _run(path: Path, source: str) -> ModuleType:
         raise UserError(
             f"{path}: {error.given}", expected=error.expected, instead=error.instead
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{path}, line {_line(error, path)}: {type(error).__name__}: {error}",
             expected="a file that runs",
@@ -91,6 +91,6 @@ def _run(path: Path, source: str) -> ModuleType:
     return module
 
 
-def _line(error: Exception, path: Path) -> int | None:
+def _line(error: BaseException, path: Path) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
     return next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)

@@ -150,6 +150,7 @@ def test_a_null_byte_is_a_syntax_error_too(tmp_path: Path) -> None:
         ("undefined_name", "NameError"),
         ("Recipe(epoch=3)", "TypeError"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("raise SystemExit", "SystemExit"),  # else the run would end with 0 and without a word
     ],
 )
 def test_an_exception_while_running_is_shown_with_its_line(
