@@ -3,9 +3,9 @@
     accelerate launch -m launcher recipes/speedrun96.py
 
 Not measured at its size: no GPU was at hand when it was written, and on two CPU cores it would take
-hours. Scaled down to model.widths=64,192,256 epochs=8 precision=bf16 compile=false (one run, 2 cores
-of an AMD EPYC, 72 s an epoch): 91.93 %, with test-time augmentation 92.84 %. That shows that it
-learns, not that it reaches 96 %.
+hours. Scaled down to model.widths=64,192,256 epochs=8 precision=bf16 compile=false (one run, 2
+cores of an AMD EPYC, 72 s an epoch): 91.93 %, with test-time augmentation 92.84 %. That shows that
+it learns, not that it reaches 96 %.
 
 The sizes, the third convolution with its shortcut, cutout and the larger crops follow the record
 airbench96 (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024); the optimizer is that
