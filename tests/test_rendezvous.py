@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
-from launcher.rendezvous import handler
+from launcher.rendezvous import BACKEND, handler
 from tests.processes import ACCELERATE, ROOT, Run
 
 
-def parameters(backend: str = "launcher", **conf: str) -> RendezvousParameters:
-    return RendezvousParameters(backend, "127.0.0.1:29500", "none", 2, 2, **conf)
+def parameters(**conf: str) -> RendezvousParameters:
+    return RendezvousParameters(BACKEND, "127.0.0.1:29500", "none", 2, 2, **conf)
 
 
 def test_torch_knows_it_by_the_entry_point() -> None:
