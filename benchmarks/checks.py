@@ -27,6 +27,7 @@ from tests.processes import RESUMABLE, fingerprint
 
 SELF = Path(__file__).resolve()
 PATIENCE = 90  # seconds
+RUNS = ("whole", "cut")
 
 Figures = dict[str, Any]
 
@@ -52,27 +53,41 @@ class Normalised(nn.Module):
 
 
 def resume_is_exact() -> Figures:
-    """A run that is cut and resumed ends with the bits of one that is not; deterministic."""
+    """A run that is cut and resumed ends with the bits of one that is not, in each precision."""
+    precisions = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32", "bf16")
     with TemporaryDirectory() as folder:
-        for words in (("whole",), ("cut", "--max-steps", "30"), ("cut", "--resume")):
-            arguments = [str(RESUMABLE), "--wandb", "off", "epochs=3", "--name", *words]
-            if not _succeed(_start(["resume", *arguments], folder)):
-                return {"passed": False, "failed": words}
-        prints = [fingerprint(Path(folder, "runs", name)) for name in ("whole", "cut")]
-    return {"passed": prints[0] == prints[1], "sha256": prints}
+
+        def train(precision: str, name: str, *words: str) -> "subprocess.Popen[bytes]":
+            settings = ["epochs=3", "deterministic=true", f"precision={precision}", "--wandb=off"]
+            named = [*settings, "--name", f"{name}-{precision}", *words]
+            return _start(["-m", "launcher", str(RESUMABLE), *named], folder)
+
+        begun = [train(precision, "whole") for precision in precisions]
+        begun += [train(precision, "cut", "--max-steps", "30") for precision in precisions]
+        if not _succeed(*begun):
+            return {"passed": False, "failed": "training"}
+        if not _succeed(*[train(precision, "cut", "--resume") for precision in precisions]):
+            return {"passed": False, "failed": "resuming"}
+        prints = {
+            precision: [fingerprint(Path(folder, "runs", f"{n}-{precision}")) for n in RUNS]
+            for precision in precisions
+        }
+    return {"passed": all(one == other for one, other in prints.values()), "sha256": prints}
 
 
 def two_ranks_are_one() -> Figures:
     """Two ranks on one device over gloo, with SyncBatchNorm, end with one rank's parameters."""
     with TemporaryDirectory() as folder:
         one, two = Path(folder, "one.pt"), Path(folder, "two.pt")
-        alone = _succeed(_start(["rank", str(one)], folder))
+        alone = _succeed(_start([str(SELF), "rank", str(one)], folder))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         # Both have the local rank 0, and so the same device.
         several = address | {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-        ranks = [_start(["rank", str(two)], folder, RANK=str(n), **several) for n in range(2)]
+        ranks = [
+            _start([str(SELF), "rank", str(two)], folder, RANK=str(n), **several) for n in range(2)
+        ]
         if not (_succeed(*ranks) and alone):
             return {"passed": False, "failed": "two ranks" if alone else "one rank"}
         first, second = torch.load(one), torch.load(two)
@@ -88,7 +103,7 @@ def _names() -> list[str]:
 
 def _start(words: list[str], folder: str, **environment: str) -> "subprocess.Popen[bytes]":
     own = os.environ | {"PYTHONPATH": str(SELF.parent.parent)} | environment
-    return subprocess.Popen([sys.executable, str(SELF), *words], cwd=folder, env=own)
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=own)
 
 
 def _succeed(*processes: "subprocess.Popen[bytes]") -> bool:
@@ -101,22 +116,6 @@ def _succeed(*processes: "subprocess.Popen[bytes]") -> bool:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def deterministic_command(words: list[str]) -> int:
-    """The launcher's command with torch's deterministic algorithms."""
-    from launcher import cli
-
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    join = cluster.join
-
-    def steady(precision: str) -> Any:
-        accelerator = join(precision)
-        torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
-        return accelerator
-
-    vars(cluster)["join"] = steady
-    return cli.main(words)
 
 
 def rank(output: Path) -> None:
@@ -146,8 +145,6 @@ def rank(output: Path) -> None:
 
 def main() -> None:
     """A child's part, or both checks."""
-    if sys.argv[1:2] == ["resume"]:
-        sys.exit(deterministic_command(sys.argv[2:]))
     if sys.argv[1:2] == ["rank"]:
         rank(Path(sys.argv[2]))
     else:

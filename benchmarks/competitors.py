@@ -44,12 +44,17 @@ class Tutorial:
 
     def epoch(self, images: ImageSet) -> None:
         """Train on the images once, in a new order."""
+        for _ in self.parts(images, steps=1):
+            pass
+
+    def parts(self, images: ImageSet, steps: int) -> Iterator[None]:
+        """The same with a pause after each so many steps."""
         pictures = Pictures(images, self.transform)
         loader: DataLoader[Any] = DataLoader(
             pictures, batch_size=self.recipe.data.batch_size, shuffle=True
         )
         running_loss = 0.0
-        for inputs, labels in loader:
+        for number, (inputs, labels) in enumerate(loader, start=1):
             inputs, labels = inputs.to(self.device), labels.to(self.device)
             self.optimizer.zero_grad()
             with autocast(self.recipe, self.device):
@@ -57,6 +62,8 @@ class Tutorial:
             loss.backward()
             self.optimizer.step()
             running_loss += loss.item()
+            if number % steps == 0:
+                yield
 
 
 class Bare:
@@ -69,9 +76,17 @@ class Bare:
 
     def epoch(self, images: ImageSet) -> None:
         """Train on the images once, in a new order."""
+        for _ in self.parts(images, steps=1):
+            pass
+
+    def parts(self, images: ImageSet, steps: int) -> Iterator[None]:
+        """The same with a pause after each so many steps."""
         total = torch.zeros((), device=self.device)
-        for loss in self.losses(images, torch.randperm(len(images))):
+        losses = self.losses(images, torch.randperm(len(images)))
+        for number, loss in enumerate(losses, start=1):
             total.add_(loss.detach())
+            if number % steps == 0:
+                yield
         total.item()
 
     def losses(self, images: ImageSet, order: Tensor) -> Iterator[Tensor]:
@@ -114,6 +129,11 @@ class Launched:
         """Train on the images once, in a new order."""
         for _ in self.reports(images):
             pass
+
+    def parts(self, images: ImageSet, steps: int) -> Iterator[StepReport]:
+        """The same with a report and a pause after each so many steps."""
+        reports = self.reports(images, log_every=steps)
+        return (report for report in reports if report.step % steps == 0)
 
     def reports(self, images: ImageSet, log_every: int | None = None) -> Iterator[StepReport]:
         """Train on the images once and yield what the launcher measures."""

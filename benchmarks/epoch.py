@@ -11,27 +11,22 @@ optimizer and its batch of 64, in fp32 and in bf16 autocast, evaluation excluded
               memory, no `.item()` in the loop: a fast plain script for this job
     launcher  `train_epoch` of launcher/loop.py, as `fit` runs it
 
-They take turns, and the order of the turns rotates from round to round, so that whatever else the
-machine does meets them alike: compare ratios, not images per second of different runs. Each keeps
-its model over the rounds and is warmed up before the first. Before that, bare and launcher train
-from the same weights in the same order, and their losses are compared. Prints a table and writes
-all figures to epoch.json beside this file.
+They take turns of 39 steps, after which the launcher reports by itself when an epoch has 782: the
+noise of a machine outlasts such a turn and meets them alike. A round is one epoch of each; compare
+ratios, not images per second of different runs. Each keeps its model over the rounds and is warmed
+up before the first. Before that, bare and launcher train from the same weights in the same order,
+and their losses are compared. Prints a table and writes all figures to epoch.json beside this file.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -41,6 +36,7 @@ from torchvision.datasets import CIFAR10
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.competitors import Bare, Launched, Tutorial
+from benchmarks.turns import Figures, Parted, parted_epochs
 from launcher import Synthetic, datasets, loading
 from launcher.batches import epoch_order
 from launcher.cluster import device_name, join
@@ -52,43 +48,7 @@ FOLDER = Path(__file__).resolve().parent
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 WARM_UP_STEPS = 50
 COMPARED_STEPS = 20
-
-Epoch = Callable[[], None]
-Figures = dict[str, Any]
-
-
-def seconds_of(work: Callable[[], None]) -> float:
-    """Wall-clock time of the work, with what it left to do on a GPU."""
-    gc.collect()
-    started = time.perf_counter()
-    work()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def take_turns(competitors: dict[str, Epoch], images: int, rounds: int) -> Figures:
-    """Images per second of every competitor in every round."""
-    speeds: dict[str, list[float]] = {name: [] for name in competitors}
-    for turn in range(rounds):
-        first = turn % len(competitors)
-        for name in [*competitors, *competitors][first : first + len(competitors)]:
-            speeds[name].append(images / seconds_of(competitors[name]))
-    return {
-        "images_per_second": {name: [round(v) for v in speeds[name]] for name in speeds},
-        "median": {name: round(statistics.median(speeds[name])) for name in speeds},
-        **{
-            f"launcher/{name}": ratio(speeds["launcher"], speeds[name])
-            for name in competitors
-            if name != "launcher"
-        },
-    }
-
-
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """The median of the ratios of the rounds."""
-    pairs = zip(ours, theirs, strict=True)
-    return round(statistics.median(mine / other for mine, other in pairs), 4)
+TURN = 39  # steps
 
 
 def largest_difference(bare: Bare, launched: Launched, images: ImageSet) -> float:
@@ -113,17 +73,16 @@ def measure(recipe: Recipe, data: Data, rounds: int, accelerator: Accelerator) -
     compared = first_steps(data.train, recipe, COMPARED_STEPS).to(device)
     difference = largest_difference(bare, launched, compared)
 
-    def competitors(images: ImageSet) -> dict[str, Epoch]:
+    def competitors(images: ImageSet) -> dict[str, Parted]:
         here = images.to(device)
         return {
-            "tutorial": partial(tutorial.epoch, images),
-            "bare": partial(bare.epoch, here),
-            "launcher": partial(launched.epoch, here),
+            "tutorial": partial(tutorial.parts, images, TURN),
+            "bare": partial(bare.parts, here, TURN),
+            "launcher": partial(launched.parts, here, TURN),
         }
 
-    for epoch in competitors(first_steps(data.train, recipe, WARM_UP_STEPS)).values():
-        epoch()
-    figures = take_turns(competitors(data.train), len(data.train), rounds)
+    parted_epochs(competitors(first_steps(data.train, recipe, WARM_UP_STEPS)), 1, rounds=1)
+    figures = parted_epochs(competitors(data.train), len(data.train), rounds)
     return {**figures, "compared_steps": COMPARED_STEPS, "largest_loss_difference": difference}
 
 

@@ -35,7 +35,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,9 +49,11 @@ from torchvision.datasets import CIFAR10
 
 from benchmarks.checks import resume_is_exact, two_ranks_are_one
 from benchmarks.competitors import Bare, Launched
-from benchmarks.epoch import first_steps, machine, take_turns
+from benchmarks.epoch import first_steps, machine
 from benchmarks.trainer import Trainer, fresh_accelerator, profiled, timed, use_of_device
+from benchmarks.turns import whole_epochs
 from launcher import Recipe, Synthetic, datasets, loading, settings
+from launcher.cluster import be_deterministic
 from launcher.datasets import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -110,11 +111,10 @@ def compare_compiled(recipe: Recipe, data: Data) -> Figures:
 
 def compare_equal(recipe: Recipe, data: Data) -> Figures:
     """Two runs with torch's deterministic algorithms end with the same bits."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    be_deterministic()
     ends = []
     for _ in range(2):
         trainer = Trainer(recipe, data)
-        torch.backends.cudnn.benchmark = False
         list(trainer.epochs(last=1))
         ends.append([p.detach().clone() for p in trainer.learner.network.parameters()])
     torch.use_deterministic_algorithms(False)
@@ -140,10 +140,8 @@ def simplecnn(words: argparse.Namespace, deadline: float) -> Figures:
         for racer in racers.values():
             racer.epoch(first_steps(images, recipe, 50))
             racer.epoch(images)  # also the shape of the last batch
-        runs: dict[str, Callable[[], None]] = {
-            name: partial(racer.epoch, images) for name, racer in racers.items()
-        }
-        figures[precision] = take_turns(runs, len(images), words.rounds)
+        runs = {name: partial(racer.epoch, images) for name, racer in racers.items()}
+        figures[precision] = whole_epochs(runs, len(images), words.rounds)
     return figures
 
 

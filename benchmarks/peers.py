@@ -43,7 +43,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor, v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.competitors import Launched, Pictures, Tutorial, autocast, fresh_network
-from benchmarks.epoch import Figures, first_steps, machine, ratio, seconds_of
+from benchmarks.epoch import first_steps, machine
+from benchmarks.turns import Figures, whole_epochs
 from launcher import Recipe, Synthetic, datasets, loading
 from launcher.cluster import join
 from launcher.datasets import Data, ImageSet
@@ -188,25 +189,6 @@ def racers(
     }
 
 
-def take_turns(runs: dict[str, Callable[[ImageSet], None]], images: ImageSet, n: int) -> Figures:
-    """Images per second of everyone in every round."""
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(n):
-        first = turn % len(names)
-        for name in [*names, *names][first : first + len(names)]:
-            speeds[name].append(len(images) / seconds_of(partial(runs[name], images)))
-    return {
-        "images_per_second": {name: [round(v) for v in speeds[name]] for name in names},
-        "median": {name: round(statistics.median(speeds[name])) for name in names},
-        **{
-            f"launcher/{name}": ratio(speeds["launcher"], speeds[name])
-            for name in names
-            if name != "launcher"
-        },
-    }
-
-
 def measure_all(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figures:
     """Both precisions. Accelerate knows one at a time."""
     figures: Figures = {}
@@ -217,7 +199,8 @@ def measure_all(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
         runs = racers(chosen, data, accelerator, words.workers)
         for run in runs.values():
             run(first_steps(data.train, recipe, WARM_UP_STEPS))
-        figures[precision] = take_turns(runs, data.train, words.rounds)
+        epochs = {name: partial(run, data.train) for name, run in runs.items()}
+        figures[precision] = whole_epochs(epochs, len(data.train), words.rounds)
         print(precision, json.dumps(figures[precision], indent=1), flush=True)
         type(accelerator.state)._reset_state(reset_partial_state=True)
     return figures

@@ -47,7 +47,8 @@ def child(words: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.competitors import Launched
-    from benchmarks.epoch import first_steps, seconds_of
+    from benchmarks.epoch import first_steps
+    from benchmarks.turns import seconds_of
     from launcher.cluster import join
 
     name, *overrides = CASES[words.child]

@@ -25,14 +25,14 @@ import time
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.epoch import machine, ratio
+from benchmarks.epoch import machine
+from benchmarks.turns import Figures, ratio, rotated
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_STEP = "first step"
@@ -58,8 +58,6 @@ train, test = (CIFAR10('{root}', train=half) for half in (True, False))
 images = (torch.from_numpy(train.data[:64]).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 labels = torch.tensor(train.targets[:64])
 """
-
-Figures = dict[str, Any]
 
 
 def competitors(root: Path) -> dict[str, list[str]]:
@@ -118,8 +116,7 @@ def take_turns(commands: dict[str, list[str]], rounds: int) -> Figures:
         until_first_step(commands[name])
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in [*names, *names][first : first + len(names)]:
+        for name in rotated(names, turn):
             measured[name].append(until_first_step(commands[name]))
     columns = {
         name: [list(column) for column in zip(*rows, strict=True)]

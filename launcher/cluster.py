@@ -79,10 +79,11 @@ def choose_precision(
     return precision, origin
 
 
-def join(precision: str) -> "Accelerator":
+def join(precision: str, deterministic: bool = False) -> "Accelerator":
     """The Accelerator with its device, in the process group that there is.
 
-    Raises `UserError` where the number of processes that runs is not the number asked for.
+    What `deterministic` sets is set for the whole process. Raises `UserError` where the number of
+    processes that runs is not the number asked for.
     """
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -91,7 +92,10 @@ def join(precision: str) -> "Accelerator":
     _check_gpus(world, torch.cuda.device_count())
     set_threads()
     keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # the sizes of batches hardly change
+    if deterministic:
+        be_deterministic()
+    # The sizes of batches hardly change; but the fastest algorithm is not always the same one.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     handlers: list[Any] = [
         # Running statistics are averaged before each evaluation instead of broadcast each step.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -103,6 +107,16 @@ def join(precision: str) -> "Accelerator":
     )
     check_world(world.size, accelerator.num_processes, asked_processes())
     return accelerator
+
+
+def be_deterministic() -> None:
+    """Equal runs on a GPU end with equal bits; an operation that cannot is a RuntimeError."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    # Meant for code that reads memory before it writes there; costs a write of each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def runs_on_cpu() -> bool:

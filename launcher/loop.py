@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from launcher.agreement import Agreement
 from launcher.batches import Batches, Normalise, layer_seeds, piece_bounds
 from launcher.datasets import Data, ImageSet
-from launcher.errors import NotFiniteError
+from launcher.errors import NotFiniteError, UserError
 from launcher.metrics import (
     EpochReport,
     Evaluation,
@@ -166,10 +166,17 @@ def train_epoch(
 
 @contextmanager
 def located(step: int, epoch: int) -> Iterator[None]:
-    """Note on an exception where the training was."""
+    """Note on an exception where the training was; explain what `deterministic` refuses."""
     try:
         yield
     except Exception as error:
+        operation, refusal, _ = str(error).partition(" does not have a deterministic impl")
+        if refusal:
+            raise UserError(
+                f"deterministic=true, and {operation} in step {step}",
+                expected="operations for which torch has a deterministic algorithm",
+                instead="use another layer, or type deterministic=false",
+            ) from None
         error.add_note(f"in step {step} (epoch {epoch})")
         raise
 

@@ -91,7 +91,9 @@ class Recipe:
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `compile` is true
-    or one of torch.compile's modes.
+    or one of torch.compile's modes. `deterministic` keeps to torch's deterministic algorithms, so
+    that a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused.
+    On CPUs a run repeats without it.
     """
 
     model: Callable[[], nn.Module]
@@ -111,6 +113,7 @@ class Recipe:
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     compile: bool | CompileMode = False
     sync_batch_norm: bool = False
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

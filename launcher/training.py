@@ -118,7 +118,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
         raise
     company.agree(None)
     company.found(occasion.timeouts.of_collectives)
-    accelerator = cluster.join(ready.precision)
+    accelerator = cluster.join(ready.precision, loaded.recipe.deterministic)
     job = Job(loaded.recipe, ready.plan, accelerator)
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)

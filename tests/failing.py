@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from launcher.errors import UserError
@@ -39,6 +40,8 @@ def fail() -> float:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "nan":
             return math.nan
+        case "unsteady":
+            return float(torch.ones(1).put_(torch.tensor(0), torch.tensor(1.0)))
     return 1.0
 
 

@@ -288,3 +288,19 @@ def test_on_main_raises_what_the_action_raised(error: Exception) -> None:
 def test_the_device_is_named_as_people_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert cluster.device_name(cluster.join("fp32")).startswith("CPU, ")
+
+
+DETERMINISTIC = """
+import os, torch
+from launcher import cluster
+cluster.join("fp32")
+print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+cluster.join("fp32", deterministic=True)
+print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.utils.deterministic.fill_uninitialized_memory)
+"""
+
+
+def test_deterministic_algorithms_are_taken_on_demand(tmp_path: Path) -> None:
+    done = run([sys.executable, script(tmp_path, DETERMINISTIC)], ACCELERATE_USE_CPU="true")
+    assert done.stdout == "False True\nTrue False\n:4096:8 False\n", done.stderr

@@ -155,3 +155,12 @@ def test_a_run_without_any_good_update_stops(tmp_path: Path) -> None:
     run = Run(PYTHON, tmp_path, *SHORT, recipe=recipe)
     assert run.end() == 1
     assert "not finite in each of the" in run.text()
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_refused(tmp_path: Path) -> None:
+    """It would make a run that promises to repeat bit by bit differ without a word."""
+    run = failing(PYTHON, tmp_path, "unsteady", "deterministic=true", rank=0)
+    assert run.end() == 2
+    assert re.search(r"launcher: deterministic=true, and put_ in step 40; expected", run.text())
+    assert "Traceback" not in run.text()
+    assert failing(PYTHON, tmp_path, "unsteady", "epochs=2", "--name", "free", rank=0).end() == 0
