@@ -2,9 +2,10 @@
 
     python benchmarks/ranks.py --root FOLDER
 
-FOLDER holds torchvision's cifar-10-batches-py. Each measurement is a fresh start, alone or under
-torchrun; the two take turns. In it the launcher's `train_epoch` trains an epoch of `--steps` steps
-to warm up, then `--epochs` more, each of which is timed. Writes ranks.json beside this file.
+FOLDER holds torchvision's cifar-10-batches-py. Both train at the same time by the launcher's
+`train_epoch`, one alone and one under torchrun, but only one of them runs: the processes of the
+other are stopped (SIGSTOP). They take turns of `--seconds`, so that the noise of the machine meets
+both alike; a step that a turn cuts goes on in the next. Writes ranks.json beside this file.
 
     simplecnn   recipes/simplecnn.py, batch 64, in fp32 and in bf16
     speedrun94  recipes/speedrun94.py, batch 512, in bf16, not compiled
@@ -13,9 +14,10 @@ to warm up, then `--epochs` more, each of which is timed. Writes ranks.json besi
 import argparse
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -24,6 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
+
+from benchmarks.turns import rotated
 from launcher import datasets, loading, settings
 
 SELF = Path(__file__).resolve()
@@ -38,82 +43,101 @@ CASES = {
     ),
 }
 RANKS = (1, 2)
+STEPS, EPOCHS = 90, 10_000  # of the training, which never ends by itself
+WARM_UP = 5_000  # images before the first turn
 
 Figures = dict[str, Any]
 
 
 def child(words: argparse.Namespace) -> None:
-    """One rank: train, and on rank 0 write images per second of every epoch."""
+    """One rank: train until killed; rank 0 keeps writing how many images that were."""
     import torch
 
     from benchmarks.competitors import Launched
     from benchmarks.epoch import first_steps
-    from benchmarks.turns import seconds_of
     from launcher.cluster import join
 
     name, *overrides = CASES[words.child]
     recipe = loading.load(SELF.parent.parent / "recipes" / f"{name}.py").recipe
     recipe = settings.override(recipe, [*overrides, f"data.root={words.root}"])
-    steps = max(3, words.steps * 64 // recipe.data.batch_size)
-    recipe = replace(recipe, epochs=words.epochs + 1)
-    images = first_steps(datasets.load(recipe.data).train, recipe, steps)
+    recipe = replace(recipe, epochs=EPOCHS)
+    size = recipe.data.batch_size
+    images = first_steps(datasets.load(recipe.data).train, recipe, STEPS)
     accelerator = join(recipe.precision or "fp32")
+    assert accelerator.num_processes * torch.get_num_threads() == 2, "two cores, shared or not"
     launched = Launched(recipe, images, accelerator)
-    launched.epoch(images)
-    rates = []
-    for _ in range(words.epochs):
-        accelerator.wait_for_everyone()
-        rates.append(len(images) / seconds_of(lambda: launched.epoch(images)))
-    if accelerator.is_main_process:
-        found = {"rates": rates, "ranks": accelerator.num_processes}
-        words.output.write_text(json.dumps({**found, "threads": torch.get_num_threads()}))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    trained, often = 0, max(1, 640 // size)  # steps between two numbers
+    for _ in range(EPOCHS):
+        for _ in launched.parts(images, often):
+            trained += often * size
+            if accelerator.is_main_process:
+                words.output.write_text(f"{trained:12}")  # always as long: never half a number
 
 
-def run(case: str, ranks: int, words: argparse.Namespace) -> float:
-    """The median images per second of one start."""
-    launch = [sys.executable]
-    if ranks > 1:
-        several = ["--standalone", "--nproc-per-node", str(ranks)]
-        launch += ["-m", "torch.distributed.run", *several]
-    with TemporaryDirectory() as folder:
-        output = Path(folder, "rates.json")
-        options = [f"--root={words.root.resolve()}", f"--steps={words.steps}"]
-        options += [f"--epochs={words.epochs}", f"--output={output}"]
+class Racer:
+    """A training that runs only when it is told to."""
+
+    def __init__(self, case: str, ranks: int, words: argparse.Namespace, folder: Path) -> None:
+        """Start it, and stop it when it has trained for a while."""
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        self._trained = folder / f"{ranks}"
+        options = [f"--root={words.root.resolve()}", f"--output={self._trained}"]
+        command = [*(several if ranks > 1 else []), str(SELF), "--child", case, *options]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
         environment.pop("OMP_NUM_THREADS", None)
-        command = [*launch, str(SELF), "--child", case, *options]
-        done = subprocess.run(command, env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(f"failed: {case} with {ranks} rank(s)")
-        found = json.loads(output.read_text())
-    assert found["ranks"] == ranks
-    print(f"{case}, {ranks} x {found['threads']} thread(s):", found["rates"], flush=True)
-    return statistics.median(found["rates"])
+        self._process = psutil.Popen([sys.executable, *command], env=environment)
+        while self.images() < WARM_UP:
+            if self._process.poll() is not None:
+                raise SystemExit(f"failed: {case} with {ranks} rank(s)")
+            time.sleep(0.1)
+        self.tell(signal.SIGSTOP)
+
+    def images(self) -> int:
+        """How many it has trained on."""
+        return int((self._trained.read_text() or 0) if self._trained.exists() else 0)
+
+    def tell(self, number: int) -> None:
+        """Send a signal to all of its processes."""
+        for process in [self._process, *self._process.children(recursive=True)]:
+            process.send_signal(number)
+
+    def turn(self, seconds: float) -> float:
+        """Let it run so long; its images per second."""
+        before, started = self.images(), time.perf_counter()
+        self.tell(signal.SIGCONT)
+        time.sleep(seconds)
+        self.tell(signal.SIGSTOP)
+        return (self.images() - before) / (time.perf_counter() - started)
 
 
 def measure(case: str, words: argparse.Namespace) -> Figures:
     """Both, in turns."""
-    rates: dict[int, list[float]] = {ranks: [] for ranks in RANKS}
-    for turn in range(words.rounds):
-        for ranks in RANKS if turn % 2 == 0 else RANKS[::-1]:
-            rates[ranks].append(run(case, ranks, words))
-    ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
-    return {
-        "images_per_second": {f"{n} rank(s)": [round(r) for r in rates[n]] for n in RANKS},
-        "median": {f"{n} rank(s)": round(statistics.median(rates[n])) for n in RANKS},
-        "two ranks/one": round(statistics.median(ratios), 4),
+    with TemporaryDirectory() as folder:
+        racers = {str(ranks): Racer(case, ranks, words, Path(folder)) for ranks in RANKS}
+        rates: dict[str, list[float]] = {name: [] for name in racers}
+        try:
+            for turn in range(words.turns):
+                for name in rotated(list(racers), turn):
+                    rates[name].append(racers[name].turn(words.seconds))
+        finally:
+            for racer in racers.values():
+                racer.tell(signal.SIGKILL)
+    figures = {
+        "images_per_second": {f"{n} rank(s)": [round(r) for r in rates[n]] for n in rates},
+        "mean": {f"{n} rank(s)": round(statistics.mean(rates[n])) for n in rates},
+        # Of the sums: a turn ends in the midst of a step, which only the next one counts.
+        "two ranks/one": round(sum(rates["2"]) / sum(rates["1"]), 4),
     }
+    print(case, json.dumps(figures, indent=1), flush=True)
+    return figures
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="of an epoch, at 64 images")
-    parser.add_argument("--epochs", type=int, default=3, help="timed in each start")
+    parser.add_argument("--turns", type=int, default=20, help="of each")
+    parser.add_argument("--seconds", type=float, default=4, help="of a turn")
     parser.add_argument("--output", type=Path, default=SELF.with_suffix(".json"))
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     words = parser.parse_args()
@@ -125,7 +149,7 @@ def main() -> None:
     from benchmarks.epoch import machine
 
     described = machine(Accelerator(cpu=True))
-    options = f"--rounds {words.rounds} --steps {words.steps} --epochs {words.epochs}"
+    options = f"--turns {words.turns} --seconds {words.seconds:g}"
     figures: Figures = {
         "command": f"python benchmarks/ranks.py --root FOLDER {options}",
         "date": date.today().isoformat(),
@@ -133,7 +157,6 @@ def main() -> None:
         **{case: measure(case, words) for case in CASES},
     }
     words.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({case: figures[case] for case in CASES}, indent=1))
 
 
 if __name__ == "__main__":

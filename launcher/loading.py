@@ -9,10 +9,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from launcher import settings
 from launcher.errors import UserError
 from launcher.recipe import Recipe
+from launcher.redaction import cleaned
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Loaded:
     name: str
     source: str
     note: str  # the docstring of the file
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved recipe in its JSON form, without secrets."""
+        return cleaned(settings.as_dict(self.recipe))
 
 
 def load(path: Path) -> Loaded:

@@ -127,6 +127,12 @@ class Recipe:
                 expected="a positive number or none",
                 instead="type clip_norm=1.0, for example",
             )
+        if self.average is not None and self.precision in ("pure_bf16", "pure_fp16"):
+            raise UserError(
+                f"average with precision={self.precision}",
+                expected="weights that hold the small steps of an average, which half's do not",
+                instead=f"type precision={self.precision.removeprefix('pure_')} or average=none",
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

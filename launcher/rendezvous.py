@@ -9,6 +9,7 @@ started with
 where `rank` is the number of the machine, and machine 0 the one at that address.
 """
 
+import math
 import socket
 import sys
 import time
@@ -42,7 +43,7 @@ def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
     try:
         address, port, machine = _place(parameters)
         machines = parameters.max_nodes
-        timeout = float(parameters.config.get("timeout", TIMEOUT))
+        timeout = _timeout(parameters)
         store = meet_machines(address, port, machine, machines, timeout)
     except LauncherError as error:
         say(str(error))
@@ -65,6 +66,21 @@ def _place(parameters: "RendezvousParameters") -> tuple[str, int, int]:
         )
     address, port = parse_rendezvous_endpoint(parameters.endpoint, 29500)
     return address, port, int(given)
+
+
+def _timeout(parameters: "RendezvousParameters") -> float:
+    """How long to wait for the other machines, in seconds."""
+    given = parameters.config.get("timeout", TIMEOUT)
+    try:
+        if 0 < float(given) < math.inf:
+            return float(given)
+    except ValueError:
+        pass
+    raise UserError(
+        f"--rdzv_conf with timeout={given}",
+        expected="a number of seconds above 0",
+        instead=f"type --rdzv_conf rank={parameters.config['rank']},timeout={TIMEOUT:g}",
+    )
 
 
 def meet_machines(address: str, port: int, machine: int, machines: int, timeout: float) -> "Store":

@@ -7,8 +7,10 @@ from typing import Any
 
 from launcher import checkpoints, runs
 from launcher.errors import UserError
+from launcher.loading import Loaded
 from launcher.metrics import Best
 from launcher.plan import START, Position
+from launcher.redaction import redacted
 from launcher.runs import RunFolder
 
 _OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
@@ -25,43 +27,41 @@ class Start:
     best: Best | None = None
 
 
-def new_run(root: Path, name: str | None, recipe_name: str) -> Start:
+def new_run(root: Path, name: str | None, loaded: Loaded) -> Start:
     """A folder of its own for a run from the beginning."""
-    return Start(runs.create(root, name, recipe_name))
+    return Start(runs.create(root, name, loaded.name))
 
 
 def resumed_run(
-    root: Path,
-    name: str | None,
-    recipe_name: str,
-    config: Mapping[str, Any],
-    data_name: str,
-    changed: Sequence[str],
+    root: Path, name: str | None, loaded: Loaded, data_name: str, changed: Sequence[str]
 ) -> Start:
     """The newest whole checkpoint of the named, or else of the newest, run of this recipe.
 
     A name that no run has yet begins that run, so a batch script can always say `--resume`. Raises
-    `UserError` where settings differ from the checkpoint's that `changed` does not name.
+    `UserError` where settings differ from the checkpoint's that `changed` does not name. Other
+    changes of the recipe file, which may be of a comment or of the network, are noted.
     """
-    folder = runs.find(root, name, recipe_name)
+    folder = runs.find(root, name, loaded.name)
     if folder is None:
         if name is None:
             raise UserError(
-                f"--resume, but there is no run of {recipe_name} in {root}",
+                f"--resume, but there is no run of {loaded.name} in {root}",
                 expected="a run to continue",
                 instead="leave --resume out, or type --name NAME or --runs FOLDER",
             )
         note = f"no run is called {name} yet: it begins now"
-        return Start(runs.create(root, name, recipe_name), notes=(note,))
+        return Start(runs.create(root, name, loaded.name), notes=(note,))
     checkpoint, complaints = checkpoints.newest(folder.checkpoints)
     if checkpoint is None:
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoints.read_state(checkpoint)
-    refuse_changes(state["config"], config, changed)
+    refuse_changes(state["config"], loaded.config, changed)
     _refuse_other_data(state["data"], data_name)
     position, best = checkpoints.place_of(checkpoint)
-    note = f"resumed after step {position.step}, from {checkpoint.name}"
-    return Start(folder, checkpoint, (*complaints, note), position, best)
+    notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]
+    if state["source"] != redacted(loaded.source):
+        notes.append("the recipe file has changed since: what is no setting may differ")
+    return Start(folder, checkpoint, tuple(notes), position, best)
 
 
 def initial_weights(root: Path, given: str) -> Path:

@@ -232,17 +232,16 @@ def _begin(
     locks: list[FileLock],
 ) -> Start:
     """Choose the run folder and the checkpoint on rank 0, for all ranks."""
-    config = cleaned(settings.as_dict(loaded.recipe))
-    where = (occasion.runs, occasion.name, loaded.name)
+    where = (occasion.runs, occasion.name, loaded)
 
     def begin() -> Start:
         if occasion.resume:
-            start = resumed_run(*where, config, data.name, occasion.resume_changed)
+            start = resumed_run(*where, data.name, occasion.resume_changed)
         else:
             start = new_run(*where)
         locks.append(start.folder.lock())
         start.folder.tidy()
-        start.folder.describe(config, facts | {"name": loaded.name}, loaded.source)
+        start.folder.describe(loaded.config, facts | {"name": loaded.name}, loaded.source)
         start.folder.forget_after(start.position.epochs)
         return start
 
@@ -258,16 +257,16 @@ def _gather(
 ) -> Watchers:
     console = make_console(accelerator.is_main_process)
     if start is None or not accelerator.is_main_process:
-        return Watchers(console, NullTracker(), start.folder if start else None, None)
+        return Watchers(console, NullTracker(), start.folder if start else None, None, loaded)
     tracker = tracking.start(
         occasion.wandb,
         folder=start.folder.path,
         project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
         name=start.folder.path.name,
-        config=cleaned(settings.as_dict(loaded.recipe)),
+        config=loaded.config,
         tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
         data=data,
         note=redacted(loaded.note),
         run_id=start.folder.wandb_id(),
     )
-    return Watchers(console, tracker, start.folder, Writer(start.folder.checkpoints))
+    return Watchers(console, tracker, start.folder, Writer(start.folder.checkpoints), loaded)

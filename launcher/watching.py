@@ -1,21 +1,24 @@
 """Those who look on while a recipe trains: they take the loop's events and change nothing in it."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 
-from launcher import checkpoints, cluster, runs, settings, signals
+from launcher import checkpoints, cluster, runs, signals
 from launcher.checkpoints import Writer
 from launcher.console import Console, first_step_line, tta_note
 from launcher.datasets import Data
 from launcher.errors import NotFiniteError, TrainingError
+from launcher.loading import Loaded
 from launcher.loop import Event, SavePoint, fit
 from launcher.metrics import Best, EpochReport, StepReport
 from launcher.model import Learner
 from launcher.plan import START, Cadence, Position
-from launcher.redaction import cleaned
+from launcher.redaction import redacted
 from launcher.resuming import Start
 from launcher.runs import RunFolder
 from launcher.step import Job
@@ -48,6 +51,7 @@ class Watchers:
     tracker: Tracker
     folder: RunFolder | None
     writer: Writer | None
+    loaded: Loaded  # what a checkpoint says of its recipe
 
 
 def fallback_warning(data: Data) -> str:
@@ -206,12 +210,15 @@ def _save(
     """Save a checkpoint: every rank takes part, rank 0 writes."""
     if watchers.folder is None:
         return
+    config = watchers.loaded.config
     state = {
         "position": asdict(point.position),
         "best": asdict(best) if best else None,
         "world_size": job.plan.world_size,
         "data": data.name,
-        "config": cleaned(settings.as_dict(job.recipe)),
+        "config": config,
+        "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "source": redacted(watchers.loaded.source),
         "versions": runs.versions(),
     }
     snapshot = checkpoints.capture(learner, job.accelerator, state)

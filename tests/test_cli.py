@@ -220,6 +220,25 @@ def test_a_changed_recipe_is_not_resumed_by_accident(capsys: pytest.CaptureFixtu
     assert [json.loads(row)["epoch"] for row in rows] == [1, 2, 3]
 
 
+def test_a_recipe_file_whose_code_has_changed_is_resumed_with_a_note(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine = Path("mine.py")
+    mine.write_text(Path(SIMPLECNN).read_text())
+    words = [str(mine), *TINY, "--name", "mine", "--resume"]
+    assert main(words) == 0
+    assert main([*words, "epochs=3", "--resume-changed", "epochs"]) == 0
+    assert "has changed since" not in capsys.readouterr().out
+    before = mine.read_text()
+    mine.write_text(before.replace("nn.ReLU()", "nn.GELU()"))
+    assert main([*words, "epochs=4", "--resume-changed", "epochs"]) == 0
+    assert "the recipe file has changed since" in capsys.readouterr().out
+    kept = sorted(Path("runs/mine/checkpoints").glob("*/state.json"))
+    states = [json.loads(path.read_text()) for path in kept]
+    assert [state["source"] == before for state in states] == [True, True, False]
+    assert len({state["config_sha256"] for state in states}) == 3  # of other numbers of epochs
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

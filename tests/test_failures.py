@@ -54,6 +54,7 @@ def test_the_one_of_four_ranks_that_was_killed_is_named(tmp_path: Path) -> None:
     assert run.text().count("launcher: ") == 2  # the header is the other
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_in_time(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -163,4 +164,3 @@ def test_an_operation_without_a_deterministic_algorithm_is_refused(tmp_path: Pat
     assert run.end() == 2
     assert re.search(r"launcher: deterministic=true, and put_ in step 40; expected", run.text())
     assert "Traceback" not in run.text()
-    assert failing(PYTHON, tmp_path, "unsteady", "epochs=2", "--name", "free", rank=0).end() == 0

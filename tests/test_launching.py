@@ -48,13 +48,12 @@ def ranks(done: subprocess.CompletedProcess[str]) -> int:
     return int(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launch", "wanted"),
     [
         ((*ACCELERATE, "--config_file", str(CONFIGS / "cpu.yaml")), 1),
-        pytest.param(
-            (*ACCELERATE, "--multi_gpu", "--num_processes", "2"), 2, marks=pytest.mark.slow
-        ),
+        ((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), 2),
     ],
     ids=["cpu.yaml", "multi_gpu"],
 )

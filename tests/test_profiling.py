@@ -32,7 +32,9 @@ def shares(output: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("launch", "extra"), [(PYTHON, set()), (TORCHRUN, {"communication"})], ids=["one", "two"]
+    ("launch", "extra"),
+    [(PYTHON, set()), pytest.param(TORCHRUN, {"communication"}, marks=pytest.mark.slow)],
+    ids=["one", "two"],
 )
 def test_the_real_command_splits_an_epoch(
     launch: tuple[str, ...], extra: set[str], tmp_path: Path

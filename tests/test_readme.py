@@ -25,6 +25,8 @@ TRAINS = [line for line in COMMANDS if "-m launcher" in line and "nodes.yaml" no
 NODES = [line for line in COMMANDS if "nodes.yaml" in line]
 INSTALLS = [line for line in COMMANDS if line.startswith("python -m venv")]
 TESTS = [line for line in COMMANDS if line == "pytest"]
+# Ways of starting that differ little from others, and take a while.
+LONG = ("gpu.yaml", "torchrun")
 SHORT = ["--max-steps", "2", "data.batch_size=16"]
 PROGRAMS = {
     "python": [sys.executable],
@@ -85,7 +87,13 @@ def run(command: str, folder: Path, extra: list[str]) -> tuple[int, str, str]:
     return process.returncode, output_text, errors_text
 
 
-@pytest.mark.parametrize("command", TRAINS)
+def marked(command: str) -> object:
+    """The command as a parameter; a slow test where it is a long one."""
+    slow = any(word in command for word in LONG)
+    return pytest.param(command, marks=pytest.mark.slow) if slow else command
+
+
+@pytest.mark.parametrize("command", [marked(line) for line in TRAINS])
 def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -107,6 +115,7 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
         assert finals == ("--smoke" not in command) + ("--init-from" in command)
 
 
+@pytest.mark.slow
 def test_the_commands_for_two_nodes_train_together(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

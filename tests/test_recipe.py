@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.nn.functional import cross_entropy
 
-from launcher import Images, Recipe, Synthetic, constant, crop, settings
+from launcher import Images, Recipe, Synthetic, constant, crop, ema, settings
 from launcher.errors import UserError
 from tests.helpers import HALF, Tiny, refused, tiny_recipe, words_to_type
 
@@ -54,6 +54,14 @@ def test_a_standard_deviation_that_is_not_positive_is_refused(std: tuple[float, 
 def test_a_mean_that_is_not_finite_is_refused(value: float) -> None:
     with refused("data.mean=", "finite", "mean of the pixels"):
         tiny_recipe(data={"mean": (0.5, 0.5, value)})
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_average_of_weights_in_half_precision_is_refused(precision: str) -> None:
+    """It would stand still without a word: 0.999 + 0.001 * 1.01 is 1 in bfloat16."""
+    with refused(f"average with precision=pure_{precision}", f"type precision={precision}"):
+        tiny_recipe(average=ema, precision=f"pure_{precision}")
+    tiny_recipe(average=ema, precision=precision)
 
 
 @pytest.mark.parametrize(

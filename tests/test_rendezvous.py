@@ -37,6 +37,17 @@ def test_a_machine_without_its_number_is_refused_in_one_line(
     assert capsys.readouterr().err == f"launcher: --rdzv_conf {given}; {expected}\n"
 
 
+@pytest.mark.parametrize("given", ["soon", "0", "nan", "inf"])
+def test_a_time_that_is_no_number_of_seconds_is_refused_in_one_line(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        handler()(parameters(rank="1", timeout=given))
+    assert stop.value.code == 2
+    expected = "expected a number of seconds above 0; type --rdzv_conf rank=1,timeout=300"
+    assert capsys.readouterr().err == f"launcher: --rdzv_conf with timeout={given}; {expected}\n"
+
+
 def test_accelerate_shows_that_line_and_no_traceback(tmp_path: Path) -> None:
     config = ("--config_file", str(ROOT / "accelerate_config" / "nodes.yaml"))
     where = ("--main_process_ip", "127.0.0.1", "--rdzv_backend", "launcher")
