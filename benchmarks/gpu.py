@@ -10,7 +10,8 @@ nothing). `--parts` chooses among, and runs in this order:
     simplecnn    images per second of recipes/simplecnn.py against a bare loop (competitors.py)
     speedrun94   seconds and accuracy of recipes/speedrun94.py over seeds; the same of the record's
                  own script, if `--peer` names it; use of the device; where the time goes
-    resnet18     images per second of recipes/resnet18.py, use of the device, and one whole training
+    resnet18     images per second of recipes/resnet18.py, use of the device, accuracies over seeds
+    speedrun96   the same of recipes/speedrun96.py; only on demand, in a call of its own
 
 The clock of speedrun94 is the record's: it runs over the data-dependent initialisation, all
 training steps and one evaluation with test-time augmentation, and not over the compilation (a
@@ -21,24 +22,20 @@ compiled network, which gets fresh weights.
 Use of the device (MFU) is the arithmetic of the training step, as torch counts it, over the time
 of a step and the rate of a large matrix product in half precision, measured here.
 
-`--seconds PART=N ...` limits parts, `--set NAME=VALUE ...` changes settings of speedrun94. The
-results are written to `--output` after each part.
+`--seconds PART=N ...` limits parts, `--set NAME=VALUE ...` changes settings of the recipes that
+are trained over seeds: choose one of them by `--parts`. The results are written to `--output` after
+each part.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
-import re
-import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the check of equal runs
@@ -50,14 +47,22 @@ from torchvision.datasets import CIFAR10
 from benchmarks.checks import resume_is_exact, two_ranks_are_one
 from benchmarks.competitors import Bare, Launched
 from benchmarks.epoch import first_steps, machine
-from benchmarks.trainer import Trainer, fresh_accelerator, profiled, timed, use_of_device
+from benchmarks.record import run_peer
+from benchmarks.trainer import (
+    Trainer,
+    fresh_accelerator,
+    profiled,
+    spread,
+    timed,
+    use_of_device,
+)
 from benchmarks.turns import whole_epochs
 from launcher import Recipe, Synthetic, datasets, loading, settings
 from launcher.cluster import be_deterministic
 from launcher.datasets import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SECONDS = {"checks": 120, "simplecnn": 90, "speedrun94": 260, "resnet18": 130}
+SECONDS = {"checks": 120, "simplecnn": 90, "speedrun94": 260, "resnet18": 130, "speedrun96": 560}
 HALF = ("bf16", "fp16", "pure_bf16", "pure_fp16")
 
 Figures = dict[str, Any]
@@ -70,7 +75,11 @@ def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe,
     images = replace(recipe.data, source=source, root=words.root, fallback=None)
     if words.rehearse:
         images = replace(images, batch_size=min(images.batch_size, 100))
-        slim = ("model.widths=(16,32,32)", "precision=pure_bf16") if name == "speedrun94" else ()
+        slim = (
+            ("model.widths=(16,32,32)", "precision=pure_bf16")
+            if name.startswith("speedrun")
+            else ()
+        )
         recipe = settings.override(replace(recipe, compile=False, epochs=2), slim)
     return replace(recipe, data=images), datasets.load(images)
 
@@ -150,12 +159,9 @@ def speedrun94(words: argparse.Namespace, deadline: float) -> Figures:
     recipe, data = load("speedrun94", words, *words.set)
     trainer = Trainer(recipe, data)
     warm_up = once(trainer, seed=10_000)
-    figures: Figures = {"settings": words.set, "compile_seconds": warm_up["seconds"], "runs": []}
+    figures: Figures = {"settings": words.set, "compile_seconds": warm_up["seconds"]}
     until = deadline - (deadline - time.perf_counter()) * (0.5 if words.peer else 0.15)
-    for seed in range(words.seeds):
-        if figures["runs"] and time.perf_counter() > until:
-            break
-        figures["runs"].append(once(trainer, seed))
+    figures["runs"] = [once(trainer, 0), *seeds_until(until, trainer, range(1, words.seeds))]
     figures |= summary(figures["runs"])
     figures["use_of_device"] = use_of_device(trainer, figures["train_seconds"]["mean"])
     figures["logging_every_step"] = once(trainer, seed=1, log_every=1)
@@ -163,6 +169,11 @@ def speedrun94(words: argparse.Namespace, deadline: float) -> Figures:
     if words.peer:
         figures["peer"] = run_peer(words.peer, data, deadline - time.perf_counter(), words.seeds)
     return figures
+
+
+def seeds_until(until: float, trainer: Trainer, seeds: range) -> list[Figures]:
+    """A training for each seed, as far as they begin before that time."""
+    return [once(trainer, seed) for seed in seeds if time.perf_counter() < until]
 
 
 def once(trainer: Trainer, seed: int, log_every: int | None = None) -> Figures:
@@ -186,77 +197,39 @@ def summary(runs: list[Figures]) -> Figures:
     return {name: spread([run[name] for run in runs]) for name in names}
 
 
-def spread(values: list[float]) -> Figures:
-    """Mean, standard deviation, number."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
-
-
-def save_for_peer(data: Data, folder: Path) -> None:
-    """The images in the form in which the record's script keeps them."""
-    folder.mkdir()
-    for name, half in (("train", data.train), ("test", data.test)):
-        saved = {"images": half.images, "labels": half.labels, "classes": list(half.classes)}
-        torch.save(saved, folder / f"{name}.pt")
-
-
-def run_peer(script: Path, data: Data, seconds: float, seeds: int) -> Figures:
-    """Run the record's script for fewer seeds, in a folder of its own; read what it prints."""
-    text, count = re.subn(r"range\(200\)", f"range({seeds})", script.read_text(encoding="utf-8"))
-    if count != 1 or seconds < 60:
-        return {"skipped": f"{count} place(s) to set the number of runs, {seconds:.0f} s left"}
-    with TemporaryDirectory() as folder:
-        save_for_peer(data, Path(folder, "cifar10"))
-        Path(folder, script.name).write_text(text, encoding="utf-8")
-        command = [sys.executable, "-u", script.name]
-        done = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        try:
-            printed, _ = done.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            done.kill()
-            printed, _ = done.communicate()
-    return peer_figures(printed)
-
-
-def peer_figures(printed: str) -> Figures:
-    """The accuracies and seconds of the peer's table; its first run is its warm-up."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
-    rows = [row for row in rows if len(row) == 6]
-    ends = [(float(r[4]), float(r[5])) for r in rows if r[1] == "eval"][1:]
-    plain = [float(r[3]) for r, following in itertools.pairwise(rows) if following[1] == "eval"][1:]
-    if not ends:
-        return {"failed": printed[-2000:]}
-    return {
-        "accuracy": spread(plain),
-        "accuracy_tta": spread([accuracy for accuracy, _ in ends]),
-        "seconds": spread([seconds for _, seconds in ends]),
-    }
-
-
 def resnet18(words: argparse.Namespace, deadline: float) -> Figures:
-    """Images per second after compilation; a whole training if there is time for it."""
-    recipe, data = load("resnet18", words)
+    """See `trainings`."""
+    return trainings("resnet18", words, deadline)
+
+
+def speedrun96(words: argparse.Namespace, deadline: float) -> Figures:
+    """See `trainings`."""
+    return trainings("speedrun96", words, deadline)
+
+
+def trainings(name: str, words: argparse.Namespace, deadline: float) -> Figures:
+    """Images per second after compilation; then as many whole trainings as there is time for."""
+    recipe, data = load(name, words, *words.set)
     if words.rehearse:
         data = replace(data, train=first_steps(data.train, recipe, 1))
     trainer = Trainer(recipe, data)
     trainer.renew(0)
     compile_seconds, _ = timed(lambda: list(trainer.epochs(last=1)))
     seconds, _ = timed(lambda: list(trainer.epochs(last=1)))
-    figures: Figures = {
+    needed = seconds * recipe.epochs * 1.1 + 5
+    runs = seeds_until(deadline - needed, trainer, range(words.seeds))
+    return {
+        "settings": words.set,
         "first_epoch_seconds": compile_seconds,
         "images_per_second": len(trainer.train) / seconds,
         "use_of_device": use_of_device(trainer, seconds * recipe.epochs),
         "epochs": recipe.epochs,
+        "runs": runs,
+        **summary(runs),
     }
-    needed = seconds * recipe.epochs * 1.1 + 5
-    if deadline - time.perf_counter() < needed:
-        return {**figures, "accuracy": f"no time for {needed:.0f} s"}
-    return {**figures, **once(trainer, seed=0)}
 
 
-PARTS = {part.__name__: part for part in (checks, simplecnn, speedrun94, resnet18)}
+PARTS = {part.__name__: part for part in (checks, simplecnn, speedrun94, resnet18, speedrun96)}
 
 
 def parse_words() -> argparse.Namespace:
@@ -264,11 +237,11 @@ def parse_words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--root", default="", help="folder of CIFAR-10; embedded images by default")
-    add("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    add("--parts", type=lambda text: text.split(","), default=list(PARTS)[:4])
     add("--seconds", nargs="*", default=[], metavar="PART=N", help=f"default: {SECONDS}")
     add("--seeds", type=int, default=10)
     add("--rounds", type=int, default=5, help="of simplecnn")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of speedrun94")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of recipes")
     add("--peer", type=Path, help="the record's script, airbench94_muon.py")
     add("--count", type=int, default=50_000, help="embedded images")
     add("--rehearse", action="store_true", help="tiny and uncompiled, for a machine without GPU")

@@ -23,8 +23,9 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from benchmarks.gpu import once, save_for_peer, spread
-from benchmarks.trainer import Figures, Trainer
+from benchmarks.gpu import once
+from benchmarks.record import save_for_peer
+from benchmarks.trainer import Figures, Trainer, spread
 from launcher import loading, settings
 from launcher.datasets import Data
 from launcher.datasets import load as load_data

@@ -1,5 +1,6 @@
 """A recipe that gpu.py trains again and again, and what it reads off it: see there."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -152,3 +153,9 @@ def profiled(trainer: Trainer) -> Figures:
             for event in events[:30]  # name, microseconds per step, calls per step
         ],
     }
+
+
+def spread(values: list[float]) -> Figures:
+    """Mean, standard deviation, number."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
