@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,35 +98,50 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def work_of_step(trainer: Trainer) -> tuple[int, int]:
+    """The arithmetic of a full step, and the bytes that it keeps for its backward pass."""
+    recipe = trainer.recipe
+    size = min(recipe.data.batch_size, len(trainer.train))
+    network, images = trainer.learner.network, trainer.train.images[:size]
+    kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in network.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage.nbytes())  # a weight is not kept, but there
+        return tensor
+
+    for parameter in network.parameters():
+        parameter.grad = None
+    with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            # `forward` is the network as it was before compiling.
+            logits = model.widened(network.forward(trainer.normalise()(images)))
+            loss = recipe.loss(logits, trainer.train.labels[:size])
+        loss.backward()  # type: ignore[no-untyped-call]
+    network.zero_grad()
+    return counter.get_total_flops(), sum(kept.values())
+
+
 def use_of_device(trainer: Trainer, train_seconds: float) -> Figures:
     """MFU: see the top of the file."""
     recipe = trainer.recipe
     size = min(recipe.data.batch_size, len(trainer.train))
-    network, images = trainer.learner.network, trainer.train.images[:size]
-    for parameter in network.parameters():
-        parameter.grad = None
-    with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
-        # `forward` is the network as it was before compiling.
-        logits = model.widened(network.forward(trainer.normalise()(images)))
-        loss = recipe.loss(logits, trainer.train.labels[:size])
-        loss.backward()  # type: ignore[no-untyped-call]
-    network.zero_grad()
+    flops, _ = work_of_step(trainer)
     step = train_seconds / (recipe.epochs * (len(trainer.train) / size))
-    rate = matmul_rate(trainer.accelerator.device)
-    achieved = counter.get_total_flops() / step
+    rate = matmul_rate(trainer.accelerator.device, torch.bfloat16)
     return {
-        "flops_per_image": counter.get_total_flops() / size,
+        "flops_per_image": flops / size,
         "milliseconds_per_step": step * 1e3,
-        "achieved_tflops": achieved / 1e12,
+        "achieved_tflops": flops / step / 1e12,
         "matmul_tflops": rate / 1e12,
-        "mfu": achieved / rate,
+        "mfu": flops / step / rate,
     }
 
 
-def matmul_rate(device: torch.device) -> float:
-    """Floating-point operations per second of a large bfloat16 product."""
-    side, times = (8192, 30) if device.type == "cuda" else (512, 3)
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matmul_rate(device: torch.device, number: torch.dtype) -> float:
+    """Floating-point operations per second of a large product of such numbers."""
+    side, times = (8192, 30) if device.type == "cuda" else (2048, 5)
+    left, right = (torch.randn(side, side, device=device, dtype=number) for _ in range(2))
     timed(lambda: [left @ right for _ in range(5)])
     seconds, _ = timed(lambda: [left @ right for _ in range(times)])
     return 2 * side**3 * times / seconds

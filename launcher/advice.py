@@ -8,7 +8,7 @@ _LIMITS = {
     "data": (0.15, "fewer or simpler augmentations, or more threads per process"),
     "communication": (0.15, "a larger data.batch_size, or fewer processes on a faster link"),
     "update": (0.30, "a larger data.batch_size, so that there are fewer updates"),
-    "evaluation": (0.25, "fewer or no views, or fewer test images"),
+    "evaluation": (0.25, "fewer test images"),
     "logging": (0.02, "a larger --log-every, or --wandb off"),
     "checkpoints": (0.02, "a larger --checkpoint-every"),
 }

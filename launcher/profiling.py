@@ -233,8 +233,10 @@ def _saves(plan: Plan) -> float:
 def _aside(job: Job, learner: Learner, data: Data) -> tuple[float, float]:
     """Seconds of a backward pass without communication, and of an evaluation after its first.
 
-    The last steps are trained again, and no gradient travels.
+    The last steps are trained again, and no gradient travels. Views are left out: a run takes them
+    once, and not in each epoch.
     """
+    job = replace(job, recipe=replace(job.recipe, views=None))
     several = job.plan.world_size > 1
     windows = (("warm-up", WARM_UP), ("split", MEASURED)) if several else (("warm-up", 1),)
     watch = Stopwatch(windows, None, job)

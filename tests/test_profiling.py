@@ -125,6 +125,27 @@ def test_slow_augmentation_is_seen_as_data(tmp_path: Path) -> None:
     assert re.search(r"advice +data takes \d+%: try fewer or simpler augm", run.text())
 
 
+def test_views_are_no_part_of_an_epochs_evaluation(tmp_path: Path) -> None:
+    """A run takes them once, after its last epoch: here all test images in one batch."""
+    text = RESUMABLE.read_text().replace("    epochs=40,", "    epochs=40,\n    views=counted,")
+    text = text.replace("class Network", f"{COUNTED}\n\nclass Network")
+    (tmp_path / "counted.py").write_text(text)
+    run = Run(PYTHON, tmp_path, "--profile", recipe=tmp_path / "counted.py")
+    assert run.end() == 0, run.text()
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+COUNTED = """
+from pathlib import Path
+
+
+def counted(score: object, images: Tensor) -> Tensor:
+    with Path("calls").open("a") as file:
+        file.write("x")
+    return score(images)
+"""
+
+
 SLEEPY = """
 from time import sleep
 
