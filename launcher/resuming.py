@@ -59,7 +59,7 @@ def resumed_run(
     _refuse_other_data(state["data"], data_name)
     position, best = checkpoints.place_of(checkpoint)
     notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]
-    if state["source"] != redacted(loaded.source):
+    if state.get("source") != redacted(loaded.source):  # the first versions did not save it
         notes.append("the recipe file has changed since: what is no setting may differ")
     return Start(folder, checkpoint, tuple(notes), position, best)
 
