@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.competitors import Bare, Launched, Tutorial
 from benchmarks.turns import Figures, Parted, parted_epochs
-from launcher import Synthetic, datasets, loading
+from launcher import Synthetic, datasets, loading, settings
 from launcher.batches import epoch_order
 from launcher.cluster import device_name, join
 from launcher.datasets import Data, ImageSet
@@ -57,6 +57,18 @@ def largest_difference(bare: Bare, launched: Launched, images: ImageSet) -> floa
     losses = [float(loss.detach()) for loss in bare.losses(images, order)]
     pairs = zip(losses, launched.reports(images, log_every=1), strict=True)
     return max(abs(loss - report.loss) for loss, report in pairs)
+
+
+def opened(name: str, root: str, *overrides: str) -> tuple[Recipe, Data]:
+    """A recipe of this repository and its images; without a root, the embedded ones."""
+    recipe = loading.load(FOLDER.parent / "recipes" / f"{name}.py").recipe
+    recipe = settings.override(recipe, overrides)
+    source = CIFAR10 if root else Synthetic
+    recipe = replace(recipe, data=replace(recipe.data, root=root, source=source, fallback=None))
+    try:
+        return recipe, datasets.load(recipe.data)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
 
 
 def first_steps(images: ImageSet, recipe: Recipe, steps: int) -> ImageSet:
@@ -151,15 +163,7 @@ def parse_words() -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write."""
     words = parse_words()
-    recipe = loading.load(FOLDER.parent / "recipes" / "simplecnn.py").recipe
-    source = CIFAR10 if words.root else Synthetic
-    recipe = replace(
-        recipe, data=replace(recipe.data, root=words.root, source=source, fallback=None)
-    )
-    try:
-        data = datasets.load(recipe.data)
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    recipe, data = opened("simplecnn", words.root)
     if words.steps:
         data = replace(data, train=first_steps(data.train, recipe, words.steps))
     steps = f" --steps {words.steps}" if words.steps else ""

@@ -25,11 +25,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.epoch import first_steps, machine
+from benchmarks.epoch import first_steps, machine, opened
 from benchmarks.trainer import (
     Figures,
     Trainer,
@@ -38,7 +37,6 @@ from benchmarks.trainer import (
     timed,
     work_of_step,
 )
-from launcher import Synthetic, datasets, loading, settings
 from launcher.batches import Batches
 from launcher.loop import train_epoch
 
@@ -57,7 +55,7 @@ def bytes_of_step(trainer: Trainer, kept: int) -> int:
     weights = sum(p.nbytes for p in trainer.learner.network.parameters())
     states = trainer.learner.optimizer.state_dict()["state"].values()
     state = sum(v.nbytes for each in states for v in each.values() if isinstance(v, torch.Tensor))
-    return 2 * kept + 2 * weights + 2 * weights + 2 * weights + 2 * state
+    return 2 * (kept + 3 * weights + state)
 
 
 def seconds_of_step(trainer: Trainer) -> float:
@@ -83,12 +81,7 @@ def copy_rate(device: torch.device) -> float:
 def measure(case: str, root: str) -> Figures:
     """The figures of one recipe."""
     name, *overrides = CASES[case]
-    recipe = settings.override(
-        loading.load(FOLDER.parent / "recipes" / f"{name}.py").recipe, overrides
-    )
-    source = CIFAR10 if root else Synthetic
-    recipe = replace(recipe, data=replace(recipe.data, source=source, root=root, fallback=None))
-    data = datasets.load(recipe.data)
+    recipe, data = opened(name, root, *overrides)
     recipe = replace(recipe, epochs=EPOCHS + 1)
     trainer = Trainer(recipe, replace(data, train=first_steps(data.train, recipe, STEPS[name])))
     seconds = seconds_of_step(trainer)

@@ -37,15 +37,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10
 from torchvision.transforms import Compose, Normalize, ToTensor, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.competitors import Launched, Pictures, Tutorial, autocast, fresh_network
-from benchmarks.epoch import first_steps, machine
+from benchmarks.epoch import first_steps, machine, opened
 from benchmarks.turns import Figures, whole_epochs
-from launcher import Recipe, Synthetic, datasets, loading
+from launcher import Recipe
 from launcher.cluster import join
 from launcher.datasets import Data, ImageSet
 
@@ -215,12 +214,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the peers' loaders")
     parser.add_argument("--output", type=Path, default=FOLDER / "peers.json")
     words = parser.parse_args()
-    recipe = loading.load(FOLDER.parent / "recipes" / "simplecnn.py").recipe
-    source = CIFAR10 if words.root else Synthetic
-    recipe = replace(
-        recipe, data=replace(recipe.data, root=words.root, source=source, fallback=None)
-    )
-    data = datasets.load(recipe.data)
+    recipe, data = opened("simplecnn", words.root)
     if words.steps:
         data = replace(data, train=first_steps(data.train, recipe, words.steps))
     import lightning

@@ -112,13 +112,19 @@ def test_what_cannot_be_profiled_is_refused_in_one_line(
 
 
 @pytest.mark.slow
+def profiled(folder: Path, code: str, slots: str, changed: str) -> Run:
+    """A profile of the resumable recipe with code of its own, and slots that use it."""
+    text = RESUMABLE.read_text().replace(slots, changed)
+    text = text.replace("class Network", f"{code}\n\nclass Network")
+    (folder / "changed.py").write_text(text)
+    run = Run(PYTHON, folder, "--profile", recipe=folder / "changed.py")
+    assert run.end() == 0, run.text()
+    return run
+
+
 def test_slow_augmentation_is_seen_as_data(tmp_path: Path) -> None:
     """A recipe whose augmentation sleeps is data-bound, and the advice says so."""
-    text = RESUMABLE.read_text().replace("augment=(flip, crop)", "augment=(flip, sleepy)")
-    text = text.replace("class Network", f"{SLEEPY}\n\nclass Network")
-    (tmp_path / "slow.py").write_text(text)
-    run = Run(PYTHON, tmp_path, "--profile", recipe=tmp_path / "slow.py")
-    assert run.end() == 0, run.text()
+    run = profiled(tmp_path, SLEEPY, "augment=(flip, crop)", "augment=(flip, sleepy)")
     split = shares(run.text())
     assert next(iter(split)) == "data"
     assert "advice" in run.text()
@@ -127,11 +133,7 @@ def test_slow_augmentation_is_seen_as_data(tmp_path: Path) -> None:
 
 def test_views_are_no_part_of_an_epochs_evaluation(tmp_path: Path) -> None:
     """A run takes them once, after its last epoch: here all test images in one batch."""
-    text = RESUMABLE.read_text().replace("    epochs=40,", "    epochs=40,\n    views=counted,")
-    text = text.replace("class Network", f"{COUNTED}\n\nclass Network")
-    (tmp_path / "counted.py").write_text(text)
-    run = Run(PYTHON, tmp_path, "--profile", recipe=tmp_path / "counted.py")
-    assert run.end() == 0, run.text()
+    profiled(tmp_path, COUNTED, "    epochs=40,", "    epochs=40,\n    views=counted,")
     assert (tmp_path / "calls").read_text() == "x"
 
 
