@@ -1,20 +1,24 @@
-"""Checks of gpu.py that need processes of their own: exact resume, SyncBatchNorm on two ranks.
+"""What must hold on a GPU: checks of half precision, compiling, equal runs, resume, and two ranks.
 
-Run by themselves they print their figures: `python benchmarks/checks.py`. Without a GPU they run on
-the CPU, where the network of the two ranks has no BatchNorm, which torch synchronises on GPUs only.
+`python benchmarks/checks.py` prints their figures, gpu.py puts them into its own, `pytest -m gpu`
+wants them to pass. Without a GPU they run on the CPU: without fp16, and without BatchNorm in the
+network of the two ranks, since torch synchronises it on GPUs only.
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -22,7 +26,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.competitors import Launched
-from launcher import Images, Recipe, Synthetic, cluster, datasets
+from benchmarks.epoch import first_steps
+from benchmarks.trainer import Trainer
+from launcher import Images, Recipe, Synthetic, cluster, datasets, loading, settings
+from launcher.cluster import be_deterministic
+from launcher.datasets import Data
+from launcher.recipe import CompileMode
 from tests.processes import RESUMABLE, fingerprint
 
 SELF = Path(__file__).resolve()
@@ -30,6 +39,54 @@ PATIENCE = 90  # seconds
 RUNS = ("whole", "cut")
 
 Figures = dict[str, Any]
+
+
+def simplecnn(steps: int) -> tuple[Recipe, Data]:
+    """recipes/simplecnn.py and embedded images for so many steps."""
+    recipe = loading.load(SELF.parent.parent / "recipes" / "simplecnn.py").recipe
+    source = partial(Synthetic, count=steps * recipe.data.batch_size)
+    recipe = replace(recipe, data=replace(recipe.data, source=source, fallback=None))
+    data = datasets.load(recipe.data)
+    return recipe, replace(data, train=first_steps(data.train, recipe, steps))
+
+
+def learns(precision: str) -> Figures:
+    """The loss is finite and falls in two epochs of 100 steps."""
+    recipe, data = simplecnn(100)
+    overrides = [f"precision={precision}"]
+    if precision == "pure_fp16":
+        # Without a scaler it needs the larger gradients of a sum, whose scale Adam ignores, and
+        # an epsilon that fp16 can hold: 1e-8 becomes 0, and Adam then divides 0 by 0.
+        overrides += ["sum_loss=true", "optimizer.eps=1e-4"]
+    trainer = Trainer(settings.override(recipe, overrides), data)
+    losses = [report.loss for report in trainer.epochs(10, last=2)]
+    passed = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    return {"passed": passed, "losses": [losses[0], losses[-1]]}
+
+
+def compiling_changes_no_loss(mode: bool | CompileMode) -> Figures:
+    """The losses of ten steps, plain and compiled, in full float32."""
+    recipe, data = simplecnn(10)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        plain, compiled = (
+            [report.loss for report in Trainer(each, data).epochs(1, last=1)]
+            for each in (recipe, replace(recipe, compile=mode))
+        )
+    difference = max(abs(a - b) for a, b in zip(plain, compiled, strict=True))
+    return {"passed": difference < 1e-3, "largest_difference": difference}
+
+
+def equal_runs_are_equal() -> Figures:
+    """Two runs with torch's deterministic algorithms end with the same bits."""
+    recipe, data = simplecnn(100)
+    be_deterministic()
+    ends = []
+    for _ in range(2):
+        trainer = Trainer(recipe, data)
+        list(trainer.epochs(last=1))
+        ends.append([p.detach().clone() for p in trainer.learner.network.parameters()])
+    torch.use_deterministic_algorithms(False)
+    return {"passed": all(map(torch.equal, *ends))}
 
 
 class Normalised(nn.Module):
@@ -143,13 +200,27 @@ def rank(output: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+HALF = ("bf16", "fp16", "pure_bf16", "pure_fp16")
+CHECKS: dict[str, Callable[[], Figures]] = {
+    **{
+        f"{precision} learns": partial(learns, precision)
+        for precision in HALF
+        if torch.cuda.is_available() or "fp16" not in precision
+    },
+    "compiling changes no loss": partial(compiling_changes_no_loss, True),
+    "CUDA graphs change no loss": partial(compiling_changes_no_loss, "reduce-overhead"),
+    "equal runs are equal": equal_runs_are_equal,
+    "resume is exact": resume_is_exact,
+    "two ranks with SyncBatchNorm are one": two_ranks_are_one,
+}
+
+
 def main() -> None:
-    """A child's part, or both checks."""
+    """A child's part, or all checks."""
     if sys.argv[1:2] == ["rank"]:
         rank(Path(sys.argv[2]))
     else:
-        figures = {"resume": resume_is_exact(), "two ranks": two_ranks_are_one()}
-        print(json.dumps(figures, indent=1))
+        print(json.dumps({name: check() for name, check in CHECKS.items()}, indent=1))
 
 
 if __name__ == "__main__":

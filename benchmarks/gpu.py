@@ -5,8 +5,9 @@
 FOLDER holds torchvision's cifar-10-batches-py; without it, embedded images (accuracies then mean
 nothing). `--parts` chooses among, and runs in this order:
 
-    checks       half precision learns, compiling changes no loss, equal runs are equal bit by bit,
-                 resume is exact, two ranks on one card with SyncBatchNorm are one (checks.py)
+    checks       half precision learns, compiling and CUDA graphs change no loss, equal runs are
+                 equal bit by bit, resume is exact, two ranks on one card with SyncBatchNorm are
+                 one; all on embedded images (checks.py; `pytest -m gpu` runs the same)
     simplecnn    images per second of recipes/simplecnn.py against a bare loop (competitors.py)
     speedrun94   seconds and accuracy of recipes/speedrun94.py over seeds; the same of the record's
                  own script, if `--peer` names it; use of the device; where the time goes
@@ -29,8 +30,6 @@ each part.
 
 import argparse
 import json
-import math
-import os
 import sys
 import time
 from dataclasses import replace
@@ -38,13 +37,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the check of equal runs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from torchvision.datasets import CIFAR10
 
-from benchmarks.checks import resume_is_exact, two_ranks_are_one
+from benchmarks.checks import CHECKS
 from benchmarks.competitors import Bare, Launched
 from benchmarks.epoch import first_steps, machine
 from benchmarks.record import run_peer
@@ -58,12 +55,10 @@ from benchmarks.trainer import (
 )
 from benchmarks.turns import whole_epochs
 from launcher import Recipe, Synthetic, datasets, loading, settings
-from launcher.cluster import be_deterministic
 from launcher.datasets import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECONDS = {"checks": 120, "simplecnn": 90, "speedrun94": 260, "resnet18": 130, "speedrun96": 560}
-HALF = ("bf16", "fp16", "pure_bf16", "pure_fp16")
 
 Figures = dict[str, Any]
 
@@ -86,48 +81,7 @@ def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe,
 
 def checks(words: argparse.Namespace, deadline: float) -> Figures:
     """Raise nothing: a check that fails is a `false` in the results."""
-    recipe, data = load("simplecnn", words)
-    data = replace(data, train=first_steps(data.train, recipe, 100))
-    figures: Figures = {}
-    for precision in [p for p in HALF if torch.cuda.is_available() or "fp16" not in p]:
-        overrides = [f"precision={precision}"]
-        if precision == "pure_fp16":
-            # Without a scaler it needs the larger gradients of a sum, whose scale Adam ignores, and
-            # an epsilon that fp16 can hold: 1e-8 becomes 0, and Adam then divides 0 by 0.
-            overrides += ["sum_loss=true", "optimizer.eps=1e-4"]
-        trainer = Trainer(settings.override(recipe, overrides), data)
-        losses = [report.loss for report in trainer.epochs(10, last=2)]
-        learns = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-        figures[f"{precision} learns"] = {"passed": learns, "losses": [losses[0], losses[-1]]}
-    figures["compiling changes no loss"] = compare_compiled(recipe, data)
-    figures["equal runs are equal"] = compare_equal(recipe, data)
-    figures["resume is exact"] = resume_is_exact()
-    figures["two ranks with SyncBatchNorm are one"] = two_ranks_are_one()
-    return figures
-
-
-def compare_compiled(recipe: Recipe, data: Data) -> Figures:
-    """The losses of ten steps, plain and compiled, in full float32."""
-    few = replace(data, train=first_steps(data.train, recipe, 10))
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        plain, compiled = (
-            [report.loss for report in Trainer(each, few).epochs(1, last=1)]
-            for each in (recipe, replace(recipe, compile=True))
-        )
-    difference = max(abs(a - b) for a, b in zip(plain, compiled, strict=True))
-    return {"passed": difference < 1e-3, "largest_difference": difference}
-
-
-def compare_equal(recipe: Recipe, data: Data) -> Figures:
-    """Two runs with torch's deterministic algorithms end with the same bits."""
-    be_deterministic()
-    ends = []
-    for _ in range(2):
-        trainer = Trainer(recipe, data)
-        list(trainer.epochs(last=1))
-        ends.append([p.detach().clone() for p in trainer.learner.network.parameters()])
-    torch.use_deterministic_algorithms(False)
-    return {"passed": all(map(torch.equal, *ends))}
+    return {name: check() for name, check in CHECKS.items()}
 
 
 def simplecnn(words: argparse.Namespace, deadline: float) -> Figures:

@@ -167,7 +167,8 @@ class Stopwatch:
         self._clock.waits, self._clock.marks = name == "split", False
         if name == "trace" and self.trace is not None:
             gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+            # There is one cycle to keep events of; without acc_events torch 2.11 warns of others.
+            self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
             self._profiler.start()
             self._clock.marks = True
 

@@ -2,21 +2,23 @@
 
     accelerate launch -m launcher recipes/speedrun96.py
 
-Not measured at its size: no GPU was at hand when it was written, and on two CPU cores it would take
-hours. Scaled down to model.widths=64,192,256 epochs=8 precision=bf16 compile=false (one run, 2
-cores of an AMD EPYC, 72 s an epoch): 91.93 %, with test-time augmentation 92.84 %. That shows that
-it learns, not that it reaches 96 %.
+On one NVIDIA H100 (benchmarks/gpu.py, torch 2.11), with test-time augmentation: 96.10 and 96.20 %
+in two runs of 42 epochs, 95.94 +- 0.16 % (95.43 +- 0.12 % without) in 8 runs of 40; 21 to 31 s of
+initialisation, training and one evaluation, after 40 s of compiling. So 96 % is reached by a hair
+or not at all: the mean of many runs of 42 epochs is not measured. speedrun94's rate, 0.24, gave
+95.81 %. The record, airbench96_faster, reports 96.00 % in 27.3 s on an A100; it trains on half of
+the images, those that a small network finds difficult, and this does not.
 
 The sizes, the third convolution with its shortcut, cutout and the larger crops follow the record
 airbench96 (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024); the optimizer is that
-of speedrun94. On a CPU add precision=bf16 compile=false, and much patience.
+of speedrun94 with a smaller rate. On a CPU add precision=bf16 compile=false, and much patience.
 """
 
 from dataclasses import replace
 from functools import partial
 
 from launcher import alternating_flip, crop, cutout
-from recipes.speedrun94 import SpeedVGG
+from recipes.speedrun94 import SpeedVGG, muon_and_sgd
 from recipes.speedrun94 import recipe as speedrun94
 
 recipe = replace(
@@ -27,5 +29,7 @@ recipe = replace(
         batch_size=1000,
         augment=(alternating_flip, partial(crop, padding=4), partial(cutout, size=12)),
     ),
-    epochs=36,
+    optimizer=partial(muon_and_sgd, filter_rate=0.17),
+    epochs=42,
+    compile=True,
 )
