@@ -53,7 +53,7 @@ def advice(shares: Mapping[str, float], busy: float | None, precision: str) -> s
     if over[worst] >= 1:
         return f"{worst} takes {shares[worst]:.0%}: try {_LIMITS[worst][1]}"
     if busy is not None and busy < IDLE:
-        return "the GPU waits for the CPU: try a larger data.batch_size, or compile=true"
+        return "the GPU waits for the CPU: try a larger data.batch_size, or compile=reduce-overhead"
     compute = shares.get("forward", 0.0) + shares.get("backward", 0.0)
     usual = f"forward and backward take {compute:.0%}, as they should"
     if precision.startswith("fp32"):

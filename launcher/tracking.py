@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "WANDB_SILENT": "true",  # the launcher says itself where the run is
 }
 GRAPHQL_RETRIES = 2  # the client's default goes on for minutes, and `finish` waits for it
-MOST_WAITING = 16  # epochs whose tables may wait for the network
+MOST_WAITING = 16  # epochs whose images and tables may wait for the network
 MOST_TABLE_CLASSES = 100  # W&B takes at most 10,000 rows: the confusion matrix of 100 classes
 
 _log = logging.getLogger("launcher")
@@ -58,8 +58,8 @@ class NullTracker:
 class WandbTracker:
     """A run of W&B: `mode` is online or offline, `where` its address or its folder.
 
-    `notice` says why it is not the mode that was asked for. The tables are made and sent by one
-    thread of their own, since that may wait for the network.
+    `notice` says why it is not the mode that was asked for. Images and tables are made and sent by
+    a thread of their own: making them takes 30 ms, and sending them may wait for the network.
     """
 
     def __init__(self, run: "wandb.Run", samples: "Samples", notice: str, folder: Path) -> None:
@@ -71,7 +71,7 @@ class WandbTracker:
         self.notice = notice
         self._journal = Journal(folder)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._log_tables, name="tables", daemon=True)
+        self._thread = threading.Thread(target=self._log_images, name="images", daemon=True)
         self._thread.start()
         with self._only_warning():
             _define_axes(run)
@@ -85,14 +85,13 @@ class WandbTracker:
                 self._log(step_scalars(report))
 
     def log_epoch(self, report: EpochReport, best: Best) -> None:
-        """Record an epoch, the best one so far, the sample images, and later the tables."""
+        """Record an epoch, the best one so far, and later the sample images and the tables."""
         with self._only_warning():
             if not self._journal.is_new("epoch", report.epoch):
                 return
-            scalars = epoch_scalars(report, best, self._samples.classes)
-            self._log(scalars, {"samples": self._samples.captioned(report)})
+            self._log(epoch_scalars(report, best, self._samples.classes))
             if self._waiting.qsize() >= MOST_WAITING:
-                raise TimeoutError(f"the tables of {MOST_WAITING} epochs are waiting already")
+                raise TimeoutError(f"the images of {MOST_WAITING} epochs are waiting already")
             self._waiting.put(report)
 
     def finish(self, exit_code: int) -> None:
@@ -104,9 +103,9 @@ class WandbTracker:
         except Exception as error:
             _log.warning("W&B lacks a part of the run (%s): wandb sync %s", error, self._folder)
 
-    def _log(self, scalars: Row, pictures: Row | None = None) -> None:
+    def _log(self, scalars: Row) -> None:
         """One row, which the journal has numbered."""
-        self._run.log({**self._journal.add(scalars), **(pictures or {})})
+        self._run.log(self._journal.add(scalars))
 
     def _last_row_there(self) -> int:
         """The number of the last row that W&B has from earlier attempts, or may get by a sync."""
@@ -119,9 +118,10 @@ class WandbTracker:
             return found
         return max(found, dict(self._run.summary).get(ROW, 0))
 
-    def _log_tables(self) -> None:
+    def _log_images(self) -> None:
         while (report := self._waiting.get()) is not None:
             with self._only_warning():
+                self._run.log({"epoch": report.epoch, "samples": self._samples.captioned(report)})
                 self._run.log({"epoch": report.epoch, **self._samples.tables(report)})
 
     @contextmanager
