@@ -4,6 +4,7 @@ On a terminal with rich; into a file or a batch job's log as plain lines without
 rank 0 speaks.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import TextIO
@@ -110,8 +111,9 @@ class LiveConsole(Console):
 
     def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
         """The epoch's line above the bar; the best so far in green."""
-        style = "green" if is_best else ""
-        self._rich.print(Text(epoch_line(report, plan, is_best), style=style))
+        line = epoch_line(report, plan, is_best)
+        fitting = line if len(line) <= self._rich.width else shortened(line)
+        self._rich.print(Text(fitting, style="green" if is_best else ""))
 
     def closing(self, rows: Mapping[str, str]) -> None:
         """A panel with what was reached."""
@@ -144,6 +146,12 @@ def epoch_line(report: EpochReport, plan: Plan, is_best: bool) -> str:
         f"  {report.images_per_second:>9,.0f} img/s"
         f"  {report.seconds:7.1f} s" + ("  best" if is_best else "")
     )
+
+
+def shortened(line: str) -> str:
+    """The line of an epoch in 80 columns: the same figures with fewer words and spaces."""
+    line = re.sub("(train|test) loss", r"\1", line).replace("test accuracy", "accuracy")
+    return re.sub(" +", " ", line)
 
 
 def tta_note(accuracy: float | None) -> str:

@@ -85,6 +85,14 @@ def test_the_live_console_shows_a_bar_with_loss_rate_and_epoch() -> None:
         assert part in text, part
 
 
+def test_on_80_columns_an_epoch_is_still_one_line_with_every_figure() -> None:
+    stream = io.StringIO()
+    console = LiveConsole(RichConsole(file=stream, width=80))
+    console.epoch(EPOCH, PLAN, is_best=True)
+    line = "epoch 3/12 train 0.5100 test 0.4000 accuracy 75.00% 12,346 img/s 2.5 s best"
+    assert stream.getvalue().split("\n") == [line, ""]
+
+
 def test_a_terminal_gets_colour_and_a_log_file_gets_none(tmp_path: Path) -> None:
     """The real program on a real pseudo-terminal, and into a pipe with FORCE_COLOR set."""
     command = [sys.executable, "-m", "launcher", "recipes/simplecnn.py", "--smoke"]
