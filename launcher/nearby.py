@@ -9,6 +9,7 @@ of more ranks the order would decide, and a run could not go on with the same bi
 
 import os
 import secrets
+import select
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,11 +89,7 @@ def average(
     gradients.div_(2)
     others = torch.empty_like(gradients)
     try:
-        if link.rank == 0:
-            link.socket.sendall(_bytes_of(gradients))
-        _fill(link.socket, _bytes_of(others))
-        if link.rank == 1:
-            link.socket.sendall(_bytes_of(gradients))
+        _exchange(link.socket, _bytes_of(gradients), _bytes_of(others))
     except OSError as error:
         raise distributed.DistError(f"rank {link.rank} and its neighbour: {error}") from error
     done: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -105,10 +102,28 @@ def _bytes_of(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
 
 
+def _exchange(link: socket.socket, ours: memoryview, theirs: memoryview) -> None:
+    """Send and receive at once: neither rank waits for its turn, nor for room to send into."""
+    while ours or theirs:
+        wanted = [link] * bool(theirs), [link] * bool(ours)
+        readable, writable, _ = select.select(*wanted, [], link.gettimeout())
+        if not readable and not writable:
+            raise TimeoutError("timed out")
+        if writable:
+            ours = ours[link.send(ours) :]
+        if readable:
+            theirs = theirs[_receive(link, theirs) :]
+
+
 def _fill(link: socket.socket, memory: memoryview) -> None:
     """Receive as many bytes as there are."""
     while memory:
-        received = link.recv_into(memory)
-        if not received:
-            raise ConnectionResetError("connection closed by peer")
-        memory = memory[received:]
+        memory = memory[_receive(link, memory) :]
+
+
+def _receive(link: socket.socket, memory: memoryview) -> int:
+    """How many bytes there were, at least one."""
+    received = link.recv_into(memory)
+    if not received:
+        raise ConnectionResetError("connection closed by peer")
+    return received
