@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ from launcher.plan import Position
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
+_NAME = re.compile(r"step-\d{9,}(\.old)?")
 
 
 @dataclass(frozen=True)
@@ -94,31 +96,40 @@ def capture(learner: Learner, accelerator: Accelerator, state: dict[str, Any]) -
     if accelerator.num_processes > 1 and (buffers := _rank_buffers(learner, accelerator)):
         tensors["buffers"] = buffers
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    optimizer = _copied(learner.optimizer.state_dict())
+    optimizer = _copied(learner.optimizer.state_dict() | {"began": list(learner.options)})
     return Snapshot(tensors, optimizer, {**state, "scaler": scaler})
 
 
 def restore(folder: Path, learner: Learner, accelerator: Accelerator) -> None:
     """Put a verified checkpoint into a prepared learner, on every rank.
 
-    Settings of the optimizer stay those of the recipe, which may have been changed on purpose.
+    Settings of the optimizer that the recipe has changed since are the recipe's; what the optimizer
+    itself changed in its groups is the checkpoint's. Raises `UserError` where the network is
+    another one.
     """
-    learner.network.load_state_dict(load_file(folder / "weights.safetensors"))
-    if learner.average is not None:
-        learner.average.load_state_dict(load_file(folder / "average.safetensors"))
-    options = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in learner.optimizer.param_groups
-    ]
+    load_weights(learner.network, folder / "weights.safetensors")
+    average = folder / "average.safetensors"
+    if learner.average is not None and average.is_file():  # a new one begins with these weights
+        learner.average.load_state_dict(load_file(average))
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    began = saved.pop("began", None)  # the first versions did not save it
     learner.optimizer.load_state_dict(saved)
-    for group, option in zip(learner.optimizer.param_groups, options, strict=True):
-        group.update(option)
+    for number, group in enumerate(learner.optimizer.param_groups):
+        group.update(_changed(learner.options[number], began[number] if began else {}))
     scaler = read_state(folder)["scaler"]
     if accelerator.scaler is not None and scaler:
         accelerator.scaler.load_state_dict(scaler)
     if (folder / "buffers.safetensors").is_file():
         _take_buffers(load_file(folder / "buffers.safetensors"), learner, accelerator)
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not what they were; compared in words, since some are tensors."""
+    return {
+        name: value
+        for name, value in now.items()
+        if name not in before or repr(before[name]) != repr(value)
+    }
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -146,15 +157,25 @@ def write(snapshot: Snapshot, root: Path) -> Path:
             manifest[file] = {"bytes": len(content), "sha256": digest}
         files.write_new(temporary / "manifest.json", _json(manifest))
         files.flush_folder(temporary)
-        if final.exists():  # the same step again, after a resume: equal, or damaged
-            shutil.rmtree(final)
+        aside = root / f"{name}.old"
+        if final.exists():  # the same step again, after a resume or at the end of an epoch
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         temporary.rename(final)
         files.flush_folder(root)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _all(root)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    _drop(root, final)
     return final
+
+
+def _drop(root: Path, written: Path) -> None:
+    """Remove the oldest, and those of later steps: damaged, or of a way that was given up."""
+    everything = _all(root)
+    place = everything.index(written)
+    for other in (*everything[: max(0, place + 1 - KEPT)], *everything[place + 1 :]):
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def _contents(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
@@ -224,7 +245,10 @@ class Writer:
 
 
 def _all(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if path.is_dir() and not path.is_symlink())
+    """By their steps; one that is being replaced, `.old`, before the one in its place."""
+    named = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)]
+    real = (path for path in named if path.is_dir() and not path.is_symlink())
+    return sorted(real, key=lambda path: (int(path.stem[5:]), path.suffix != ".old"))
 
 
 def _digest(path: Path) -> str:

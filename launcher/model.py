@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +33,7 @@ class Learner:
     `network` is the plain module. `wrapped` is what trains: on several ranks, DDP around it.
     `average` is its running average, if the recipe keeps one. `rates` are the learning rates of
     the optimizer's groups before the schedule, `schedules` those groups' own where they have one.
+    `options` are all settings of the groups as the recipe made them.
     """
 
     network: nn.Module
@@ -39,6 +42,7 @@ class Learner:
     optimizer: Optimizer
     rates: tuple[float, ...]
     schedules: tuple[Schedule | None, ...]
+    options: tuple[dict[str, Any], ...]
 
     @property
     def evaluated(self) -> nn.Module:
@@ -140,6 +144,7 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
     optimizer = _optimizer(recipe, network)
     rates = tuple(group["lr"] for group in optimizer.param_groups)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
+    options = tuple(_options(group) for group in optimizer.param_groups)
     with warnings.catch_warnings():
         # Newer torch renames the option, older torch knows only this name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
@@ -150,7 +155,12 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
         compile_steps(optimizer)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
-    return Learner(network, wrapped, average, optimizer, rates, schedules)
+    return Learner(network, wrapped, average, optimizer, rates, schedules, options)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of all but the parameters and their names."""
+    return {n: deepcopy(v) for n, v in group.items() if n not in ("params", "param_names")}
 
 
 def _narrowed(network: nn.Module, recipe: Recipe) -> nn.Module:

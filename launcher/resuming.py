@@ -25,6 +25,7 @@ class Start:
     notes: tuple[str, ...] = ()
     position: Position = START
     best: Best | None = None
+    wandb_id: str = ""
 
 
 def new_run(root: Path, name: str | None, loaded: Loaded) -> Start:
@@ -33,7 +34,12 @@ def new_run(root: Path, name: str | None, loaded: Loaded) -> Start:
 
 
 def resumed_run(
-    root: Path, name: str | None, loaded: Loaded, data_name: str, changed: Sequence[str]
+    root: Path,
+    name: str | None,
+    loaded: Loaded,
+    data_name: str,
+    steps_per_epoch: int,
+    changed: Sequence[str],
 ) -> Start:
     """The newest whole checkpoint of the named, or else of the newest, run of this recipe.
 
@@ -53,6 +59,8 @@ def resumed_run(
         return Start(runs.create(root, name, loaded.name), notes=(note,))
     checkpoint, complaints = checkpoints.newest(folder.checkpoints)
     if checkpoint is None:
+        _refuse_finished(folder)
+        refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoints.read_state(checkpoint)
     refuse_changes(state["config"], loaded.config, changed)
@@ -61,7 +69,9 @@ def resumed_run(
     notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]
     if state.get("source") != redacted(loaded.source):  # the first versions did not save it
         notes.append("the recipe file has changed since: what is no setting may differ")
-    return Start(folder, checkpoint, tuple(notes), position, best)
+    before = state.get("steps_per_epoch", steps_per_epoch)  # nor did they save this
+    position = _counted_anew(position, before, steps_per_epoch)
+    return Start(folder, checkpoint, tuple(notes), position, best, state.get("wandb_id", ""))
 
 
 def initial_weights(root: Path, given: str) -> Path:
@@ -114,6 +124,29 @@ def flattened(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     else:
         return [(prefix.removesuffix("."), value)]
     return [leaf for name, item in items for leaf in flattened(item, f"{prefix}{name}.")]
+
+
+def _refuse_finished(folder: RunFolder) -> None:
+    """A run that ended is not trained again from the beginning, over what it left."""
+    if folder.final.is_file():
+        raise UserError(
+            f"--resume of {folder.path}, which has ended and has no whole checkpoint",
+            expected="a checkpoint to go on from",
+            instead=f"type another --name; --init-from {folder.path} begins with its weights",
+        )
+
+
+def _counted_anew(position: Position, before: int, now: int) -> Position:
+    """The position where an epoch has another number of steps than before."""
+    if before == now:
+        return position
+    if position.step != position.epochs * before:
+        raise UserError(
+            f"{now} steps per epoch, where the run stands within an epoch of {before}",
+            expected="another number of images or of images per batch after a whole epoch only",
+            instead="leave data.batch_size as it was until the next checkpoint after an epoch",
+        )
+    return Position(position.epochs * now, position.epochs)
 
 
 def _is_named(name: str, changed: Sequence[str]) -> bool:

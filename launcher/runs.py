@@ -27,6 +27,7 @@ from launcher import files
 from launcher.errors import UserError
 from launcher.redaction import cleaned, redacted
 
+MOST_BYTES = 200  # of a run's name: file systems take 255, and W&B adds to it
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
 
 
@@ -36,12 +37,24 @@ class RunFolder:
 
     path: Path
 
-    def describe(self, config: Mapping[str, Any], run: Mapping[str, Any], source: str) -> None:
-        """Write what is known before the first step."""
-        _write_json(self.path / "config.json", config)
-        identity = {"wandb_id": self._known_id() or secrets.token_hex(4)}
-        _write_json(self.path / "run.json", {**run, **identity, "versions": versions()})
-        files.replace(self.path / "recipe.py", redacted(source).encode())
+    def describe(
+        self, config: Mapping[str, Any], run: Mapping[str, Any], source: str, wandb_id: str = ""
+    ) -> None:
+        """Write what is known before the first step; `wandb_id` is the checkpoint's, if it has one.
+
+        Raises `UserError` where nothing can be written.
+        """
+        identity = {"wandb_id": wandb_id or self.wandb_id() or secrets.token_hex(4)}
+        try:
+            _write_json(self.path / "config.json", config)
+            _write_json(self.path / "run.json", {**run, **identity, "versions": versions()})
+            files.replace(self.path / "recipe.py", redacted(source).encode())
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def config(self) -> dict[str, Any]:
+        """The settings that the run began with; empty where they cannot be read."""
+        return _read_json(self.path / "config.json")
 
     @property
     def is_described(self) -> bool:
@@ -79,19 +92,13 @@ class RunFolder:
                 expected="one process group per run",
                 instead="wait for its end, or type another --name",
             ) from None
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
         return lock
 
     def wandb_id(self) -> str:
-        """The id under which W&B knows this run, the same in every attempt."""
-        known = self._known_id()
-        assert known, "describe() comes first"
-        return known
-
-    def _known_id(self) -> str:
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))["wandb_id"]
-        except (OSError, ValueError, KeyError):
-            return ""
+        """The id under which W&B knows this run in every attempt; empty before `describe`."""
+        return str(_read_json(self.path / "run.json").get("wandb_id", ""))
 
     @property
     def checkpoints(self) -> Path:
@@ -114,13 +121,8 @@ def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
 
     Raises `UserError` for a name that is taken or no file name, and where nothing can be written.
     """
-    if name is not None and (name != Path(name).name or name.startswith(".") or not name.strip()):
-        raise UserError(
-            f"--name {name!r}",
-            expected="a plain name, without slashes or a leading dot",
-            instead="type --name my-run --runs FOLDER",
-        )
     if name is not None:
+        _check(name)
         return _make(runs / name)
     stem = f"{recipe_name}-{datetime.now():%Y%m%d-%H%M%S}"
     taken = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
@@ -130,21 +132,35 @@ def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
 def find(runs: Path, name: str | None, recipe_name: str) -> RunFolder | None:
     """The run of that name, or without one the newest run of the recipe; None if there is none.
 
-    Raises `UserError` for a run folder that is a link, or whose checkpoints are.
+    Raises `UserError` for a name that cannot be one, and for a run folder that is a link, or whose
+    parts are.
     """
     if name is not None:
-        return _own(runs / name) if (runs / name / "run.json").is_file() else None
+        _check(name)
+        path = runs / name
+        began = (path / "run.json").is_file() or (path / "checkpoints").is_dir()
+        return _own(path) if began else None
     described = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(described):
-        if json.loads(path.read_text(encoding="utf-8")).get("name") == recipe_name:
+        if _read_json(path).get("name") == recipe_name:
             return _own(path.parent)
     return None
+
+
+def _check(name: str) -> None:
+    plain = name == Path(name).name and not name.startswith(".") and name.strip()
+    if not plain or len(name.encode()) > MOST_BYTES:
+        raise UserError(
+            f"--name {name!r}",
+            expected="a plain name, not too long, without slashes or a leading dot",
+            instead="type --name my-run --runs FOLDER",
+        )
 
 
 def _own(path: Path) -> RunFolder:
     """Nothing is written through a link to another place."""
     folder = RunFolder(path)
-    for place in (path, folder.checkpoints):
+    for place in (path, folder.checkpoints, path / "wandb"):
         if place.is_symlink():
             raise UserError(
                 f"{place} is a link to {place.readlink()}",
@@ -166,18 +182,31 @@ def _make(path: Path) -> RunFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     except FileExistsError:
+        if _is_unborn(path):
+            return RunFolder(path)
         raise UserError(
             f"the run folder {path} exists already",
             expected="a name that no other run has",
             instead="type another --name, or remove that folder",
         ) from None
     except OSError as error:
-        raise UserError(
-            f"the run folder {path} cannot be made ({error.strerror})",
-            expected="a folder that can be written",
-            instead="type --runs FOLDER",
-        ) from None
+        raise _unwritable(path, error) from None
     return RunFolder(path)
+
+
+def _is_unborn(path: Path) -> bool:
+    """Whether a run was to begin here, but ended before `describe` did."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(part.name.startswith(".") or part.name == "config.json" for part in path.iterdir())
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the run folder {path} cannot be written ({error.strerror})",
+        expected="a folder that can be written, and room for it",
+        instead="type --runs FOLDER",
+    )
 
 
 def versions() -> dict[str, str]:
@@ -189,6 +218,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a checkout, or without W&B
             continue
     return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file says; empty where it is absent, damaged or says something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -137,6 +137,9 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
 
 def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) -> Plan:
     """The plan of a recipe for these images on that many ranks."""
+    cadence = occasion.checkpoint_every
+    # A cadence of steps or minutes saves after the last epoch as well, so that more can follow.
+    ends_saved = loaded.recipe.epochs if cadence.steps or cadence.minutes else None
     return make_plan(
         loaded.recipe,
         world_size=world_size,
@@ -144,8 +147,8 @@ def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) ->
         test_images=len(data.test),
         max_steps=occasion.max_steps,
         log_every=occasion.log_every,
-        save_steps=occasion.checkpoint_every.steps,
-        save_epochs=occasion.checkpoint_every.epochs,
+        save_steps=cadence.steps,
+        save_epochs=cadence.epochs or ends_saved,
     )
 
 
@@ -236,12 +239,14 @@ def _begin(
 
     def begin() -> Start:
         if occasion.resume:
-            start = resumed_run(*where, data.name, occasion.resume_changed)
+            steps = job.plan.steps_per_epoch
+            start = resumed_run(*where, data.name, steps, occasion.resume_changed)
         else:
             start = new_run(*where)
         locks.append(start.folder.lock())
         start.folder.tidy()
-        start.folder.describe(loaded.config, facts | {"name": loaded.name}, loaded.source)
+        described = facts | {"name": loaded.name}
+        start.folder.describe(loaded.config, described, loaded.source, start.wandb_id)
         start.folder.forget_after(start.position.epochs)
         return start
 

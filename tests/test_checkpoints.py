@@ -4,13 +4,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim import SGD
 
-from launcher import checkpoints, cluster, datasets, resuming
+from launcher import checkpoints, cluster, datasets, resuming, settings
 from launcher.checkpoints import CheckpointError, Writer, capture, newest, restore, write
 from launcher.errors import UserError
 from launcher.model import Learner, build, prepare
@@ -63,8 +65,7 @@ def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
 
 def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
-    new = learner()
-    new.optimizer.param_groups[0]["weight_decay"] = 0.123
+    new = learner(recipe=settings.override(recipe, ["optimizer.weight_decay=0.123"]))
     restore(folder, new, cluster.join("fp32"))
     assert new.optimizer.param_groups[0]["weight_decay"] == 0.123
 
@@ -177,3 +178,64 @@ def test_epochs_that_will_be_repeated_are_forgotten(tmp_path: Path) -> None:
     folder.forget_after(2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+class Counting(SGD):
+    """An optimizer that keeps a number in its groups, as some do."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
+def test_what_an_optimizer_keeps_in_its_groups_is_restored(tmp_path: Path) -> None:
+    counting = replace(recipe, optimizer=partial(Counting, lr=0.1), average=None)
+    old = learner(recipe=counting)
+    old.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    old.optimizer.step()
+    state = STATE | {"position": vars(Position(1))}
+    folder = write(capture(old, cluster.join("fp32"), state), tmp_path)
+    new = learner(recipe=replace(counting, optimizer=partial(Counting, lr=0.1, weight_decay=0.5)))
+    restore(folder, new, cluster.join("fp32"))
+    (group,) = new.optimizer.param_groups
+    assert (group["count"], group["weight_decay"]) == (1, 0.5)
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, 1)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.startswith(".step-"):  # the new one, into its place
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 1)
+    monkeypatch.undo()
+    found, complaints = newest(tmp_path)
+    assert found is not None
+    assert complaints == []
+    assert saved(tmp_path, 1) == folder
+    assert newest(tmp_path) == (folder, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    for step in (50, 75, 100):
+        truncate(saved(tmp_path, step))
+    folder = saved(tmp_path, 25)
+    assert newest(tmp_path) == (folder, [])
+
+
+def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    shutil.copytree(saved(tmp_path, 1), tmp_path / "step-keep")
+    folder = saved(tmp_path, 2)
+    shutil.copytree(folder, tmp_path / "step-000000009-copy")
+    assert saved(tmp_path, 2) == folder
+    assert newest(tmp_path) == (folder, [])
+    assert (tmp_path / "step-keep").is_dir()

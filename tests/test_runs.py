@@ -28,9 +28,17 @@ def test_a_name_that_is_no_plain_name_is_refused(name: str, tmp_path: Path) -> N
 
 
 def test_a_taken_name_is_refused(tmp_path: Path) -> None:
-    runs.create(tmp_path, "mine", "net")
+    runs.create(tmp_path, "mine", "net").describe({"epochs": 1}, {"name": "net"}, "source")
     with pytest.raises(UserError, match="exists already"):
         runs.create(tmp_path, "mine", "net")
+
+
+def test_a_lock_that_cannot_be_had_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = runs.create(tmp_path, "mine", "net")
+    (folder.path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="cannot be written"):
+        folder.lock()
+    assert not (tmp_path / "victim").exists()
 
 
 def test_records_are_one_json_object_a_line(tmp_path: Path) -> None:
