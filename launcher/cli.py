@@ -141,7 +141,7 @@ def _run(words: list[str]) -> int:
         parser.error("--profile goes with neither --smoke nor --resume")
     loaded = _load(named[0], [*named[1:], *unknown])
     if arguments.help:
-        sys.stdout.write(parser.format_help() + _settings_table(loaded))
+        sys.stdout.write(parser.format_help() + redacted(_settings_table(loaded)))
         return 0
     return _train(loaded, arguments, place)
 
@@ -207,7 +207,7 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import datasets, model, settings, timing, training, watching
+    from launcher import datasets, model, timing, training, watching
 
     world = cluster.announced()
     data = datasets.load(loaded.recipe.data)
@@ -215,8 +215,8 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
     network = model.build(loaded.recipe, data.train)
     facts = training.describe(loaded, data, plan, network)
     if world.is_main:
-        sys.stdout.write(json.dumps(settings.as_dict(loaded.recipe), indent=2) + "\n")
-        sys.stdout.writelines(f"{label:<8}{value}\n" for label, value in facts.items())
+        sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
+        sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
         sys.stdout.write(f"{warning}\n" if (warning := watching.fallback_warning(data)) else "")
         sys.stdout.flush()  # what follows takes seconds
     if world_size and world.size == 1:

@@ -8,14 +8,15 @@
 
 A `LauncherError` is shown as one line without a traceback. Every other exception is a fault of
 the launcher or of the recipe's own code and keeps its traceback. Exit code 75 says that a signal
-stopped the run with its state saved; 130, that a second Ctrl-C ended it at once.
+stopped the run with its state saved, or before it began; 130, that a second Ctrl-C ended it at
+once.
 """
 
 from typing import Any
 
 EXIT_FAULT = 1
 EXIT_USER = 2
-EXIT_SAVED = 75  # EX_TEMPFAIL: stopped by a signal and saved; run it again with --resume
+EXIT_SAVED = 75  # EX_TEMPFAIL: stopped by a signal, nothing is lost; run it again with --resume
 EXIT_INTERRUPTED = 130
 
 

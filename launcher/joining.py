@@ -5,26 +5,27 @@ keeps it, and rank 0 where there is none. The store outlives a failed collective
 still agree on who failed first, and only that one speaks.
 """
 
+import math
 import os
 import socket
-import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from launcher import signals
+from launcher.attendance import Attendance
 from launcher.cluster import World, runs_on_cpu
-from launcher.errors import LauncherError, RankError, UserError
+from launcher.errors import EXIT_SAVED, LauncherError, RankError, UserError
+from launcher.stores import in_thread, is_set, open_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 GRACE = 4.0  # seconds for all who live to say so, after a failure
-ATTENTION = 0.5  # seconds between two looks at whether somebody asks who lives
-POLL = 2.0  # seconds between two looks at whether a rank has failed meanwhile
+POLL = 2.0  # seconds between two looks at whether a rank has failed or fallen silent meanwhile
 PREPARATION = timedelta(minutes=30)  # for data and network to be ready on the slowest rank
 # What gloo says where it is not this rank that failed; NCCL has an exception of its own.
 _OF_OTHERS = ("closed by peer", "reset by peer", "gloo", "timed out", "broken pipe")
@@ -52,39 +53,34 @@ class Company:
     def __init__(self, world: World, store: "Store | None" = None, *, hosts: bool = False) -> None:
         """`hosts` says that the store ends with this process."""
         self._world, self._store, self._hosts = world, store, hosts
-        self._leaves = threading.Event()
-        self._attendant = threading.Thread(target=self._attend, name="attendance", daemon=True)
+        self._attendance = Attendance(world, store) if store is not None else None
+        self._looks = 0  # at the store, while this rank waits for all
         self._first_host = "?"
-        self._name = f"rank {world.rank} of {world.size} on {socket.gethostname()}"
+        self._name = _full_name(world)
 
     def call_roll(self, timeout: timedelta) -> None:
         """Wait until all are here; raises `RankError` that names those who are not."""
-        if self._store is not None:
+        if self._store is not None and self._attendance is not None:
             self._store.set(f"host/{self._world.rank}", socket.gethostname())
-            if not self._all_at("here", timeout):
+            self._attendance.beat()
+            if not self._all_at("here", timeout, timeout, lambda: _end_if_stopped(self._name)):
                 raise RankError(self._absence(timeout)) if self._world.is_main else RankError("")
             self._first_host = self._host(0)
-            self._attendant.start()
+            self._attendance.begin()
 
     def leave(self) -> None:
         """The run is over for this rank."""
-        self._leaves.set()
-        if self._attendant.is_alive():
-            self._attendant.join(GRACE)  # where the link is down, the store never answers it
+        if self._attendance is not None:
+            self._attendance.leave(GRACE)
 
-    def _attend(self) -> None:
-        """Answer who asks which ranks live; the main thread may be waiting for a dead one."""
-        assert self._store is not None
-        with suppress(RuntimeError):  # the store is gone, and with it whoever could ask
-            while not self._leaves.wait(ATTENTION):
-                if self._store.check(["roll"]):
-                    self._store.set(f"alive/{self._world.rank}", "")
-                    return
+    def agree(self, problem: UserError | None, silence: timedelta) -> None:
+        """Raise the first rank's `problem`, if any has one, on every rank.
 
-    def agree(self, problem: UserError | None) -> None:
-        """Raise the first rank's `problem`, if any has one, on every rank."""
+        A rank that is silent for longer than `silence` is given up. If a signal has come to any
+        rank meanwhile, all end before they begin.
+        """
         store = self._store
-        if store is None:
+        if store is None or self._attendance is None:
             if problem:
                 raise problem
             return
@@ -92,10 +88,13 @@ class Company:
             store.set(
                 "problem", f"{problem}" if self._world.is_main else f"{self._name}: {problem}"
             )
-        if not self._all_at("ready", PREPARATION):
+        if not self._all_at("ready", PREPARATION, silence, lambda: self._look_around(silence)):
             raise RankError("" if not self._world.is_main else "not all ranks could load the data")
+        self._attendance.prepared()
         if store.add("problems", 0):
             raise _ToldError(store.get("problem").decode())
+        if stop := store.get("all-ready").decode():
+            raise _StoppedError(stop if self._world.is_main else "")
 
     def found(self, timeout: timedelta) -> None:
         """Make the process group, of which Accelerate then makes use."""
@@ -118,11 +117,10 @@ class Company:
         """What this rank is to say of its failure: all, or nothing if another failed before."""
         if self._store is None:
             return error
-        answers: list[Exception] = []
-        asking = threading.Thread(target=lambda: answers.append(self._explain(error)), daemon=True)
-        asking.start()  # where the link is down, the store would let it wait for ever
-        asking.join(5 * GRACE)
-        return answers[0] if answers else self._silence()
+        try:  # where the link is down, the store would let it wait for ever
+            return in_thread(lambda: self._explain(error)).result(5 * GRACE)
+        except TimeoutError:
+            return self._silence()
 
     def _explain(self, error: Exception) -> Exception:
         assert self._store is not None
@@ -157,37 +155,60 @@ class Company:
         missing = self._without("alive")
         if not missing:
             return f"{self._name} could not reach the others\n{text}"
-        where = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in missing)
-        return (
-            f"{where} does not answer: killed, stopped or cut off ({self._name}, {_step_of(text)})"
-        )
+        return self._lost(missing, _step_of(text))
 
-    def _all_at(self, place: str, timeout: timedelta) -> bool:
-        """Whether all ranks come to `place` in time."""
+    def _lost(self, ranks: list[int], moment: str) -> str:
+        where = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in ranks)
+        return f"{where} does not answer: killed, stopped or cut off ({self._name}, {moment})"
+
+    def _all_at(
+        self, place: str, timeout: timedelta, silence: timedelta, look: Callable[[], None]
+    ) -> bool:
+        """Whether all ranks come to `place` in time; `look` may raise why they will not."""
+        waiting = in_thread(lambda: self._wait_for_all(place, timeout, look))
+        while True:
+            looks = self._looks
+            try:
+                return waiting.result(silence.total_seconds() + GRACE)
+            except TimeoutError:
+                if looks == self._looks:  # the process that keeps the store is stopped
+                    raise self._gone() from None
+            except RuntimeError:
+                raise self._gone() from None
+
+    def _wait_for_all(self, place: str, timeout: timedelta, look: Callable[[], None]) -> bool:
         assert self._store is not None
         until = time.monotonic() + timeout.total_seconds()
-        try:
-            if self._store.add(place, 1) == self._world.size:
-                self._store.set(f"all-{place}", "")
-            while not self._is_set(f"all-{place}", min(POLL, until - time.monotonic())):
-                if self._store.add("failures", 0):
-                    raise RankError("")
-                if reason := signals.stop_reason():
-                    raise RankError(f"{self._name} was stopped by {reason} before all were {place}")
-                if time.monotonic() >= until:
-                    return False
-        except RuntimeError:  # the store is gone
-            raise self._silence() from None
+        look()
+        if self._store.add(place, 1) == self._world.size:  # the last one decides for all
+            stopped = self._store.check(["stopped"])
+            self._store.set(f"all-{place}", self._store.get("stopped").decode() if stopped else "")
+        while not is_set(self._store, f"all-{place}", min(POLL, until - time.monotonic())):
+            self._looks += 1
+            if self._store.add("failures", 0):
+                raise RankError("")
+            look()
+            if time.monotonic() >= until:
+                return False
         return True
 
-    def _is_set(self, key: str, seconds: float) -> bool:
-        """Wait up to so many seconds for a key."""
+    def _look_around(self, silence: timedelta) -> None:
+        """Say that this rank lives, and whether it was stopped; give up those who say nothing."""
         assert self._store is not None
-        try:
-            self._store.wait([key], timedelta(seconds=max(seconds, 0.001)))
-        except RuntimeError:
-            return False
-        return True
+        assert self._attendance is not None
+        if reason := signals.stop_reason():
+            self._store.set("stopped", f"{_stopped(self._name, reason)}")
+        self._attendance.beat()
+        silent = self._attendance.silent(2 + math.ceil(silence.total_seconds() / POLL))
+        if silent:
+            first = self._store.add("failures", 1) == 1
+            time.sleep(GRACE if self._hosts else 0)  # the others still have to ask who failed
+            raise RankError(self._lost(silent, "before training") if first else "")
+
+    def _gone(self) -> RankError:
+        """The store is gone; after a signal nobody is to blame."""
+        _end_if_stopped(self._name)
+        return self._silence()
 
     def _absence(self, timeout: timedelta) -> str:
         missing = self._without("host")
@@ -209,6 +230,25 @@ class Company:
         return self._store.get(f"host/{rank}").decode()
 
 
+class _StoppedError(RankError):
+    """A signal came before all were there; a resume begins where this one was to."""
+
+    exit_code = EXIT_SAVED
+
+
+def _stopped(name: str, reason: str) -> _StoppedError:
+    return _StoppedError(
+        f"{name} was stopped by {reason} before training began; "
+        "nothing is lost: run it again with --resume"
+    )
+
+
+def _end_if_stopped(name: str) -> None:
+    """Until all are here, and where nobody is any more, a signal is reason enough to end."""
+    if reason := signals.stop_reason():
+        raise _stopped(name, reason)
+
+
 class _ToldError(LauncherError):
     """A `UserError` of some rank, as all of them end with it."""
 
@@ -226,34 +266,16 @@ def meet(world: World, timeouts: Timeouts) -> Company:
 
     hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = open_store(*place, timeouts.join, f"rank {world.rank}", None if hosts else "rank 0")
+    name = _full_name(world)
+    _end_if_stopped(name)
+    try:
+        store = open_store(*place, timeouts.join, f"rank {world.rank}", None if hosts else "rank 0")
+    except RankError:
+        _end_if_stopped(name)  # so was rank 0, probably
+        raise
     company = Company(world, PrefixStore(f"launcher/{_attempt()}", store), hosts=hosts)
     company.call_roll(timedelta(seconds=timeouts.join))
     return company
-
-
-def open_store(address: str, port: int, seconds: float, name: str, host: str | None) -> "Store":
-    """The key-value store that `host` keeps there, or with None this process, called `name`.
-
-    Raises `RankError` where nobody answers within so many seconds, or the port is taken.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    try:
-        return TCPStore(
-            address,
-            port,
-            is_master=host is None,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise RankError(
-            f"{name} on {socket.gethostname()} cannot {f'reach {host}' if host else 'listen'} at "
-            f"{address} port {port} within {seconds:g} s: {reason}"
-        ) from None
 
 
 def is_of_others(error: BaseException) -> bool:
@@ -263,6 +285,10 @@ def is_of_others(error: BaseException) -> bool:
     text = str(error).lower()
     of_gloo = isinstance(error, RuntimeError) and any(part in text for part in _OF_OTHERS)
     return isinstance(error, DistError) or of_gloo
+
+
+def _full_name(world: World) -> str:
+    return f"rank {world.rank} of {world.size} on {socket.gethostname()}"
 
 
 def _attempt() -> str:

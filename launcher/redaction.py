@@ -12,12 +12,16 @@ from typing import Any
 HIDDEN = "***"
 SHORTEST = 8  # characters; a shorter value is no secret, and would be found everywhere
 
-_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
-_LOGIN = re.compile(r"(\w[\w+.-]*://)[^\s/@'\"]+@")
+_TELLING = "key|token|secret|password|passwd|passphrase|signature|credential"
+_TELLING_ALONE = "auth|oauth|pass|pat|pwd|sig"  # as whole words: PATH and design are no secrets
+_NAME = re.compile(rf"{_TELLING}|(?<![^\W_])(?:{_TELLING_ALONE})\d*$", re.IGNORECASE)
+_LOGIN = re.compile(r"(\w[\w+.-]*://)[^\s/'\"]+@")  # a password may have an @ of its own
 _PARAMETER = re.compile(
-    r"([?&][^=&\s]*(?:key|token|secret|password|signature|credential)[^=&\s]*=)[^&\s'\"]+",
+    rf"([?&](?:[^=&\s]*(?:{_TELLING})[^=&\s]*|(?:[^=&\s]*[^=&a-z\s])?(?:{_TELLING_ALONE}))=)"
+    r"[^&\s'\"]+",
     re.IGNORECASE,
 )
+_FOLDER = "PWD"  # where the shell is, and no password
 
 
 def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -40,5 +44,6 @@ def cleaned(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:
     """The longest first: one may be a part of another."""
-    found = (v for name, v in environ.items() if _NAME.search(name) and len(v) >= SHORTEST)
+    named = (v for name, v in environ.items() if _NAME.search(name) and name != _FOLDER)
+    found = (value for value in named if len(value) >= SHORTEST)
     return sorted(found, key=len, reverse=True)

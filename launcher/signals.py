@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 
 from launcher.errors import EXIT_INTERRUPTED
@@ -21,6 +22,8 @@ _NEVER = (math.inf, "")
 _received: list[str] = []
 _end = _NEVER
 _parent = os.getppid()
+# What only launching programs set; ACCELERATE_MIXED_PRECISION may be the user's own.
+_MARKS = frozenset(("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID"))
 
 
 @contextmanager
@@ -54,12 +57,37 @@ def stop_reason() -> str:
     moment, reason = _end
     if time.time() >= moment:
         return reason
-    return "the launcher is gone" if is_launched() and os.getppid() != _parent else ""
+    if is_launched() and (os.getppid() != _parent or _is_adopted(_parent)):
+        return "the launcher is gone"
+    return ""
 
 
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether `accelerate launch` or torchrun stands between the user and this process."""
     return "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+
+
+@cache
+def _is_adopted(pid: int) -> bool:
+    """Whether the parent was gone when this process began, and `pid` had taken its place.
+
+    Only where that is certain: init or systemd, which is not Python as all launchers are, and has
+    none of their variables, as a shell that a launcher started would have.
+    """
+    if _MARKS.isdisjoint(os.environ):
+        return False
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        words = [parent.name(), *parent.cmdline()[:1]]
+        if (pid != 1 and words[0] != "systemd") or "python" in " ".join(words):
+            return False
+        return "python" not in parent.exe() and _MARKS.isdisjoint(parent.environ())
+    except psutil.AccessDenied:
+        return True  # it belongs to root, and this process to a user
+    except psutil.Error:
+        return False
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -111,19 +111,20 @@ def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
 
 
 def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
+    patience = occasion.timeouts.of_collectives
     try:
         ready = _prepare(loaded, occasion)
     except UserError as error:
-        company.agree(error)
+        company.agree(error, patience)
         raise
-    company.agree(None)
-    company.found(occasion.timeouts.of_collectives)
+    company.agree(None, patience)
+    company.found(patience)
     accelerator = cluster.join(ready.precision, loaded.recipe.deterministic)
     job = Job(loaded.recipe, ready.plan, accelerator)
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
     learner = prepare(ready.network, job.recipe, accelerator)
-    average_nearby(learner.wrapped, occasion.timeouts.of_collectives)
+    average_nearby(learner.wrapped, patience)
     windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
     job = profiling.shortened(job, windows) if windows else job
     facts = ready.facts | {

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.processes import ACCELERATE, PATIENCE, TORCHRUN_1, Run, ranks_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_config"
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
@@ -88,3 +92,38 @@ def test_an_error_of_the_user_is_said_once_by_all_ranks_together(
     assert done.returncode != 0
     assert done.stderr.count("launcher: epochs=0") == 1
     assert 'File "' not in done.stderr.partition("torch/distributed")[0]
+
+
+@pytest.mark.skipif("python" in psutil.Process(1).name(), reason="may be a launcher itself")
+@pytest.mark.parametrize(
+    "launch",
+    [ACCELERATE, pytest.param(TORCHRUN_1, marks=pytest.mark.slow)],
+    ids=["one", "torchrun"],
+)
+def test_a_process_whose_launcher_is_gone_when_it_begins_does_not_train(
+    launch: tuple[str, ...], tmp_path: Path
+) -> None:
+    orphaned = Run(launch, tmp_path, "--name", "orphan", "epochs=100000")
+    until = time.monotonic() + PATIENCE
+    while not (found := ranks_of(orphaned)):
+        assert time.monotonic() < until, orphaned.text()
+    (orphan,) = found
+    orphan.suspend()
+    orphaned.process.kill()
+    orphaned.process.wait()
+    orphan.resume()
+    try:
+        orphan.wait(PATIENCE)
+    finally:
+        if orphan.is_running():
+            orphan.kill()
+    assert "the launcher is gone" in orphaned.text()
+
+
+@pytest.mark.parametrize("shell", [False, True])
+def test_a_process_that_was_started_by_hand_is_no_orphan(shell: bool, tmp_path: Path) -> None:
+    """Nor one with a shell between it and the launcher."""
+    marks = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
+    python = [sys.executable, "-c", "from launcher import signals; print([signals.stop_reason()])"]
+    command = ["sh", "-c", f"{shlex.join(python)}; true"] if shell else python
+    assert run(command, **marks).stdout == "['']\n"

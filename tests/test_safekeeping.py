@@ -133,12 +133,29 @@ SECRETS = {
     "HF_TOKEN": "hf_planted0123456789",
     "DB_PASSWORD": "pw planted 0123456789",
     "WANDB_API_KEY": API_KEY,
+    "MYSQL_PWD": "pwd-planted-0123456789",
+    "DB_PASS": "pass-planted-0123456789",
+    "github_pat": "pat-planted-0123456789",
+    "NPM_AUTH": "auth-planted-0123456789",
+}
+NO_SECRETS = {
+    "PWD": "/home/planted",
+    "OLDPWD": "/home/planted",
+    "PATH": "/usr/planted",
+    "TESTS_PASSED": "planted-1",
+    "GIT_AUTHOR": "planted-2",
+    "GLIBC_COMPAT": "planted-3",
+    "SSH_AUTH_SOCK": "/tmp/planted",
 }
 IN_ADDRESSES = {
     "https://me:planted-login@host/x": "https://***@host/x",
     "s3://planted-user@bucket": "s3://***@bucket",
     "http://h/x?token=planted-parameter&a=1": "http://h/x?token=***&a=1",
     "http://h/x?X-Amz-Signature=planted-parameter": "http://h/x?X-Amz-Signature=***",
+    "https://h/c?sv=2&sig=planted%3D&sp=r": "https://h/c?sv=2&sig=***&sp=r",
+    "https://h/c?Auth=planted&my_pwd=planted": "https://h/c?Auth=***&my_pwd=***",
+    "https://me:planted@login@host/a@b": "https://***@host/a@b",
+    "https://me:x@host,https://you:y@other": "https://***@host,https://***@other",
 }
 
 
@@ -149,6 +166,8 @@ def test_secrets_are_hidden_and_the_rest_stays() -> None:
         assert redacted(f"see {address}", {}) == f"see {hidden}"
     plain = "https://pytorch.org/docs?page=1 user@host lr=0.1 a:b@c"
     assert redacted(plain, {"KEYBOARD": "us", "TOKENS": "0.1"}) == plain
+    plain = " ".join(NO_SECRETS.values()) + " https://h/x?path=a&design=b&significant=c&author=d"
+    assert redacted(plain, NO_SECRETS) == plain
     nested = {"a": [SECRETS["HF_TOKEN"], 1, None], "b": {"c": True}}
     assert cleaned(nested, SECRETS) == {"a": ["***", 1, None], "b": {"c": True}}
 
@@ -170,6 +189,9 @@ def test_no_output_of_a_run_holds_a_planted_secret(tmp_path: Path) -> None:
     wrong = f"optimizer.lr={SECRETS['DB_PASSWORD']}"
     bad = Run(PYTHON, tmp_path, wrong, recipe=recipe, environment=SECRETS)
     assert bad.end() == 2
+    for shown in ("--dry-run", "--help"):
+        showing = Run(PYTHON, tmp_path, *words, shown, recipe=recipe, environment=SECRETS)
+        assert showing.end() == 0, showing.text()
     recipe.unlink()
     places = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in places)
