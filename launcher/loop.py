@@ -28,7 +28,14 @@ from launcher.metrics import (
     Tally,
     sample_indices,
 )
-from launcher.model import Learner, average_buffers, evaluating, first_parameter, widened
+from launcher.model import (
+    Learner,
+    average_buffers,
+    evaluating,
+    first_parameter,
+    largest_parameter,
+    widened,
+)
 from launcher.plan import START, Position
 from launcher.recipe import Views
 from launcher.step import Job, seed_layers, train_step
@@ -155,6 +162,9 @@ def train_epoch(
             reading = meter.read() if saves or plan.is_reported(step) else None
         if reading is not None:
             refuse_infinite(job, learner, reading, skips, step)
+        if saves or step == plan.epoch_steps(epoch)[-1] or step <= max(job.left_out, default=0):
+            refuse_infinite_parameters(job, learner, step)
+        if reading is not None:
             first = first_classes(logits) if step == 1 else ()
             yield step_report(epoch, step, reading, learner.learning_rate, first)
         if saves:
@@ -213,6 +223,23 @@ def refuse_infinite(job: Job, learner: Learner, reading: Reading, skips: int, st
         raise NotFiniteError(
             f"the gradient was not finite in each of the {skips} steps up to {step}; "
             "the last checkpoint is kept; try a lower rate or clip_norm=1",
+            step,
+        )
+
+
+def refuse_infinite_parameters(job: Job, learner: Learner, step: int) -> None:
+    """Raise `NotFiniteError` where a gradient spoilt the parameters, though its loss was finite.
+
+    Called where the device is waited for: before a state is saved or evaluated; and in the steps
+    that are repeated after a roll back, so that a second one leaves out the very step that did it.
+    With on_nan=skip no such gradient is taken, so if it happens all the same, the run stops.
+    """
+    is_bad = ~largest_parameter(learner).isfinite()
+    if float(job.over_ranks(is_bad.float())) > 0:  # every rank takes the same way
+        raise NotFiniteError(
+            f"a parameter is not finite after step {step} (epoch {job.plan.epoch_of(step)}, "
+            f"learning rate {learner.learning_rate:g}): the gradient of this step or of one before "
+            "was not; the last checkpoint is kept; try a lower rate, precision=bf16 or on_nan=skip",
             step,
         )
 

@@ -120,7 +120,9 @@ def consume(
             break
         except NotFiniteError as error:
             position, seen.best = _roll_back(job, learner, watchers, error)
-            job = replace(job, left_out=job.left_out | {error.step})
+            # Later steps may have been suspected only for what this one did to them.
+            before = {step for step in job.left_out if step < error.step}
+            job = replace(job, left_out=frozenset(before | {error.step}))
     unsaved = "" if seen.stopped else _save_final(learner, watchers)
     _wait_for_writer(watchers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
@@ -137,8 +139,9 @@ def _take(
         _show_step(event, job, data, watchers)
     elif isinstance(event, EpochReport):
         seen.last = Best.of(event)
-        is_best = seen.best is None or seen.last.accuracy > seen.best.accuracy
-        seen.best = seen.last if seen.best is None or is_best else seen.best
+        is_better = seen.best is None or seen.last.accuracy > seen.best.accuracy
+        is_best = is_better and not math.isnan(event.test.loss)
+        seen.best = seen.last if is_best else seen.best
         _show_epoch(event, seen.best, is_best, job, learner, data, watchers)
     else:
         seen.stopped = event.stops
@@ -177,7 +180,7 @@ def _show_step(report: StepReport, job: Job, data: Data, watchers: Watchers) -> 
 
 def _show_epoch(
     report: EpochReport,
-    best: Best,
+    best: Best | None,
     is_best: bool,
     job: Job,
     learner: Learner,
@@ -269,7 +272,8 @@ def closing_rows(outcome: Outcome, watchers: Watchers, data: Data) -> dict[str, 
         rows["data"] = fallback_warning(data)
     if watchers.folder:
         if not outcome.stopped:
-            rows["weights"] = f"{watchers.folder.best} and {watchers.folder.final.name}"
+            best, final = watchers.folder.best, watchers.folder.final
+            rows["weights"] = f"{best} and {final.name}" if outcome.best else f"{final}"
         rows["run folder"] = str(watchers.folder.path)
     if watchers.tracker.where:
         rows["W&B"] = f"{watchers.tracker.mode} {watchers.tracker.where}"
