@@ -9,7 +9,7 @@ from functools import partial
 from hashlib import sha256
 
 from launcher import checkpoints, cluster, runs, signals
-from launcher.checkpoints import Writer
+from launcher.checkpoints import Snapshot, Writer
 from launcher.console import Console, first_step_line, tta_note
 from launcher.datasets import Data
 from launcher.errors import NotFiniteError, TrainingError
@@ -95,6 +95,7 @@ class _Seen:
     last: Best | None = None
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
+    unsaved: str = ""  # that the state could not be saved at the stop
 
 
 def consume(
@@ -109,7 +110,7 @@ def consume(
     """Run the loop and pass its events on, `through` whoever looks at them first.
 
     Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
-    `TrainingError` where the final weights could not be written.
+    `TrainingError` where the final weights, or the state at a stop, could not be written.
     """
     position, seen = start.position if start else START, _Seen(start.best if start else None)
     wishes = _Wishes(cadence)
@@ -123,11 +124,11 @@ def consume(
             # Later steps may have been suspected only for what this one did to them.
             before = {step for step in job.left_out if step < error.step}
             job = replace(job, left_out=frozenset(before | {error.step}))
-    unsaved = "" if seen.stopped else _save_final(learner, watchers)
+    lost = seen.unsaved if seen.stopped else _save_final(learner, watchers)
     _wait_for_writer(watchers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
-    if unsaved:
-        raise TrainingError(unsaved)
+    if lost_by_main := cluster.on_main(job.accelerator, lambda: lost):
+        raise TrainingError(lost_by_main)
     return Outcome(seen.best, seen.last, tuple(seen.losses), seen.stopped)
 
 
@@ -145,7 +146,7 @@ def _take(
         _show_epoch(event, seen.best, is_best, job, learner, data, watchers)
     else:
         seen.stopped = event.stops
-        _save(event, seen.best, job, learner, data, watchers)
+        seen.unsaved = _save(event, seen.best, job, learner, data, watchers)
 
 
 def _roll_back(
@@ -209,10 +210,13 @@ def _save(
     learner: Learner,
     data: Data,
     watchers: Watchers,
-) -> None:
-    """Save a checkpoint: every rank takes part, rank 0 writes."""
+) -> str:
+    """Save a checkpoint: every rank takes part, rank 0 writes, and waits for it before a stop.
+
+    Returns what it means where that last one could not be written, or an empty text.
+    """
     if watchers.folder is None:
-        return
+        return ""
     config = watchers.loaded.config
     state = {
         "position": asdict(point.position),
@@ -225,8 +229,23 @@ def _save(
         "versions": runs.versions(),
     }
     snapshot = checkpoints.capture(learner, job.accelerator, state)
-    if watchers.writer:
-        _complain(watchers.writer.submit(snapshot), watchers)
+    if watchers.writer is None:
+        return ""
+    _complain(watchers.writer.submit(snapshot), watchers)
+    if not point.stops or _is_written(watchers.writer, snapshot, watchers):
+        return ""
+    found, _ = checkpoints.newest(watchers.folder.checkpoints)
+    newest = f"step {checkpoints.place_of(found)[0].step}" if found else "the beginning"
+    return f"stopped by {_reason()}, not saved: --resume goes on from {newest}"
+
+
+def _is_written(writer: Writer, snapshot: Snapshot, watchers: Watchers) -> bool:
+    """Wait for the last checkpoint; where the disk refuses it, try a second time."""
+    complaint = writer.wait()
+    if complaint:
+        _complain(complaint, watchers)
+        complaint = writer.submit(snapshot) or writer.wait()
+    return not complaint
 
 
 def _save_final(learner: Learner, watchers: Watchers) -> str:
@@ -258,12 +277,15 @@ def _complain(text: str, watchers: Watchers) -> None:
         watchers.console.say(f"!!! {text} !!!")
 
 
+def _reason() -> str:
+    return signals.stop_reason() or "a signal to another rank"
+
+
 def closing_rows(outcome: Outcome, watchers: Watchers, data: Data) -> dict[str, str]:
     """What was reached and where it lies."""
     rows = {}
     if outcome.stopped:
-        reason = signals.stop_reason() or "a signal to another rank"
-        rows["stopped"] = f"by {reason}; the same command with --resume goes on from here"
+        rows["stopped"] = f"by {_reason()}; the same command with --resume goes on from here"
     for label, epoch in (("best epoch", outcome.best), ("last epoch", outcome.last)):
         if epoch:
             note = tta_note(epoch.accuracy_tta)

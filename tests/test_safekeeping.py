@@ -3,7 +3,9 @@
 And no secret is kept.
 """
 
+import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,12 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher import cli, files, resuming, runs
-from launcher.checkpoints import load_weights, save_weights
+from launcher import cli, cluster, datasets, files, resuming, runs, signals
+from launcher.checkpoints import Writer, load_weights, newest, save_weights
+from launcher.console import Console
 from launcher.errors import UserError
+from launcher.loading import Loaded
+from launcher.model import build, prepare
+from launcher.plan import Cadence, make_plan
 from launcher.redaction import cleaned, redacted
+from launcher.resuming import Start
 from launcher.runs import RunFolder
-from tests.helpers import Tiny, refused
+from launcher.step import Job
+from launcher.tracking import NullTracker
+from launcher.watching import Watchers, consume
+from tests.helpers import Tiny, refused, tiny_recipe
 from tests.processes import PYTHON, RESUMABLE, Run, fingerprint
 from tests.wandb_server import API_KEY
 
@@ -48,6 +58,51 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
     assert all(name.startswith("step-") for name in names)
     assert Run(PYTHON, tmp_path, *SHORT, "--resume").end() == 0
     assert fingerprint(folder) == fingerprint(whole(tmp_path))
+
+
+@pytest.mark.parametrize("every", ["7", "never"])
+def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
+    every: str, tmp_path: Path
+) -> None:
+    words = ("epochs=400", "--name", "run", "--checkpoint-every", every)
+    run = Run(PYTHON, tmp_path, *words, environment={"COVERAGE_PROCESS_CONFIG": ""})
+    run.wait_for("epoch   2/400")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    run.wait_for("could not be written")  # of the best weights, if of nothing else
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 1
+    assert "goes on from here" not in run.text()
+    resumed = Run(PYTHON, tmp_path, *words, "--resume", "--max-steps", "1")
+    resumed.end()
+    found = re.search(r"resumed after (step \d+)|from (the beginning)", resumed.text())
+    assert found, resumed.text()
+    step = found[1] or found[2]
+    assert f"stopped by SIGTERM, not saved: --resume goes on from {step}\n" in run.text()
+
+
+def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None:
+    loaded = Loaded(tiny_recipe(), "tiny", "", "")
+    data = datasets.load(loaded.recipe.data)
+    folder = runs.create(tmp_path, "run", "tiny")
+    folder.checkpoints.write_text("a file where the folder should be")
+
+    class Repairing(Console):
+        def say(self, text: str) -> None:
+            if "a checkpoint could not be written" in text:
+                folder.checkpoints.unlink()
+
+    plan = make_plan(loaded.recipe, world_size=1, train_images=len(data.train), test_images=10)
+    accelerator = cluster.join("fp32")
+    job = Job(loaded.recipe, plan, accelerator)
+    learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
+    writer = Writer(folder.checkpoints)
+    watchers = Watchers(Repairing(None), NullTracker(), folder, writer, loaded)
+    signals.stop_at(0, "the end of its time")
+    try:
+        assert consume(job, learner, data, Start(folder), watchers, Cadence()).stopped
+    finally:
+        signals.stop_at(math.inf, "")
+    assert newest(folder.checkpoints)[0] == folder.checkpoints / "step-000000001"
 
 
 def whole(folder: Path) -> Path:
