@@ -78,13 +78,10 @@ class _Wishes:
 
     def __init__(self, cadence: Cadence) -> None:
         self._seconds = cadence.minutes * 60 if cadence.minutes else math.inf
-        self._saved = time.monotonic()
+        self.saved = time.monotonic()
 
     def __call__(self) -> tuple[bool, bool]:
-        due = time.monotonic() - self._saved >= self._seconds
-        if due:
-            self._saved = time.monotonic()
-        return bool(signals.stop_reason()), due
+        return bool(signals.stop_reason()), time.monotonic() - self.saved >= self._seconds
 
 
 @dataclass
@@ -118,6 +115,8 @@ def consume(
         try:
             for event in through(fit(job, learner, data, position, wishes)):
                 _take(event, seen, job, learner, data, watchers)
+                if isinstance(event, SavePoint):
+                    wishes.saved = time.monotonic()
             break
         except NotFiniteError as error:
             position, seen.best = _roll_back(job, learner, watchers, error)
