@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from typing import Literal
 
 from launcher import checkpoints, cluster, runs, signals
 from launcher.checkpoints import Snapshot, Writer
@@ -29,12 +30,14 @@ MOST_ROLLBACKS = 10  # a run that needs more does not get better by leaving step
 
 @dataclass(frozen=True)
 class Outcome:
-    """The epoch of the highest test accuracy, the last epoch, and the losses that were read.
+    """The best epoch whose weights are kept, the last epoch, and the losses that were read.
 
-    `stopped` says that a signal ended the run early, with its state saved.
+    `highest` is the epoch of the highest test accuracy: the best one, unless the disk refused its
+    weights. `stopped` says that a signal ended the run early, with its state saved.
     """
 
     best: Best | None
+    highest: Best | None
     last: Best | None
     losses: tuple[float, ...]
     stopped: bool = False
@@ -89,6 +92,7 @@ class _Seen:
     """What the events so far have told."""
 
     best: Best | None
+    highest: Best | None
     last: Best | None = None
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
@@ -109,7 +113,8 @@ def consume(
     Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
     `TrainingError` where the final weights, or the state at a stop, could not be written.
     """
-    position, seen = start.position if start else START, _Seen(start.best if start else None)
+    position, best = (start.position, start.best) if start else (START, None)
+    seen = _Seen(best, highest=best)
     wishes = _Wishes(cadence)
     while True:
         try:
@@ -120,15 +125,16 @@ def consume(
             break
         except NotFiniteError as error:
             position, seen.best = _roll_back(job, learner, watchers, error)
+            seen.highest = seen.best
             # Later steps may have been suspected only for what this one did to them.
             before = {step for step in job.left_out if step < error.step}
             job = replace(job, left_out=frozenset(before | {error.step}))
-    lost = seen.unsaved if seen.stopped else _save_final(learner, watchers)
+    lost = seen.unsaved if seen.stopped else _save_weights("final", learner, watchers)
     _wait_for_writer(watchers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
     if lost_by_main := cluster.on_main(job.accelerator, lambda: lost):
         raise TrainingError(lost_by_main)
-    return Outcome(seen.best, seen.last, tuple(seen.losses), seen.stopped)
+    return Outcome(seen.best, seen.highest, seen.last, tuple(seen.losses), seen.stopped)
 
 
 def _take(
@@ -139,13 +145,19 @@ def _take(
         _show_step(event, job, data, watchers)
     elif isinstance(event, EpochReport):
         seen.last = Best.of(event)
-        is_better = seen.best is None or seen.last.accuracy > seen.best.accuracy
-        is_best = is_better and not math.isnan(event.test.loss)
+        seen.highest = seen.last if _beats(event, seen.highest) else seen.highest
+        is_best = _beats(event, seen.best) and not _save_weights("best", learner, watchers)
         seen.best = seen.last if is_best else seen.best
-        _show_epoch(event, seen.best, is_best, job, learner, data, watchers)
+        _show_epoch(event, seen.best, is_best, job, data, watchers)
     else:
         seen.stopped = event.stops
         seen.unsaved = _save(event, seen.best, job, learner, data, watchers)
+
+
+def _beats(report: EpochReport, best: Best | None) -> bool:
+    """Whether an epoch is the best so far; never where its test loss is not a number."""
+    is_better = best is None or report.test.accuracy > best.accuracy
+    return is_better and not math.isnan(report.test.loss)
 
 
 def _roll_back(
@@ -183,7 +195,6 @@ def _show_epoch(
     best: Best | None,
     is_best: bool,
     job: Job,
-    learner: Learner,
     data: Data,
     watchers: Watchers,
 ) -> None:
@@ -197,9 +208,6 @@ def _show_epoch(
             )
         row = report.metrics() | {"data": data.name}
         _attempt("metrics.jsonl", partial(folder.record, row), watchers)
-        if is_best:
-            save = partial(checkpoints.save_weights, learner.evaluated, folder.best)
-            _attempt("the best weights", save, watchers)
 
 
 def _save(
@@ -247,12 +255,13 @@ def _is_written(writer: Writer, snapshot: Snapshot, watchers: Watchers) -> bool:
     return not complaint
 
 
-def _save_final(learner: Learner, watchers: Watchers) -> str:
-    """Write the weights at the end, on rank 0; returns what went wrong, or an empty text."""
+def _save_weights(which: Literal["best", "final"], learner: Learner, watchers: Watchers) -> str:
+    """Write the present weights, on rank 0; returns what went wrong, or an empty text."""
     if watchers.writer is None or watchers.folder is None:
         return ""
-    save = partial(checkpoints.save_weights, learner.evaluated, watchers.folder.final)
-    return _attempt("the final weights", save, watchers)
+    path = watchers.folder.best if which == "best" else watchers.folder.final
+    save = partial(checkpoints.save_weights, learner.evaluated, path)
+    return _attempt(f"the {which} weights", save, watchers)
 
 
 def _wait_for_writer(watchers: Watchers) -> None:
@@ -289,6 +298,10 @@ def closing_rows(outcome: Outcome, watchers: Watchers, data: Data) -> dict[str, 
         if epoch:
             note = tta_note(epoch.accuracy_tta)
             rows[label] = f"{epoch.epoch}, test accuracy {epoch.accuracy:.2%}{note}"
+    highest = outcome.highest
+    if highest and highest != outcome.best:
+        note = "its weights could not be written"
+        rows["not kept"] = f"epoch {highest.epoch}, test accuracy {highest.accuracy:.2%}: {note}"
     if data.fallback:
         rows["data"] = fallback_warning(data)
     if watchers.folder:

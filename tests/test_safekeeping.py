@@ -9,25 +9,29 @@ import re
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim import Adam
 
 from launcher import cli, cluster, datasets, files, resuming, runs, signals
 from launcher.checkpoints import Writer, load_weights, newest, save_weights
 from launcher.console import Console
 from launcher.errors import UserError
 from launcher.loading import Loaded
+from launcher.metrics import Best, EpochReport
 from launcher.model import build, prepare
-from launcher.plan import Cadence, make_plan
+from launcher.plan import Cadence, Plan, make_plan
 from launcher.redaction import cleaned, redacted
 from launcher.resuming import Start
 from launcher.runs import RunFolder
 from launcher.step import Job
 from launcher.tracking import NullTracker
-from launcher.watching import Watchers, consume
+from launcher.watching import Outcome, Watchers, closing_rows, consume
 from tests.helpers import Tiny, refused, tiny_recipe
 from tests.processes import PYTHON, RESUMABLE, Run, fingerprint
 from tests.wandb_server import API_KEY
@@ -81,8 +85,6 @@ def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
 
 
 def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None:
-    loaded = Loaded(tiny_recipe(), "tiny", "", "")
-    data = datasets.load(loaded.recipe.data)
     folder = runs.create(tmp_path, "run", "tiny")
     folder.checkpoints.write_text("a file where the folder should be")
 
@@ -91,18 +93,51 @@ def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None
             if "a checkpoint could not be written" in text:
                 folder.checkpoints.unlink()
 
-    plan = make_plan(loaded.recipe, world_size=1, train_images=len(data.train), test_images=10)
-    accelerator = cluster.join("fp32")
-    job = Job(loaded.recipe, plan, accelerator)
-    learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
-    writer = Writer(folder.checkpoints)
-    watchers = Watchers(Repairing(None), NullTracker(), folder, writer, loaded)
     signals.stop_at(0, "the end of its time")
     try:
-        assert consume(job, learner, data, Start(folder), watchers, Cadence()).stopped
+        outcome, _ = watched(folder, Repairing(None))
     finally:
         signals.stop_at(math.inf, "")
+    assert outcome.stopped
     assert newest(folder.checkpoints)[0] == folder.checkpoints / "step-000000001"
+
+
+def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcome, dict[str, str]]:
+    """What becomes of a tiny run in this process, and its closing rows."""
+    loaded = Loaded(tiny_recipe(**changes), "tiny", "", "")
+    data = datasets.load(loaded.recipe.data)
+    plan = make_plan(
+        loaded.recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
+    )
+    accelerator = cluster.join("fp32")
+    learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
+    watchers = Watchers(console, NullTracker(), folder, Writer(folder.checkpoints), loaded)
+    job = Job(loaded.recipe, plan, accelerator)
+    outcome = consume(job, learner, data, Start(folder), watchers, Cadence())
+    return outcome, closing_rows(outcome, watchers, data)
+
+
+def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
+    folder = runs.create(tmp_path, "run", "tiny")
+    accuracies, marks = [], []
+
+    class Obstructing(Console):
+        def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+            accuracies.append(report.test.accuracy)
+            marks.append(is_best)
+            (folder.path / f".best.safetensors.{os.getpid()}").mkdir(exist_ok=True)
+
+    optimizer = partial(Adam, lr=0.1)
+    outcome, shown = watched(folder, Obstructing(None), epochs=8, optimizer=optimizer)
+    highest = max(accuracies)
+    assert highest > accuracies[0]
+    assert marks == [True] + [False] * 7
+    assert outcome.best == Best(1, accuracies[0])
+    assert shown["best epoch"] == f"1, test accuracy {accuracies[0]:.2%}"
+    epoch = accuracies.index(highest) + 1
+    assert shown["not kept"] == (
+        f"epoch {epoch}, test accuracy {highest:.2%}: its weights could not be written"
+    )
 
 
 def whole(folder: Path) -> Path:
