@@ -17,7 +17,8 @@ from launcher import Recipe, model
 from launcher.batches import Batches, Normalise
 from launcher.cluster import join
 from launcher.datasets import Data
-from launcher.loop import evaluate, train_epoch
+from launcher.evaluation import evaluate
+from launcher.loop import train_epoch
 from launcher.metrics import StepReport
 from launcher.plan import make_plan
 from launcher.step import Job

@@ -3,7 +3,7 @@
 A rank that left the loop alone would leave the others waiting in a collective. So the ranks add up
 their wishes, about once a second: often enough for any grace period, and too seldom to be seen in
 the speed. The number of steps between two questions follows from the mean time of a step over all
-ranks, which all ranks know alike.
+ranks, which all ranks know alike. An evaluation has larger batches: it asks before each of them.
 """
 
 import time
@@ -16,8 +16,12 @@ SECONDS_BETWEEN = 1.0
 MOST_STEPS_BETWEEN = 1000
 
 
+class StoppedError(Exception):
+    """The ranks agreed to stop in the middle of something that has no result yet."""
+
+
 class Agreement:
-    """What all ranks do after a step."""
+    """What all ranks do after a step, or within an evaluation."""
 
     def __init__(
         self,
@@ -31,6 +35,13 @@ class Agreement:
         self._wishes = wishes
         self._steps, self._every = 0, 1
         self._asked = time.perf_counter()
+
+    def stops(self) -> bool:
+        """Whether to stop, asked at once and outside the steps. Every rank must ask as often."""
+        mine = self._wishes()[0]
+        if self._world_size == 1:
+            return mine
+        return float(self._over_ranks(torch.tensor(float(mine), device=self._device))) > 0
 
     def after_step(self) -> tuple[bool, bool]:
         """Whether to stop and whether to save now: the same on every rank. Call it every step."""

@@ -2,7 +2,7 @@
 
     LauncherError          the run did not succeed                              exit code 1
     ├── TrainingError      training itself went wrong                           exit code 1
-    │   └── NotFiniteError     that is: the loss is not finite
+    │   └── NotFiniteError     that is: the loss or a parameter is not finite
     ├── RankError          one rank failed: it speaks, whichever it is          exit code 1
     └── UserError          what was typed or given cannot be trained            exit code 2
 
@@ -31,7 +31,7 @@ class TrainingError(LauncherError):
 
 
 class NotFiniteError(TrainingError):
-    """The loss or the gradient of `step` is not a finite number."""
+    """The loss or the gradient of `step`, or what came of it, is not a finite number."""
 
     def __init__(self, message: str, step: int) -> None:
         self.step = step

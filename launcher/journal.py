@@ -38,7 +38,9 @@ def step_scalars(report: StepReport) -> dict[str, float]:
     }
 
 
-def epoch_scalars(report: EpochReport, best: Best, classes: Sequence[str]) -> dict[str, float]:
+def epoch_scalars(
+    report: EpochReport, best: Best | None, classes: Sequence[str]
+) -> dict[str, float]:
     """What a report of an epoch is called in W&B: `train_epoch/` is the mean of an epoch."""
     numbers = {k: v for k, v in report.metrics().items() if not isinstance(v, list)}
     scalars = {name.replace("train/", "train_epoch/"): value for name, value in numbers.items()}
@@ -46,7 +48,9 @@ def epoch_scalars(report: EpochReport, best: Best, classes: Sequence[str]) -> di
     if len(classes) <= MOST_CLASS_CURVES:
         pairs = zip(classes, report.test.per_class, strict=True)
         scalars.update({f"test/class_accuracy/{c}": a for c, a in pairs if a is not None})
-    return {**scalars, "best/test_accuracy": best.accuracy, "best/epoch": best.epoch}
+    if best:
+        scalars |= {"best/test_accuracy": best.accuracy, "best/epoch": best.epoch}
+    return scalars
 
 
 class Journal:

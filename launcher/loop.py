@@ -10,31 +10,25 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from launcher.agreement import Agreement
-from launcher.batches import Batches, Normalise, layer_seeds, piece_bounds
+from launcher.agreement import Agreement, StoppedError
+from launcher.batches import Batches, Normalise, layer_seeds
 from launcher.datasets import Data, ImageSet
 from launcher.errors import NotFiniteError, UserError
-from launcher.metrics import (
-    EpochReport,
-    Evaluation,
-    Meter,
-    Reading,
-    StepReport,
-    Tally,
-    sample_indices,
+from launcher.evaluation import evaluate, score_samples
+from launcher.metrics import EpochReport, Meter, Reading, StepReport
+from launcher.model import (
+    Learner,
+    average_buffers,
+    first_parameter,
+    largest_parameter,
+    widened,
 )
-from launcher.model import Learner, average_buffers, evaluating, first_parameter, widened
 from launcher.plan import START, Position
-from launcher.recipe import Views
 from launcher.step import Job, seed_layers, train_step
 
-# Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.
-EVALUATION_BATCH, EVALUATION_BATCH_ON_CPU = 1000, 250
 MOST_SKIPPED = 20  # steps in a row without an update, before the run stops
 FIRST_PREDICTIONS = 5  # images whose predicted classes are shown after the first step
 
@@ -65,38 +59,64 @@ def fit(
     """Train from `start` on: a `StepReport` at each log interval, an `EpochReport` per epoch.
 
     After each step `wishes` is asked whether this rank wants to stop, and whether it wants to save;
-    a `SavePoint` follows when any rank does, or the plan. Every rank must run it to its end, since
-    reports add sums over the ranks. Raises `NotFiniteError` when the loss is not finite.
+    a `SavePoint` follows when any rank does, or the plan. A stop within an evaluation leaves it
+    to the resumed run. Every rank must run it to its end, since reports add sums over the ranks.
+    Raises `NotFiniteError` when the loss or a parameter is not finite.
     """
-    recipe, plan, device = job.recipe, job.plan, job.accelerator.device
+    plan, device = job.plan, job.accelerator.device
     test, normalise = data.test.to(device), normalisation(job, learner, data)
     batches = batches_of(job, data, normalise)
     agreement = Agreement(job.over_ranks, plan.world_size, device, wishes)
     learner.network.train()
     for epoch in range(start.epochs + 1, plan.last_epoch + 1):
         started = time.perf_counter()
-        trained = yield from train_epoch(job, learner, batches, epoch, start, agreement)
-        if trained is None:
+        meter = yield from train_epoch(job, learner, batches, epoch, start, agreement)
+        if meter is None:
             return
-        loss, images_per_second = trained
-        average_buffers(learner.evaluated, job.accelerator)
-        evaluation = evaluate(job, learner.evaluated, test, normalise)
-        augmented = None
-        if recipe.views is not None and epoch == plan.last_epoch:
-            augmented = evaluate(job, learner.evaluated, test, normalise, recipe.views)
-        yield EpochReport(
-            epoch=epoch,
-            step=plan.epoch_steps(epoch)[-1],
-            train_loss=loss,
-            learning_rate=learner.learning_rate,
-            images_per_second=images_per_second,
-            seconds=time.perf_counter() - started,
-            test=evaluation,
-            probabilities=score_samples(job, learner.evaluated, test, normalise),
-            test_tta=augmented,
-        )
+        buffers = [buffer.clone() for buffer in learner.evaluated.buffers()]
+        try:
+            report = epoch_report(job, learner, test, normalise, epoch, meter, started, agreement)
+        except StoppedError:
+            for buffer, value in zip(learner.evaluated.buffers(), buffers, strict=True):
+                buffer.copy_(value)  # a mean over ranks, averaged again, may be rounded again
+            yield SavePoint(position_within(epoch, plan.epoch_steps(epoch)[-1], meter), True)
+            return
+        yield report
         if plan.is_saved_after_epoch(epoch):
             yield SavePoint(plan.position_after(epoch))
+
+
+def epoch_report(
+    job: Job,
+    learner: Learner,
+    test: ImageSet,
+    normalise: Normalise,
+    epoch: int,
+    meter: Meter,
+    started: float,
+    agreement: Agreement,
+) -> EpochReport:
+    """Evaluate what an epoch has trained. Raises `StoppedError` where the ranks agree to stop."""
+    recipe, plan = job.recipe, job.plan
+    step = plan.epoch_steps(epoch)[-1]
+    loss, images_per_second = meter.epoch()
+    average_buffers(learner.evaluated, job.accelerator)
+    evaluation = evaluate(job, learner.evaluated, test, normalise, agreement=agreement)
+    augmented = None
+    if recipe.views is not None and epoch == plan.last_epoch:
+        augmented = evaluate(job, learner.evaluated, test, normalise, recipe.views, agreement)
+    return EpochReport(
+        epoch=epoch,
+        step=step,
+        train_loss=loss,
+        # Not the optimizer's: in a run resumed before this evaluation it has not been set yet.
+        learning_rate=learner.rate_at(plan.progress(step), recipe.schedule),
+        images_per_second=images_per_second,
+        seconds=time.perf_counter() - started,
+        test=evaluation,
+        probabilities=score_samples(job, learner.evaluated, test, normalise),
+        test_tta=augmented,
+    )
 
 
 def normalisation(job: Job, learner: Learner, data: Data) -> Normalise:
@@ -135,8 +155,8 @@ def train_epoch(
     epoch: int,
     start: Position = START,
     agreement: Agreement | None = None,
-) -> Generator[StepReport | SavePoint, None, tuple[float, float] | None]:
-    """Train one epoch, or what `start` leaves of it; return its mean loss and images/s.
+) -> Generator[StepReport | SavePoint, None, Meter | None]:
+    """Train one epoch, or what `start` leaves of it; return its measurements.
 
     Returns None where the ranks agreed to stop before its end.
     """
@@ -155,13 +175,16 @@ def train_epoch(
             reading = meter.read() if saves or plan.is_reported(step) else None
         if reading is not None:
             refuse_infinite(job, learner, reading, skips, step)
+        if saves or step == plan.epoch_steps(epoch)[-1] or step <= max(job.left_out, default=0):
+            refuse_infinite_parameters(job, learner, step)
+        if reading is not None:
             first = first_classes(logits) if step == 1 else ()
             yield step_report(epoch, step, reading, learner.learning_rate, first)
         if saves:
-            yield SavePoint(Position(step, epoch - 1, meter.loss_sum, meter.images), stops)
+            yield SavePoint(position_within(epoch, step, meter), stops)
         if stops:
             return None
-    return meter.epoch()
+    return meter
 
 
 @contextmanager
@@ -179,6 +202,11 @@ def located(step: int, epoch: int) -> Iterator[None]:
             ) from None
         error.add_note(f"in step {step} (epoch {epoch})")
         raise
+
+
+def position_within(epoch: int, step: int, meter: Meter) -> Position:
+    """After a step of an epoch that is not evaluated yet."""
+    return Position(step, epoch - 1, meter.loss_sum, meter.images)
 
 
 def resumed_meter(job: Job, epoch: int, start: Position) -> Meter:
@@ -217,37 +245,23 @@ def refuse_infinite(job: Job, learner: Learner, reading: Reading, skips: int, st
         )
 
 
+def refuse_infinite_parameters(job: Job, learner: Learner, step: int) -> None:
+    """Raise `NotFiniteError` where a gradient spoilt the parameters, though its loss was finite.
+
+    Called where the device is waited for: before a state is saved or evaluated; and in the steps
+    that are repeated after a roll back, so that a second one leaves out the very step that did it.
+    With on_nan=skip no such gradient is taken, so if it happens all the same, the run stops.
+    """
+    is_bad = ~largest_parameter(learner).isfinite()
+    if float(job.over_ranks(is_bad.float())) > 0:  # every rank takes the same way
+        raise NotFiniteError(
+            f"a parameter is not finite after step {step} (epoch {job.plan.epoch_of(step)}, "
+            f"learning rate {learner.learning_rate:g}): the gradient of this step or of one before "
+            "was not; the last checkpoint is kept; try a lower rate, precision=bf16 or on_nan=skip",
+            step,
+        )
+
+
 def first_classes(logits: Tensor) -> tuple[int, ...]:
     """The predicted classes of the first images of a batch."""
     return tuple(logits[:FIRST_PREDICTIONS].argmax(dim=1).tolist())
-
-
-def evaluate(
-    job: Job, network: nn.Module, test: ImageSet, normalise: Normalise, views: Views | None = None
-) -> Evaluation:
-    """Evaluate each test image exactly once, on whichever rank; by its `views` where given."""
-    accelerator = job.accelerator
-    tally = Tally(len(test.classes), accelerator.device)
-    start, stop = piece_bounds(len(test), accelerator.num_processes, accelerator.process_index)
-    on_cpu = accelerator.device.type == "cpu"
-    size = EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH
-    with evaluating(network) as score, accelerator.autocast():
-        for first in range(start, stop, size):
-            part = slice(first, min(first + size, stop))
-            images = normalise(test.images[part])
-            logits = widened(views(score, images) if views else score(images))
-            labels = test.labels[part]
-            tally.add(logits, labels, job.recipe.loss(logits, labels))
-    evaluation = tally.evaluation(job.over_ranks(tally.counts))
-    assert evaluation.images == len(test), "an image was counted twice or not at all"
-    return evaluation
-
-
-def score_samples(
-    job: Job, network: nn.Module, test: ImageSet, normalise: Normalise
-) -> NDArray[Any]:
-    """Class probabilities `(36, classes)` of the fixed sample images."""
-    chosen = test.images[sample_indices(len(test))]
-    with evaluating(network), job.accelerator.autocast():
-        # Not through a compiled call: these few images are not worth another compilation.
-        return widened(network.forward(normalise(chosen))).softmax(dim=1).cpu().numpy()

@@ -1,5 +1,6 @@
 """The network: built, checked against the data, averaged, handed to Accelerate."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -211,6 +213,17 @@ def evaluating(network: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
             yield network
     finally:
         network.train()
+
+
+def largest_parameter(learner: Learner) -> Tensor:
+    """The largest magnitude among what is trained and its average; finite only if each of them is.
+
+    Buffers and frozen parameters do not count: a mask may well be infinite.
+    """
+    trained = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    if learner.average is not None:
+        trained += [p for p in learner.average.parameters() if p.requires_grad]
+    return get_total_norm([p.detach() for p in trained if p.numel()], math.inf)
 
 
 def count_parameters(network: nn.Module) -> int:

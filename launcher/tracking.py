@@ -48,7 +48,7 @@ class NullTracker:
     def log_step(self, report: StepReport) -> None:
         """Do nothing."""
 
-    def log_epoch(self, report: EpochReport, best: Best) -> None:
+    def log_epoch(self, report: EpochReport, best: Best | None) -> None:
         """Do nothing."""
 
     def finish(self, exit_code: int) -> None:
@@ -84,7 +84,7 @@ class WandbTracker:
             if self._journal.is_new("step", report.step):  # else replayed after a resume
                 self._log(step_scalars(report))
 
-    def log_epoch(self, report: EpochReport, best: Best) -> None:
+    def log_epoch(self, report: EpochReport, best: Best | None) -> None:
         """Record an epoch, the best one so far, and later the sample images and the tables."""
         with self._only_warning():
             if not self._journal.is_new("epoch", report.epoch):

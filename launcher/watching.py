@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from typing import Literal
 
 from launcher import checkpoints, cluster, runs, signals
-from launcher.checkpoints import Writer
+from launcher.checkpoints import Snapshot, Writer
 from launcher.console import Console, first_step_line, tta_note
 from launcher.datasets import Data
 from launcher.errors import NotFiniteError, TrainingError
@@ -29,12 +30,14 @@ MOST_ROLLBACKS = 10  # a run that needs more does not get better by leaving step
 
 @dataclass(frozen=True)
 class Outcome:
-    """The epoch of the highest test accuracy, the last epoch, and the losses that were read.
+    """The best epoch whose weights are kept, the last epoch, and the losses that were read.
 
-    `stopped` says that a signal ended the run early, with its state saved.
+    `highest` is the epoch of the highest test accuracy: the best one, unless the disk refused its
+    weights. `stopped` says that a signal ended the run early, with its state saved.
     """
 
     best: Best | None
+    highest: Best | None
     last: Best | None
     losses: tuple[float, ...]
     stopped: bool = False
@@ -78,13 +81,10 @@ class _Wishes:
 
     def __init__(self, cadence: Cadence) -> None:
         self._seconds = cadence.minutes * 60 if cadence.minutes else math.inf
-        self._saved = time.monotonic()
+        self.saved = time.monotonic()
 
     def __call__(self) -> tuple[bool, bool]:
-        due = time.monotonic() - self._saved >= self._seconds
-        if due:
-            self._saved = time.monotonic()
-        return bool(signals.stop_reason()), due
+        return bool(signals.stop_reason()), time.monotonic() - self.saved >= self._seconds
 
 
 @dataclass
@@ -92,9 +92,11 @@ class _Seen:
     """What the events so far have told."""
 
     best: Best | None
+    highest: Best | None
     last: Best | None = None
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
+    unsaved: str = ""  # that the state could not be saved at the stop
 
 
 def consume(
@@ -109,24 +111,30 @@ def consume(
     """Run the loop and pass its events on, `through` whoever looks at them first.
 
     Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
-    `TrainingError` where the final weights could not be written.
+    `TrainingError` where the final weights, or the state at a stop, could not be written.
     """
-    position, seen = start.position if start else START, _Seen(start.best if start else None)
+    position, best = (start.position, start.best) if start else (START, None)
+    seen = _Seen(best, highest=best)
     wishes = _Wishes(cadence)
     while True:
         try:
             for event in through(fit(job, learner, data, position, wishes)):
                 _take(event, seen, job, learner, data, watchers)
+                if isinstance(event, SavePoint):
+                    wishes.saved = time.monotonic()
             break
         except NotFiniteError as error:
             position, seen.best = _roll_back(job, learner, watchers, error)
-            job = replace(job, left_out=job.left_out | {error.step})
-    unsaved = "" if seen.stopped else _save_final(learner, watchers)
+            seen.highest = seen.best
+            # Later steps may have been suspected only for what this one did to them.
+            before = {step for step in job.left_out if step < error.step}
+            job = replace(job, left_out=frozenset(before | {error.step}))
+    lost = seen.unsaved if seen.stopped else _save_weights("final", learner, watchers)
     _wait_for_writer(watchers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
-    if unsaved:
-        raise TrainingError(unsaved)
-    return Outcome(seen.best, seen.last, tuple(seen.losses), seen.stopped)
+    if lost_by_main := cluster.on_main(job.accelerator, lambda: lost):
+        raise TrainingError(lost_by_main)
+    return Outcome(seen.best, seen.highest, seen.last, tuple(seen.losses), seen.stopped)
 
 
 def _take(
@@ -137,12 +145,19 @@ def _take(
         _show_step(event, job, data, watchers)
     elif isinstance(event, EpochReport):
         seen.last = Best.of(event)
-        is_best = seen.best is None or seen.last.accuracy > seen.best.accuracy
-        seen.best = seen.last if seen.best is None or is_best else seen.best
-        _show_epoch(event, seen.best, is_best, job, learner, data, watchers)
+        seen.highest = seen.last if _beats(event, seen.highest) else seen.highest
+        is_best = _beats(event, seen.best) and not _save_weights("best", learner, watchers)
+        seen.best = seen.last if is_best else seen.best
+        _show_epoch(event, seen.best, is_best, job, data, watchers)
     else:
         seen.stopped = event.stops
-        _save(event, seen.best, job, learner, data, watchers)
+        seen.unsaved = _save(event, seen.best, job, learner, data, watchers)
+
+
+def _beats(report: EpochReport, best: Best | None) -> bool:
+    """Whether an epoch is the best so far; never where its test loss is not a number."""
+    is_better = best is None or report.test.accuracy > best.accuracy
+    return is_better and not math.isnan(report.test.loss)
 
 
 def _roll_back(
@@ -177,10 +192,9 @@ def _show_step(report: StepReport, job: Job, data: Data, watchers: Watchers) -> 
 
 def _show_epoch(
     report: EpochReport,
-    best: Best,
+    best: Best | None,
     is_best: bool,
     job: Job,
-    learner: Learner,
     data: Data,
     watchers: Watchers,
 ) -> None:
@@ -194,9 +208,6 @@ def _show_epoch(
             )
         row = report.metrics() | {"data": data.name}
         _attempt("metrics.jsonl", partial(folder.record, row), watchers)
-        if is_best:
-            save = partial(checkpoints.save_weights, learner.evaluated, folder.best)
-            _attempt("the best weights", save, watchers)
 
 
 def _save(
@@ -206,10 +217,13 @@ def _save(
     learner: Learner,
     data: Data,
     watchers: Watchers,
-) -> None:
-    """Save a checkpoint: every rank takes part, rank 0 writes."""
+) -> str:
+    """Save a checkpoint: every rank takes part, rank 0 writes, and waits for it before a stop.
+
+    Returns what it means where that last one could not be written, or an empty text.
+    """
     if watchers.folder is None:
-        return
+        return ""
     config = watchers.loaded.config
     state = {
         "position": asdict(point.position),
@@ -224,16 +238,32 @@ def _save(
         "versions": runs.versions(),
     }
     snapshot = checkpoints.capture(learner, job.accelerator, state)
-    if watchers.writer:
-        _complain(watchers.writer.submit(snapshot), watchers)
+    if watchers.writer is None:
+        return ""
+    _complain(watchers.writer.submit(snapshot), watchers)
+    if not point.stops or _is_written(watchers.writer, snapshot, watchers):
+        return ""
+    found, _ = checkpoints.newest(watchers.folder.checkpoints)
+    newest = f"step {checkpoints.place_of(found)[0].step}" if found else "the beginning"
+    return f"stopped by {_reason()}, not saved: --resume goes on from {newest}"
 
 
-def _save_final(learner: Learner, watchers: Watchers) -> str:
-    """Write the weights at the end, on rank 0; returns what went wrong, or an empty text."""
+def _is_written(writer: Writer, snapshot: Snapshot, watchers: Watchers) -> bool:
+    """Wait for the last checkpoint; where the disk refuses it, try a second time."""
+    complaint = writer.wait()
+    if complaint:
+        _complain(complaint, watchers)
+        complaint = writer.submit(snapshot) or writer.wait()
+    return not complaint
+
+
+def _save_weights(which: Literal["best", "final"], learner: Learner, watchers: Watchers) -> str:
+    """Write the present weights, on rank 0; returns what went wrong, or an empty text."""
     if watchers.writer is None or watchers.folder is None:
         return ""
-    save = partial(checkpoints.save_weights, learner.evaluated, watchers.folder.final)
-    return _attempt("the final weights", save, watchers)
+    path = watchers.folder.best if which == "best" else watchers.folder.final
+    save = partial(checkpoints.save_weights, learner.evaluated, path)
+    return _attempt(f"the {which} weights", save, watchers)
 
 
 def _wait_for_writer(watchers: Watchers) -> None:
@@ -257,21 +287,29 @@ def _complain(text: str, watchers: Watchers) -> None:
         watchers.console.say(f"!!! {text} !!!")
 
 
+def _reason() -> str:
+    return signals.stop_reason() or "a signal to another rank"
+
+
 def closing_rows(outcome: Outcome, watchers: Watchers, data: Data) -> dict[str, str]:
     """What was reached and where it lies."""
     rows = {}
     if outcome.stopped:
-        reason = signals.stop_reason() or "a signal to another rank"
-        rows["stopped"] = f"by {reason}; the same command with --resume goes on from here"
+        rows["stopped"] = f"by {_reason()}; the same command with --resume goes on from here"
     for label, epoch in (("best epoch", outcome.best), ("last epoch", outcome.last)):
         if epoch:
             note = tta_note(epoch.accuracy_tta)
             rows[label] = f"{epoch.epoch}, test accuracy {epoch.accuracy:.2%}{note}"
+    highest = outcome.highest
+    if highest and highest != outcome.best:
+        note = "its weights could not be written"
+        rows["not kept"] = f"epoch {highest.epoch}, test accuracy {highest.accuracy:.2%}: {note}"
     if data.fallback:
         rows["data"] = fallback_warning(data)
     if watchers.folder:
         if not outcome.stopped:
-            rows["weights"] = f"{watchers.folder.best} and {watchers.folder.final.name}"
+            best, final = watchers.folder.best, watchers.folder.final
+            rows["weights"] = f"{best} and {final.name}" if outcome.best else f"{final}"
         rows["run folder"] = str(watchers.folder.path)
     if watchers.tracker.where:
         rows["W&B"] = f"{watchers.tracker.mode} {watchers.tracker.where}"

@@ -13,11 +13,14 @@ from tests.processes import PATIENCE, PYTHON, ROOT, TORCHRUN, TORCHRUN_4, Run, f
 
 FAILING = ROOT / "tests" / "failing.py"
 SHORT = ("epochs=4", "--name", "run", "--checkpoint-every", "7")
+EPOCHS = ("--checkpoint-every", "1e")
 HOST = re.escape(socket.gethostname())
 
 
-def failing(launch: tuple[str, ...], folder: Path, fail: str, *words: str, rank: int = 1) -> Run:
-    environment = {"FAIL": fail, "FAIL_RANK": str(rank)}
+def failing(
+    launch: tuple[str, ...], folder: Path, fail: str, *words: str, rank: int = 1, at: str = "40"
+) -> Run:
+    environment = {"FAIL": fail, "FAIL_RANK": str(rank), "FAIL_PASS": at}
     return Run(launch, folder, *SHORT, *words, recipe=FAILING, environment=environment)
 
 
@@ -113,13 +116,57 @@ def nan_run(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON, rank: i
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
-    run = nan_run(tmp_path, "--checkpoint-every", "1e", "--log-every", "25", "clip_norm=none")
+    run = nan_run(tmp_path, *EPOCHS, "--log-every", "25", "clip_norm=none")
     assert run.end() == 1
     # The losses are read after step 50, and name the step all the same.
     assert "the loss is not finite at step 40 (epoch 2, learning rate 0.000" in run.text()
     assert "gradient norm nan at step 50" in run.text()
     names = [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir()]
     assert names == ["step-000000025"]
+
+
+def test_a_gradient_that_is_not_finite_replaces_no_good_state(tmp_path: Path) -> None:
+    """Under a finite loss, at the last step of an epoch: the next loss would come too late."""
+    run = failing(PYTHON, tmp_path, "gradient", *EPOCHS, "clip_norm=none", rank=0, at="50")
+    assert run.end() == 1
+    assert "a parameter is not finite after step 50 (epoch 2, learning rate 0.000" in run.text()
+    folder = tmp_path / "runs" / "run"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000025"]
+    for path in (
+        folder / "best.safetensors",
+        folder / "checkpoints/step-000000025/weights.safetensors",
+    ):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+@pytest.mark.slow
+def test_rolling_back_finds_the_step_whose_gradient_was_not_finite(tmp_path: Path) -> None:
+    """The loss is not finite from step 39 on; with 39 left out, 38 fails again, and is found."""
+    prints = {}
+    for on_nan, at in (("skip", "38"), ("rollback", "38,42")):
+        folder = tmp_path / on_nan
+        folder.mkdir()
+        run = failing(TORCHRUN, folder, "gradient", f"on_nan={on_nan}", at=at)
+        assert run.end() == 0, run.text()
+        prints[on_nan] = fingerprint(folder / "runs" / "run")
+    assert "rolled back to step 35; step 39 is left out" in run.text()
+    assert "rolled back to step 35; step 38 is left out" in run.text()
+    assert prints["skip"] == prints["rollback"]
+
+
+def test_an_evaluation_whose_loss_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    recipe = tmp_path / "blind.py"
+    recipe.write_text(
+        "from dataclasses import replace\nimport math\nfrom tests import resumable\n"
+        "class Blind(resumable.Network):\n    def forward(self, images):\n"
+        "        return super().forward(images) * (1 if self.training else math.nan)\n"
+        "recipe = replace(resumable.recipe, model=Blind)\n"
+    )
+    run = Run(PYTHON, tmp_path, *SHORT, "epochs=1", "--wandb", "offline", recipe=recipe)
+    assert run.end() == 0, run.text()
+    assert "epoch 1/1" in run.text()
+    assert "best" not in run.text()
+    assert not (tmp_path / "runs" / "run" / "best.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -46,10 +46,11 @@ def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "whole"
 
 
-def rows(run: Path) -> list[tuple[object, ...]]:
+def rows(run: Path) -> list[dict[str, object]]:
     """The figures of each epoch that do not depend on the clock."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(x["epoch"], x["step"], x["train/loss"], x["test/loss"]) for x in lines]
+    clock = {"seconds", "train/images_per_second"}
+    return [{name: x[name] for name in x.keys() - clock} for x in lines]
 
 
 def resume(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON) -> Run:
@@ -73,6 +74,54 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     assert "resumed after step" in resume(tmp_path).text()
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
     assert rows(tmp_path / "runs" / "cut") == rows(whole)
+
+
+INTERRUPTED = """
+import os, signal
+from dataclasses import replace
+from launcher import evaluation
+from tests import resumable
+
+evaluation.EVALUATION_BATCH_ON_CPU = 50
+signalling = int(os.environ.get("AT", 0)) if os.environ.get("RANK", "0") == "0" else 0
+
+class Interrupted(resumable.Network):
+    evaluated = 0
+
+    def forward(self, images):
+        Interrupted.evaluated += not self.training
+        if not self.training and Interrupted.evaluated == signalling:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().forward(images)
+
+recipe = replace(resumable.recipe, model=Interrupted, epochs=3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launch", "passes"),  # of an epoch's evaluation on one rank, with that of the samples
+    [(PYTHON, 6), pytest.param(TORCHRUN, 4, marks=pytest.mark.slow)],
+    ids=["one", "two"],
+)
+def test_a_signal_within_an_evaluation_leaves_it_to_the_resumed_run(
+    launch: tuple[str, ...], passes: int, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "interrupted.py"
+    recipe.write_text(INTERRUPTED)
+    plain = Run(launch, tmp_path, "--name", "whole", recipe=recipe)
+    assert plain.end() == 0, plain.text()
+    second = {"AT": str(1 + passes + 2)}  # pass of the second epoch's; the first tries the network
+    cut = Run(launch, tmp_path, "--name", "cut", recipe=recipe, environment=second)
+    cut.end()
+    assert "goes on from here" in cut.text()
+    assert "epoch 2/3" not in cut.text()
+    resumed = Run(launch, tmp_path, "--name", "cut", "--resume", recipe=recipe)
+    assert resumed.end() == 0, resumed.text()
+    assert "resumed after step 50" in resumed.text()
+    folders = [tmp_path / "runs" / name for name in ("whole", "cut")]
+    assert rows(folders[0]) == rows(folders[1])
+    for name in ("best.safetensors", "final.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -3,22 +3,36 @@
 And no secret is kept.
 """
 
+import math
 import os
+import re
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim import Adam
 
-from launcher import cli, files, resuming, runs
-from launcher.checkpoints import load_weights, save_weights
+from launcher import cli, cluster, datasets, files, resuming, runs, signals
+from launcher.checkpoints import Writer, load_weights, newest, save_weights
+from launcher.console import Console
 from launcher.errors import UserError
+from launcher.loading import Loaded
+from launcher.metrics import Best, EpochReport
+from launcher.model import build, prepare
+from launcher.plan import Cadence, Plan, make_plan
 from launcher.redaction import cleaned, redacted
+from launcher.resuming import Start
 from launcher.runs import RunFolder
-from tests.helpers import Tiny, refused
+from launcher.step import Job
+from launcher.tracking import NullTracker
+from launcher.watching import Outcome, Watchers, closing_rows, consume
+from tests.helpers import Tiny, refused, tiny_recipe
 from tests.processes import PYTHON, RESUMABLE, Run, fingerprint
 from tests.wandb_server import API_KEY
 
@@ -48,6 +62,82 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
     assert all(name.startswith("step-") for name in names)
     assert Run(PYTHON, tmp_path, *SHORT, "--resume").end() == 0
     assert fingerprint(folder) == fingerprint(whole(tmp_path))
+
+
+@pytest.mark.parametrize("every", ["7", "never"])
+def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
+    every: str, tmp_path: Path
+) -> None:
+    words = ("epochs=400", "--name", "run", "--checkpoint-every", every)
+    run = Run(PYTHON, tmp_path, *words, environment={"COVERAGE_PROCESS_CONFIG": ""})
+    run.wait_for("epoch   2/400")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    run.wait_for("could not be written")  # of the best weights, if of nothing else
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 1
+    assert "goes on from here" not in run.text()
+    resumed = Run(PYTHON, tmp_path, *words, "--resume", "--max-steps", "1")
+    resumed.end()
+    found = re.search(r"resumed after (step \d+)|from (the beginning)", resumed.text())
+    assert found, resumed.text()
+    step = found[1] or found[2]
+    assert f"stopped by SIGTERM, not saved: --resume goes on from {step}\n" in run.text()
+
+
+def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None:
+    folder = runs.create(tmp_path, "run", "tiny")
+    folder.checkpoints.write_text("a file where the folder should be")
+
+    class Repairing(Console):
+        def say(self, text: str) -> None:
+            if "a checkpoint could not be written" in text:
+                folder.checkpoints.unlink()
+
+    signals.stop_at(0, "the end of its time")
+    try:
+        outcome, _ = watched(folder, Repairing(None))
+    finally:
+        signals.stop_at(math.inf, "")
+    assert outcome.stopped
+    assert newest(folder.checkpoints)[0] == folder.checkpoints / "step-000000001"
+
+
+def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcome, dict[str, str]]:
+    """What becomes of a tiny run in this process, and its closing rows."""
+    loaded = Loaded(tiny_recipe(**changes), "tiny", "", "")
+    data = datasets.load(loaded.recipe.data)
+    plan = make_plan(
+        loaded.recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
+    )
+    accelerator = cluster.join("fp32")
+    learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
+    watchers = Watchers(console, NullTracker(), folder, Writer(folder.checkpoints), loaded)
+    job = Job(loaded.recipe, plan, accelerator)
+    outcome = consume(job, learner, data, Start(folder), watchers, Cadence())
+    return outcome, closing_rows(outcome, watchers, data)
+
+
+def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
+    folder = runs.create(tmp_path, "run", "tiny")
+    accuracies, marks = [], []
+
+    class Obstructing(Console):
+        def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+            accuracies.append(report.test.accuracy)
+            marks.append(is_best)
+            (folder.path / f".best.safetensors.{os.getpid()}").mkdir(exist_ok=True)
+
+    optimizer = partial(Adam, lr=0.1)
+    outcome, shown = watched(folder, Obstructing(None), epochs=8, optimizer=optimizer)
+    highest = max(accuracies)
+    assert highest > accuracies[0]
+    assert marks == [True] + [False] * 7
+    assert outcome.best == Best(1, accuracies[0])
+    assert shown["best epoch"] == f"1, test accuracy {accuracies[0]:.2%}"
+    epoch = accuracies.index(highest) + 1
+    assert shown["not kept"] == (
+        f"epoch {epoch}, test accuracy {highest:.2%}: its weights could not be written"
+    )
 
 
 def whole(folder: Path) -> Path:
