@@ -260,14 +260,15 @@ def meet(world: World, timeouts: Timeouts) -> Company:
 
     Raises `RankError` where they cannot be reached or do not come in time.
     """
+    name = _full_name(world)
+    if world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # else nobody is to be asked
+        _end_if_stopped(name)
     if world.size == 1:
         return Company(world)
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    name = _full_name(world)
-    _end_if_stopped(name)
     try:
         store = open_store(*place, timeouts.join, f"rank {world.rank}", None if hosts else "rank 0")
     except RankError:

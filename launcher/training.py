@@ -10,7 +10,17 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, cluster, datasets, joining, profiling, settings, sharing, tracking
+from launcher import (
+    checkpoints,
+    cluster,
+    datasets,
+    joining,
+    profiling,
+    runs,
+    settings,
+    sharing,
+    tracking,
+)
 from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
@@ -103,11 +113,23 @@ def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
     plan = plan_for(loaded, data, occasion, cluster.announced().size)
     network = build(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
-    if occasion.init_from is not None:
-        weights = initial_weights(occasion.runs, occasion.init_from)
+    if weights := _given_weights(loaded, occasion):
         checkpoints.load_weights(network, weights)
         facts |= {"weights": f"from {weights}"}
     return _Prepared(data, plan, network, precision, facts)
+
+
+def _given_weights(loaded: Loaded, occasion: Occasion) -> Path | None:
+    """What to begin with; a file that is gone is not missed where a checkpoint takes its place."""
+    if occasion.init_from is None:
+        return None
+    try:
+        return initial_weights(occasion.runs, occasion.init_from)
+    except UserError:
+        folder = runs.find(occasion.runs, occasion.name, loaded.name) if occasion.resume else None
+        if folder is None or checkpoints.newest(folder.checkpoints)[0] is None:
+            raise
+        return None
 
 
 def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:

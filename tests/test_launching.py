@@ -7,12 +7,13 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.processes import ACCELERATE, PATIENCE, TORCHRUN_1, Run, ranks_of
+from tests.processes import ACCELERATE, PATIENCE, TORCHRUN_1, Run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_config"
@@ -94,6 +95,17 @@ def test_an_error_of_the_user_is_said_once_by_all_ranks_together(
     assert 'File "' not in done.stderr.partition("torch/distributed")[0]
 
 
+def begun(launcher: psutil.Process) -> list[psutil.Process]:
+    """The ranks below; a child that is about to be another program still has its parent's words."""
+    found = []
+    for child in launcher.children():
+        with suppress(psutil.Error):
+            words = child.cmdline()
+            if "launcher" in words and words != launcher.cmdline():
+                found.append(child)
+    return found
+
+
 @pytest.mark.skipif("python" in psutil.Process(1).name(), reason="may be a launcher itself")
 @pytest.mark.parametrize(
     "launch",
@@ -105,7 +117,8 @@ def test_a_process_whose_launcher_is_gone_when_it_begins_does_not_train(
 ) -> None:
     orphaned = Run(launch, tmp_path, "--name", "orphan", "epochs=100000")
     until = time.monotonic() + PATIENCE
-    while not (found := ranks_of(orphaned)):
+    launcher = psutil.Process(orphaned.process.pid)
+    while not (found := begun(launcher)):
         assert time.monotonic() < until, orphaned.text()
     (orphan,) = found
     orphan.suspend()
