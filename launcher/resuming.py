@@ -10,7 +10,7 @@ from launcher.errors import UserError
 from launcher.loading import Loaded
 from launcher.metrics import Best
 from launcher.plan import START, Position
-from launcher.redaction import redacted
+from launcher.redaction import cleaned, redacted
 from launcher.runs import RunFolder
 
 _OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
@@ -63,7 +63,8 @@ def resumed_run(
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoints.read_state(checkpoint)
-    refuse_changes(state["config"], loaded.config, changed)
+    # Hidden once more: an older version may have shown what this one hides.
+    refuse_changes(cleaned(state["config"]), loaded.config, changed)
     _refuse_other_data(state["data"], data_name)
     position, best = checkpoints.place_of(checkpoint)
     notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]

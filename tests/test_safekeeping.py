@@ -305,10 +305,10 @@ def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
     key = "layers.6.weight"  # neither decayed nor changed at rate 0
     assert torch.equal(weights[0][key], weights[1][key])
     shutil.rmtree(tmp_path / "runs" / "first")  # from now on the checkpoint has all
-    words = ("epochs=1", "--init-from", "first", "--resume", "optimizer.lr=0.0")
-    resumed = Run(PYTHON, tmp_path, *words, "--name", "second")
+    again = ("epochs=1", "--init-from", "first", "--resume", "optimizer.lr=0.0")
+    resumed = Run(PYTHON, tmp_path, *again, "--name", "second")
     assert resumed.end() == 0, resumed.text()
-    assert Run(PYTHON, tmp_path, *words, "--name", "third").end() == 2
+    assert Run(PYTHON, tmp_path, *again, "--name", "third").end() == 2
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(tmp_path: Path) -> None:
