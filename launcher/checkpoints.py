@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,17 +221,21 @@ def verify(folder: Path) -> None:
 class Writer:
     """Writes checkpoints in the background, one at a time, so that training does not wait."""
 
-    def __init__(self, root: Path) -> None:
-        """Write below `root`."""
-        self._root = root
+    def __init__(self, root: Path, check: Callable[[], None] = lambda: None) -> None:
+        """Write below `root`, unless `check` raises an `OSError`."""
+        self._root, self._check = root, check
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
     def submit(self, snapshot: Snapshot) -> str:
         """Begin to write; returns what went wrong with the one before, or an empty text."""
         complaint = self.wait()
-        self._pending = self._pool.submit(write, snapshot, self._root)
+        self._pending = self._pool.submit(self._write, snapshot)
         return complaint
+
+    def _write(self, snapshot: Snapshot) -> Path:
+        self._check()
+        return write(snapshot, self._root)
 
     def wait(self) -> str:
         """Wait until all is written; returns what went wrong, or an empty text."""

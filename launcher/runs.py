@@ -15,7 +15,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,24 +33,35 @@ _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safeten
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of one run, which no other run shares."""
+    """A folder of one run, which no other run shares.
+
+    `identity` is how `describe` marked it, by the id that W&B knows the run by.
+    """
 
     path: Path
+    identity: str = ""
 
     def describe(
         self, config: Mapping[str, Any], run: Mapping[str, Any], source: str, wandb_id: str = ""
-    ) -> None:
+    ) -> "RunFolder":
         """Write what is known before the first step; `wandb_id` is the checkpoint's, if it has one.
 
-        Raises `UserError` where nothing can be written.
+        Returns the folder as that run's. Raises `UserError` where nothing can be written.
         """
-        identity = {"wandb_id": wandb_id or self.wandb_id() or secrets.token_hex(4)}
+        identity = wandb_id or self.wandb_id() or secrets.token_hex(4)
+        versioned = {"wandb_id": identity, "versions": versions()}
         try:
             _write_json(self.path / "config.json", config)
-            _write_json(self.path / "run.json", {**run, **identity, "versions": versions()})
+            _write_json(self.path / "run.json", {**run, **versioned})
             files.replace(self.path / "recipe.py", redacted(source).encode())
         except OSError as error:
             raise _unwritable(self.path, error) from None
+        return replace(self, identity=identity)
+
+    def check(self) -> None:
+        """Raise `OSError` where this run was removed and another one has taken its place."""
+        if self.identity and self.wandb_id() not in ("", self.identity):
+            raise OSError(f"{self.path} is another run's now")
 
     def config(self) -> dict[str, Any]:
         """The settings that the run began with; empty where they cannot be read."""

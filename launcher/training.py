@@ -269,9 +269,9 @@ def _begin(
         locks.append(start.folder.lock())
         start.folder.tidy()
         described = facts | {"name": loaded.name}
-        start.folder.describe(loaded.config, described, loaded.source, start.wandb_id)
-        start.folder.forget_after(start.position.epochs)
-        return start
+        own = start.folder.describe(loaded.config, described, loaded.source, start.wandb_id)
+        own.forget_after(start.position.epochs)
+        return replace(start, folder=own)
 
     return cluster.on_main(job.accelerator, begin)
 
@@ -297,4 +297,5 @@ def _gather(
         note=redacted(loaded.note),
         run_id=start.folder.wandb_id(),
     )
-    return Watchers(console, tracker, start.folder, Writer(start.folder.checkpoints), loaded)
+    writer = Writer(start.folder.checkpoints, start.folder.check)
+    return Watchers(console, tracker, start.folder, writer, loaded)

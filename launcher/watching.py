@@ -274,6 +274,8 @@ def _wait_for_writer(watchers: Watchers) -> None:
 def _attempt(what: str, action: Callable[[], None], watchers: Watchers) -> str:
     """Write something; a disk that refuses costs a line, not the training."""
     try:
+        if watchers.folder:
+            watchers.folder.check()
         action()
     except OSError as error:
         complaint = f"{what} could not be written ({error})"

@@ -201,6 +201,24 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
         runs.create(tmp_path / "runs", "other", "net")
 
 
+def test_a_run_that_was_removed_writes_nothing_into_another_of_its_name(tmp_path: Path) -> None:
+    words = ("--name", "mine", "--checkpoint-every", "5")
+    old = Run(PYTHON, tmp_path, *words, "epochs=2000")
+    old.wait_for("epoch    1/2000")
+    old.process.send_signal(signal.SIGSTOP)
+    shutil.rmtree(tmp_path / "runs" / "mine")
+    new = Run(PYTHON, tmp_path, *words, "epochs=1")
+    assert new.end() == 0, new.text()
+    before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    old.process.send_signal(signal.SIGCONT)
+    old.wait_for("metrics.jsonl could not be written (runs/mine is another run's now)")
+    old.wait_for("a checkpoint could not be written (runs/mine is another run's now)")
+    old.process.send_signal(signal.SIGTERM)
+    assert old.end() == 1, old.text()
+    assert "not saved: --resume goes on from step 25" in old.text()
+    assert {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
+
+
 def test_half_written_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-000000007.99").mkdir(parents=True)
     (tmp_path / ".best.safetensors.99").write_text("half")
