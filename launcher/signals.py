@@ -30,8 +30,8 @@ _MARKS = frozenset(("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID"))
 def listening() -> Iterator[None]:
     """Note signals instead of dying of them.
 
-    After a stop they are ignored until the end: the state is saved, and a late one must not spoil
-    the exit code.
+    After a stop, whatever its reason, they are ignored until the end: the state is saved, and a
+    late one must not spoil the exit code. At a time limit, Slurm's own comes at the same moment.
     """
     global _end
     _received.clear()
@@ -40,8 +40,9 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        stopped = bool(_received) or time.time() >= _end[0]
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if _received else handler)
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
 
 
 def stop_at(moment: float, reason: str) -> None:

@@ -1,5 +1,7 @@
 """Inside a Slurm job: what follows from its environment, and what is refused before it starts."""
 
+import signal
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -196,6 +198,17 @@ def test_a_run_stops_before_the_end_but_never_in_the_first_half_of_its_time() ->
     assert slurm.stop_time(1000.0, 1100.0, timedelta(seconds=120)) == 1050.0
 
 
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Signals are handled afterwards as they were before."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
 def test_the_end_of_the_time_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (ALONE | {"SLURM_JOB_END_TIME": "4000000000"}).items():
         monkeypatch.setenv(name, value)
@@ -209,6 +222,7 @@ def test_the_end_of_the_time_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) ->
         assert signals.stop_reason() == ""
         monkeypatch.setattr("time.time", lambda: 4_000_000_000 - 60.0)
         assert signals.stop_reason() == f"the time limit of the job at {ends}"
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN  # Slurm's, which comes at that time
     with signals.listening():
         assert signals.stop_reason() == ""
 
