@@ -159,8 +159,9 @@ def summary(runs: list[Figures]) -> Figures:
 
 
 def resnet18(words: argparse.Namespace, deadline: float) -> Figures:
-    """See `trainings`."""
-    return trainings("resnet18", words, deadline)
+    """See `beside_bare` and `trainings`."""
+    compared = beside_bare(*load("resnet18", words, *words.set), words)
+    return {"beside_bare": compared, **trainings("resnet18", words, deadline)}
 
 
 def speedrun96(words: argparse.Namespace, deadline: float) -> Figures:
@@ -173,7 +174,6 @@ def trainings(name: str, words: argparse.Namespace, deadline: float) -> Figures:
     recipe, data = load(name, words, *words.set)
     if words.rehearse:
         data = replace(data, train=first_steps(data.train, recipe, 1))
-    compared = {"beside_bare": beside_bare(recipe, data, words)} if name == "resnet18" else {}
     trainer = Trainer(recipe, data)
     trainer.renew(0)
     compile_seconds, _ = timed(lambda: list(trainer.epochs(last=1)))
@@ -182,7 +182,6 @@ def trainings(name: str, words: argparse.Namespace, deadline: float) -> Figures:
     runs = seeds_until(deadline - needed, trainer, range(words.seeds))
     return {
         "settings": words.set,
-        **compared,
         "first_epoch_seconds": compile_seconds,
         "images_per_second": len(trainer.train) / seconds,
         "use_of_device": use_of_device(trainer, seconds * recipe.epochs),

@@ -63,8 +63,7 @@ def resumed_run(
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoints.read_state(checkpoint)
-    # Hidden once more: an older version may have shown what this one hides.
-    refuse_changes(cleaned(state["config"]), loaded.config, changed)
+    refuse_changes(state["config"], loaded.config, changed)
     _refuse_other_data(state["data"], data_name)
     position, best = checkpoints.place_of(checkpoint)
     notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]
@@ -100,7 +99,8 @@ def refuse_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], changed: Sequence[str]
 ) -> None:
     """Raise `UserError` for settings that differ, unless `changed` names them as intended."""
-    before, now = dict(flattened(saved)), dict(flattened(present))
+    # Hidden once more: an older version may have shown what this one hides.
+    before, now = dict(flattened(cleaned(saved))), dict(flattened(present))
     differing = [
         name
         for name in sorted({*before, *now})

@@ -35,7 +35,7 @@ _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safeten
 class RunFolder:
     """A folder of one run, which no other run shares.
 
-    `identity` is how `describe` marked it, by the id that W&B knows the run by.
+    `identity` is how `describe` marked it: the id by which W&B knows the run in every attempt.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class RunFolder:
 
         Returns the folder as that run's. Raises `UserError` where nothing can be written.
         """
-        identity = wandb_id or self.wandb_id() or secrets.token_hex(4)
+        identity = wandb_id or self._id_on_disk() or secrets.token_hex(4)
         versioned = {"wandb_id": identity, "versions": versions()}
         try:
             _write_json(self.path / "config.json", config)
@@ -60,7 +60,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise `OSError` where this run was removed and another one has taken its place."""
-        if self.identity and self.wandb_id() not in ("", self.identity):
+        if self.identity and self._id_on_disk() not in ("", self.identity):
             raise OSError(f"{self.path} is another run's now")
 
     def config(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ class RunFolder:
             raise _unwritable(self.path, error) from None
         return lock
 
-    def wandb_id(self) -> str:
-        """The id under which W&B knows this run in every attempt; empty before `describe`."""
+    def _id_on_disk(self) -> str:
+        """The mark of the run whose folder this is now; empty where there is none."""
         return str(_read_json(self.path / "run.json").get("wandb_id", ""))
 
     @property
@@ -133,7 +133,7 @@ def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
     Raises `UserError` for a name that is taken or no file name, and where nothing can be written.
     """
     if name is not None:
-        _check(name)
+        _check_name(name)
         return _make(runs / name)
     stem = f"{recipe_name}-{datetime.now():%Y%m%d-%H%M%S}"
     taken = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
@@ -147,7 +147,7 @@ def find(runs: Path, name: str | None, recipe_name: str) -> RunFolder | None:
     parts are.
     """
     if name is not None:
-        _check(name)
+        _check_name(name)
         path = runs / name
         began = (path / "run.json").is_file() or (path / "checkpoints").is_dir()
         return _own(path) if began else None
@@ -158,7 +158,7 @@ def find(runs: Path, name: str | None, recipe_name: str) -> RunFolder | None:
     return None
 
 
-def _check(name: str) -> None:
+def _check_name(name: str) -> None:
     plain = name == Path(name).name and not name.startswith(".") and name.strip()
     if not plain or len(name.encode()) > MOST_BYTES:
         raise UserError(

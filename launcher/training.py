@@ -295,7 +295,7 @@ def _gather(
         tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
         data=data,
         note=redacted(loaded.note),
-        run_id=start.folder.wandb_id(),
+        run_id=start.folder.identity,
     )
     writer = Writer(start.folder.checkpoints, start.folder.check)
     return Watchers(console, tracker, start.folder, writer, loaded)

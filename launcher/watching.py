@@ -230,7 +230,7 @@ def _save(
         "best": asdict(best) if best else None,
         "world_size": job.plan.world_size,
         "steps_per_epoch": job.plan.steps_per_epoch,
-        "wandb_id": watchers.folder.wandb_id(),
+        "wandb_id": watchers.folder.identity,
         "data": data.name,
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
