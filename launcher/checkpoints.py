@@ -104,18 +104,25 @@ def restore(folder: Path, learner: Learner, accelerator: Accelerator) -> None:
     """Put a verified checkpoint into a prepared learner, on every rank.
 
     Settings of the optimizer that the recipe has changed since are the recipe's; what the optimizer
-    itself changed in its groups is the checkpoint's. Raises `UserError` where the network is
-    another one.
+    itself changed in its groups is the checkpoint's. Raises `UserError` where the network or the
+    optimizer is another one.
     """
     load_weights(learner.network, folder / "weights.safetensors")
     average = folder / "average.safetensors"
     if learner.average is not None and average.is_file():  # a new one begins with these weights
         learner.average.load_state_dict(load_file(average))
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    began = saved.pop("began", None)  # the first versions did not save it
-    learner.optimizer.load_state_dict(saved)
+    began = saved.pop("began")
+    try:
+        learner.optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise UserError(
+            f"an optimizer of other groups than the checkpoint's ({error})",
+            expected="the optimizer that the run began with",
+            instead="type another --name; --init-from RUN begins with the weights of this one",
+        ) from None
     for number, group in enumerate(learner.optimizer.param_groups):
-        group.update(_changed(learner.options[number], began[number] if began else {}))
+        group.update(_changed(learner.options[number], began[number]))
     scaler = read_state(folder)["scaler"]
     if accelerator.scaler is not None and scaler:
         accelerator.scaler.load_state_dict(scaler)

@@ -64,14 +64,14 @@ def resumed_run(
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoints.read_state(checkpoint)
     refuse_changes(state["config"], loaded.config, changed)
+    _refuse_other_optimizer(folder, state["config"], loaded.config)
     _refuse_other_data(state["data"], data_name)
     position, best = checkpoints.place_of(checkpoint)
     notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]
-    if state.get("source") != redacted(loaded.source):  # the first versions did not save it
+    if state["source"] != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
-    before = state.get("steps_per_epoch", steps_per_epoch)  # nor did they save this
-    position = _counted_anew(position, before, steps_per_epoch)
-    return Start(folder, checkpoint, tuple(notes), position, best, state.get("wandb_id", ""))
+    position = _counted_anew(position, state["steps_per_epoch"], steps_per_epoch)
+    return Start(folder, checkpoint, tuple(notes), position, best, state["wandb_id"])
 
 
 def initial_weights(root: Path, given: str) -> Path:
@@ -99,7 +99,7 @@ def refuse_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], changed: Sequence[str]
 ) -> None:
     """Raise `UserError` for settings that differ, unless `changed` names them as intended."""
-    # Hidden once more: an older version may have shown what this one hides.
+    # Hidden once more: what is secret follows from the present environment too.
     before, now = dict(flattened(cleaned(saved))), dict(flattened(present))
     differing = [
         name
@@ -152,6 +152,19 @@ def _counted_anew(position: Position, before: int, now: int) -> Position:
 
 def _is_named(name: str, changed: Sequence[str]) -> bool:
     return any(name == word or name.startswith(f"{word}.") for word in changed)
+
+
+def _refuse_other_optimizer(
+    folder: RunFolder, saved: Mapping[str, Any], present: Mapping[str, Any]
+) -> None:
+    """The state of one optimizer means nothing to another one."""
+    before, now = (config["optimizer"]["call"] for config in (saved, present))
+    if before != now:
+        raise UserError(
+            f"the optimizer {now}, but the run began with {before}",
+            expected="the same optimizer, whose state the checkpoint holds",
+            instead=f"type another --name; --init-from {folder.path} begins with its weights",
+        )
 
 
 def _refuse_other_data(saved: str, present: str) -> None:

@@ -225,10 +225,12 @@ def _watched(
 ) -> Outcome:
     """Train in front of those who watch."""
     locks: list[FileLock] = []  # held until this process is done with the folder
-    start = None if occasion.smoke else _begin(job, data, loaded, occasion, facts, locks)
+    start = None if occasion.smoke else _begin(job, data, loaded, occasion, locks)
     if start and start.checkpoint:
         settle(job, learner, data)
         checkpoints.restore(start.checkpoint, learner, job.accelerator)
+    if start:  # what was refused until here has left the folder as it was
+        start = _described(job.accelerator, start, loaded, facts)
     watchers = _gather(job.accelerator, start, data, loaded, occasion)
     exit_code = EXIT_FAULT
     try:
@@ -254,7 +256,6 @@ def _begin(
     data: Data,
     loaded: Loaded,
     occasion: Occasion,
-    facts: dict[str, str],
     locks: list[FileLock],
 ) -> Start:
     """Choose the run folder and the checkpoint on rank 0, for all ranks."""
@@ -268,12 +269,23 @@ def _begin(
             start = new_run(*where)
         locks.append(start.folder.lock())
         start.folder.tidy()
+        return start
+
+    return cluster.on_main(job.accelerator, begin)
+
+
+def _described(
+    accelerator: Accelerator, start: Start, loaded: Loaded, facts: dict[str, str]
+) -> Start:
+    """Write on rank 0 what the run is, for all ranks."""
+
+    def describe() -> Start:
         described = facts | {"name": loaded.name}
         own = start.folder.describe(loaded.config, described, loaded.source, start.wandb_id)
         own.forget_after(start.position.epochs)
         return replace(start, folder=own)
 
-    return cluster.on_main(job.accelerator, begin)
+    return cluster.on_main(accelerator, describe)
 
 
 def _gather(
