@@ -33,16 +33,15 @@ class Learner:
     """A network in the forms in which it is used, and what changes it.
 
     `network` is the plain module. `wrapped` is what trains: on several ranks, DDP around it.
-    `average` is its running average, if the recipe keeps one. `rates` are the learning rates of
-    the optimizer's groups before the schedule, `schedules` those groups' own where they have one.
-    `options` are all settings of the groups as the recipe made them.
+    `average` is its running average, if the recipe keeps one. `options` are the settings of the
+    optimizer's groups as the recipe made them, the rate before the schedule among them;
+    `schedules` are the groups' own, where they have one.
     """
 
     network: nn.Module
     wrapped: nn.Module
     average: AveragedModel | None
     optimizer: Optimizer
-    rates: tuple[float, ...]
     schedules: tuple[Schedule | None, ...]
     options: tuple[dict[str, Any], ...]
 
@@ -58,13 +57,13 @@ class Learner:
 
     def rate_at(self, progress: float, schedule: Schedule) -> float:
         """The rate of the first group at some point of the training."""
-        return self.rates[0] * (self.schedules[0] or schedule)(progress)
+        return self.options[0]["lr"] * (self.schedules[0] or schedule)(progress)
 
     def set_rates(self, progress: float, schedule: Schedule) -> None:
         """Set each group's rate to its own times the multiplier of its or the recipe's schedule."""
-        groups = zip(self.optimizer.param_groups, self.rates, self.schedules, strict=True)
-        for group, rate, own in groups:
-            group["lr"] = rate * (own or schedule)(progress)
+        groups = zip(self.optimizer.param_groups, self.options, self.schedules, strict=True)
+        for group, options, own in groups:
+            group["lr"] = options["lr"] * (own or schedule)(progress)
             if own and self.wrapped is self.network:  # DDP waits for the gradient of all it knows
                 for parameter in group["params"]:
                     parameter.requires_grad_(group["lr"] != 0)
@@ -144,7 +143,6 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
         network = network.to(memory_format=torch.channels_last)
     average = recipe.average(network) if recipe.average else None
     optimizer = _optimizer(recipe, network)
-    rates = tuple(group["lr"] for group in optimizer.param_groups)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
     options = tuple(_options(group) for group in optimizer.param_groups)
     with warnings.catch_warnings():
@@ -157,7 +155,7 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
         compile_steps(optimizer)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
-    return Learner(network, wrapped, average, optimizer, rates, schedules, options)
+    return Learner(network, wrapped, average, optimizer, schedules, options)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

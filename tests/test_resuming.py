@@ -161,12 +161,17 @@ def test_another_optimizer_is_refused_even_where_the_change_is_intended(
 def test_an_optimizer_whose_groups_have_changed_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    grouped = "\ndef grouped(parameters):\n    named = list(parameters)\n    return AdamW({})\n"
-    text = RESUMABLE.read_text().replace("partial(AdamW, lr=1e-3)", "grouped")
-    before, after = tmp_path / "before" / "resumable.py", tmp_path / "after" / "resumable.py"
-    for path, groups in ((before, "named"), (after, "[{'params': named[:2]}, {'params': named[2:]}]")):
-        path.parent.mkdir()
-        path.write_text(text.replace("\nrecipe =", grouped.format(groups) + "\n\nrecipe ="))
-    assert run("epochs=1", recipe=before) == 0
-    line = refused(capsys, "epochs=2", "--resume-changed", "epochs", recipe=after)
+    assert run("epochs=1", recipe=with_groups(tmp_path / "one", "named")) == 0
+    two = with_groups(tmp_path / "two", "[{'params': named[:2]}, {'params': named[2:]}]")
+    line = refused(capsys, "epochs=2", "--resume-changed", "epochs", recipe=two)
     assert "an optimizer of other groups than the checkpoint's" in line
+
+
+def with_groups(folder: Path, groups: str) -> Path:
+    """The recipe with a function for its optimizer, of these groups."""
+    folder.mkdir()
+    function = f"def grouped(parameters):\n    named = list(parameters)\n    return AdamW({groups})"
+    text = RESUMABLE.read_text().replace("partial(AdamW, lr=1e-3)", "grouped")
+    recipe = folder / "resumable.py"
+    recipe.write_text(text.replace("\nrecipe =", f"\n{function}\n\n\nrecipe ="))
+    return recipe
