@@ -175,8 +175,8 @@ def _site(path: Path | None) -> str:
         if path is None:
             return ""
         raise _unreadable(path, "no such file") from None
-    except OSError as error:
-        raise _unreadable(path or SITE, str(error.strerror)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path or SITE, getattr(error, "strerror", "not UTF-8")) from None
 
 
 def _unreadable(path: Path, why: str) -> UserError:

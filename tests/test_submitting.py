@@ -146,6 +146,12 @@ def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[st
     assert "usual" not in other
 
 
+def test_a_site_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_bytes("# Universität".encode("latin-1"))
+    with refused("--site site.sh (not UTF-8)"):
+        submitting.main(["x.py", "--site", "site.sh", "--dry-run"])
+
+
 def test_the_shipped_lines_of_a_site_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     shipped = str(ROOT / submitting.SITE)
     assert (
