@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import files
 from launcher.batch_job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
 
@@ -32,7 +33,8 @@ class Submitted:
 def remember(job: BatchJob, number: str) -> None:
     """Write down which runs belong to job `number`."""
     path = Path(job.runs) / JOBS_FOLDER / f"{job.name}-{number}.json"
-    path.write_text(json.dumps([asdict(run) for run in _runs(job, number)], indent=2) + "\n")
+    text = json.dumps([asdict(run) for run in _runs(job, number)], indent=2)
+    files.replace(path, f"{text}\n".encode())
 
 
 def _runs(job: BatchJob, number: str) -> Iterator[Submitted]:

@@ -89,6 +89,7 @@ def test_times_are_written_as_in_slurm(
         (("x.py", "--sweep", "lr=1,,2"), ("--sweep lr=1,,2", "none empty")),
         (("x.py", "--site", "none.sh"), ("--site none.sh (no such file)", "slurm_site.sh")),
         (("x.py", "--site", "."), ("--site .", "a file with #SBATCH lines")),
+        (("x.py", "--runs", "", "--dry-run"), ("--runs ''", "a folder")),
         (("x.py",), ("on a machine without sbatch", "--dry-run")),
         (("--status",), ("no job was submitted for runs in runs", "--runs FOLDER")),
     ],
