@@ -74,6 +74,8 @@ class BatchJob:
                 expected="a recipe file, without = and a leading dash in its path",
                 instead="name it first, or write ./ in front of it",
             )
+        if not self.runs:
+            raise UserError("--runs ''", expected="a folder", instead="type --runs runs")
         for word in self.overrides:
             if not _SETTING.fullmatch(word):
                 raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import files
 from launcher.batch_job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
 
@@ -32,7 +33,8 @@ class Submitted:
 def remember(job: BatchJob, number: str) -> None:
     """Write down which runs belong to job `number`."""
     path = Path(job.runs) / JOBS_FOLDER / f"{job.name}-{number}.json"
-    path.write_text(json.dumps([asdict(run) for run in _runs(job, number)], indent=2) + "\n")
+    text = json.dumps([asdict(run) for run in _runs(job, number)], indent=2)
+    files.replace(path, f"{text}\n".encode())
 
 
 def _runs(job: BatchJob, number: str) -> Iterator[Submitted]:
@@ -43,8 +45,11 @@ def _runs(job: BatchJob, number: str) -> Iterator[Submitted]:
         yield Submitted(run, f"{number}_{index}", f"{job.sweep.setting}={value}")
 
 
-def table(runs: Path, ask: Callable[[], dict[str, str]]) -> str:
-    """One line per submitted run: state, attempt, epoch, best figure."""
+def table(runs: Path, ask: Callable[[], dict[str, str] | None]) -> str:
+    """One line per submitted run: state, attempt, epoch, best figure.
+
+    `ask` gives the state of each job that is known, or None where nobody could be asked.
+    """
     known = sorted((runs / JOBS_FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime)
     submitted = [Submitted(**run) for path in known for run in json.loads(path.read_text())]
     if not submitted:
@@ -61,7 +66,7 @@ def table(runs: Path, ask: Callable[[], dict[str, str]]) -> str:
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-def _row(runs: Path, run: Submitted, queue: dict[str, str]) -> tuple[str, ...]:
+def _row(runs: Path, run: Submitted, queue: dict[str, str] | None) -> tuple[str, ...]:
     folder = runs / run.run
     epochs = [row for row in map(_parsed, _lines(folder / "metrics.jsonl")) if row]
     done = (folder / "final.safetensors").is_file()
@@ -70,7 +75,7 @@ def _row(runs: Path, run: Submitted, queue: dict[str, str]) -> tuple[str, ...]:
     return (
         run.run,
         run.number,
-        queue.get(run.number, "done" if done else "ended"),
+        "unknown" if queue is None else queue.get(run.number, "done" if done else "ended"),
         str(attempts) if attempts else "-",
         f"{epochs[-1]['epoch'] if epochs else 0}/{_planned(folder)}",
         "-" if best is None else f"{best:.2%}",
@@ -96,14 +101,17 @@ def _planned(folder: Path) -> str:
         return "-"
 
 
-def queue() -> dict[str, str]:
-    """The state of each job of this user that Slurm still knows, by its number."""
+def queue() -> dict[str, str] | None:
+    """The state of each job of this user that Slurm still knows, by its number.
+
+    None where Slurm does not answer.
+    """
     words = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T %r")
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(_states(done.stdout))
+        return None
+    return None if done.returncode else dict(_states(done.stdout))
 
 
 def _states(shown: str) -> Iterator[tuple[str, str]]:

@@ -68,6 +68,16 @@ class Learner:
                 for parameter in group["params"]:
                     parameter.requires_grad_(group["lr"] != 0)
 
+    def drop_resting_gradients(self) -> None:
+        """Drop the gradients that DDP makes for groups whose own schedule is at zero.
+
+        They would count in the gradient's norm, and in the momentum with which the group goes on.
+        """
+        for group, own in zip(self.optimizer.param_groups, self.schedules, strict=True):
+            if own and group["lr"] == 0:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
 
 def ema(network: nn.Module, *, decay: float = 0.999) -> AveragedModel:
     """An exponential moving average of weights and buffers, for the slot `average`."""

@@ -80,6 +80,8 @@ class Together(Optimizer):
         """Each part has parameters of its own."""
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
+        for part in parts:
+            self.state.update(part.state)
         self._share()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -96,8 +98,6 @@ class Together(Optimizer):
         """Let the parts use these very groups and this state."""
         groups = iter(self.param_groups)
         for part in self.parts:
-            for parameter, state in part.state.items():
-                self.state.setdefault(parameter, state)
             part.state = self.state
             part.param_groups = [next(groups) for _ in part.param_groups]
 

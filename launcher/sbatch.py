@@ -14,7 +14,7 @@ from launcher.errors import EXIT_SAVED
 
 _AFTER_FIRST = 60  # seconds that the other tasks have when the first has ended
 
-_BODY = """\
+_HEAD = """\
 jobs={jobs}
 attempt=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
@@ -24,26 +24,31 @@ esac
 mkdir -p -- "$jobs" && exec >>"$jobs/$run-$job-$attempt.log" 2>&1 || exit 1
 echo "=== attempt $attempt of job $job on $SLURM_JOB_NODELIST"
 
+srun_options=()"""
+
+_BODY = """\
 export OMP_NUM_THREADS={cpus}
 {device}again=yes
 pass_on() {{
   again=yes
-  kill -USR1 "$training" 2>/dev/null
+  kill -USR1 "$training" 2>/dev/null || :
 }}
 trap pass_on USR1 TERM
 srun --nodes={nodes} --ntasks-per-node={tasks} --cpus-per-task={cpus} --wait={wait} \\
   "${{srun_options[@]}}" python -m launcher "${{words[@]}}" &
 training=$!
 while [ "$again" ]; do  # a signal ends wait, but not the training
-  again=
-  wait "$training"
-  code=$?
+  again= code=0
+  wait "$training" || code=$?  # so, because the site may have said set -e
 done
 
 if [ "$code" = {saved} ]; then
-  case $(scontrol show job "$SLURM_JOB_ID") in
+  # One task of an array has the number of the whole array for its own.
+  own=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+  own=${{own:-$SLURM_JOB_ID}}
+  case $(scontrol show job "$own") in
   *JobState=RUNNING*)  # else it was cancelled, or is back in the queue already
-    scontrol requeue "$SLURM_JOB_ID" && echo "=== saved; waiting for attempt $((attempt + 1))" ;;
+    scontrol requeue "$own" && echo "=== saved; waiting for attempt $((attempt + 1))" ;;
   esac
 fi
 exit "$code"
@@ -56,8 +61,8 @@ def render(job: BatchJob, site: str = "") -> str:
     directives = [line for line in lines if line.startswith("#SBATCH")]
     commands = [line for line in lines if not line.startswith("#")]
     own = [f"#SBATCH {option}" for option in _options(job)]  # later lines win over the site's
-    head = ["#!/bin/bash", *directives, *own, "", "srun_options=()", *commands]
-    return "\n".join([*head, _body(job)])
+    # The log is open before the site's commands run, so that what they say is in it.
+    return "\n".join(["#!/bin/bash", *directives, *own, "", _head(job), *commands, _body(job)])
 
 
 def _options(job: BatchJob) -> list[str]:
@@ -85,10 +90,15 @@ def _time(time: timedelta) -> str:
     return f"{hours // 24}-{hours % 24:02}:{minutes:02}:{seconds:02}"
 
 
-def _body(job: BatchJob) -> str:
-    return _BODY.format(
+def _head(job: BatchJob) -> str:
+    return _HEAD.format(
         jobs=shlex.quote(f"{job.runs}/{JOBS_FOLDER}"),
         cases="\n".join(_case(job, index) for index in range(len(job.run_names))),
+    )
+
+
+def _body(job: BatchJob) -> str:
+    return _BODY.format(
         cpus=job.cpus,
         device="" if job.gpus else "export ACCELERATE_USE_CPU=true\n",
         nodes=job.nodes,

@@ -91,11 +91,12 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
         _check_batch(environ)
         return {}
     gpus = _gpus(environ)
-    _check_leftovers(environ, step)
+    ranks = _ranks(step, alone=gpus == 1)
+    _check_leftovers(environ, step, ranks)
     _check_gpus(step, gpus, int(environ.get("SLURM_GPUS_ON_NODE", gpus)))
     found = {"OMP_NUM_THREADS": str(step.threads)}
     if step.tasks > 1:
-        found |= _ranks(step, alone=gpus == 1)
+        found |= ranks
     return {name: value for name, value in found.items() if name not in environ}
 
 
@@ -154,14 +155,16 @@ def _check_gpus(step: Step, visible: int, on_node: int) -> None:
         raise _idle(visible, step.tasks_here)
 
 
-def _check_leftovers(environ: Mapping[str, str], step: Step) -> None:
-    """RANK and WORLD_SIZE may be set by the user's script, but not to something else."""
-    for name, ours in (("RANK", step.rank), ("WORLD_SIZE", step.tasks)):
-        if environ.get(name, str(ours)) != str(ours):
+def _check_leftovers(environ: Mapping[str, str], step: Step, ranks: Mapping[str, str]) -> None:
+    """Ranks may be set by the user's script, but not to something else."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        ours = ranks[name]
+        if environ.get(name, ours) != ours:
             raise UserError(
                 f"{name}={environ[name]} in the environment, in task {step.rank} of {step.tasks}",
                 expected=f"{name}={ours}, which follows from Slurm",
-                instead="type unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT before srun",
+                instead="type unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR "
+                "MASTER_PORT before srun",
             )
 
 
@@ -211,9 +214,15 @@ def enter(save_before: timedelta) -> dict[str, str]:
 
 
 def _speak_once() -> None:
-    """Let the first task alone say what is wrong, whatever RANK says."""
-    task = os.environ.get("SLURM_PROCID", "0")
-    if task != "0" or not signals.is_launched():
+    """Let the first task alone say what is wrong, whatever RANK says.
+
+    Or the second one, where what another launcher has left happens to be right for the first.
+    """
+    task, local = os.environ.get("SLURM_PROCID", "0"), os.environ.get("SLURM_LOCALID")
+    is_first = os.environ.get("RANK") == "0" or (os.environ.get("LOCAL_RANK") == "0" != local)
+    if task == "1" and is_first and not signals.is_launched():
+        os.environ["RANK"] = "0"
+    elif task != "0" or not signals.is_launched():
         os.environ["RANK"] = task
 
 

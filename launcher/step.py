@@ -53,6 +53,7 @@ def train_step(
         meter.add(step, loss, piece.share * images)
         first_logits = logits if first_logits is None else first_logits
     assert first_logits is not None
+    learner.drop_resting_gradients()
     norm = gradient_norm(job, learner, step)
     is_taken = update(job, learner, step, norm)
     if is_taken:

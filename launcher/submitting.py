@@ -2,12 +2,12 @@
 
 import argparse
 import difflib
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +29,8 @@ limit and then resumes:
 Or print the manifests of the same job for Kubernetes:
 
   launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --kubernetes --dry-run"""
-_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)|(\d+)-(\d+)|(\d+)")
+_TIME = re.compile(r"(?:(\d{1,8})-)?(\d{1,8}(?::\d{1,8}){0,2})")
+_BETWEEN_VALUES = re.compile(r",(?![^(\[]*[)\]])")  # not within the brackets of a tuple
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,12 +106,12 @@ def _job(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Batc
     given = {option: getattr(arguments, option.replace("-", "_")) for option in _PASSED_ON}
     return BatchJob(
         recipe=recipe,
-        name=arguments.name or f"{safe_name(Path(recipe).stem)}-{time.strftime('%Y%m%d-%H%M%S')}",
+        name=arguments.name or f"{safe_name(Path(recipe).stem)}-{datetime.now():%Y%m%d-%H%M%S-%f}",
         nodes=arguments.nodes,
         gpus=arguments.gpus,
         processes=arguments.processes,
         cpus=arguments.cpus,
-        time=arguments.time or timedelta(hours=1),
+        time=timedelta(hours=1) if arguments.time is None else arguments.time,
         save_before=timedelta(seconds=arguments.save_before),
         runs=arguments.runs,
         overrides=tuple(overrides),
@@ -146,24 +147,24 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
 
 
 def parse_time(text: str) -> timedelta:
-    """A time as Slurm takes it: minutes, [hours:]minutes:seconds, days-hours."""
+    """A time as Slurm takes it: minutes, [hours:]minutes:seconds, days-hours[:minutes:seconds]."""
     found = _TIME.fullmatch(text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no time like 30 (minutes), 4:00:00 or 1-12")
-    days, hours, minutes, seconds, whole_days, hours_of_day, plain = (
-        int(x or 0) for x in found.groups()
-    )
-    return timedelta(
-        days=days + whole_days,
-        hours=hours + hours_of_day,
-        minutes=minutes + plain,
-        seconds=seconds,
-    )
+    days, clock = found.groups()
+    numbers = [int(number) for number in clock.split(":")]
+    if days:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 1:
+        hours, minutes, seconds = 0, *numbers, 0
+    else:
+        hours, minutes, seconds = [0, *numbers][-3:]
+    return timedelta(days=int(days or 0), hours=hours, minutes=minutes, seconds=seconds)
 
 
 def _sweep(text: str) -> Sweep:
     setting, _, values = text.partition("=")
-    return Sweep(setting, tuple(values.split(",")) if values else ())
+    return Sweep(setting, tuple(_BETWEEN_VALUES.split(values)) if values else ())
 
 
 def _site(path: Path | None) -> str:
@@ -174,8 +175,8 @@ def _site(path: Path | None) -> str:
         if path is None:
             return ""
         raise _unreadable(path, "no such file") from None
-    except OSError as error:
-        raise _unreadable(path or SITE, str(error.strerror)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path or SITE, getattr(error, "strerror", "not UTF-8")) from None
 
 
 def _unreadable(path: Path, why: str) -> UserError:
@@ -206,11 +207,25 @@ def _submit(job: BatchJob, script: str) -> int:
     return 0
 
 
+def _environment() -> dict[str, str]:
+    """Without what describes the job from which the user may submit: it would go for the new one's.
+
+    Outside a job, variables of Slurm are the user's own.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if "SLURM_JOB_ID" not in os.environ or not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
+
+
 def _sbatch(script: str) -> str:
     """The number of the job."""
     data = script.encode(errors="surrogateescape")
     try:
-        done = subprocess.run(("sbatch", "--parsable"), input=data, capture_output=True)
+        done = subprocess.run(
+            ("sbatch", "--parsable"), input=data, capture_output=True, env=_environment()
+        )
     except FileNotFoundError:
         raise UserError(
             "launcher submit on a machine without sbatch",

@@ -162,6 +162,8 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, "--runs", "/proc/nothing"], ["/proc/nothing", "--runs FOLDER"]),
         ([SIMPLECNN, "--num_processes", "2"], ["--num_processes", "before -m launcher"]),
         ([SIMPLECNN, "--max-steps", "0"], ["--max-steps", "at least 1"]),
+        ([SIMPLECNN, "--max-steps", "1.5"], ["--max-steps: '1.5' is no whole number of at least"]),
+        ([SIMPLECNN, "--timeout", "x"], ["--timeout: 'x' is no number of seconds above 0"]),
         ([SIMPLECNN, "--world-size", "2"], ["--world-size goes with --dry-run"]),
         ([SIMPLECNN, "--wandb", "maybe"], ["--wandb", "online"]),
         (["epochs=3"], ["epochs=3", "before any recipe"]),

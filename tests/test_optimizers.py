@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adagrad, Optimizer
 
 from launcher import Muon, Together
 from launcher.model import Learner, prepare
@@ -132,6 +132,21 @@ def test_together_resumes_exactly_from_its_state(network: Small, prepared: bool)
     fresh = Small64()
     fresh.load_state_dict(saved["network"])
     assert train(fresh, made(fresh), 3, skip=3) != whole, "the state made no difference"
+
+
+def test_together_keeps_no_state_that_a_checkpoint_does_not_have(network: Small) -> None:
+    """As after a roll back to a time at which a group had not been trained yet."""
+    optimizer = divided(network.named_parameters())
+    before = optimizer.state_dict()
+    train(network, optimizer, 2)
+    assert optimizer.state
+    optimizer.load_state_dict(before)
+    assert not optimizer.state
+
+
+def test_together_has_the_state_with_which_a_part_begins(network: Small) -> None:
+    part = Adagrad(network.parameters())
+    assert set(Together(part).state) == set(network.parameters())
 
 
 def test_a_rate_set_on_together_reaches_its_parts(network: Small) -> None:

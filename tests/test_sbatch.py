@@ -185,7 +185,7 @@ def test_signals_reach_srun_and_its_own_exit_code_decides(stage: Path) -> None:
         "echo ready >ready\nwhile :; do sleep 0.05; done\n"
     )
     environ = {"PATH": f"{stage / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    (stage / "script").write_text(render(JOB))
+    (stage / "script").write_text(render(JOB, "set -e\n"))
     code = (
         "SAID=said bash script & script=$!; until [ -e ready ]; do sleep 0.05; done;"
         "kill -USR1 $script; until [ -e got ]; do sleep 0.05; done;"
@@ -194,3 +194,27 @@ def test_signals_reach_srun_and_its_own_exit_code_decides(stage: Path) -> None:
     done = subprocess.run(("bash", "-c", code), env=environ, cwd=stage, timeout=30)
     assert done.returncode == 75
     assert "scontrol\0show" in (stage / "said").read_text()
+
+
+def test_a_task_of_an_array_puts_itself_alone_back_into_the_queue(stage: Path) -> None:
+    """The last one has the array's number for its own, and a requeue of that is one of all."""
+    (stage / "bin" / "srun").write_text("#!/bin/bash\nexit 75\n")
+    with (stage / "bin" / "scontrol").open("a") as file:
+        file.write("echo JobState=RUNNING\n")
+    environ = {"PATH": f"{stage / 'bin'}:{os.environ['PATH']}", "SAID": "said"}
+    environ |= {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
+    script = render(replace(JOB, sweep=Sweep("lr", ("1", "2"))), "set -euo pipefail\n")
+    done = subprocess.run(("bash",), input=script, env=environ, cwd=stage, text=True)
+    assert done.returncode == 75
+    said = (stage / "said").read_text().replace("\0", " ")
+    assert said == "scontrol show job 17_1 scontrol requeue 17_1 "
+
+
+def test_what_the_sites_commands_say_is_in_the_log(stage: Path) -> None:
+    site = "echo we say >&2\nset -e\nno-such-module load cuda\n"
+    environ = {"PATH": f"{stage / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    done = subprocess.run(("bash",), input=render(JOB, site), env=environ, cwd=stage, text=True)
+    assert done.returncode == 127
+    log = (stage / "runs" / "jobs" / "first-17-1.log").read_text()
+    assert "we say\n" in log
+    assert "no-such-module: command not found" in log

@@ -155,6 +155,9 @@ def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, 
         (TASK | {"RANK": "0"}, "RANK=0 in the environment, in task 3 of 4", "unset RANK"),
         (TASK | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8", "unset RANK"),
         (ALONE | {"WORLD_SIZE": "2"}, "WORLD_SIZE=2", "unset RANK"),
+        (TASK | {"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment", "unset RANK LOCAL_RANK"),
+        (ALONE | {"LOCAL_RANK": "1"}, "LOCAL_RANK=1", "unset RANK"),
+        (TASK | {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE=1", "unset RANK"),
     ],
 )
 def test_wrong_combinations_are_explained(
@@ -236,3 +239,14 @@ def test_one_task_alone_says_what_is_wrong(
     assert cli.main(["none.py"]) == 2
     assert capsys.readouterr().err.count("RANK=1 in the environment") == lines
     assert cluster.announced().rank == int(task)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_what_is_right_for_the_first_task_alone_is_explained_by_the_second(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    second = TASK | {"SLURM_PROCID": "1", "SLURM_NODEID": "0"}
+    for variable, value in (second | {name: "0"}).items():
+        monkeypatch.setenv(variable, value)
+    assert cli.main(["none.py"]) == 2
+    assert capsys.readouterr().err.count(f"{name}=0 in the environment, in task 1 of 4") == 1

@@ -40,7 +40,9 @@ def test_a_dry_run_prints_the_script(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_without_a_name_it_is_the_recipes_and_the_time(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--name=a-recipe-20" in script(capsys)
+    first, second = script(capsys), script(capsys)
+    assert "--name=a-recipe-20" in first
+    assert first != second  # a loop of the shell submits several in a second
 
 
 def test_nothing_heavy_is_imported() -> None:
@@ -59,6 +61,7 @@ def test_nothing_heavy_is_imported() -> None:
         ("90:30", timedelta(minutes=90, seconds=30)),
         ("4:00:00", timedelta(hours=4)),
         ("1-12", timedelta(days=1, hours=12)),
+        ("1-12:30", timedelta(days=1, hours=12, minutes=30)),
         ("2-01:02:03", timedelta(days=2, hours=1, minutes=2, seconds=3)),
     ],
 )
@@ -79,11 +82,14 @@ def test_times_are_written_as_in_slurm(
         (("x.py", "--optimizer.lr=1"), ("--optimizer.lr", "type it as name=value")),
         (("x.py", "y.py"), ("'y.py' after the recipe", "name=value")),
         (("x.py", "--time", "soon"), ("'soon' is no time like", "4:00:00")),
+        (("x.py", "--time", "0"), ("--time 0:00:00", "at least a minute")),
+        (("x.py", "--time", "9" * 20), ("is no time like",)),
         (("x.py", "--nodes", "two"), ("--nodes", "'two'")),
         (("x.py", "--sweep", "lr"), ("--sweep lr=", "--sweep optimizer.lr=0.01,0.03,0.1")),
         (("x.py", "--sweep", "lr=1,,2"), ("--sweep lr=1,,2", "none empty")),
         (("x.py", "--site", "none.sh"), ("--site none.sh (no such file)", "slurm_site.sh")),
         (("x.py", "--site", "."), ("--site .", "a file with #SBATCH lines")),
+        (("x.py", "--runs", "", "--dry-run"), ("--runs ''", "a folder")),
         (("x.py",), ("on a machine without sbatch", "--dry-run")),
         (("--status",), ("no job was submitted for runs in runs", "--runs FOLDER")),
     ],
@@ -92,6 +98,35 @@ def test_bad_words_are_refused(words: tuple[str, ...], parts: tuple[str, ...]) -
     with refused(*parts):
         submitting.main(words)
     assert main(["submit", *words]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("optimizer.lr=0.01,0.1", ("0.01", "0.1")),
+        ("model.widths=(64,128),[32,64],none", ("(64,128)", "[32,64]", "none")),
+    ],
+)
+def test_a_tuple_is_one_value_of_a_sweep(words: str, values: tuple[str, ...]) -> None:
+    assert submitting._sweep(words).values == values
+
+
+def test_a_job_does_not_inherit_what_describes_the_one_it_is_submitted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexport -p >said\necho 18\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    mine = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CPU_BIND": "none", "OTHER": "1"}
+    for name, value in mine.items():
+        monkeypatch.setenv(name, value)
+    submitting.main(["x.py", "--name", "outside"])
+    assert all(name in Path("said").read_text() for name in mine)
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_GPUS_PER_NODE"):
+        monkeypatch.setenv(name, "3")
+    submitting.main(["x.py", "--name", "inside"])
+    names = [line.split("=")[0].split()[-1] for line in Path("said").read_text().splitlines()]
+    assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert "OTHER" in names
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +145,12 @@ def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[st
     assert "--partition=other" in other
     assert "\nmodule load x\n" in other
     assert "usual" not in other
+
+
+def test_a_site_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_bytes("# Universität".encode("latin-1"))
+    with refused("--site site.sh (not UTF-8)"):
+        submitting.main(["x.py", "--site", "site.sh", "--dry-run"])
 
 
 def test_the_shipped_lines_of_a_site_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,8 +197,17 @@ def test_the_status_of_each_run(tmp_path: Path) -> None:
     ]
 
 
+def test_without_an_answer_of_slurm_no_state_is_made_up(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "jobs").mkdir(parents=True)
+    job_status.remember(BatchJob(recipe="x.py", name="first"), "17")
+    assert job_status.queue() is None  # no Slurm on this machine
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    shown = job_status.table(Path("runs"), job_status.queue).splitlines()
+    assert shown[1].split()[:3] == ["first", "17", "unknown"]
+
+
 def test_the_queue_as_squeue_prints_it(tmp_path: Path) -> None:
-    assert job_status.queue() == {}  # no Slurm on this machine
     (tmp_path / "squeue").write_text(
         "#!/bin/sh\necho '17 PENDING Resources or so'\necho '18_1 RUNNING None'\n"
     )

@@ -22,14 +22,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def train(size: int, folder: Path) -> dict[str, Any]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(WORKER.parents[1]),
     }
-    command = [*torchrun, f"--nproc-per-node={size}", str(WORKER), str(folder)]
+    several = torchrun if size > 1 else []  # one of torchrun's has DDP around its network as well
+    command = [sys.executable, *several, str(WORKER), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in SCENARIOS}

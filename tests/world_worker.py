@@ -78,6 +78,20 @@ def divided(parameters: NamedParameters, *, lr: float = 0.05) -> Optimizer:
     return Together(Muon(filters, lr=lr), SGD(groups, lr=lr, momentum=0.9))
 
 
+def late(progress: float) -> float:
+    """At zero in the first half."""
+    return float(progress > 0.5)
+
+
+def with_late_bias(parameters: NamedParameters, *, lr: float = 0.05) -> Optimizer:
+    """The bias of the convolution is trained in the second half only."""
+    named = list(parameters)
+    rested = [pair for pair in named if pair[0] == "layers.0.bias"]
+    others = [pair for pair in named if pair[0] != "layers.0.bias"]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": rested, "schedule": late}]
+    return SGD(groups, lr=lr, momentum=0.9)
+
+
 def unit_variance(network: nn.Module, images: Tensor) -> None:
     """Divide the first filters by the standard deviation of what they make of the images."""
     assert isinstance(network, Small)
@@ -118,6 +132,9 @@ SCENARIOS = {
         data=replace(plain.data, mix=mixup, augment=(partial(crop, fill="zero"),)),
         memory_format="contiguous",
         accumulate=2,
+    ),
+    "a_group_at_rest": replace(
+        plain, model=Small64, optimizer=with_late_bias, clip_norm=0.5, accumulate=2
     ),
     "muon_initialised_views": replace(
         plain,
