@@ -121,6 +121,12 @@ class Recipe:
         _at_least("epochs", self.epochs, 1)
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise UserError(
+                f"seed={self.seed}",
+                expected="a whole number below 2**64, which torch can take",
+                instead="type seed=0, for example",
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:  # nan is not
             raise UserError(
                 f"clip_norm={self.clip_norm}",
