@@ -104,10 +104,13 @@ def code_name(value: Callable[..., Any]) -> str:
     function = _function(value)
     if isinstance(function, nn.Module):
         kind = type(function).__name__
+        instead = f"write {kind} without brackets, with settings in partial({kind}, ...)"
+        if kind.endswith("Loss"):
+            instead = "write the function of torch.nn.functional, as in loss=cross_entropy"
         raise UserError(
             f"a {kind} that is built already in the recipe",
             expected="a class or a function, which every process calls for itself",
-            instead=f"write {kind} without brackets, with settings in partial({kind}, ...)",
+            instead=instead,
         )
     name = getattr(function, "__qualname__", None)
     if name is None or "<lambda>" in name:

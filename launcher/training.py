@@ -25,9 +25,10 @@ from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
+from launcher.evaluation import rehearse
 from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
-from launcher.loop import settle
+from launcher.loop import normalisation, settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.nearby import average_nearby
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
@@ -146,6 +147,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
     learner = prepare(ready.network, job.recipe, accelerator)
+    rehearse(job, learner.evaluated, ready.data.test, normalisation(job, learner, ready.data))
     average_nearby(learner.wrapped, patience)
     windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
     job = profiling.shortened(job, windows) if windows else job

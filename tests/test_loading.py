@@ -237,6 +237,12 @@ def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path:
         loading.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
 
 
+def test_a_loss_that_is_built_already_is_answered_with_the_function(tmp_path: Path) -> None:
+    with refused("CrossEntropyLoss", "loss=cross_entropy"):
+        text = GOOD.replace("epochs=1", "epochs=1, loss=nn.CrossEntropyLoss()")
+        loading.load(written(tmp_path, text))
+
+
 def test_the_fault_of_the_recipes_own_code_keeps_its_cause(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         loading.load(written(tmp_path, GOOD + "1 / 0\n"))
