@@ -300,15 +300,17 @@ def _gather(
     console = make_console(accelerator.is_main_process)
     if start is None or not accelerator.is_main_process:
         return Watchers(console, NullTracker(), start.folder if start else None, None, loaded)
+    own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
     tracker = tracking.start(
         occasion.wandb,
         folder=start.folder.path,
+        # What is given here, W&B does not take from the environment, so that is done here, too.
         project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
-        name=start.folder.path.name,
+        name=occasion.name or os.environ.get("WANDB_NAME", start.folder.path.name),
         config=loaded.config,
-        tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
+        tags=[loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])],
         data=data,
-        note=redacted(loaded.note),
+        note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
         run_id=start.folder.identity,
     )
     writer = Writer(start.folder.checkpoints, start.folder.check)
