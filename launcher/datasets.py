@@ -12,7 +12,7 @@ import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def load(data: Images) -> Data:
     Raises `UserError` for damaged files, for labels out of range, and where the images are out of
     reach and there is no fallback.
     """
+    data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
     try:
         train, test = _open_both(data.source, data.root)
         loaded = Data(train, test, short_name(data.source))
@@ -108,6 +109,13 @@ def check(loaded: Data, data: Images) -> None:
             given,
             expected="the same classes for training and for testing",
             instead="add the missing folders or remove the others",
+        )
+    sizes = [tuple(half.images.shape[1:]) for half in (loaded.train, loaded.test)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"training images of {sizes[0]} and test images of {sizes[1]} in {loaded.name}",
+            expected="images of the same height, width and channels",
+            instead="scale one half to the size of the other",
         )
     channels = loaded.train.images.shape[-1]
     for name, values in (("mean", data.mean), ("std", data.std)):
@@ -240,10 +248,11 @@ def _as_set(dataset: Any, source: Source) -> ImageSet:
     name = short_name(source)
     images = _tensor(getattr(dataset, "data", ()))
     labels = _tensor(getattr(dataset, "targets", getattr(dataset, "labels", ()))).long()
-    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+    shapes = tuple(images.shape), tuple(labels.shape)
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or shapes[1] != shapes[0][:1]:
         raise UserError(
-            f"data.source={name}, with data of {images.dtype} {tuple(images.shape)}",
-            expected="a data set whose `data` is uint8 images and `targets` as many labels",
+            f"data.source={name}, with data of {images.dtype} {shapes[0]}, targets of {shapes[1]}",
+            expected="a data set whose `data` is uint8 images and `targets` a label for each",
             instead="use CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, Folder or Synthetic",
         )
     classes = tuple(str(label) for label in getattr(dataset, "classes", range(10)))

@@ -70,8 +70,11 @@ def _refuse_few(files: list[tuple[Path, int]], names: list[str]) -> None:
 
 
 def _is_visible(path: Path, kind: str) -> bool:
-    """Skip what desktops leave behind: `.DS_Store`, `Thumbs.db`, hidden folders."""
-    right_kind = path.is_dir() if kind == "folder" else path.is_file()
+    """Skip what desktops leave behind: `.DS_Store`, `Thumbs.db`, hidden folders.
+
+    A link to nothing counts as a file: reading it says so.
+    """
+    right_kind = path.is_dir() == (kind == "folder")
     return right_kind and not path.name.startswith(".") and path.name != "Thumbs.db"
 
 
@@ -105,7 +108,9 @@ def _read(file: Path, size: int) -> Any:
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):  # Pillow would turn all but the darkest pixels white
+    if picture.mode in ("I", "F"):  # Pillow would turn nearly all pixels white, or black
+        raise ValueError(f"in Pillow's mode {picture.mode} no value is known to be white")
+    if picture.mode.startswith("I;16"):  # ... all but the darkest white
         picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
     return picture.convert("RGB")
 

@@ -3,17 +3,21 @@
 A recipe is Python code and is run: load only files that you trust.
 """
 
+import collections.abc
 import importlib.util
 import sys
 import traceback
+import types
+import typing
 from dataclasses import dataclass
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from launcher import settings
 from launcher.errors import UserError
-from launcher.recipe import Recipe
+from launcher.recipe import Images, Recipe
 from launcher.redaction import cleaned
 
 
@@ -44,8 +48,38 @@ def load(path: Path) -> Loaded:
             expected="recipe = Recipe(...)",
             instead="see recipes/simplecnn.py for an example",
         )
+    _refuse_ill_typed(recipe, path)
     settings.as_dict(recipe)  # refuses what has no name
     return Loaded(recipe, path.stem, source, module.__doc__ or "")
+
+
+def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:
+    """Refuse a misspelt word or a fraction in the file as an override of it would be refused."""
+    for part, kind, prefix in ((recipe, Recipe, ""), (recipe.data, Images, "data.")):
+        for name, annotation in typing.get_type_hints(kind).items():
+            value = getattr(part, name)
+            if not _fits(value, annotation):
+                setting = settings.Setting(prefix + name, annotation, value)
+                raise UserError(
+                    f"{path}: {setting.name}={value!r}",
+                    expected=f"a value of type {setting.type_name}",
+                    instead="mend it in the recipe file",
+                )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of a recipe file is of the annotated type; of code, only that it is code."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, arguments[0]) for v in value)
+    if origin is collections.abc.Callable:
+        return callable(value)
+    kinds = {int: Integral, float: Real, str: str | PathLike}  # numpy's numbers are some, too
+    if annotation in kinds:
+        return isinstance(value, kinds[annotation]) and not isinstance(value, bool)
+    return value in arguments if origin is typing.Literal else isinstance(value, annotation)
 
 
 def _read(path: Path) -> str:
@@ -67,14 +101,14 @@ def _nearby(path: Path) -> str:
     return "check the path"
 
 
-def _run(path: Path, source: str) -> ModuleType:
+def _run(path: Path, source: str) -> types.ModuleType:
     name = f"recipes.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(str(path), expected="a Python file", instead="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that typing and pickle can find the recipe's own classes
-    folder = str(path.resolve().parents[1])
+    folder = str(path.resolve().parent.parent)
     if folder not in sys.path:
         sys.path.append(folder)  # so that a recipe can build on its neighbours: recipes.simplecnn
     try:

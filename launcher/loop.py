@@ -189,7 +189,7 @@ def train_epoch(
 
 @contextmanager
 def located(step: int, epoch: int) -> Iterator[None]:
-    """Note on an exception where the training was; explain what `deterministic` refuses."""
+    """Note on an exception where the training was; explain what torch refuses of a recipe."""
     try:
         yield
     except Exception as error:
@@ -199,6 +199,13 @@ def located(step: int, epoch: int) -> Iterator[None]:
                 f"deterministic=true, and {operation} in step {step}",
                 expected="operations for which torch has a deterministic algorithm",
                 instead="use another layer, or type deterministic=false",
+            ) from None
+        if "parameters that were not used in producing loss" in str(error):
+            numbers = str(error).partition("did not receive grad for rank ")[2].partition("\n")[0]
+            raise UserError(
+                f"parameters without a gradient up to step {step}, by number on rank {numbers}",
+                expected="a gradient for each parameter in each step, for which several ranks wait",
+                instead="leave out what the loss does not need, or call its requires_grad_(False)",
             ) from None
         error.add_note(f"in step {step} (epoch {epoch})")
         raise

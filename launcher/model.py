@@ -110,7 +110,7 @@ def _try(network: nn.Module, recipe: Recipe, data: ImageSet, name: str) -> tuple
     images = normalise(pixels)
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
             output = network(images)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UserError(

@@ -79,7 +79,8 @@ class Recipe:
     `model` builds the network; `initialise`, if any, then changes it by the first 5,000 normalised
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
     maps progress in [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets
-    and returns the mean over the batch; with `data.mix` the targets are class probabilities.
+    and returns the mean over the batch; with `data.mix` the targets are class probabilities in
+    training, and labels in an evaluation as ever.
     `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
     hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
     batch into that many forward passes. `average` keeps an average of the weights, which is then
@@ -121,6 +122,12 @@ class Recipe:
         _at_least("epochs", self.epochs, 1)
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise UserError(
+                f"seed={self.seed}",
+                expected="a whole number below 2**64, which torch can take",
+                instead="type seed=0, for example",
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:  # nan is not
             raise UserError(
                 f"clip_norm={self.clip_norm}",

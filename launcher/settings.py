@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ _FILLED_IN = ("root", "train", "split", "download", "params")
 _UNSUITABLE = ("transform", "target_transform", "loader", "is_valid_file")
 _MEANING = ("size_average", "reduce", "reduction")
 _NOT_SETTINGS = frozenset((*_FILLED_IN, *_UNSUITABLE, *_MEANING))
+_PLAIN = (bool, int, float, str)
+_SEQUENCES = (tuple, list, collections.abc.Sequence)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,13 @@ def code_name(value: Callable[..., Any]) -> str:
     function = _function(value)
     if isinstance(function, nn.Module):
         kind = type(function).__name__
+        instead = f"write {kind} without brackets, with settings in partial({kind}, ...)"
+        if kind.endswith("Loss"):
+            instead = "write the function of torch.nn.functional, as in loss=cross_entropy"
         raise UserError(
             f"a {kind} that is built already in the recipe",
             expected="a class or a function, which every process calls for itself",
-            instead=f"write {kind} without brackets, with settings in partial({kind}, ...)",
+            instead=instead,
         )
     name = getattr(function, "__qualname__", None)
     if name is None or "<lambda>" in name:
@@ -122,8 +128,12 @@ def short_name(value: Callable[..., Any]) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value as it would be typed after `name=`."""
-    return "none" if value is None else str(value).replace(" ", "")
+    """A value as it would be typed after `name=`, in a shell."""
+    if (
+        isinstance(value, tuple | list) and value
+    ):  # without brackets, which a shell takes for its own
+        return shlex.quote(",".join(map(repr, value)) + "," * (len(value) == 1))
+    return "none" if value is None else shlex.quote(str(value))
 
 
 def _function(value: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,9 +206,10 @@ def _replace(value: Any, path: list[str], text: str, name: str, recipe: Recipe) 
     if isinstance(value, tuple):
         return tuple(new if item is child else item for item in value)
     if isinstance(value, functools.partial):
-        given = inspect.signature(value.func).bind_partial(*value.args).arguments
-        if head in given:  # by position: every position becomes a keyword
-            return functools.partial(value.func, **{**given, **value.keywords, head: new})
+        given = inspect.signature(value.func).bind_partial(*value.args)
+        if head in given.arguments:
+            given.arguments[head] = new
+            return functools.partial(value.func, *given.args, **value.keywords)
         return functools.partial(value.func, *value.args, **{**value.keywords, head: new})
     return functools.partial(value, **{head: new})
 
@@ -257,11 +268,15 @@ def _convert(value: Any, annotation: Any) -> tuple[bool, Any]:
         return next((result for a in arguments if (result := _convert(value, a))[0]), (False, None))
     if annotation in (None, types.NoneType):
         return value is None, None
-    if origin is tuple:
-        return _convert_tuple(value, arguments)
+    if origin in _SEQUENCES:
+        kinds = arguments if origin is tuple else (*arguments, Ellipsis)
+        fits, items = _convert_tuple(value, kinds)
+        return fits, list(items) if fits and origin is list else items
+    if annotation in (tuple, list) and isinstance(value, tuple | list):
+        return True, annotation(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return True, float(value)
-    if annotation in (bool, int, float, str):
+    if annotation in _PLAIN:
         return type(value) is annotation, value
     return False, None
 
@@ -288,8 +303,8 @@ def _is_code(value: Any) -> bool:
 def _is_plain(annotation: Any) -> bool:
     """Whether any value of this annotation can be typed on a command line."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal or annotation in (bool, int, float, str, Any):
+    if origin is typing.Literal or annotation in (*_PLAIN, tuple, list, Any):
         return True
-    if origin in (typing.Union, types.UnionType, tuple):
+    if origin in (typing.Union, types.UnionType, *_SEQUENCES):
         return any(_is_plain(argument) for argument in arguments)
     return False

@@ -25,9 +25,10 @@ from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
+from launcher.evaluation import rehearse
 from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
-from launcher.loop import settle
+from launcher.loop import normalisation, settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.nearby import average_nearby
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
@@ -146,6 +147,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
     learner = prepare(ready.network, job.recipe, accelerator)
+    rehearse(job, learner.evaluated, ready.data.test, normalisation(job, learner, ready.data))
     average_nearby(learner.wrapped, patience)
     windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
     job = profiling.shortened(job, windows) if windows else job
@@ -298,15 +300,17 @@ def _gather(
     console = make_console(accelerator.is_main_process)
     if start is None or not accelerator.is_main_process:
         return Watchers(console, NullTracker(), start.folder if start else None, None, loaded)
+    own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
     tracker = tracking.start(
         occasion.wandb,
         folder=start.folder.path,
+        # What is given here, W&B does not take from the environment, so that is done here, too.
         project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
-        name=start.folder.path.name,
+        name=occasion.name or os.environ.get("WANDB_NAME", start.folder.path.name),
         config=loaded.config,
-        tags=[loaded.name, *(["synthetic-data"] if data.fallback else [])],
+        tags=[loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])],
         data=data,
-        note=redacted(loaded.note),
+        note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
         run_id=start.folder.identity,
     )
     writer = Writer(start.folder.checkpoints, start.folder.check)

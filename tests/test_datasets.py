@@ -370,6 +370,16 @@ def absent_folder(root: str, train: bool) -> Any:
     return Folder(f"{root}/nowhere", train)
 
 
+def test_a_root_below_the_users_own_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in range(5):
+        (tmp_path / "pictures" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "cat" / f"{number}.png")
+    assert len(datasets.load(images_of(Folder, Path("~/pictures"))).train) == 4
+
+
 def test_a_broken_folder_of_pictures_is_refused_even_with_a_fallback(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with refused("cat", "no pictures"):
@@ -642,6 +652,7 @@ def test_a_cifar_batch_with_a_label_out_of_range_is_refused(tmp_path: Path) -> N
     [
         {"data": PIXELS.astype(numpy.float32), "targets": [0] * 4},
         {"data": PIXELS, "targets": [0] * 3},
+        {"data": PIXELS, "targets": [[0]] * 4},
         {"data": PIXELS},
         {"data": PIXELS[..., 0, 0], "targets": [0] * 4},
         {"targets": [0] * 4},
@@ -649,7 +660,17 @@ def test_a_cifar_batch_with_a_label_out_of_range_is_refused(tmp_path: Path) -> N
         {"data": [PIXELS[0], PIXELS[0, :4]], "targets": [0, 1]},
         {"data": None, "targets": [0]},
     ],
-    ids=["float", "labels short", "no labels", "flat", "no data", "paths", "ragged", "None"],
+    ids=[
+        "float",
+        "labels short",
+        "a column",
+        "no labels",
+        "flat",
+        "no data",
+        "paths",
+        "ragged",
+        "None",
+    ],
 )
 def test_data_that_is_not_uint8_images_with_labels_is_refused(
     tmp_path: Path, attributes: dict[str, Any]
@@ -675,6 +696,12 @@ def test_classes_of_one_half_only_are_refused_by_name(tmp_path: Path) -> None:
             Image.new("RGB", (8, 8)).save(tmp_path / half / name / "a.png")
     with refused("bird, dog", repr(str(tmp_path)), "same classes"):
         datasets.load(images_of(Folder, tmp_path))
+
+
+def test_test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    source = made("Mine", data=lambda train: PIXELS if train else PIXELS[:, :4], targets=[0] * 4)
+    with refused("(8, 8, 3)", "(4, 8, 3)", "Mine", "the same height"):
+        datasets.load(images_of(source, tmp_path))
 
 
 def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.processes import PATIENCE, PYTHON, ROOT, TORCHRUN, TORCHRUN_4, Run, fingerprint, ranks_of
+from tests.processes import (
+    PATIENCE,
+    PYTHON,
+    RESUMABLE,
+    ROOT,
+    TORCHRUN,
+    TORCHRUN_4,
+    Run,
+    fingerprint,
+    ranks_of,
+)
 
 FAILING = ROOT / "tests" / "failing.py"
 SHORT = ("epochs=4", "--name", "run", "--checkpoint-every", "7")
@@ -211,3 +221,15 @@ def test_an_operation_without_a_deterministic_algorithm_is_refused(tmp_path: Pat
     assert run.end() == 2
     assert re.search(r"launcher: deterministic=true, and put_ in step 40; expected", run.text())
     assert "Traceback" not in run.text()
+
+
+def test_parameters_without_a_gradient_are_refused_on_several_ranks(tmp_path: Path) -> None:
+    recipe, start = tmp_path / "unused.py", "        super().__init__()\n"
+    unused = f"{start}        self.unused = nn.Linear(3, 3)\n"
+    recipe.write_text(RESUMABLE.read_text().replace(start, unused, 1))
+    run = Run(TORCHRUN, tmp_path, *SHORT, recipe=recipe)
+    assert run.end() != 0
+    ours = run.text().partition("torch/distributed/run.py")[0]
+    line = r"launcher: parameters without a gradient up to step 2, by number on rank .: [\d ]+;"
+    assert len(re.findall(line, run.text())) == 1
+    assert "DistributedDataParallel" not in ours

@@ -247,3 +247,18 @@ def test_a_damaged_picture_is_refused_by_name(tmp_path: Path, name: str, content
     (tmp_path / "cat" / name).write_bytes(content)
     with refused(str(tmp_path / "cat" / name), "cannot be read as a picture", "mend"):
         both(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_picture_without_a_known_white_is_refused(tmp_path: Path, mode: str) -> None:
+    fill(tmp_path, {"cat": 5})
+    draw(tmp_path / "cat" / "deep.tif", 1, mode=mode)
+    with refused(str(tmp_path / "cat" / "deep.tif"), f"mode {mode}", "mend"):
+        both(tmp_path)
+
+
+def test_a_link_to_a_picture_that_is_gone_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, {"cat": 5})
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with refused(str(tmp_path / "cat" / "gone.png"), "No such file"):
+        both(tmp_path)

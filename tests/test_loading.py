@@ -87,6 +87,14 @@ def test_the_recipes_own_classes_can_be_named_and_found_again(tmp_path: Path) ->
     assert settings.override(loaded.recipe, ["model.width=7"]).model().in_features == 7
 
 
+def test_a_recipe_may_lie_at_the_top_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, GOOD)
+    monkeypatch.setattr(Path, "resolve", lambda self: Path("/mine.py"))
+    assert loading.load(path).name == "mine"
+
+
 # Files that do not load
 
 
@@ -172,6 +180,40 @@ def test_a_value_that_the_recipe_refuses_is_shown_with_the_file(tmp_path: Path) 
         loading.load(written(tmp_path, GOOD.replace("epochs=1", "epochs=0")))
 
 
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [
+        ("memory_format='channel_last'", "channels_last"),
+        ("on_nan='skipp'", "rollback"),
+        ("precision='float16'", "fp16"),
+        ("compile='max_autotune'", "max-autotune"),
+        ("accumulate=2.0", "int"),
+        ("clip_norm=True", "float"),
+        ("schedule=0.5", "code"),
+        ("model=None", "code"),
+        ("data=Synthetic", "Images"),
+        ("data.batch_size=8.0", "int"),
+        ("data.source=Synthetic()", "code"),
+        ("data.augment=('flip',)", "code"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, field: str, kind: str) -> None:
+    name, _, value = field.partition("=")
+    part = "recipe.data" if name.startswith("data.") else "recipe"
+    change = f"object.__setattr__({part}, {name.split('.')[-1]!r}, {value})"
+    with refused(f"mine.py: {name}=", kind, "mend"):
+        loading.load(written(tmp_path, f"{GOOD}\n{change}\n"))
+
+
+def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
+    text = GOOD.replace("epochs=1", "epochs=numpy.int64(2), clip_norm=numpy.float32(1)")
+    text = text.replace("mean=(0.5,)", "mean=[numpy.float32(0.5)], root=Path('data')")
+    text = text.replace(
+        "from torch import nn", "import numpy\nfrom pathlib import Path\nfrom torch import nn"
+    )
+    assert loading.load(written(tmp_path, text)).recipe.epochs == 2
+
+
 def test_a_file_without_a_recipe_is_refused(tmp_path: Path) -> None:
     with refused("mine.py", "no name `recipe`", "recipe = Recipe(...)", "simplecnn.py"):
         loading.load(written(tmp_path, GOOD.replace("recipe = ", "experiment = ")))
@@ -193,6 +235,12 @@ def test_a_lambda_in_a_recipe_is_refused(tmp_path: Path, slot: str) -> None:
 def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path: Path) -> None:
     with refused("Net", "class"):
         loading.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
+
+
+def test_a_loss_that_is_built_already_is_answered_with_the_function(tmp_path: Path) -> None:
+    with refused("CrossEntropyLoss", "loss=cross_entropy"):
+        text = GOOD.replace("epochs=1", "epochs=1, loss=nn.CrossEntropyLoss()")
+        loading.load(written(tmp_path, text))
 
 
 def test_the_fault_of_the_recipes_own_code_keeps_its_cause(tmp_path: Path) -> None:

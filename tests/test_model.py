@@ -62,6 +62,13 @@ def test_a_model_in_double_precision_is_given_images_in_it(images: datasets.Imag
     assert next(network.parameters()).dtype == torch.float64
 
 
+def test_a_lazy_layer_trains_all_of_its_weights(images: datasets.ImageSet) -> None:
+    lazy = partial(nn.Sequential, nn.Flatten(), nn.LazyLinear(10))
+    network = build(replace(RECIPE, model=lazy), images)
+    network(torch.ones(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_the_average_follows_its_formula(images: datasets.ImageSet) -> None:
     network = build(RECIPE, images)
     average = ema(network, decay=0.75)

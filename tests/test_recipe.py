@@ -17,6 +17,7 @@ FIELDS = [
     ("epochs", -3),
     ("accumulate", 0),
     ("seed", -1),
+    ("seed", 2**64),
     ("clip_norm", 0),
     ("clip_norm", -1.5),
     ("clip_norm", math.nan),

@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Optional
@@ -165,6 +166,21 @@ def test_a_setting_that_a_partial_gave_by_position_can_be_overridden(recipe: Rec
     changed = settings.override(recipe, ["model.width=16"])
     assert value_of(changed, "model.width") == 16
     assert next(changed.model().parameters()).shape[0] == 16
+
+
+def several(width: int, /, depth: int = 2, *sizes: int) -> tuple[int, ...]:
+    return width, depth, *sizes
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("model.width=16", (16, 3, 4, 5)), ("model.depth=9", (8, 9, 4, 5))]
+)
+def test_what_is_left_of_several_positions_keeps_its_place(
+    recipe: Recipe, word: str, expected: tuple[int, ...]
+) -> None:
+    model: Any = partial(several, 8, 3, 4, 5)
+    built: Any = settings.override(replace(recipe, model=model), [word]).model()
+    assert built == expected
 
 
 def test_a_setting_behind_one_given_by_position_can_be_overridden(recipe: Recipe) -> None:
@@ -351,6 +367,11 @@ def test_what_the_launcher_fills_in_cannot_be_overridden(name: str) -> None:
         ("((1,2),(3,4))", tuple[tuple[int, int], ...], ((1, 2), (3, 4))),
         ("anything", Any, "anything"),
         ("0.9,0.5", tuple[float | Tensor, float | Tensor], (0.9, 0.5)),
+        ("8,16", tuple, (8, 16)),
+        ("8,16", list, [8, 16]),
+        ("8,16", list[int], [8, 16]),
+        ("8,", Sequence[int], (8,)),
+        ("8,x", list[int], None),
     ],
 )
 def test_a_text_is_read_as_its_annotation(text: str, annotation: Any, expected: object) -> None:
@@ -367,6 +388,13 @@ def test_a_text_is_read_as_its_annotation(text: str, annotation: Any, expected: 
 def test_a_value_is_shown_as_it_would_be_typed(value: object) -> None:
     assert settings.parse(settings.as_text(value), Any, "x") == value
     assert " " not in settings.as_text(value)
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", "$HOME", (0.5,), (), ((1, 2), (3, 4)), [1, 2]])
+def test_a_shell_passes_on_a_value_that_is_typed_as_it_is_shown(value: object) -> None:
+    word = f"x={settings.as_text(value)}"
+    passed = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, text=True)
+    assert settings.parse(passed.stdout.removeprefix("x="), type(value), "x") == value
 
 
 # The resolved form

@@ -18,10 +18,13 @@ import numpy
 import pytest
 import torch
 
+from launcher import tracking, training
 from launcher.datasets import Data, ImageSet
 from launcher.journal import epoch_scalars
+from launcher.loading import Loaded
 from launcher.metrics import Best, EpochReport, Evaluation, StepReport
 from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, start
+from tests.helpers import tiny_recipe
 from tests.wandb_server import API_KEY, WandbServer
 
 ROOT = Path(__file__).parents[1]
@@ -243,6 +246,25 @@ def test_a_run_carries_its_recipe_name_note_tags_log_and_exit_code(offline: Offl
     assert [record["exit_code"] for record in offline.of("exit")] == [3]
     logged = [record["line"] for record in offline.of("output_logger")]
     assert logged == ["WARNING:launcher:the disk is nearly full\n"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [(None, "mine"), ("typed", "typed")])
+def test_name_tags_and_notes_of_the_environment_are_taken(
+    name: str | None, shown: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {}
+
+    def began(mode: str | None, **words: Any) -> NullTracker:
+        given.update(words)
+        return NullTracker()
+
+    monkeypatch.setattr(tracking, "start", began)
+    own = {"WANDB_NAME": "mine", "WANDB_TAGS": "a,b", "WANDB_NOTES": "why"}
+    for variable, value in own.items():
+        monkeypatch.setenv(variable, value)
+    loaded = Loaded(tiny_recipe(), "tiny", "", "")
+    training.train(loaded, training.Occasion(runs=tmp_path, name=name, max_steps=1))
+    assert (given["name"], given["tags"], given["note"]) == (shown, ["tiny", "a", "b"], "why")
 
 
 def test_an_online_run_arrives_at_the_server(world: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""What an evaluation will need is tried before training."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from launcher import cluster, datasets, ema, flip, mirrored, mixup, training
+from launcher.evaluation import rehearse
+from launcher.loading import Loaded
+from launcher.loop import normalisation
+from launcher.model import build, prepare
+from launcher.plan import make_plan
+from launcher.recipe import Recipe
+from launcher.step import Job
+from launcher.views import Score
+from tests.helpers import refused, tiny_recipe
+
+
+def rehearsed(recipe: Recipe) -> nn.Module:
+    data, accelerator = datasets.load(recipe.data), cluster.join("fp32")
+    sizes = {"train_images": len(data.train), "test_images": len(data.test)}
+    job = Job(recipe, make_plan(recipe, world_size=1, **sizes), accelerator)
+    learner = prepare(build(recipe, data.train), recipe, accelerator)
+    rehearse(job, learner.evaluated, data.test, normalisation(job, learner, data))
+    return learner.network
+
+
+def of_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+def in_a_row(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits, targets).reshape(1)
+
+
+def unscored(score: Score, images: Tensor) -> Tensor:
+    return images
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (of_probabilities, "of_probabilities fails on two test images"),
+        (in_a_row, "one number"),
+        (partial(cross_entropy, reduction="none"), "one number"),
+        (partial(cross_entropy, reduction="sum"), "the mean, not the sum"),
+        (partial(cross_entropy, label_smoothing=2.0), "label_smoothing must be between"),
+        (nn.CrossEntropyLoss, "cross_entropy of torch.nn.functional"),
+    ],
+)
+def test_a_loss_that_no_evaluation_can_use_is_refused(loss: Any, message: str) -> None:
+    with refused(message):
+        rehearsed(tiny_recipe(loss=loss, data={"mix": mixup}))
+
+
+@pytest.mark.parametrize(("views", "message"), [(flip, "flip fails"), (unscored, "a score")])
+def test_views_that_are_no_scores_are_refused(views: Any, message: str) -> None:
+    with refused(message):
+        rehearsed(tiny_recipe(views=views))
+
+
+def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
+    loaded = Loaded(tiny_recipe(loss=in_a_row), "mine", "", "")
+    with refused("one number"):
+        training.train(loaded, training.Occasion(runs=tmp_path / "runs", wandb="off"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "loss", [cross_entropy, partial(cross_entropy, weight=torch.arange(10.0), label_smoothing=0.1)]
+)
+def test_a_rehearsal_leaves_the_network_as_it_is(loss: Any) -> None:
+    recipe = tiny_recipe(loss=loss, views=mirrored, average=ema)
+    network = rehearsed(recipe)
+    fresh = build(recipe, datasets.load(recipe.data).train).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())
