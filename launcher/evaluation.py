@@ -1,5 +1,6 @@
 """The test images, each exactly once, over all ranks; and what the samples among them look like."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,8 +71,9 @@ def rehearse(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise)
         two = _tried(recipe.loss, widened(logits), labels)
         one = _tried(recipe.loss, widened(logits[:1]), labels[:1])
         _refuse_unless(two.ndim == 0, recipe.loss, "one number")
-        # An image that is there twice has its own loss for a mean.
-        _refuse_unless(not abs(two - one) > 0.01 * abs(one), recipe.loss, "the mean, not the sum")
+        # The mean over an image that is there twice is its own loss, the sum twice as much.
+        is_sum = bool(one) and math.isclose(two, 2 * one, rel_tol=0.01)
+        _refuse_unless(not is_sum, recipe.loss, "the mean over the images, not the sum")
 
 
 def _tried(function: Callable[..., Any], *arguments: Any) -> Tensor:

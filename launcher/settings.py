@@ -129,9 +129,7 @@ def short_name(value: Callable[..., Any]) -> str:
 
 def as_text(value: Any) -> str:
     """A value as it would be typed after `name=`, in a shell."""
-    if (
-        isinstance(value, tuple | list) and value
-    ):  # without brackets, which a shell takes for its own
+    if isinstance(value, tuple | list) and value:  # without brackets: a shell has a use for them
         return shlex.quote(",".join(map(repr, value)) + "," * (len(value) == 1))
     return "none" if value is None else shlex.quote(str(value))
 

@@ -48,7 +48,7 @@ def unscored(score: Score, images: Tensor) -> Tensor:
         (of_probabilities, "of_probabilities fails on two test images"),
         (in_a_row, "one number"),
         (partial(cross_entropy, reduction="none"), "one number"),
-        (partial(cross_entropy, reduction="sum"), "the mean, not the sum"),
+        (partial(cross_entropy, reduction="sum"), "the mean over the images, not the sum"),
         (partial(cross_entropy, label_smoothing=2.0), "label_smoothing must be between"),
         (nn.CrossEntropyLoss, "cross_entropy of torch.nn.functional"),
     ],
