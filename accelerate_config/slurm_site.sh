@@ -1,4 +1,4 @@
-# What every batch job of this site needs; `launcher submit` puts it at the top of its script.
+# What every batch job of this site needs; `launcher submit` puts it before the training.
 # Lines that begin with #SBATCH are options of sbatch, all others are commands of the script.
 # Take away one # to use a line.
 

@@ -208,7 +208,10 @@ def parse_words() -> argparse.Namespace:
     add("--count", type=int, default=50_000, help="embedded images")
     add("--rehearse", action="store_true", help="tiny and uncompiled, for a machine without GPU")
     add("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    return parser.parse_args()
+    words = parser.parse_args()
+    if unknown := set(words.parts) - set(PARTS):
+        parser.error(f"--parts {','.join(sorted(unknown))}: expected some of {','.join(PARTS)}")
+    return words
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.errors import LauncherError
-from launcher.rendezvous import TIMEOUT, meet_machines, say
+from launcher.errors import LauncherError, UserError
+from launcher.rendezvous import PORT, TIMEOUT, meet_machines, say, seconds_in
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -50,14 +50,24 @@ def _meet(arguments: argparse.Namespace) -> "Store | None":
     Only where each machine was told its number: a rendezvous that numbers them itself may do with
     fewer.
     """
-    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+    from torch.distributed.elastic.rendezvous.utils import (
+        _parse_rendezvous_config,
+        parse_rendezvous_endpoint,
+    )
 
     if arguments.rdzv_backend != "static" or arguments.nnodes in ("1", "1:1"):
         return None
-    timeout = float(_parse_rendezvous_config(arguments.rdzv_conf).get("timeout", TIMEOUT))
-    machines = int(arguments.nnodes.split(":")[0])
-    address, port = arguments.master_addr, int(arguments.master_port)
-    return meet_machines(address, port, arguments.node_rank, machines, timeout)
+    machine, machines = arguments.node_rank, int(arguments.nnodes.split(":")[0])
+    if not 0 <= machine < machines:
+        raise UserError(
+            f"--node-rank {machine} with --nnodes {arguments.nnodes}",
+            expected=f"this machine's number, 0 to {machines - 1}",
+            instead=f"type --node-rank {machines - 1} on the last machine",
+        )
+    timeout = seconds_in(_parse_rendezvous_config(arguments.rdzv_conf), f"timeout={TIMEOUT:g}")
+    given = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port or PORT}"
+    address, port = parse_rendezvous_endpoint(given, PORT)
+    return meet_machines(address, port, machine, machines, timeout)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,13 @@ class Learner:
 
     def set_rates(self, progress: float, schedule: Schedule) -> None:
         """Set each group's rate to its own times the multiplier of its or the recipe's schedule."""
-        groups = zip(self.optimizer.param_groups, self.options, self.schedules, strict=True)
-        for group, options, own in groups:
+        groups = self.optimizer.param_groups
+        for group, options, own in zip(groups, self.options, self.schedules, strict=True):
             group["lr"] = options["lr"] * (own or schedule)(progress)
-            if own and self.wrapped is self.network:  # DDP waits for the gradient of all it knows
+        # DDP waits for the gradient of all it knows, and a loss must have one at least.
+        may_rest = self.wrapped is self.network and any(group["lr"] != 0 for group in groups)
+        for group, own in zip(groups, self.schedules, strict=True):
+            if own and may_rest:
                 for parameter in group["params"]:
                     parameter.requires_grad_(group["lr"] != 0)
 

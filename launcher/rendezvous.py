@@ -13,8 +13,8 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import LauncherError, RankError, UserError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
 BACKEND = "launcher"
+PORT = 29500  # torchrun's, where none is given
 TIMEOUT = 300.0  # seconds for all machines to come, unless they are told otherwise
 _NEWS = 10.0  # seconds of waiting until it is said for whom
 
@@ -43,7 +44,7 @@ def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
     try:
         address, port, machine = _place(parameters)
         machines = parameters.max_nodes
-        timeout = _timeout(parameters)
+        timeout = seconds_in(parameters.config, f"rank={machine},timeout={TIMEOUT:g}")
         store = meet_machines(address, port, machine, machines, timeout)
     except LauncherError as error:
         say(str(error))
@@ -64,13 +65,13 @@ def _place(parameters: "RendezvousParameters") -> tuple[str, int, int]:
             expected=f"this machine's number, 0 to {machines - 1}",
             instead=f"type --rdzv_conf rank={machines - 1} on the last machine",
         )
-    address, port = parse_rendezvous_endpoint(parameters.endpoint, 29500)
+    address, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
     return address, port, int(given)
 
 
-def _timeout(parameters: "RendezvousParameters") -> float:
-    """How long to wait for the other machines, in seconds."""
-    given = parameters.config.get("timeout", TIMEOUT)
+def seconds_in(config: Mapping[str, Any], instead: str) -> float:
+    """How long to wait for the other machines; `instead` is what to type if that is no time."""
+    given = config.get("timeout", TIMEOUT)
     try:
         if 0 < float(given) < math.inf:
             return float(given)
@@ -79,7 +80,7 @@ def _timeout(parameters: "RendezvousParameters") -> float:
     raise UserError(
         f"--rdzv_conf with timeout={given}",
         expected="a number of seconds above 0",
-        instead=f"type --rdzv_conf rank={parameters.config['rank']},timeout={TIMEOUT:g}",
+        instead=f"type --rdzv_conf {instead}",
     )
 
 

@@ -56,7 +56,7 @@ exit "$code"
 
 
 def render(job: BatchJob, site: str = "") -> str:
-    """The script. `site` is the site's own part: `#SBATCH` lines and commands that come first."""
+    """The script. `site` is the site's own: `#SBATCH` lines, and commands before the training."""
     lines = site.splitlines()
     directives = [line for line in lines if line.startswith("#SBATCH")]
     commands = [line for line in lines if not line.startswith("#")]

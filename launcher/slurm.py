@@ -19,6 +19,7 @@ from launcher.errors import UserError
 
 # Below the ports that systems hand out by themselves (32768 and up), above those of most services.
 FIRST_PORT, PORTS = 12_000, 20_000
+_SHELL = str(0xFFFFFFFA)  # the step of the shell that salloc opens on a node
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Step:
 
 
 def step_of(environ: Mapping[str, str]) -> Step | None:
-    """The step of srun that this process is a task of; None outside."""
-    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+    """The step of srun that this process is a task of; None outside, as in the shell of salloc."""
+    if environ.get("SLURM_STEP_ID", _SHELL) == _SHELL or "SLURM_PROCID" not in environ:
         return None
     tasks_here = expand(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
     return Step(

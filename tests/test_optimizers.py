@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adagrad, Optimizer
 
-from launcher import Muon, Together
+from launcher import Muon, NamedParameters, Together
 from launcher.model import Learner, prepare
 from launcher.optimizers import orthogonalise
-from tests.world_worker import Small, Small64, divided, plain
+from tests.world_worker import Small, Small64, divided, late, plain
 
 
 @pytest.fixture
@@ -181,6 +181,20 @@ def test_a_group_has_its_own_schedule_and_rests_at_zero(network: Small) -> None:
     assert [p.requires_grad for p in network.parameters()] == [True, False, True, True]
     learner.set_rates(0.25, lambda progress: 1 - progress)
     assert bias.requires_grad
+
+
+def test_all_groups_may_rest_at_once(network: Small) -> None:
+    def scheduled(parameters: NamedParameters) -> Optimizer:
+        return SGD([{"params": list(parameters), "schedule": late}], lr=0.1)
+
+    learner = learner_of(network, scheduled)
+    learner.set_rates(0.25, late)
+    before = [parameter.clone() for parameter in network.parameters()]
+    images, labels = next(batches(1))
+    cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+    learner.drop_resting_gradients()
+    learner.optimizer.step()
+    assert all(map(torch.equal, before, network.parameters()))
 
 
 def test_torch_optimizers_take_named_parameters(network: Small) -> None:

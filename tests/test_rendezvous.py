@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
+from launcher import elastic
+from launcher.errors import RankError
 from launcher.rendezvous import BACKEND, handler
 from tests.processes import ACCELERATE, ROOT, Run
 
@@ -46,6 +48,41 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_in_one_line(
     assert stop.value.code == 2
     expected = "expected a number of seconds above 0; type --rdzv_conf rank=1,timeout=300"
     assert capsys.readouterr().err == f"launcher: --rdzv_conf with timeout={given}; {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (("--node-rank", "2"), "--node-rank 2 with --nnodes 2; expected this machine's number"),
+        (("--rdzv-conf", "timeout=soon"), "--rdzv_conf with timeout=soon; expected a number"),
+    ],
+)
+def test_torchruns_words_are_checked_in_one_line(
+    words: tuple[str, ...], given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert elastic.main(["--nnodes", "2", *words, "-m", "none"]) == 2
+    assert capsys.readouterr().err.startswith(f"launcher: {given}")
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (("--master-addr", "10.0.0.1"), ("10.0.0.1", 29500)),
+        (("--master-addr", "10.0.0.1", "--master-port", "7"), ("10.0.0.1", 7)),
+        (("--rdzv-endpoint", "10.0.0.1:8"), ("10.0.0.1", 8)),
+    ],
+)
+def test_machine_0_is_where_torchrun_looks_for_it(
+    words: tuple[str, ...], place: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meet(address: str, port: int, *others: object) -> None:
+        raise RankError(f"{(address, port)}")
+
+    said: list[str] = []
+    monkeypatch.setattr(elastic, "meet_machines", meet)
+    monkeypatch.setattr(elastic, "say", said.append)
+    assert elastic.main(["--nnodes", "2", *words, "-m", "none"]) == 1
+    assert said == [f"{place}"]
 
 
 def test_accelerate_shows_that_line_and_no_traceback(tmp_path: Path) -> None:

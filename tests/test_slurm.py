@@ -138,6 +138,11 @@ def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, 
             "srun --ntasks-per-node=1 python -m launcher",
         ),
         (
+            ALONE | {"SLURM_STEP_ID": "4294967290"},  # salloc with use_interactive_step
+            "a job of 2 nodes in which one process was started",
+            "srun --ntasks-per-node=1 python -m launcher",
+        ),
+        (
             BATCH | {"SLURM_JOB_NUM_NODES": "2", "ACCELERATE_MIXED_PRECISION": "no"},
             "a training of 1 node(s) in a job of 2",
             "--machine_rank $SLURM_NODEID",
