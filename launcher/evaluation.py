@@ -13,7 +13,7 @@ from launcher.datasets import ImageSet
 from launcher.errors import UserError
 from launcher.metrics import Evaluation, Tally, sample_indices
 from launcher.model import evaluating, widened
-from launcher.recipe import Views
+from launcher.recipe import Loss, Views
 from launcher.settings import code_name
 from launcher.step import Job
 
@@ -72,6 +72,25 @@ def rehearse(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise)
         _refuse_unless(two.ndim == 0, recipe.loss, "one number")
         # An image that is there twice has its own loss for a mean.
         _refuse_unless(not abs(two - one) > 0.01 * abs(one), recipe.loss, "the mean, not the sum")
+        if job.plan.pieces > 1:
+            _refuse_weighted(recipe.loss, widened(logits[:1]), job.plan.pieces)
+
+
+def _refuse_weighted(loss: Loss, logits: Tensor, pieces: int) -> None:
+    """Refuse a mean that the pieces of a batch do not add up to, as with class weights.
+
+    It divides by the sum of the weights of a piece, which is another one on each rank.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    whole = loss(logits.expand(len(classes), -1), classes)
+    each = torch.stack([loss(logits, label[None]) for label in classes]).mean()
+    if whole.isfinite() and not abs(whole - each) <= 0.001 * abs(whole):
+        raise UserError(
+            f"{code_name(loss)} over {pieces} pieces of a batch, of which it is not the mean",
+            expected="the mean of the losses of single images, which ranks and passes can add up",
+            instead="with class weights, multiply them into cross_entropy(..., reduction='none') "
+            "and return the mean",
+        )
 
 
 def _tried(function: Callable[..., Any], *arguments: Any) -> Tensor:

@@ -38,6 +38,21 @@ def in_a_row(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets).reshape(1)
 
 
+WEIGHTS = torch.arange(10.0)
+
+
+def weighted(logits: Tensor, targets: Tensor) -> Tensor:
+    return (cross_entropy(logits, targets, reduction="none") * WEIGHTS[targets]).mean()
+
+
+def test_class_weights_are_refused_where_pieces_would_not_add_up() -> None:
+    by_torch = partial(cross_entropy, weight=WEIGHTS)
+    with refused("cross_entropy over 2 pieces", "reduction='none'"):
+        rehearsed(tiny_recipe(loss=by_torch, accumulate=2))
+    rehearsed(tiny_recipe(loss=weighted, accumulate=2))
+    rehearsed(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
+
+
 def unscored(score: Score, images: Tensor) -> Tensor:
     return images
 
