@@ -53,6 +53,8 @@ def crop(
 ) -> Tensor:
     """Shift each image by up to `padding` pixels each way; new pixels are mirrored or black."""
     _, _, height, width = images.shape
+    if not 0 <= padding < min(height, width):
+        raise ValueError(f"padding={padding} of images of {height} x {width} pixels")
     shifts = (draws.fresh[:, :2] * (2 * padding + 1)).long() - padding
     rows = torch.arange(height, device=images.device) + shifts[:, :1]  # (n, h)
     columns = torch.arange(width, device=images.device) + shifts[:, 1:]  # (n, w)

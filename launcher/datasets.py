@@ -208,10 +208,17 @@ def _downloading(root: str) -> Iterator[None]:
 def _call(source: Source, root: str, train: bool, download: bool) -> Any:
     """Call a source with those of torchvision's arguments that it takes."""
     accepted = inspect.signature(source).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())  # EMNIST passes `train` on
     arguments: dict[str, Any] = {"root": root, "train": train, "download": download}
-    if "train" not in accepted:
+    if "train" not in accepted and not takes_any:
+        if "split" not in accepted:
+            raise UserError(
+                f"data.source={short_name(source)}, which takes neither `train` nor `split`",
+                expected="a source of training images and of other images for testing",
+                instead="write a function with `train` that returns one half or the other",
+            )
         arguments["split"] = "train" if train else "test"
-    return source(**{name: value for name, value in arguments.items() if name in accepted})
+    return source(**{n: value for n, value in arguments.items() if takes_any or n in accepted})
 
 
 def _refuse_damaged(source: Source, root: str) -> None:

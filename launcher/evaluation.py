@@ -1,21 +1,16 @@
 """The test images, each exactly once, over all ranks; and what the samples among them look like."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from launcher.agreement import Agreement, StoppedError
 from launcher.batches import Normalise, piece_bounds
 from launcher.datasets import ImageSet
-from launcher.errors import UserError
 from launcher.metrics import Evaluation, Tally, sample_indices
 from launcher.model import evaluating, widened
 from launcher.recipe import Views
-from launcher.settings import code_name
 from launcher.step import Job
 
 # Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.
@@ -53,48 +48,6 @@ def evaluate(
     evaluation = tally.evaluation(job.over_ranks(tally.counts))
     assert evaluation.images == len(test), "an image was counted twice or not at all"
     return evaluation
-
-
-def rehearse(job: Job, network: nn.Module, test: ImageSet, normalise: Normalise) -> None:
-    """Try loss and views as evaluations use them: what they refuse is known before training.
-
-    Raises `UserError` for views that return no scores, and a loss that is no mean over the batch.
-    """
-    recipe, device = job.recipe, job.accelerator.device
-    images = normalise(test.images[:1].to(device).expand(2, -1, -1, -1))
-    labels = test.labels[:1].to(device).expand(2)
-    with evaluating(network), job.accelerator.autocast():
-        logits = network.forward(images)
-        if recipe.views is not None:
-            viewed = _tried(recipe.views, network.forward, images)
-            _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
-        two = _tried(recipe.loss, widened(logits), labels)
-        one = _tried(recipe.loss, widened(logits[:1]), labels[:1])
-        _refuse_unless(two.ndim == 0, recipe.loss, "one number")
-        # The mean over an image that is there twice is its own loss, the sum twice as much.
-        is_sum = bool(one) and math.isclose(two, 2 * one, rel_tol=0.01)
-        _refuse_unless(not is_sum, recipe.loss, "the mean over the images, not the sum")
-
-
-def _tried(function: Callable[..., Any], *arguments: Any) -> Tensor:
-    """What a function of the recipe makes of two test images."""
-    try:
-        return torch.as_tensor(function(*arguments))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise _unfit(function, f"fails on two test images: {error}", "scores or a loss") from error
-
-
-def _refuse_unless(holds: object, function: Callable[..., Any], expected: str) -> None:
-    if not holds:
-        raise _unfit(function, "returns something else for two test images", expected)
-
-
-def _unfit(function: Callable[..., Any], what: str, expected: str) -> UserError:
-    return UserError(
-        f"{code_name(function)} {what}",
-        expected=expected,
-        instead="compare it with cross_entropy of torch.nn.functional, or launcher/views.py",
-    )
 
 
 def score_samples(

@@ -24,6 +24,7 @@ from launcher.views import Score
 Source = Callable[..., Any]
 Augmentation = Callable[[Tensor, Draws], Tensor]
 Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 Views = Callable[[Score, Tensor], Tensor]
 Precision = Literal["fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"]
 CompileMode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -103,7 +104,7 @@ class Recipe:
     epochs: int
     initialise: Callable[[nn.Module, Tensor], None] | None = None
     schedule: Schedule = constant
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    loss: Loss = cross_entropy
     sum_loss: bool = False
     accumulate: int = 1
     clip_norm: float | None = None

@@ -25,7 +25,6 @@ from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
-from launcher.evaluation import rehearse
 from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
 from launcher.loop import normalisation, settle
@@ -33,6 +32,7 @@ from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.nearby import average_nearby
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.redaction import cleaned, redacted
+from launcher.rehearsal import rehearse
 from launcher.resuming import Start, initial_weights, new_run, resumed_run
 from launcher.step import Job
 from launcher.tracking import NullTracker

@@ -679,11 +679,6 @@ def test_data_that_is_not_uint8_images_with_labels_is_refused(
         datasets.load(images_of(made("Mine", **attributes), tmp_path))
 
 
-def test_a_torchvision_data_set_without_a_tensor_is_refused(tmp_path: Path) -> None:
-    with refused("data.source=FakeData", "uint8"):
-        datasets.load(images_of(FakeData, tmp_path))
-
-
 def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
     with refused("no images in Mine"):
         datasets.load(images_of(made("Mine", data=PIXELS[:0], targets=[]), tmp_path))
@@ -702,6 +697,27 @@ def test_test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     source = made("Mine", data=lambda train: PIXELS if train else PIXELS[:, :4], targets=[0] * 4)
     with refused("(8, 8, 3)", "(4, 8, 3)", "Mine", "the same height"):
         datasets.load(images_of(source, tmp_path))
+
+
+def test_a_source_without_a_half_for_testing_is_refused(tmp_path: Path) -> None:
+    """It would be tested with what it was trained with."""
+    with refused("data.source=FakeData", "neither `train` nor `split`"):
+        datasets.load(images_of(FakeData, tmp_path))
+
+
+def test_a_source_that_passes_train_on_has_both_halves(tmp_path: Path) -> None:
+    halves = made(
+        "Mine",
+        data=lambda train: PIXELS[: 4 if train else 2],
+        targets=lambda train: [0] * (4 if train else 2),
+    )
+
+    class Passing(halves):  # type: ignore[misc, valid-type]
+        def __init__(self, root: str, split: str, **words: Any) -> None:
+            super().__init__(root, **words)
+
+    loaded = datasets.load(images_of(partial(Passing, split="letters"), tmp_path))
+    assert (len(loaded.train), len(loaded.test)) == (4, 2)
 
 
 def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:

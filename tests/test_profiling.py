@@ -111,7 +111,6 @@ def test_what_cannot_be_profiled_is_refused_in_one_line(
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
 def profiled(folder: Path, code: str, slots: str, changed: str) -> Run:
     """A profile of the resumable recipe with code of its own, and slots that use it."""
     text = RESUMABLE.read_text().replace(slots, changed)
@@ -132,9 +131,12 @@ def test_slow_augmentation_is_seen_as_data(tmp_path: Path) -> None:
 
 
 def test_views_are_no_part_of_an_epochs_evaluation(tmp_path: Path) -> None:
-    """A run takes them once, after its last epoch: here all test images in one batch."""
+    """A run tries them before training, and takes them once after its last epoch.
+
+    Here all test images are one batch.
+    """
     profiled(tmp_path, COUNTED, "    epochs=40,", "    epochs=40,\n    views=counted,")
-    assert (tmp_path / "calls").read_text() == "x"
+    assert (tmp_path / "calls").read_text() == "xx"
 
 
 COUNTED = """

@@ -1,4 +1,4 @@
-"""What an evaluation will need is tried before training."""
+"""A recipe's own functions are tried before training."""
 
 from functools import partial
 from pathlib import Path
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from launcher import cluster, datasets, ema, flip, mirrored, mixup, training
-from launcher.evaluation import rehearse
+from launcher import cluster, crop, cutout, datasets, ema, flip, mirrored, mixup, training
+from launcher.augment import Draws
 from launcher.loading import Loaded
 from launcher.loop import normalisation
 from launcher.model import build, prepare
 from launcher.plan import make_plan
 from launcher.recipe import Recipe
+from launcher.rehearsal import rehearse
 from launcher.step import Job
 from launcher.views import Score
 from tests.helpers import refused, tiny_recipe
@@ -38,6 +39,21 @@ def in_a_row(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets).reshape(1)
 
 
+WEIGHTS = torch.arange(10.0)
+
+
+def weighted(logits: Tensor, targets: Tensor) -> Tensor:
+    return (cross_entropy(logits, targets, reduction="none") * WEIGHTS[targets]).mean()
+
+
+def test_class_weights_are_refused_where_pieces_would_not_add_up() -> None:
+    by_torch = partial(cross_entropy, weight=WEIGHTS)
+    with refused("cross_entropy over 2 pieces", "reduction='none'"):
+        rehearsed(tiny_recipe(loss=by_torch, accumulate=2))
+    rehearsed(tiny_recipe(loss=weighted, accumulate=2))
+    rehearsed(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
+
+
 def unscored(score: Score, images: Tensor) -> Tensor:
     return images
 
@@ -45,7 +61,7 @@ def unscored(score: Score, images: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (of_probabilities, "of_probabilities fails on two test images"),
+        (of_probabilities, "of_probabilities fails on two images"),
         (in_a_row, "one number"),
         (partial(cross_entropy, reduction="none"), "one number"),
         (partial(cross_entropy, reduction="sum"), "the mean over the images, not the sum"),
@@ -56,6 +72,39 @@ def unscored(score: Score, images: Tensor) -> Tensor:
 def test_a_loss_that_no_evaluation_can_use_is_refused(loss: Any, message: str) -> None:
     with refused(message):
         rehearsed(tiny_recipe(loss=loss, data={"mix": mixup}))
+
+
+def in_half(images: Tensor, draws: Draws) -> Tensor:
+    return images / 2
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "message"),
+    [
+        (partial(crop, padding=40), "crop fails on two images: padding=40 of images of 32"),
+        (partial(crop, padding=-1), "crop fails on two images: padding=-1"),
+        (partial(cutout, fill=300), "cutout fails"),
+        (mirrored, "mirrored fails"),
+        (in_half, "in_half returns something else for two images; expected images of the same"),
+    ],
+)
+def test_an_augmentation_that_fits_no_images_is_refused(augmentation: Any, message: str) -> None:
+    with refused(message):
+        rehearsed(tiny_recipe(data={"augment": (augmentation,)}))
+
+
+@pytest.mark.parametrize("mix", [partial(mixup, alpha=0.0), flip])
+def test_a_mixing_that_fails_is_refused(mix: Any) -> None:
+    with refused("fails on two images"):
+        rehearsed(tiny_recipe(data={"mix": mix}))
+
+
+def in_place(images: Tensor, draws: Draws) -> Tensor:
+    return images.bitwise_not_()
+
+
+def test_an_augmentation_may_write_where_it_reads() -> None:
+    rehearsed(tiny_recipe(data={"augment": (in_place,)}))
 
 
 @pytest.mark.parametrize(("views", "message"), [(flip, "flip fails"), (unscored, "a score")])

@@ -1,0 +1,95 @@
+"""What a recipe's own functions refuse is known before training, and before anything is written.
+
+Augmentations, mixing, loss and views are tried on two images. The loss must be a mean: where the
+pieces of a batch do not add up to the whole, N processes would not equal one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from launcher.augment import DRAWS_PER_AUGMENTATION, Draws
+from launcher.batches import Normalise
+from launcher.datasets import ImageSet
+from launcher.errors import UserError
+from launcher.model import evaluating, widened
+from launcher.recipe import Loss, Recipe
+from launcher.settings import code_name
+from launcher.step import Job
+
+MOST_CLASSES = 100  # whose losses are compared
+_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+
+
+def rehearse(job: Job, network: nn.Module, images: ImageSet, normalise: Normalise) -> None:
+    """Try what the recipe does with images; raises `UserError` that names the function."""
+    recipe = job.recipe
+    two = images.images[:1].to(job.accelerator.device).repeat(2, 1, 1, 1)
+    pictures = normalise(two)
+    _try_augmentations(recipe, two.permute(0, 3, 1, 2))
+    if recipe.data.mix:
+        mixed, _ = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+        _refuse_unless(mixed.shape == pictures.shape, recipe.data.mix, "images of the same shape")
+    with evaluating(network), job.accelerator.autocast():
+        logits = network.forward(pictures)  # not through a compiled call
+        if recipe.views:
+            viewed = _tried(recipe.views, network.forward, pictures)
+            _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
+        _try_loss(recipe.loss, widened(logits[:1]), job.plan.pieces)
+
+
+def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
+    """Each on `(2, c, h, w)`: on one image with the smallest draws, on the other the largest."""
+    extremes = torch.tensor([[0.0], [1 - 2**-24]], device=images.device)
+    draws = extremes.repeat(1, DRAWS_PER_AUGMENTATION)
+    for augmentation in recipe.data.augment:
+        result = _tried(augmentation, images, Draws(draws, draws, epoch=1))
+        fits = result.shape == images.shape and result.dtype == images.dtype
+        _refuse_unless(fits, augmentation, "images of the same shape and type")
+
+
+def _try_loss(loss: Loss, logits: Tensor, pieces: int) -> None:
+    """Compare the loss of a batch with those of its images: the scores `(1, classes)` for each."""
+    classes = logits.shape[1]
+    # Each class, and not as many labels as classes: one could be taken for the other.
+    count = classes + 1 if classes <= MOST_CLASSES else MOST_CLASSES
+    labels = torch.arange(count, device=logits.device) % classes
+    whole = _tried(loss, logits.expand(count, -1), labels)
+    _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, loss, "one number")
+    each = [_tried(loss, logits, label[None]) for label in labels]
+    mean = float(torch.stack(each).mean())
+    is_sum = mean != 0 and math.isclose(whole, mean * count, rel_tol=1e-3)
+    _refuse_unless(not is_sum, loss, "the mean over the images, not the sum")
+    # As class weights in cross_entropy: it divides by their sum, another one in each piece.
+    if pieces > 1 and whole.isfinite() and not math.isclose(whole, mean, rel_tol=1e-3):
+        raise UserError(
+            f"{code_name(loss)} over {pieces} pieces of a batch, of which it is not the mean",
+            expected="the mean of the losses of single images, which ranks and passes can add up",
+            instead="with class weights, multiply them into cross_entropy(..., reduction='none') "
+            "and return the mean",
+        )
+
+
+def _tried(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except _FAULTS as error:
+        raise _unfit(function, f"fails on two images: {error}", "code that takes them") from error
+
+
+def _refuse_unless(holds: bool, function: Callable[..., Any], expected: str) -> None:
+    if not holds:
+        raise _unfit(function, "returns something else for two images", expected)
+
+
+def _unfit(function: Callable[..., Any], what: str, expected: str) -> UserError:
+    return UserError(
+        f"{code_name(function)} {what}",
+        expected=expected,
+        instead="compare it with launcher/augment.py, launcher/views.py, or for a loss with "
+        "cross_entropy of torch.nn.functional",
+    )
