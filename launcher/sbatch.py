@@ -16,13 +16,13 @@ _AFTER_FIRST = 60  # seconds that the other tasks have when the first has ended
 
 _HEAD = """\
 jobs={jobs}
-attempt=$((${{SLURM_RESTART_COUNT:-0}} + 1))
+launcher_attempt=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 case ${{SLURM_ARRAY_TASK_ID:-0}} in
 {cases}
 esac
-mkdir -p -- "$jobs" && exec >>"$jobs/$run-$job-$attempt.log" 2>&1 || exit 1
-echo "=== attempt $attempt of job $job on $SLURM_JOB_NODELIST"
+mkdir -p -- "$jobs" && exec >>"$jobs/$run-$job-$launcher_attempt.log" 2>&1 || exit 1
+echo "=== attempt $launcher_attempt of job $job on $SLURM_JOB_NODELIST"
 
 srun_options=()"""
 
@@ -35,7 +35,7 @@ pass_on() {{
 }}
 trap pass_on USR1 TERM
 srun --nodes={nodes} --ntasks-per-node={tasks} --cpus-per-task={cpus} --wait={wait} \\
-  "${{srun_options[@]}}" python -m launcher "${{words[@]}}" &
+  "${{srun_options[@]}}" python -m launcher "${{launcher_words[@]}}" &
 training=$!
 while [ "$again" ]; do  # a signal ends wait, but not the training
   again= code=0
@@ -48,7 +48,7 @@ if [ "$code" = {saved} ]; then
   own=${{own:-$SLURM_JOB_ID}}
   case $(scontrol show job "$own") in
   *JobState=RUNNING*)  # else it was cancelled, or is back in the queue already
-    scontrol requeue "$own" && echo "=== saved; waiting for attempt $((attempt + 1))" ;;
+    scontrol requeue "$own" && echo "=== saved; waiting for attempt $((launcher_attempt + 1))" ;;
   esac
 fi
 exit "$code"
@@ -61,7 +61,8 @@ def render(job: BatchJob, site: str = "") -> str:
     directives = [line for line in lines if line.startswith("#SBATCH")]
     commands = [line for line in lines if not line.startswith("#")]
     own = [f"#SBATCH {option}" for option in _options(job)]  # later lines win over the site's
-    # The log is open before the site's commands run, so that what they say is in it.
+    # The log is open before the commands of the site run, so that what they say is in it; what is
+    # needed behind them has names that they do not use.
     return "\n".join(["#!/bin/bash", *directives, *own, "", _head(job), *commands, _body(job)])
 
 
@@ -110,4 +111,4 @@ def _body(job: BatchJob) -> str:
 
 def _case(job: BatchJob, index: int) -> str:
     words = " ".join(shlex.quote(word) for word in job.words(index))
-    return f"{index})\n  run={job.run_names[index]}\n  words=({words})\n  ;;"
+    return f"{index})\n  run={job.run_names[index]}\n  launcher_words=({words})\n  ;;"

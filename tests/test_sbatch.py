@@ -218,3 +218,12 @@ def test_what_the_sites_commands_say_is_in_the_log(stage: Path) -> None:
     log = (stage / "runs" / "jobs" / "first-17-1.log").read_text()
     assert "we say\n" in log
     assert "no-such-module: command not found" in log
+
+
+def test_the_sites_commands_may_use_names_of_their_own(stage: Path) -> None:
+    site = "".join(f"{name}=x\n" for name in ("words", "run", "job", "jobs", "attempt", "code"))
+    (stage / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >given\n')
+    environ = {"PATH": f"{stage / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    done = subprocess.run(("bash",), input=render(JOB, site), env=environ, cwd=stage, text=True)
+    assert done.returncode == 0
+    assert "--name=first" in (stage / "given").read_text().splitlines()

@@ -33,7 +33,7 @@ def test_a_dry_run_prints_the_script(capsys: pytest.CaptureFixture[str]) -> None
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=8\n" in text
     assert "#SBATCH --time=0-04:00:00" in text
     assert (
-        "words=(train 'recipes/a recipe.py' epochs=3 optimizer.lr=0.1 --wandb=off "
+        "launcher_words=(train 'recipes/a recipe.py' epochs=3 optimizer.lr=0.1 --wandb=off "
         "--save-before=120 --runs=runs --name=first --resume)" in text
     )
     assert not list(Path().iterdir())
