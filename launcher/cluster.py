@@ -47,9 +47,9 @@ class World:
 def announced(environ: Mapping[str, str] = os.environ) -> World:
     """Read rank and world size from the environment; one process alone where nothing is set."""
     return World(
-        rank=int(environ.get("RANK", 0)),
-        local_rank=int(environ.get("LOCAL_RANK", 0)),
-        size=int(environ.get("WORLD_SIZE", 1)),
+        rank=int(environ.get("RANK") or 0),  # empty where a batch script names what is not set
+        local_rank=int(environ.get("LOCAL_RANK") or 0),
+        size=int(environ.get("WORLD_SIZE") or 1),
     )
 
 

@@ -262,7 +262,8 @@ def _as_set(dataset: Any, source: Source) -> ImageSet:
             expected="a data set whose `data` is uint8 images and `targets` a label for each",
             instead="use CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, Folder or Synthetic",
         )
-    classes = tuple(str(label) for label in getattr(dataset, "classes", range(10)))
+    named = getattr(dataset, "classes", None)
+    classes = tuple(str(label) for label in (range(10) if named is None else named))
     _check_labels(labels, classes, name)
     return ImageSet(_channels_last(images), labels, classes)
 

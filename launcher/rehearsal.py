@@ -6,6 +6,7 @@ pieces of a batch do not add up to the whole, N processes would not equal one.
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy
@@ -17,6 +18,7 @@ from launcher.batches import Normalise
 from launcher.datasets import ImageSet
 from launcher.errors import UserError
 from launcher.model import evaluating, widened
+from launcher.plan import Plan
 from launcher.recipe import Loss, Recipe
 from launcher.settings import code_name
 from launcher.step import Job
@@ -40,6 +42,21 @@ def rehearse(job: Job, network: nn.Module, images: ImageSet, normalise: Normalis
             viewed = _tried(recipe.views, network.forward, pictures)
             _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
         _try_loss(recipe.loss, widened(logits[:1]), job.plan.pieces)
+        _try_one_image(job.plan, network, pictures[:1])
+
+
+def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:
+    """BatchNorm of single values refuses one image, which may be all that the last batch leaves."""
+    last = plan.step_images(plan.steps_per_epoch)
+    if last < 2 * plan.pieces:
+        try:
+            deepcopy(network).train().forward(picture)
+        except ValueError as error:
+            raise UserError(
+                f"a last batch of {last} image(s) over {plan.pieces} rank(s) or pass(es): {error}",
+                expected="two images for each, which BatchNorm needs",
+                instead="type another data.batch_size",
+            ) from error
 
 
 def _try_augmentations(recipe: Recipe, images: Tensor) -> None:

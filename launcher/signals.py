@@ -65,7 +65,7 @@ def stop_reason() -> str:
 
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether `accelerate launch` or torchrun stands between the user and this process."""
-    return "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    return any(mark in environ for mark in _MARKS)
 
 
 @cache

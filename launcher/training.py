@@ -46,6 +46,7 @@ from launcher.watching import (
 )
 
 SMOKE_BATCH = 64  # images at most: a smoke test is about the code, not about the settings
+SMOKE_PASSES = 4  # of a step, at most
 SMOKE_FALL = 0.01  # of the loss: without learning, chance may still lower it a little
 
 
@@ -202,15 +203,15 @@ def check_smoke(losses: tuple[float, ...]) -> None:
 
 def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
     """One epoch of a few batches of embedded images; W&B off, nothing written."""
-    data = loaded.recipe.data
-    smallest = cluster.announced().size * loaded.recipe.accumulate
+    data, accumulate = loaded.recipe.data, min(loaded.recipe.accumulate, SMOKE_PASSES)
+    smallest = cluster.announced().size * accumulate
     images = replace(
         data,
         source=datasets.smoke_source(data),
         batch_size=max(min(data.batch_size, SMOKE_BATCH), smallest),
         fallback=None,
     )
-    recipe = replace(loaded.recipe, data=images, epochs=1, compile=False)
+    recipe = replace(loaded.recipe, data=images, epochs=1, accumulate=accumulate, compile=False)
     return replace(loaded, recipe=recipe), replace(
         occasion, wandb="off", log_every=1, checkpoint_every=Cadence(), resume=False, max_steps=None
     )

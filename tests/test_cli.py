@@ -135,6 +135,10 @@ def test_smoke_passes_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> 
     assert list(Path().iterdir()) == []
 
 
+def test_a_smoke_test_of_many_passes_has_several_steps_all_the_same() -> None:
+    assert main([SIMPLECNN, "--smoke", "accumulate=1024"]) == 0
+
+
 @pytest.mark.parametrize(
     ("word", "reason"), [("optimizer.lr=0", "did not fall"), ("optimizer.lr=1e30", "not finite")]
 )

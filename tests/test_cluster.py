@@ -34,6 +34,7 @@ def no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({}, World(rank=0, local_rank=0, size=1)),
         ({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, World(5, 1, 8)),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, World(0, 0, 2)),
+        ({"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}, World(0, 0, 1)),
     ],
 )
 def test_the_environment_announces_rank_and_world_size(

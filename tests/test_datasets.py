@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -212,6 +213,16 @@ def test_pictures_with_the_channels_first_are_turned(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.test.images.shape == (3, 96, 96, 3)
     assert data.train.classes == tuple(NAMES)
+
+
+def nameless(train: bool = True) -> Any:
+    images, labels = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), [0, 9, 0, 9]
+    return SimpleNamespace(data=images, targets=labels, classes=None)
+
+
+def test_classes_without_names_are_numbers() -> None:
+    data = datasets.load(Images(nameless, batch_size=2, mean=HALF, std=HALF))
+    assert data.train.classes == tuple("0123456789")
 
 
 def svhn(root: Path, contents: dict[str, bytes]) -> Any:

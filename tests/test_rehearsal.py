@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from launcher import cluster, crop, cutout, datasets, ema, flip, mirrored, mixup, training
+from launcher import (
+    Synthetic,
+    cluster,
+    crop,
+    cutout,
+    datasets,
+    ema,
+    flip,
+    mirrored,
+    mixup,
+    training,
+)
 from launcher.augment import Draws
 from launcher.loading import Loaded
 from launcher.loop import normalisation
@@ -19,7 +30,7 @@ from launcher.recipe import Recipe
 from launcher.rehearsal import rehearse
 from launcher.step import Job
 from launcher.views import Score
-from tests.helpers import refused, tiny_recipe
+from tests.helpers import Tiny, refused, tiny_recipe
 
 
 def rehearsed(recipe: Recipe) -> nn.Module:
@@ -111,6 +122,24 @@ def test_an_augmentation_may_write_where_it_reads() -> None:
 def test_views_that_are_no_scores_are_refused(views: Any, message: str) -> None:
     with refused(message):
         rehearsed(tiny_recipe(views=views))
+
+
+class Normed(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(3, nn.BatchNorm1d(4))
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(101, 1), (103, 2)])
+def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
+    count: int, accumulate: int
+) -> None:
+    """It would be met at the end of the first epoch."""
+    images = {"source": partial(Synthetic, count=count)}
+    with refused(f"a last batch of {count - 100} image(s) over {accumulate} rank(s)"):
+        rehearsed(tiny_recipe(model=Normed, data=images, accumulate=accumulate))
+    rehearsed(tiny_recipe(data=images, accumulate=accumulate))
+    rehearsed(tiny_recipe(model=Normed, accumulate=accumulate))
 
 
 def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:

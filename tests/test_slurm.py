@@ -95,6 +95,8 @@ def test_a_task_that_sees_only_its_own_gpu_uses_the_first_that_it_sees() -> None
     found = slurm.variables(TASK | bound)
     assert (found["RANK"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("3", "0", "1")
     assert slurm.variables(TASK | TWO_GPUS)["LOCAL_RANK"] == "1"
+    users_own = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # of which Accelerate makes use, too
+    assert slurm.variables(TASK | users_own) == slurm.variables(TASK)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_a_task_that_sees_only_its_own_gpu_uses_the_first_that_it_sees() -> None
         BATCH | TWO_GPUS | {"CUDA_VISIBLE_DEVICES": "1"},
         BATCH | TWO_GPUS | {"ACCELERATE_USE_CPU": "true"},
         BATCH | TWO_GPUS | {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"},
-        ALONE | TWO_GPUS | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"},
+        ALONE | TWO_GPUS | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "WORLD_SIZE": "2"},
         PER_NODE | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2"},
     ],
 )
@@ -143,12 +145,12 @@ def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, 
             "srun --ntasks-per-node=1 python -m launcher",
         ),
         (
-            BATCH | {"SLURM_JOB_NUM_NODES": "2", "ACCELERATE_MIXED_PRECISION": "no"},
+            BATCH | {"SLURM_JOB_NUM_NODES": "2", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"},
             "a training of 1 node(s) in a job of 2",
             "--machine_rank $SLURM_NODEID",
         ),
         (
-            PER_NODE | {"ACCELERATE_MIXED_PRECISION": "no"},
+            PER_NODE | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"},
             "a training of 1 node(s) in a step of 2",
             "--num_machines $SLURM_NNODES",
         ),
