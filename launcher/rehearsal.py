@@ -77,12 +77,14 @@ def _try_loss(loss: Loss, logits: Tensor, pieces: int) -> None:
     labels = torch.arange(count, device=logits.device) % classes
     whole = _tried(loss, logits.expand(count, -1), labels)
     _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, loss, "one number")
+    if not whole.isfinite():
+        return  # training stops at it, or skips it, as the recipe says
     each = [_tried(loss, logits, label[None]) for label in labels]
     mean = float(torch.stack(each).mean())
     is_sum = mean != 0 and math.isclose(whole, mean * count, rel_tol=1e-3)
     _refuse_unless(not is_sum, loss, "the mean over the images, not the sum")
     # As class weights in cross_entropy: it divides by their sum, another one in each piece.
-    if pieces > 1 and whole.isfinite() and not math.isclose(whole, mean, rel_tol=1e-3):
+    if pieces > 1 and not math.isclose(whole, mean, rel_tol=1e-3):
         raise UserError(
             f"{code_name(loss)} over {pieces} pieces of a batch, of which it is not the mean",
             expected="the mean of the losses of single images, which ranks and passes can add up",
