@@ -84,7 +84,7 @@ def _try_loss(loss: Loss, logits: Tensor, pieces: int) -> None:
     is_sum = mean != 0 and math.isclose(whole, mean * count, rel_tol=1e-3)
     _refuse_unless(not is_sum, loss, "the mean over the images, not the sum")
     # As class weights in cross_entropy: it divides by their sum, another one in each piece.
-    if pieces > 1 and not math.isclose(whole, mean, rel_tol=1e-3):
+    if pieces > 1 and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6):
         raise UserError(
             f"{code_name(loss)} over {pieces} pieces of a batch, of which it is not the mean",
             expected="the mean of the losses of single images, which ranks and passes can add up",
