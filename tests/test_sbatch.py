@@ -226,4 +226,6 @@ def test_the_sites_commands_may_use_names_of_their_own(stage: Path) -> None:
     environ = {"PATH": f"{stage / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
     done = subprocess.run(("bash",), input=render(JOB, site), env=environ, cwd=stage, text=True)
     assert done.returncode == 0
-    assert "--name=first" in (stage / "given").read_text().splitlines()
+    words = (stage / "given").read_text().splitlines()
+    assert words[words.index("launcher") + 1] == "train"
+    assert "--name=first" in words
