@@ -31,7 +31,7 @@ from benchmarks.trainer import Trainer
 from launcher import Images, Recipe, Synthetic, cluster, datasets, loading, settings
 from launcher.cluster import be_deterministic
 from launcher.datasets import Data
-from launcher.recipe import CompileMode
+from launcher.slots import CompileMode
 from tests.processes import RESUMABLE, fingerprint
 
 SELF = Path(__file__).resolve()

@@ -42,7 +42,8 @@ from launcher.batches import epoch_order
 from launcher.cluster import device_name, join
 from launcher.datasets import Data, ImageSet
 from launcher.errors import UserError
-from launcher.recipe import Precision, Recipe
+from launcher.recipe import Recipe
+from launcher.slots import Precision
 
 FOLDER = Path(__file__).resolve().parent
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -58,7 +58,7 @@ from benchmarks.trainer import (
 from benchmarks.turns import whole_epochs
 from launcher import Recipe, Synthetic, datasets, loading, settings
 from launcher.datasets import Data
-from launcher.recipe import CompileMode
+from launcher.slots import CompileMode
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECONDS = {"checks": 70, "simplecnn": 80, "speedrun94": 260, "resnet18": 180, "speedrun96": 560}

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from launcher.augment import Draws, alternating_flip, crop, cutmix, cutout, flip, mixup
+    from launcher.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
     from launcher.folders import Folder
     from launcher.model import ema
-    from launcher.optimizers import Muon, NamedParameters, Together
+    from launcher.optimizers import Muon, Together
     from launcher.recipe import Images, Recipe
     from launcher.schedules import constant, cosine, linear, steps
+    from launcher.slots import Draws, NamedParameters
     from launcher.synthetic import Synthetic
     from launcher.views import mirrored, mirrored_and_shifted
 
@@ -44,11 +45,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "launcher.augment": "Draws alternating_flip crop cutmix cutout flip mixup",
+    "launcher.augment": "alternating_flip crop cutmix cutout flip mixup",
     "launcher.folders": "Folder",
     "launcher.model": "ema",
-    "launcher.optimizers": "Muon NamedParameters Together",
+    "launcher.optimizers": "Muon Together",
     "launcher.recipe": "Images Recipe",
+    "launcher.slots": "Draws NamedParameters",
     "launcher.schedules": "constant cosine linear steps",
     "launcher.synthetic": "Synthetic",
     "launcher.views": "mirrored mirrored_and_shifted",

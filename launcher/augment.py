@@ -9,26 +9,13 @@ a generator seeded by (seed, epoch, step), the same on every rank; it returns th
 and the weight in [0, 1] that each image's own label keeps.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy
 import torch
 from torch import Tensor
 
-DRAWS_PER_AUGMENTATION = 4
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers for n images: `fresh` is drawn anew each epoch, `fixed` once per training.
-
-    Both are uniform in [0, 1), of shape (n, 4).
-    """
-
-    fresh: Tensor
-    fixed: Tensor
-    epoch: int
+from launcher.slots import Draws
 
 
 def flip(images: Tensor, draws: Draws) -> Tensor:

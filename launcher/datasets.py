@@ -22,8 +22,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from launcher.errors import UserError
-from launcher.recipe import Images, Source
+from launcher.recipe import Images
 from launcher.settings import short_name
+from launcher.slots import Source
 from launcher.synthetic import Synthetic
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer

@@ -10,7 +10,7 @@ from launcher.batches import Normalise, piece_bounds
 from launcher.datasets import ImageSet
 from launcher.metrics import Evaluation, Tally, sample_indices
 from launcher.model import evaluating, widened
-from launcher.recipe import Views
+from launcher.slots import Views
 from launcher.step import Job
 
 # Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.

@@ -21,8 +21,8 @@ from launcher.datasets import ImageSet
 from launcher.errors import UserError
 from launcher.optimizers import compile_steps
 from launcher.recipe import Recipe
-from launcher.schedules import Schedule
 from launcher.settings import code_name
+from launcher.slots import Schedule
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialisation sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}

@@ -14,14 +14,13 @@ The schedule of a group stands in for the recipe's. While it is exactly zero, no
 group is computed (on several ranks it is, and has no effect).
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
+from launcher.slots import NamedParameters
 
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315

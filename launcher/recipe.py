@@ -7,27 +7,26 @@ file means the same experiment on a laptop and on 64 GPUs.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from launcher.augment import Draws
 from launcher.errors import UserError
-from launcher.optimizers import NamedParameters
-from launcher.schedules import Schedule, constant
-from launcher.views import Score
-
-Source = Callable[..., Any]
-Augmentation = Callable[[Tensor, Draws], Tensor]
-Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
-Loss = Callable[[Tensor, Tensor], Tensor]
-Views = Callable[[Score, Tensor], Tensor]
-Precision = Literal["fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"]
-CompileMode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+from launcher.schedules import constant
+from launcher.slots import (
+    Augmentation,
+    CompileMode,
+    Loss,
+    Mixing,
+    NamedParameters,
+    Precision,
+    Schedule,
+    Source,
+    Views,
+)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from launcher.augment import DRAWS_PER_AUGMENTATION, Draws
 from launcher.batches import Normalise
 from launcher.datasets import ImageSet
 from launcher.errors import UserError
 from launcher.model import evaluating, widened
 from launcher.plan import Plan
-from launcher.recipe import Loss, Recipe
+from launcher.recipe import Recipe
 from launcher.settings import code_name
+from launcher.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
 from launcher.step import Job
 
 MOST_CLASSES = 100  # whose losses are compared

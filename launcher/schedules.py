@@ -6,9 +6,6 @@ with `functools.partial`, and any function of one float serves as well.
 """
 
 import math
-from collections.abc import Callable
-
-Schedule = Callable[[float], float]
 
 
 def constant(progress: float) -> float:

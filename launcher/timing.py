@@ -14,8 +14,9 @@ from launcher.batches import Normalise
 from launcher.datasets import ImageSet
 from launcher.model import Learner
 from launcher.plan import Plan
-from launcher.recipe import Precision, Recipe
+from launcher.recipe import Recipe
 from launcher.scaling import Compute
+from launcher.slots import Precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,13 +5,11 @@ logits `(n, classes)`. What is reached with it is always reported beside the pla
 under a name of its own.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Score = Callable[[Tensor], Tensor]
+from launcher.slots import Score
 
 
 def mirrored(score: Score, images: Tensor) -> Tensor:

@@ -21,15 +21,14 @@ from launcher import (
     mixup,
     training,
 )
-from launcher.augment import Draws
 from launcher.loading import Loaded
 from launcher.loop import normalisation
 from launcher.model import build, prepare
 from launcher.plan import make_plan
 from launcher.recipe import Recipe
 from launcher.rehearsal import rehearse
+from launcher.slots import Draws, Score
 from launcher.step import Job
-from launcher.views import Score
 from tests.helpers import Tiny, refused, tiny_recipe
 
 
