@@ -31,11 +31,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from launcher import files
 from launcher.errors import UserError
 from launcher.metrics import Best
 from launcher.model import Learner
 from launcher.plan import Position
+from launcher.utils import atomic_write
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
@@ -57,7 +57,7 @@ class CheckpointError(Exception):
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write weights and buffers as safetensors under `path`, replacing what was there at once."""
-    files.replace(path, save(_on_host(network.state_dict())))
+    atomic_write.replace(path, save(_on_host(network.state_dict())))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -159,17 +159,17 @@ def write(snapshot: Snapshot, root: Path) -> Path:
         temporary.mkdir(parents=True)
         manifest = {}
         for file, content in _contents(snapshot):
-            files.write_new(temporary / file, content)
+            atomic_write.write_new(temporary / file, content)
             digest = hashlib.sha256(content).hexdigest()
             manifest[file] = {"bytes": len(content), "sha256": digest}
-        files.write_new(temporary / "manifest.json", _json(manifest))
-        files.flush_folder(temporary)
+        atomic_write.write_new(temporary / "manifest.json", _json(manifest))
+        atomic_write.flush_folder(temporary)
         aside = root / f"{name}.old"
         if final.exists():  # the same step again, after a resume or at the end of an epoch
             shutil.rmtree(aside, ignore_errors=True)
             final.rename(aside)
         temporary.rename(final)
-        files.flush_folder(root)
+        atomic_write.flush_folder(root)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,7 +20,7 @@ from launcher.errors import (
     RankError,
     UserError,
 )
-from launcher.redaction import redacted
+from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from launcher.loading import Loaded

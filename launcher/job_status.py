@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import files
 from launcher.batch_job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
+from launcher.utils import atomic_write
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def remember(job: BatchJob, number: str) -> None:
     """Write down which runs belong to job `number`."""
     path = Path(job.runs) / JOBS_FOLDER / f"{job.name}-{number}.json"
     text = json.dumps([asdict(run) for run in _runs(job, number)], indent=2)
-    files.replace(path, f"{text}\n".encode())
+    atomic_write.replace(path, f"{text}\n".encode())
 
 
 def _runs(job: BatchJob, number: str) -> Iterator[Submitted]:

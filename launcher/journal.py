@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import files
 from launcher.metrics import Best, EpochReport, StepReport
+from launcher.utils import atomic_write
 
 # The figures that make a row that of a step, or of an epoch, and where their number stands.
 _KINDS = {"step": ("train/loss", "train/step"), "epoch": ("test/accuracy", "epoch")}
@@ -65,7 +65,7 @@ class Journal:
                 with suppress(ValueError):
                     self.rows.append(json.loads(line))
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
-            files.replace(self._path, text.encode(), is_kept=False)
+            atomic_write.replace(self._path, text.encode(), is_kept=False)
         self._last = {
             kind: max((row[number] for row in self.rows if figure in row), default=0)
             for kind, (figure, number) in _KINDS.items()
@@ -78,7 +78,7 @@ class Journal:
     def add(self, scalars: Row) -> Row:
         """Note a row, before W&B gets it; returns it with its number, counted from 1."""
         row = {**scalars, ROW: len(self.rows) + 1}
-        files.append(self._path, json.dumps(row))
+        atomic_write.append(self._path, json.dumps(row))
         self.rows.append(row)
         for kind, (figure, number) in _KINDS.items():
             if figure in row:

@@ -18,7 +18,7 @@ from typing import Any
 from launcher import settings
 from launcher.errors import UserError
 from launcher.recipe import Images, Recipe
-from launcher.redaction import cleaned
+from launcher.utils.redaction import cleaned
 
 
 @dataclass(frozen=True)

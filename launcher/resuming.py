@@ -10,8 +10,8 @@ from launcher.errors import UserError
 from launcher.loading import Loaded
 from launcher.metrics import Best
 from launcher.plan import START, Position
-from launcher.redaction import cleaned, redacted
 from launcher.runs import RunFolder
+from launcher.utils.redaction import cleaned, redacted
 
 _OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
 

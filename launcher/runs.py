@@ -23,9 +23,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from launcher import files
 from launcher.errors import UserError
-from launcher.redaction import cleaned, redacted
+from launcher.utils import atomic_write
+from launcher.utils.redaction import cleaned, redacted
 
 MOST_BYTES = 200  # of a run's name: file systems take 255, and W&B adds to it
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
@@ -53,7 +53,7 @@ class RunFolder:
         try:
             _write_json(self.path / "config.json", config)
             _write_json(self.path / "run.json", {**run, **versioned})
-            files.replace(self.path / "recipe.py", redacted(source).encode())
+            atomic_write.replace(self.path / "recipe.py", redacted(source).encode())
         except OSError as error:
             raise _unwritable(self.path, error) from None
         return replace(self, identity=identity)
@@ -74,7 +74,7 @@ class RunFolder:
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        files.append(self.path / "metrics.jsonl", json.dumps(metrics))
+        atomic_write.append(self.path / "metrics.jsonl", json.dumps(metrics))
 
     def forget_after(self, epochs: int) -> None:
         """Drop the lines of `metrics.jsonl` that a resumed run will write again."""
@@ -82,7 +82,7 @@ class RunFolder:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _epoch_of(line) <= epochs]
-            files.replace(path, "".join(kept).encode())
+            atomic_write.replace(path, "".join(kept).encode())
 
     def tidy(self) -> None:
         """Remove what killed processes have left half written; hold the lock before."""
@@ -241,4 +241,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    files.replace(path, (json.dumps(cleaned(content), indent=2) + "\n").encode())
+    atomic_write.replace(path, (json.dumps(cleaned(content), indent=2) + "\n").encode())

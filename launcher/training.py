@@ -31,11 +31,11 @@ from launcher.loop import normalisation, settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.nearby import average_nearby
 from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
-from launcher.redaction import cleaned, redacted
 from launcher.rehearsal import rehearse
 from launcher.resuming import Start, initial_weights, new_run, resumed_run
 from launcher.step import Job
 from launcher.tracking import NullTracker
+from launcher.utils.redaction import cleaned, redacted
 from launcher.watching import (
     Outcome,
     Watchers,

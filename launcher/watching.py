@@ -19,11 +19,11 @@ from launcher.loop import Event, SavePoint, fit
 from launcher.metrics import Best, EpochReport, StepReport
 from launcher.model import Learner
 from launcher.plan import START, Cadence, Position
-from launcher.redaction import redacted
 from launcher.resuming import Start
 from launcher.runs import RunFolder
 from launcher.step import Job
 from launcher.tracking import Tracker
+from launcher.utils.redaction import redacted
 
 MOST_ROLLBACKS = 10  # a run that needs more does not get better by leaving steps out
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import Adam
 
-from launcher import cli, cluster, datasets, files, resuming, runs, signals
+from launcher import cli, cluster, datasets, resuming, runs, signals
 from launcher.checkpoints import Writer, load_weights, newest, save_weights
 from launcher.console import Console
 from launcher.errors import UserError
@@ -26,11 +26,12 @@ from launcher.loading import Loaded
 from launcher.metrics import Best, EpochReport
 from launcher.model import build, prepare
 from launcher.plan import Cadence, Plan, make_plan
-from launcher.redaction import cleaned, redacted
 from launcher.resuming import Start
 from launcher.runs import RunFolder
 from launcher.step import Job
 from launcher.tracking import NullTracker
+from launcher.utils import atomic_write
+from launcher.utils.redaction import cleaned, redacted
 from launcher.watching import Outcome, Watchers, closing_rows, consume
 from tests.helpers import Tiny, refused, tiny_recipe
 from tests.processes import PYTHON, RESUMABLE, Run, fingerprint
@@ -229,10 +230,10 @@ def test_half_written_files_of_killed_processes_are_removed(tmp_path: Path) -> N
 
 def test_a_replaced_file_is_whole_or_as_before(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    files.replace(path, b"old")
+    atomic_write.replace(path, b"old")
     (tmp_path / f".file.{os.getpid()}").mkdir()  # in the way
     with pytest.raises(OSError, match=r"file"):
-        files.replace(path, b"new")
+        atomic_write.replace(path, b"new")
     assert path.read_bytes() == b"old"
 
 
