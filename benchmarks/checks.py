@@ -28,9 +28,10 @@ from torch.optim import SGD
 from benchmarks.competitors import Launched
 from benchmarks.epoch import first_steps
 from benchmarks.trainer import Trainer
-from launcher import Images, Recipe, Synthetic, cluster, datasets, loading, settings
-from launcher.cluster import be_deterministic
+from launcher import Images, Recipe, Synthetic, datasets, loading, settings
 from launcher.datasets import Data
+from launcher.distributed.accelerator import be_deterministic, create_accelerator
+from launcher.distributed.world import World
 from launcher.slots import CompileMode
 from tests.processes import RESUMABLE, fingerprint
 
@@ -177,7 +178,7 @@ def _succeed(*processes: "subprocess.Popen[bytes]") -> bool:
 
 def rank(output: Path) -> None:
     """Train as one of the ranks that the environment tells of; rank 0 saves what it learnt."""
-    world = cluster.announced()
+    world = World.from_env()
     if world.size > 1:  # before Accelerate does, which would take NCCL: one rank per card
         torch.distributed.init_process_group("gloo", rank=world.rank, world_size=world.size)
     images = Images(partial(Synthetic, count=400), batch_size=32, mean=(0.5,) * 3, std=(0.3,) * 3)
@@ -189,7 +190,7 @@ def rank(output: Path) -> None:
         sync_batch_norm=torch.cuda.is_available() and world.size > 1,
     )
     train = datasets.load(images).train
-    accelerator = cluster.join("fp32")
+    accelerator = create_accelerator("fp32")
     launched = Launched(replace(recipe, seed=1), train, accelerator)
     network = launched.learner.network
     before = {f"initial {n}": p.detach().clone().cpu() for n, p in network.named_parameters()}

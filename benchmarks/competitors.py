@@ -14,7 +14,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from launcher import model
 from launcher.batches import Batches, Normalise
 from launcher.datasets import ImageSet
-from launcher.joining import PATIENT
+from launcher.distributed.process_group import PATIENT
 from launcher.loop import train_epoch
 from launcher.metrics import StepReport
 from launcher.nearby import average_nearby

@@ -39,8 +39,8 @@ from benchmarks.competitors import Bare, Launched, Tutorial
 from benchmarks.turns import Figures, Parted, parted_epochs
 from launcher import Synthetic, datasets, loading, settings
 from launcher.batches import epoch_order
-from launcher.cluster import device_name, join
 from launcher.datasets import Data, ImageSet
+from launcher.distributed.accelerator import create_accelerator, device_name
 from launcher.errors import UserError
 from launcher.recipe import Recipe
 from launcher.slots import Precision
@@ -103,7 +103,7 @@ def measure_all(recipe: Recipe, data: Data, rounds: int) -> Figures:
     """The figures of every precision, and of the machine. Accelerate knows one precision a time."""
     figures: Figures = {}
     for precision in PRECISIONS:
-        accelerator = join(precision)
+        accelerator = create_accelerator(precision)
         chosen = replace(recipe, precision=precision, epochs=rounds + 2)
         figures.setdefault("machine", machine(accelerator))  # before any load of our own
         figures[precision] = measure(chosen, data, rounds, accelerator)

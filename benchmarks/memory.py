@@ -20,7 +20,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from launcher.cluster import keep_freed_memory
+from launcher.distributed.accelerator import keep_freed_memory
 from recipes.speedrun94 import BATCH, SpeedVGG
 
 

@@ -45,8 +45,8 @@ from benchmarks.competitors import Launched, Pictures, Tutorial, autocast, fresh
 from benchmarks.epoch import first_steps, machine, opened
 from benchmarks.turns import Figures, whole_epochs
 from launcher import Recipe
-from launcher.cluster import join
 from launcher.datasets import Data, ImageSet
+from launcher.distributed.accelerator import create_accelerator
 
 FOLDER = Path(__file__).resolve().parent
 PRINT_EVERY = 50  # steps, as far as a peer prints
@@ -192,7 +192,7 @@ def measure_all(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
     """Both precisions. Accelerate knows one at a time."""
     figures: Figures = {}
     for precision in ("fp32", "bf16"):
-        accelerator = join(precision)
+        accelerator = create_accelerator(precision)
         figures.setdefault("machine", machine(accelerator))
         chosen = replace(recipe, precision=precision, epochs=words.rounds + 2)
         runs = racers(chosen, data, accelerator, words.workers)

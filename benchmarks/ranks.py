@@ -55,7 +55,7 @@ def child(words: argparse.Namespace) -> None:
 
     from benchmarks.competitors import Launched
     from benchmarks.epoch import first_steps
-    from launcher.cluster import join
+    from launcher.distributed.accelerator import create_accelerator
 
     name, *overrides = CASES[words.child]
     recipe = loading.load(SELF.parent.parent / "recipes" / f"{name}.py").recipe
@@ -63,7 +63,7 @@ def child(words: argparse.Namespace) -> None:
     recipe = replace(recipe, epochs=EPOCHS)
     size = recipe.data.batch_size
     images = first_steps(datasets.load(recipe.data).train, recipe, STEPS)
-    accelerator = join(recipe.precision or "fp32")
+    accelerator = create_accelerator(recipe.precision or "fp32")
     assert accelerator.num_processes * torch.get_num_threads() == 2, "two cores, shared or not"
     launched = Launched(recipe, images, accelerator)
     trained, often = 0, max(1, 640 // size)  # steps between two numbers

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import Recipe, model
 from launcher.batches import Batches, Normalise
-from launcher.cluster import join
 from launcher.datasets import Data
+from launcher.distributed.accelerator import create_accelerator
 from launcher.evaluation import evaluate
 from launcher.loop import train_epoch
 from launcher.metrics import StepReport
@@ -81,7 +81,7 @@ class Trainer:
 def fresh_accelerator(precision: str) -> Accelerator:
     """Accelerate knows one precision at a time."""
     Accelerator(cpu=not torch.cuda.is_available()).state._reset_state(reset_partial_state=True)
-    return join(precision)
+    return create_accelerator(precision)
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

@@ -11,7 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher import cluster, signals, slurm
+from launcher import slurm
+from launcher.distributed import signals
+from launcher.distributed.world import World, refuse_misplaced
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -58,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except LauncherError as error:
         own = isinstance(error, RankError)  # else all ranks have it, and one says it
-        if f"{error}" and (own or cluster.announced().is_main):
+        if f"{error}" and (own or World.from_env().is_main):
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
     except Exception:
@@ -132,7 +134,7 @@ def _run(words: list[str]) -> int:
             parser.error("no recipe is named")
         sys.stdout.write(parser.format_help())
         return 0
-    cluster.refuse_misplaced(unknown)
+    refuse_misplaced(unknown)
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run")
     shows = arguments.help or arguments.dry_run
@@ -163,7 +165,7 @@ def _load(path: str, overrides: list[str]) -> "Loaded":
 
 def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
     from launcher import training
-    from launcher.joining import Timeouts
+    from launcher.distributed.process_group import Timeouts
 
     occasion = training.Occasion(
         runs=arguments.runs,
@@ -209,7 +211,7 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
     """Print the resolved recipe as JSON and the plan in words."""
     from launcher import datasets, model, timing, training, watching
 
-    world = cluster.announced()
+    world = World.from_env()
     data = datasets.load(loaded.recipe.data)
     plan = training.plan_for(loaded, data, occasion, world_size or world.size)
     network = model.build(loaded.recipe, data.train)

@@ -5,9 +5,9 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
-from launcher.agreement import Agreement, StoppedError
 from launcher.batches import Normalise, piece_bounds
 from launcher.datasets import ImageSet
+from launcher.distributed.stop_sync import Agreement, StoppedError
 from launcher.metrics import Evaluation, Tally, sample_indices
 from launcher.model import evaluating, widened
 from launcher.slots import Views

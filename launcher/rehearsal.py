@@ -109,6 +109,6 @@ def _unfit(function: Callable[..., Any], what: str, expected: str) -> UserError:
     return UserError(
         f"{code_name(function)} {what}",
         expected=expected,
-        instead="compare it with launcher/augment.py, launcher/views.py, or for a loss with "
-        "cross_entropy of torch.nn.functional",
+        instead="compare it with launcher/augment.py or launcher/views.py, "
+        "or for a loss with cross_entropy of torch.nn.functional",
     )

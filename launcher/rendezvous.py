@@ -89,7 +89,7 @@ def meet_machines(address: str, port: int, machine: int, machines: int, timeout:
 
     Raises `RankError` that names those that do not come within so many seconds.
     """
-    from launcher.stores import open_store
+    from launcher.distributed.store import open_store
 
     host = "machine 0" if machine else None
     store = open_store(address, port, timeout, f"machine {machine}", host)

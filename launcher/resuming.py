@@ -57,21 +57,21 @@ def resumed_run(
             )
         note = f"no run is called {name} yet: it begins now"
         return Start(runs.create(root, name, loaded.name), notes=(note,))
-    checkpoint, complaints = checkpoints.newest(folder.checkpoints)
-    if checkpoint is None:
+    found, complaints = checkpoints.newest(folder.checkpoints)
+    if found is None:
         _refuse_finished(folder)
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
-    state = checkpoints.read_state(checkpoint)
+    state = checkpoints.read_state(found)
     refuse_changes(state["config"], loaded.config, changed)
     _refuse_other_optimizer(folder, state["config"], loaded.config)
     _refuse_other_data(state["data"], data_name)
-    position, best = checkpoints.place_of(checkpoint)
-    notes = [*complaints, f"resumed after step {position.step}, from {checkpoint.name}"]
+    position, best = checkpoints.place_of(found)
+    notes = [*complaints, f"resumed after step {position.step}, from {found.name}"]
     if state["source"] != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
     position = _counted_anew(position, state["steps_per_epoch"], steps_per_epoch)
-    return Start(folder, checkpoint, tuple(notes), position, best, state["wandb_id"])
+    return Start(folder, found, tuple(notes), position, best, state["wandb_id"])
 
 
 def initial_weights(root: Path, given: str) -> Path:
@@ -85,9 +85,9 @@ def initial_weights(root: Path, given: str) -> Path:
         for name in ("final.safetensors", "best.safetensors", "weights.safetensors"):
             if (folder / name).is_file():
                 return folder / name
-        checkpoint, _ = checkpoints.newest(folder / "checkpoints")
-        if checkpoint is not None:
-            return checkpoint / "weights.safetensors"
+        found, _ = checkpoints.newest(folder / "checkpoints")
+        if found is not None:
+            return found / "weights.safetensors"
     raise UserError(
         f"--init-from {given}",
         expected=f"a run in {root}, a run's folder or a .safetensors file",

@@ -24,8 +24,9 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from launcher import datasets, settings, signals, slurm
+from launcher import datasets, settings, slurm
 from launcher.datasets import Data, ImageSet
+from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.recipe import Images
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from launcher import signals
+from launcher.distributed import signals
 from launcher.errors import UserError
 
 # Below the ports that systems hand out by themselves (32768 and up), above those of most services.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from launcher import cluster, model, scaling
+from launcher import model, scaling
 from launcher.batches import Normalise
 from launcher.datasets import ImageSet
+from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
 from launcher.model import Learner
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -34,9 +35,9 @@ def synchronise() -> None:
 
 def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet) -> list[str]:
     """What `--dry-run --world-size` prints: measured compute, assumed links, predicted steps."""
-    wanted, _ = cluster.choose_precision(recipe.precision, has_gpu=True)
+    wanted, _ = choose_precision(recipe.precision, has_gpu=True)
     precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
-    accelerator = cluster.join(precision)
+    accelerator = create_accelerator(precision)
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
     recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
     learner = model.prepare(network, recipe, accelerator)
@@ -47,7 +48,7 @@ def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet
         for world in possible
     }
     gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
-    device = cluster.device_name(accelerator)
+    device = device_name(accelerator)
     note = f" (for {wanted})" if precision != wanted else ""
     lines = [
         f"scaling predicted from one rank's measured compute and assumed links: {_DOCUMENT}",

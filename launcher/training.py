@@ -10,22 +10,20 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import (
-    checkpoints,
-    cluster,
-    datasets,
-    joining,
-    profiling,
-    runs,
-    settings,
-    sharing,
-    tracking,
-)
+from launcher import checkpoints, datasets, profiling, runs, settings, sharing, tracking
 from launcher.checkpoints import Writer
 from launcher.console import make_console
 from launcher.datasets import Data
+from launcher.distributed import process_group
+from launcher.distributed.accelerator import (
+    choose_precision,
+    create_accelerator,
+    device_name,
+    run_on_main,
+)
+from launcher.distributed.process_group import PATIENT, Company, Timeouts
+from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
-from launcher.joining import PATIENT, Company, Timeouts
 from launcher.loading import Loaded
 from launcher.loop import normalisation, settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
@@ -78,7 +76,7 @@ def train(loaded: Loaded, occasion: Occasion) -> Outcome:
     """
     if occasion.smoke:
         loaded, occasion = _for_smoke(loaded, occasion)
-    company = joining.meet(cluster.announced(), occasion.timeouts)
+    company = process_group.meet(World.from_env(), occasion.timeouts)
     try:
         outcome = _train(loaded, occasion, company)
     except LauncherError:
@@ -110,9 +108,9 @@ class _Prepared:
 
 def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
     recipe = loaded.recipe
-    precision, origin = cluster.choose_precision(recipe.precision, torch.cuda.is_available())
+    precision, origin = choose_precision(recipe.precision, torch.cuda.is_available())
     data = sharing.load(recipe.data)
-    plan = plan_for(loaded, data, occasion, cluster.announced().size)
+    plan = plan_for(loaded, data, occasion, World.from_env().size)
     network = build(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
     if weights := _given_weights(loaded, occasion):
@@ -128,7 +126,8 @@ def _given_weights(loaded: Loaded, occasion: Occasion) -> Path | None:
     try:
         return initial_weights(occasion.runs, occasion.init_from)
     except UserError:
-        folder = runs.find(occasion.runs, occasion.name, loaded.name) if occasion.resume else None
+        where = (occasion.runs, occasion.name, loaded.name)
+        folder = runs.find(*where) if occasion.resume else None
         if folder is None or checkpoints.newest(folder.checkpoints)[0] is None:
             raise
         return None
@@ -143,7 +142,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
         raise
     company.agree(None, patience)
     company.found(patience)
-    accelerator = cluster.join(ready.precision, loaded.recipe.deterministic)
+    accelerator = create_accelerator(ready.precision, loaded.recipe.deterministic)
     job = Job(loaded.recipe, ready.plan, accelerator)
     if occasion.init_from is None:
         initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
@@ -153,7 +152,7 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
     job = profiling.shortened(job, windows) if windows else job
     facts = ready.facts | {
-        "devices": f"{job.plan.world_size} x {cluster.device_name(accelerator)}",
+        "devices": f"{job.plan.world_size} x {device_name(accelerator)}",
         **occasion.place,
     }
     if ready.data.fallback:
@@ -204,7 +203,7 @@ def check_smoke(losses: tuple[float, ...]) -> None:
 def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
     """One epoch of a few batches of embedded images; W&B off, nothing written."""
     data, accumulate = loaded.recipe.data, min(loaded.recipe.accumulate, SMOKE_PASSES)
-    smallest = cluster.announced().size * accumulate
+    smallest = World.from_env().size * accumulate
     images = replace(
         data,
         source=datasets.smoke_source(data),
@@ -274,7 +273,7 @@ def _begin(
         start.folder.tidy()
         return start
 
-    return cluster.on_main(job.accelerator, begin)
+    return run_on_main(job.accelerator, begin)
 
 
 def _described(
@@ -288,7 +287,7 @@ def _described(
         own.forget_after(start.position.epochs)
         return replace(start, folder=own)
 
-    return cluster.on_main(accelerator, describe)
+    return run_on_main(accelerator, describe)
 
 
 def _gather(

@@ -9,10 +9,12 @@ from functools import partial
 from hashlib import sha256
 from typing import Literal
 
-from launcher import checkpoints, cluster, runs, signals
+from launcher import checkpoints, runs
 from launcher.checkpoints import Snapshot, Writer
 from launcher.console import Console, first_step_line, tta_note
 from launcher.datasets import Data
+from launcher.distributed import signals
+from launcher.distributed.accelerator import run_on_main
 from launcher.errors import NotFiniteError, TrainingError
 from launcher.loading import Loaded
 from launcher.loop import Event, SavePoint, fit
@@ -132,7 +134,7 @@ def consume(
     lost = seen.unsaved if seen.stopped else _save_weights("final", learner, watchers)
     _wait_for_writer(watchers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
-    if lost_by_main := cluster.on_main(job.accelerator, lambda: lost):
+    if lost_by_main := run_on_main(job.accelerator, lambda: lost):
         raise TrainingError(lost_by_main)
     return Outcome(seen.best, seen.highest, seen.last, tuple(seen.losses), seen.stopped)
 
@@ -168,7 +170,7 @@ def _roll_back(
     if job.recipe.on_nan != "rollback" or folder is None:
         raise error
     _wait_for_writer(watchers)
-    found = cluster.on_main(job.accelerator, lambda: checkpoints.newest(folder.checkpoints)[0])
+    found = run_on_main(job.accelerator, lambda: checkpoints.newest(folder.checkpoints)[0])
     if found is None or len(job.left_out) >= MOST_ROLLBACKS or error.step in job.left_out:
         raise error
     checkpoints.restore(found, learner, job.accelerator)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from launcher import checkpoints, cluster, datasets, resuming, settings
+from launcher import checkpoints, datasets, resuming, settings
 from launcher.checkpoints import CheckpointError, Writer, capture, newest, restore, write
+from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.model import Learner, build, prepare
 from launcher.plan import Position
@@ -27,7 +28,7 @@ STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs":
 def learner(seed: int = 0, recipe: Recipe = recipe) -> Learner:
     recipe = replace(recipe, seed=seed)
     images = datasets.load(recipe.data).train
-    return prepare(build(recipe, images), recipe, cluster.join("fp32"))
+    return prepare(build(recipe, images), recipe, create_accelerator("fp32"))
 
 
 def trained(seed: int = 0) -> Learner:
@@ -42,15 +43,15 @@ def trained(seed: int = 0) -> Learner:
 
 def saved(root: Path, step: int) -> Path:
     state = STATE | {"position": vars(Position(step))}
-    return write(capture(trained(step), cluster.join("fp32"), state), root)
+    return write(capture(trained(step), create_accelerator("fp32"), state), root)
 
 
 def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
     old = trained()
     state = STATE | {"position": vars(Position(3))}
-    folder = write(capture(old, cluster.join("fp32"), state), tmp_path)
+    folder = write(capture(old, create_accelerator("fp32"), state), tmp_path)
     new = learner(seed=1)
-    restore(folder, new, cluster.join("fp32"))
+    restore(folder, new, create_accelerator("fp32"))
     assert old.average is not None
     assert new.average is not None
     for a, b in (
@@ -66,7 +67,7 @@ def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
 def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
     new = learner(recipe=settings.override(recipe, ["optimizer.weight_decay=0.123"]))
-    restore(folder, new, cluster.join("fp32"))
+    restore(folder, new, create_accelerator("fp32"))
     assert new.optimizer.param_groups[0]["weight_decay"] == 0.123
 
 
@@ -140,7 +141,7 @@ def test_a_disk_that_refuses_costs_a_complaint_and_no_checkpoint(tmp_path: Path)
     (tmp_path / "file").write_text("not a folder")
     writer = Writer(tmp_path / "file")
     state = STATE | {"position": vars(Position(2))}
-    snapshot = capture(trained(), cluster.join("fp32"), state)
+    snapshot = capture(trained(), create_accelerator("fp32"), state)
     assert writer.submit(snapshot) == ""
     assert "could not be written" in writer.wait()
     assert writer.wait() == ""
@@ -195,9 +196,9 @@ def test_what_an_optimizer_keeps_in_its_groups_is_restored(tmp_path: Path) -> No
     old.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
     old.optimizer.step()
     state = STATE | {"position": vars(Position(1))}
-    folder = write(capture(old, cluster.join("fp32"), state), tmp_path)
+    folder = write(capture(old, create_accelerator("fp32"), state), tmp_path)
     new = learner(recipe=replace(counting, optimizer=partial(Counting, lr=0.1, weight_decay=0.5)))
-    restore(folder, new, cluster.join("fp32"))
+    restore(folder, new, create_accelerator("fp32"))
     (group,) = new.optimizer.param_groups
     assert (group["count"], group["weight_decay"]) == (1, 0.5)
 

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config import config_args
 
-from launcher import cluster
-from launcher.cluster import World
+from launcher.distributed.accelerator import (
+    choose_precision,
+    create_accelerator,
+    device_name,
+    run_on_main,
+    usable_cores,
+)
+from launcher.distributed.world import World, check_world, processes_in, refuse_misplaced
 from launcher.errors import UserError
 from tests.helpers import ROOT, refused
 
@@ -40,12 +46,12 @@ def no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_environment_announces_rank_and_world_size(
     environ: dict[str, str], world: World
 ) -> None:
-    assert cluster.announced(environ) == world
-    assert cluster.announced(environ).is_main == (world.rank == 0)
+    assert World.from_env(environ) == world
+    assert World.from_env(environ).is_main == (world.rank == 0)
 
 
 def test_without_a_launcher_this_process_is_alone() -> None:
-    assert cluster.announced() == World(0, 0, 1)
+    assert World.from_env() == World(0, 0, 1)
 
 
 # Precision
@@ -68,12 +74,12 @@ def test_the_recipes_precision_wins_over_accelerates_and_that_over_fp32(
     recipe: str | None, configured: str | None, expected: tuple[str, str]
 ) -> None:
     environ = {"ACCELERATE_MIXED_PRECISION": configured} if configured else {}
-    assert cluster.choose_precision(recipe, True, environ) == expected
+    assert choose_precision(recipe, True, environ) == expected
 
 
 @pytest.mark.parametrize("recipe", [None, "fp32", "bf16"])
 def test_fp32_and_bf16_need_no_gpu(recipe: str | None) -> None:
-    assert cluster.choose_precision(recipe, False, {})[0] == (recipe or "fp32")
+    assert choose_precision(recipe, False, {})[0] == (recipe or "fp32")
 
 
 @pytest.mark.parametrize(
@@ -87,13 +93,13 @@ def test_fp16_without_a_gpu_is_refused_with_where_it_came_from(
     recipe: str | None, environ: Mapping[str, str], origin: str
 ) -> None:
     with refused(f"fp16 ({origin})", "bf16 or fp32", "type precision=bf16"):
-        cluster.choose_precision(recipe, False, environ)
+        choose_precision(recipe, False, environ)
 
 
 @pytest.mark.parametrize("configured", ["fp8", "int8"])
 def test_a_precision_that_the_launcher_does_not_have_is_refused(configured: str) -> None:
     with refused(repr(configured), "no, bf16 or fp16", "--mixed_precision bf16"):
-        cluster.choose_precision(None, True, {"ACCELERATE_MIXED_PRECISION": configured})
+        choose_precision(None, True, {"ACCELERATE_MIXED_PRECISION": configured})
 
 
 # The number of processes
@@ -105,17 +111,17 @@ def test_a_precision_that_the_launcher_does_not_have_is_refused(configured: str)
 def test_a_world_as_large_as_asked_for_passes(
     announced: int, running: int, asked: int | None
 ) -> None:
-    cluster.check_world(announced, running, asked)
+    check_world(announced, running, asked)
 
 
 def test_processes_that_each_believe_to_be_alone_are_stopped() -> None:
     with refused("2 processes", "alone", "ACCELERATE_USE_CPU=true", "--num_processes 2"):
-        cluster.check_world(2, 1, None)
+        check_world(2, 1, None)
 
 
 def test_fewer_processes_than_asked_for_are_stopped() -> None:
     with refused("4 processes were asked for", "started 1", "--multi_gpu --num_processes 4"):
-        cluster.check_world(1, 1, 4)
+        check_world(1, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,7 @@ def test_fewer_processes_than_asked_for_are_stopped() -> None:
 def test_the_number_asked_for_is_read_from_the_command_line(
     words: list[str], expected: int | None
 ) -> None:
-    assert cluster.processes_in(words) == expected
+    assert processes_in(words) == expected
 
 
 @pytest.mark.parametrize(
@@ -150,20 +156,20 @@ def test_the_number_asked_for_is_read_from_the_config_file(
     flag: str, name: str, expected: int
 ) -> None:
     path = str(CONFIGS / f"{name}.yaml")
-    assert cluster.processes_in([*LAUNCH, flag, path, *RECIPE]) == expected
-    assert cluster.processes_in([*LAUNCH, f"{flag}={path}", *RECIPE]) == expected
+    assert processes_in([*LAUNCH, flag, path, *RECIPE]) == expected
+    assert processes_in([*LAUNCH, f"{flag}={path}", *RECIPE]) == expected
 
 
 def test_the_command_line_wins_over_the_config_file() -> None:
     words = ["--config_file", str(CONFIGS / "gpu_many.yaml"), "--num_processes", "3"]
-    assert cluster.processes_in([*LAUNCH, *words, *RECIPE]) == 3
+    assert processes_in([*LAUNCH, *words, *RECIPE]) == 3
 
 
 def test_the_default_config_file_counts_where_none_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(config_args, "default_config_file", str(CONFIGS / "gpu_many.yaml"))
-    assert cluster.processes_in([*LAUNCH, *RECIPE]) == 8
+    assert processes_in([*LAUNCH, *RECIPE]) == 8
 
 
 def test_every_shipped_config_file_is_read() -> None:
@@ -191,11 +197,11 @@ def test_every_shipped_config_file_is_read() -> None:
 )
 def test_accelerates_flags_behind_the_recipe_are_refused(word: str) -> None:
     with refused(word, "before -m launcher", f"accelerate launch {word}"):
-        cluster.refuse_misplaced(["epochs=3", word, "4"])
+        refuse_misplaced(["epochs=3", word, "4"])
 
 
 def test_settings_behind_the_recipe_are_not_taken_for_accelerates_flags() -> None:
-    cluster.refuse_misplaced(["epochs=3", "--epochs=3", "--optimizer.lr=1", "num_processes=4"])
+    refuse_misplaced(["epochs=3", "--epochs=3", "--optimizer.lr=1", "num_processes=4"])
 
 
 # Real processes
@@ -223,9 +229,9 @@ def script(folder: Path, text: str) -> str:
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 THREADS = """
 import torch
-from launcher import cluster
+from launcher.distributed.accelerator import set_threads
 print("given", torch.get_num_threads())
-cluster.set_threads()
+set_threads()
 print("threads", torch.get_num_threads())
 """
 # Stands where `accelerate launch` stands: passes on what its user chose, or gives one thread.
@@ -235,7 +241,7 @@ PARENT = "import os, subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], env
 def test_under_accelerate_launch_one_process_uses_all_cores(tmp_path: Path) -> None:
     command = [*ACCELERATE, "--num_processes", "1", script(tmp_path, THREADS)]
     done = run(command, ACCELERATE_USE_CPU="true", HF_HOME=str(tmp_path))
-    assert done.stdout == f"given 1\nthreads {cluster.usable_cores()}\n", done.stderr
+    assert done.stdout == f"given 1\nthreads {usable_cores()}\n", done.stderr
 
 
 @pytest.mark.parametrize("chosen", [1, 2])
@@ -243,7 +249,7 @@ def test_a_number_of_threads_chosen_by_the_user_is_respected(tmp_path: Path, cho
     parent = PARENT.format(env="os.environ")
     command = [sys.executable, "-c", parent, sys.executable, script(tmp_path, THREADS)]
     # Two threads chosen for two processes on two cores are not what would be shared out.
-    sharing = str(chosen * cluster.usable_cores() if chosen > 1 else 1)
+    sharing = str(chosen * usable_cores() if chosen > 1 else 1)
     environment = {"OMP_NUM_THREADS": str(chosen), "LOCAL_WORLD_SIZE": sharing}
     done = run(command, ACCELERATE_USE_CPU="true", **environment)
     given, threads = (line.split()[1] for line in done.stdout.splitlines())
@@ -253,12 +259,15 @@ def test_a_number_of_threads_chosen_by_the_user_is_respected(tmp_path: Path, cho
 def test_the_processes_of_one_machine_share_its_cores(tmp_path: Path) -> None:
     parent = PARENT.format(env="os.environ | {'OMP_NUM_THREADS': '1'}")
     command = [sys.executable, "-c", parent, sys.executable, script(tmp_path, THREADS)]
-    done = run(command, ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE=str(cluster.usable_cores()))
+    done = run(command, ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE=str(usable_cores()))
     assert done.stdout == "given 1\nthreads 1\n", done.stderr
 
 
 def test_two_processes_asked_for_and_one_started_is_refused_by_name(tmp_path: Path) -> None:
-    text = "from launcher import cluster\ncluster.join('fp32')\n"
+    text = (
+        "from launcher.distributed.accelerator import create_accelerator\n"
+        "create_accelerator('fp32')\n"
+    )
     command = [*ACCELERATE, "--cpu", "--num_processes", "2", script(tmp_path, text)]
     done = run(command, HF_HOME=str(tmp_path))
     assert done.returncode != 0
@@ -269,7 +278,7 @@ def test_two_processes_asked_for_and_one_started_is_refused_by_name(tmp_path: Pa
 
 
 def test_on_main_returns_what_the_action_returned() -> None:
-    assert cluster.on_main(cluster.join("fp32"), lambda: {"folder": "runs/1"}) == {
+    assert run_on_main(create_accelerator("fp32"), lambda: {"folder": "runs/1"}) == {
         "folder": "runs/1"
     }
 
@@ -282,21 +291,21 @@ def test_on_main_raises_what_the_action_raised(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        cluster.on_main(cluster.join("fp32"), act)
+        run_on_main(create_accelerator("fp32"), act)
     assert caught.value is error
 
 
 def test_the_device_is_named_as_people_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert cluster.device_name(cluster.join("fp32")).startswith("CPU, ")
+    assert device_name(create_accelerator("fp32")).startswith("CPU, ")
 
 
 DETERMINISTIC = """
 import os, torch
-from launcher import cluster
-cluster.join("fp32")
+from launcher.distributed.accelerator import create_accelerator
+create_accelerator("fp32")
 print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
-cluster.join("fp32", deterministic=True)
+create_accelerator("fp32", deterministic=True)
 print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
 print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.utils.deterministic.fill_uninitialized_memory)
 """

@@ -152,7 +152,8 @@ def expanded(word: str, environment: dict[str, str]) -> str:
 
 
 def elastic(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.elastic", "--standalone", "--nproc-per-node", "2"]
+    program = [sys.executable, "-m", "launcher.elastic"]
+    command = [*program, "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*command, "--no-python", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

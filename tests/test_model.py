@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from launcher import Images, Recipe, Synthetic, cluster, datasets, ema
+from launcher import Images, Recipe, Synthetic, datasets, ema
+from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.model import average_buffers, build, count_parameters, evaluating, prepare
 from tests.world_worker import Small, Small64
@@ -83,7 +84,7 @@ def test_the_average_follows_its_formula(images: datasets.ImageSet) -> None:
 
 
 def test_rates_are_scaled_from_the_recipes_own_each_time(images: datasets.ImageSet) -> None:
-    learner = prepare(build(RECIPE, images), RECIPE, cluster.join("fp32"))
+    learner = prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32"))
     for multiplier in (0.5, 0.25):
         learner.set_rates(multiplier, float)  # a schedule that returns the progress itself
         assert learner.learning_rate == multiplier
@@ -91,16 +92,16 @@ def test_rates_are_scaled_from_the_recipes_own_each_time(images: datasets.ImageS
 
 def test_the_average_is_what_is_evaluated(images: datasets.ImageSet) -> None:
     recipe = replace(RECIPE, average=ema)
-    learner = prepare(build(recipe, images), recipe, cluster.join("fp32"))
+    learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
     assert learner.average is not None
     assert learner.evaluated is learner.average.module
-    assert prepare(build(RECIPE, images), RECIPE, cluster.join("fp32")).average is None
+    assert prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32")).average is None
 
 
 def test_parameters_lie_in_the_memory_format_of_the_recipe(images: datasets.ImageSet) -> None:
     for memory_format in ("channels_last", "contiguous"):
         recipe = replace(RECIPE, memory_format=memory_format)
-        learner = prepare(build(recipe, images), recipe, cluster.join("fp32"))
+        learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
         weight = next(learner.network.parameters())
         assert weight.is_contiguous() == (memory_format == "contiguous")
 
@@ -122,7 +123,7 @@ def test_frozen_parameters_are_neither_counted_nor_optimized(images: datasets.Im
     frozen = next(network.parameters())
     frozen.requires_grad = False
     assert count_parameters(network) == whole - frozen.numel()
-    learner = prepare(network, RECIPE, cluster.join("fp32"))
+    learner = prepare(network, RECIPE, create_accelerator("fp32"))
     optimized = [p for group in learner.optimizer.param_groups for p in group["params"]]
     assert all(p is not frozen for p in optimized)
 
@@ -130,5 +131,5 @@ def test_frozen_parameters_are_neither_counted_nor_optimized(images: datasets.Im
 def test_buffers_of_one_process_stay_as_they_are() -> None:
     network = nn.BatchNorm2d(3)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    average_buffers(network, cluster.join("fp32"))
+    average_buffers(network, create_accelerator("fp32"))
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())

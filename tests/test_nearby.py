@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from launcher import nearby
-from launcher.joining import is_of_others
+from launcher.distributed.process_group import is_of_others
 from launcher.nearby import Link, accept, average, average_nearby
 
 

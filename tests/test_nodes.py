@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.joining import GRACE
+from launcher.distributed.process_group import GRACE
 from tests.node_network import Node, needs_networks, network
 from tests.processes import ACCELERATE, PYTHON, ROOT, Run, ranks_of, write_double
 

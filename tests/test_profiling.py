@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from launcher import cluster, datasets, model
+from launcher import datasets, model
 from launcher.advice import Split, advice
 from launcher.batches import Batches
 from launcher.cli import main
+from launcher.distributed.accelerator import create_accelerator
 from launcher.plan import make_plan
 from launcher.profiling import divided, windows_for
 from launcher.step import Job
@@ -217,7 +218,7 @@ def test_steps_that_share_their_pictures_are_measured_together() -> None:
     data = datasets.load(recipe.data)
     group = 2**27 // (2**9 * 3 * 32 * 32 * 4)
     assert group == 21
-    learner = model.prepare(model.build(recipe, data.train), recipe, cluster.join("fp32"))
+    learner = model.prepare(model.build(recipe, data.train), recipe, create_accelerator("fp32"))
     for device, size, steps in (("cuda", 50_000, 21), ("cuda", 2**11, 16), ("cpu", 50_000, 15)):
         plan = make_plan(recipe, world_size=1, train_images=size, test_images=1)
         here = cast(Accelerator, SimpleNamespace(device=torch.device(device)))

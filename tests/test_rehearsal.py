@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from launcher import (
     Synthetic,
-    cluster,
     crop,
     cutout,
     datasets,
@@ -21,6 +20,7 @@ from launcher import (
     mixup,
     training,
 )
+from launcher.distributed.accelerator import create_accelerator
 from launcher.loading import Loaded
 from launcher.loop import normalisation
 from launcher.model import build, prepare
@@ -33,7 +33,7 @@ from tests.helpers import Tiny, refused, tiny_recipe
 
 
 def rehearsed(recipe: Recipe) -> nn.Module:
-    data, accelerator = datasets.load(recipe.data), cluster.join("fp32")
+    data, accelerator = datasets.load(recipe.data), create_accelerator("fp32")
     sizes = {"train_images": len(data.train), "test_images": len(data.test)}
     job = Job(recipe, make_plan(recipe, world_size=1, **sizes), accelerator)
     learner = prepare(build(recipe, data.train), recipe, accelerator)

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import Adam
 
-from launcher import cli, cluster, datasets, resuming, runs, signals
+from launcher import cli, datasets, resuming, runs
 from launcher.checkpoints import Writer, load_weights, newest, save_weights
 from launcher.console import Console
+from launcher.distributed import signals
+from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.loading import Loaded
 from launcher.metrics import Best, EpochReport
@@ -110,7 +112,7 @@ def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcom
     plan = make_plan(
         loaded.recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
     )
-    accelerator = cluster.join("fp32")
+    accelerator = create_accelerator("fp32")
     learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
     watchers = Watchers(console, NullTracker(), folder, Writer(folder.checkpoints), loaded)
     job = Job(loaded.recipe, plan, accelerator)

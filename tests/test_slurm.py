@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher import cli, cluster, signals, slurm
+from launcher import cli, slurm
+from launcher.distributed import signals
+from launcher.distributed.world import World
 from tests.helpers import refused
 
 # One of four tasks on two nodes, as srun of Slurm 22.05 starts it.
@@ -245,7 +247,7 @@ def test_one_task_alone_says_what_is_wrong(
         monkeypatch.setenv(name, value)
     assert cli.main(["none.py"]) == 2
     assert capsys.readouterr().err.count("RANK=1 in the environment") == lines
-    assert cluster.announced().rank == int(task)
+    assert World.from_env().rank == int(task)
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])

@@ -11,8 +11,8 @@ from torch import nn
 
 from launcher import Images, Recipe, Synthetic, cutmix, loading, settings
 from launcher.batches import Batches, Normalise
-from launcher.cluster import choose_precision
 from launcher.datasets import load
+from launcher.distributed.accelerator import choose_precision
 from launcher.errors import UserError
 from launcher.loop import fit
 from launcher.metrics import EpochReport
@@ -109,7 +109,8 @@ def test_sum_loss_multiplies_the_gradients_by_the_images() -> None:
     # 203 images in steps of 29: the sum over each is 29 times the mean.
     even = replace(plain, model=Small64, epochs=1, data=replace(plain.data, batch_size=29))
     one, first = trained(even)
-    other, second = trained(settings.override(even, ["sum_loss=true", f"optimizer.lr={0.05 / 29}"]))
+    summed = settings.override(even, ["sum_loss=true", f"optimizer.lr={0.05 / 29}"])
+    other, second = trained(summed)
     assert first[0].train_loss == pytest.approx(second[0].train_loss, abs=1e-12)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 
-from launcher import Recipe, Synthetic, cluster, datasets, loading
+from launcher import Recipe, Synthetic, datasets, loading
+from launcher.distributed.accelerator import create_accelerator
 from launcher.loop import fit
 from launcher.metrics import EpochReport
 from launcher.model import build, prepare
@@ -97,7 +98,7 @@ def same_threads() -> Iterator[None]:
 
 def trained(recipe: Recipe) -> list[EpochReport]:
     """Train in this process, as the launcher does, but on one core: others may be busy."""
-    accelerator = cluster.join("fp32")
+    accelerator = create_accelerator("fp32")
     torch.set_num_threads(1)
     data = datasets.load(recipe.data)
     plan = make_plan(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launcher import Synthetic, cluster, cutmix, datasets, model
+from launcher import Synthetic, cutmix, datasets, model
+from launcher.distributed.accelerator import create_accelerator
 from launcher.plan import make_plan
 from launcher.recipe import Recipe
 from launcher.timing import measure, scaling_lines
@@ -70,7 +71,7 @@ class Counting(Tiny):
 def test_a_rank_is_measured_with_its_own_images_and_all_its_passes() -> None:
     recipe = tiny_recipe(model=Counting, accumulate=2)
     data = datasets.load(replace(recipe.data, source=partial(Synthetic, count=100)))
-    accelerator = cluster.join("fp32")
+    accelerator = create_accelerator("fp32")
     learner = model.prepare(model.build(recipe, data.train), recipe, accelerator)
     plan = make_plan(recipe, world_size=1, train_images=60, test_images=1)
     Counting.sizes.clear()

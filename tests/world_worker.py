@@ -21,7 +21,6 @@ from launcher import (
     Recipe,
     Synthetic,
     Together,
-    cluster,
     crop,
     cutmix,
     cutout,
@@ -32,6 +31,8 @@ from launcher import (
     mirrored_and_shifted,
     mixup,
 )
+from launcher.distributed.accelerator import create_accelerator
+from launcher.distributed.world import World
 from launcher.loop import fit
 from launcher.metrics import EpochReport, StepReport
 from launcher.model import build, initialise, prepare
@@ -148,7 +149,7 @@ SCENARIOS = {
 
 
 def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
-    accelerator = cluster.join("fp32")
+    accelerator = create_accelerator("fp32")
     data = datasets.load(recipe.data)
     plan = make_plan(
         recipe,
@@ -178,7 +179,7 @@ def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
 def main(folder: Path) -> None:
     for name, recipe in SCENARIOS.items():
         result = run(recipe, nearby=name != "float32_over_gloo")
-        if cluster.announced().is_main:
+        if World.from_env().is_main:
             torch.save(result, folder / f"{name}.pt")
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from launcher import signals
-from launcher.attendance import Attendance
-from launcher.cluster import World, runs_on_cpu
+from launcher.distributed import signals
+from launcher.distributed.accelerator import runs_on_cpu
+from launcher.distributed.heartbeat import Attendance
+from launcher.distributed.store import in_thread, is_set, open_store
+from launcher.distributed.world import World
 from launcher.errors import EXIT_SAVED, LauncherError, RankError, UserError
-from launcher.stores import in_thread, is_set, open_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from launcher.cluster import World
+from launcher.distributed.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

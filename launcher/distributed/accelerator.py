@@ -1,56 +1,23 @@
-"""Who am I: ranks from the environment, the Accelerator, and the guards on both.
-
-Accelerate and torchrun tell each process its rank and the world size in RANK and WORLD_SIZE. Some
-ways of launching ask for several processes and start one, or start several that each believe to
-be alone; both train wrongly without a word, so both are stopped here.
-"""
+"""The Accelerator: its precision, device and threads; what runs on rank 0 for all ranks."""
 
 import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from launcher.distributed.signals import is_launched
+from launcher.distributed.world import World, asked_processes, check_world
 from launcher.errors import LauncherError, RankError, UserError
-from launcher.signals import is_launched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
 
-_SEVERAL_ON_CPU = (
-    "type ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {count} "
-    "-m launcher RECIPE"
-)
+T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _WITHOUT_AUTOCAST = ("fp32", "pure_bf16", "pure_fp16")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all processes of the run, as its launcher announced it."""
-
-    rank: int
-    local_rank: int
-    size: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.rank == 0
-
-
-def announced(environ: Mapping[str, str] = os.environ) -> World:
-    """Read rank and world size from the environment; one process alone where nothing is set."""
-    return World(
-        rank=int(environ.get("RANK") or 0),  # empty where a batch script names what is not set
-        local_rank=int(environ.get("LOCAL_RANK") or 0),
-        size=int(environ.get("WORLD_SIZE") or 1),
-    )
 
 
 def choose_precision(
@@ -79,7 +46,7 @@ def choose_precision(
     return precision, origin
 
 
-def join(precision: str, deterministic: bool = False) -> "Accelerator":
+def create_accelerator(precision: str, deterministic: bool = False) -> "Accelerator":
     """The Accelerator with its device, in the process group that there is.
 
     What `deterministic` sets is set for the whole process. Raises `UserError` where the number of
@@ -88,7 +55,7 @@ def join(precision: str, deterministic: bool = False) -> "Accelerator":
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    world = announced()
+    world = World.from_env()
     _check_gpus(world, torch.cuda.device_count())
     set_threads()
     keep_freed_memory()
@@ -136,22 +103,6 @@ def _check_gpus(world: World, gpus: int) -> None:
         )
 
 
-def check_world(announced_size: int, running: int, asked: int | None) -> None:
-    """Stop where the processes that were asked for, announced and running are not the same."""
-    if announced_size != running:
-        raise UserError(
-            f"{announced_size} processes were started, but each of them believes to be alone",
-            expected="one run of all processes together",
-            instead=_SEVERAL_ON_CPU.format(count=announced_size),
-        )
-    if asked is not None and running < asked:
-        raise UserError(
-            f"{asked} processes were asked for, but accelerate launch started {running}",
-            expected="as many processes as asked for",
-            instead=_SEVERAL_ON_CPU.format(count=asked),
-        )
-
-
 def set_threads(environ: Mapping[str, str] = os.environ) -> None:
     """On a CPU, share the cores among the processes of this machine, unless the user chose.
 
@@ -194,55 +145,7 @@ def _chose_threads() -> bool:
         return True
 
 
-def asked_processes() -> int | None:
-    """How many processes an `accelerate launch` above this process was told to start in all.
-
-    Its single-process launcher ignores the number and does not pass it on, so it is read from the
-    parent's command line and config file. None where there is no such parent.
-    """
-    import psutil
-
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
-        return None
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return None
-    return processes_in(words)
-
-
-_LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
-
-
-def processes_in(words: list[str]) -> int | None:
-    """The number of processes that an `accelerate launch` command line asks for."""
-    start = next((i for i, word in enumerate(words) if Path(word).name in _LAUNCHERS), None)
-    if start is None:
-        return None
-    own = words[start + 1 :]
-    own = own[: own.index("launcher")] if "launcher" in own else own
-    flag = _flag(own, "--num_processes")
-    return int(flag) if flag else _processes_in_config(_flag(own, "--config_file"))
-
-
-def _flag(words: list[str], name: str) -> str | None:
-    """The value of a flag, which Accelerate lets people write with hyphens as well."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--") and flag[2:].replace("-", "_") == name[2:]:
-            return value if equals else following
-    return None
-
-
-def _processes_in_config(config_file: str | None) -> int | None:
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-
-    if config_file is None and not Path(default_config_file).is_file():
-        return None
-    return load_config_from_file(config_file).num_processes
-
-
-def on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
+def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank.
 
     A `UserError` reaches all; of any other exception the others only learn that there was one.
@@ -276,20 +179,3 @@ def device_name(accelerator: "Accelerator") -> str:
     if accelerator.device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} thread(s)"
     return str(accelerator.device)
-
-
-_ACCELERATES = frozenset(
-    ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
-) | {"mixed_precision", "config_file", "multi_gpu", "gpu_ids", "cpu"}
-
-
-def refuse_misplaced(words: list[str]) -> None:
-    """Refuse Accelerate's own flags behind the recipe, where they have no effect."""
-    for word in words:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and flag in _ACCELERATES:
-            raise UserError(
-                f"{word} after the recipe",
-                expected="Accelerate's flags before -m launcher",
-                instead=f"type accelerate launch {word} ... -m launcher RECIPE",
-            )
