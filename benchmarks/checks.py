@@ -28,11 +28,13 @@ from torch.optim import SGD
 from benchmarks.competitors import Launched
 from benchmarks.epoch import first_steps
 from benchmarks.trainer import Trainer
-from launcher import Images, Recipe, Synthetic, datasets, loading, settings
+from launcher import Images, Recipe, Synthetic, datasets
+from launcher.config import loader
+from launcher.config.overrides import override
+from launcher.config.slots import CompileMode
 from launcher.datasets import Data
 from launcher.distributed.accelerator import be_deterministic, create_accelerator
 from launcher.distributed.world import World
-from launcher.slots import CompileMode
 from tests.processes import RESUMABLE, fingerprint
 
 SELF = Path(__file__).resolve()
@@ -44,7 +46,7 @@ Figures = dict[str, Any]
 
 def simplecnn(steps: int) -> tuple[Recipe, Data]:
     """recipes/simplecnn.py and embedded images for so many steps."""
-    recipe = loading.load(SELF.parent.parent / "recipes" / "simplecnn.py").recipe
+    recipe = loader.load(SELF.parent.parent / "recipes" / "simplecnn.py").recipe
     source = partial(Synthetic, count=steps * recipe.data.batch_size)
     recipe = replace(recipe, data=replace(recipe.data, source=source, fallback=None))
     data = datasets.load(recipe.data)
@@ -59,7 +61,7 @@ def learns(precision: str) -> Figures:
         # Without a scaler it needs the larger gradients of a sum, whose scale Adam ignores, and
         # an epsilon that fp16 can hold: 1e-8 becomes 0, and Adam then divides 0 by 0.
         overrides += ["sum_loss=true", "optimizer.eps=1e-4"]
-    trainer = Trainer(settings.override(recipe, overrides), data)
+    trainer = Trainer(override(recipe, overrides), data)
     losses = [report.loss for report in trainer.epochs(10, last=2)]
     passed = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     return {"passed": passed, "losses": [losses[0], losses[-1]]}

@@ -13,13 +13,13 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from launcher import model
 from launcher.batches import Batches, Normalise
+from launcher.config.plan import make_plan
+from launcher.config.recipe import Recipe
 from launcher.datasets import ImageSet
 from launcher.distributed.process_group import PATIENT
 from launcher.loop import train_epoch
 from launcher.metrics import StepReport
 from launcher.nearby import average_nearby
-from launcher.plan import make_plan
-from launcher.recipe import Recipe
 from launcher.step import Job
 
 

@@ -37,13 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.competitors import Bare, Launched, Tutorial
 from benchmarks.turns import Figures, Parted, parted_epochs
-from launcher import Synthetic, datasets, loading, settings
+from launcher import Synthetic, datasets
 from launcher.batches import epoch_order
+from launcher.config import loader
+from launcher.config.overrides import override
+from launcher.config.recipe import Recipe
+from launcher.config.slots import Precision
 from launcher.datasets import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator, device_name
 from launcher.errors import UserError
-from launcher.recipe import Recipe
-from launcher.slots import Precision
 
 FOLDER = Path(__file__).resolve().parent
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -62,8 +64,8 @@ def largest_difference(bare: Bare, launched: Launched, images: ImageSet) -> floa
 
 def opened(name: str, root: str, *overrides: str) -> tuple[Recipe, Data]:
     """A recipe of this repository and its images; without a root, the embedded ones."""
-    recipe = loading.load(FOLDER.parent / "recipes" / f"{name}.py").recipe
-    recipe = settings.override(recipe, overrides)
+    recipe = loader.load(FOLDER.parent / "recipes" / f"{name}.py").recipe
+    recipe = override(recipe, overrides)
     source = CIFAR10 if root else Synthetic
     recipe = replace(recipe, data=replace(recipe.data, root=root, source=source, fallback=None))
     try:

@@ -56,9 +56,11 @@ from benchmarks.trainer import (
     use_of_device,
 )
 from benchmarks.turns import whole_epochs
-from launcher import Recipe, Synthetic, datasets, loading, settings
+from launcher import Recipe, Synthetic, datasets
+from launcher.config import loader
+from launcher.config.overrides import override
+from launcher.config.slots import CompileMode
 from launcher.datasets import Data
-from launcher.slots import CompileMode
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECONDS = {"checks": 70, "simplecnn": 80, "speedrun94": 260, "resnet18": 180, "speedrun96": 560}
@@ -68,7 +70,7 @@ Figures = dict[str, Any]
 
 def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe, Data]:
     """A recipe of this repository and its images; all of it small in a rehearsal."""
-    recipe = settings.override(loading.load(RECIPES / f"{name}.py").recipe, overrides)
+    recipe = override(loader.load(RECIPES / f"{name}.py").recipe, overrides)
     source = CIFAR10 if words.root else partial(Synthetic, count=words.count)
     images = replace(recipe.data, source=source, root=words.root, fallback=None)
     if words.rehearse:
@@ -78,7 +80,7 @@ def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe,
             if name.startswith("speedrun")
             else ()
         )
-        recipe = settings.override(replace(recipe, compile=False, epochs=2), slim)
+        recipe = override(replace(recipe, compile=False, epochs=2), slim)
     return replace(recipe, data=images), datasets.load(images)
 
 

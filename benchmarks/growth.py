@@ -32,10 +32,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launcher import loading
+from launcher.config import loader
+from launcher.config.plan import Plan
 from launcher.console import Console
 from launcher.metrics import EpochReport, StepReport
-from launcher.plan import Plan
 
 IMAGES, TIMES = 12_500, (1, 4, 16)
 EPOCHS = (1, 10, 100)
@@ -55,7 +55,7 @@ class Noise:
         self.targets = random.integers(0, 10, size)
 
 
-_simplecnn = loading.load(SELF.parent.parent / "recipes" / "simplecnn.py").recipe
+_simplecnn = loader.load(SELF.parent.parent / "recipes" / "simplecnn.py").recipe
 recipe = replace(_simplecnn, data=replace(_simplecnn.data, source=partial(Noise), fallback=None))
 
 

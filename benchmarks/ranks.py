@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 
 from benchmarks.turns import rotated
-from launcher import datasets, loading, settings
+from launcher import datasets
+from launcher.config import loader
+from launcher.config.overrides import override
 
 SELF = Path(__file__).resolve()
 CASES = {
@@ -58,8 +60,8 @@ def child(words: argparse.Namespace) -> None:
     from launcher.distributed.accelerator import create_accelerator
 
     name, *overrides = CASES[words.child]
-    recipe = loading.load(SELF.parent.parent / "recipes" / f"{name}.py").recipe
-    recipe = settings.override(recipe, [*overrides, f"data.root={words.root}"])
+    recipe = loader.load(SELF.parent.parent / "recipes" / f"{name}.py").recipe
+    recipe = override(recipe, [*overrides, f"data.root={words.root}"])
     recipe = replace(recipe, epochs=EPOCHS)
     size = recipe.data.batch_size
     images = first_steps(datasets.load(recipe.data).train, recipe, STEPS)

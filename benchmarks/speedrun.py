@@ -26,7 +26,7 @@ from benchmarks.epoch import machine
 from benchmarks.gpu import once
 from benchmarks.record import save_for_peer
 from benchmarks.trainer import Figures, Trainer, spread
-from launcher import loading, settings
+from launcher.config import loader, overrides
 from launcher.datasets import Data
 from launcher.datasets import load as load_data
 
@@ -96,7 +96,7 @@ def main() -> None:
     add("--peer-epochs", type=int, default=2)
     add("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     words = parser.parse_args()
-    recipe = settings.override(loading.load(RECIPE).recipe, [*ON_CPU, f"data.root={words.root}"])
+    recipe = overrides.override(loader.load(RECIPE).recipe, [*ON_CPU, f"data.root={words.root}"])
     data = load_data(recipe.data)
     trainer = Trainer(recipe, data)
     figures: Figures = {

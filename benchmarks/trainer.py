@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import Recipe, model
 from launcher.batches import Batches, Normalise
+from launcher.config.plan import make_plan
 from launcher.datasets import Data
 from launcher.distributed.accelerator import create_accelerator
 from launcher.evaluation import evaluate
 from launcher.loop import train_epoch
 from launcher.metrics import StepReport
-from launcher.plan import make_plan
 from launcher.step import Job
 
 Figures = dict[str, Any]

@@ -13,9 +13,9 @@ from rich.console import Console as RichConsole
 
 from launcher import training
 from launcher.cli import main
+from launcher.config.plan import Plan
 from launcher.console import LiveConsole
 from launcher.metrics import StepReport
-from launcher.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from launcher.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
+    from launcher.config.recipe import Images, Recipe
+    from launcher.config.schedules import constant, cosine, linear, steps
+    from launcher.config.slots import Draws, NamedParameters
     from launcher.folders import Folder
     from launcher.model import ema
     from launcher.optimizers import Muon, Together
-    from launcher.recipe import Images, Recipe
-    from launcher.schedules import constant, cosine, linear, steps
-    from launcher.slots import Draws, NamedParameters
     from launcher.synthetic import Synthetic
     from launcher.views import mirrored, mirrored_and_shifted
 
@@ -49,9 +49,9 @@ _HOMES = {
     "launcher.folders": "Folder",
     "launcher.model": "ema",
     "launcher.optimizers": "Muon Together",
-    "launcher.recipe": "Images Recipe",
-    "launcher.slots": "Draws NamedParameters",
-    "launcher.schedules": "constant cosine linear steps",
+    "launcher.config.recipe": "Images Recipe",
+    "launcher.config.slots": "Draws NamedParameters",
+    "launcher.config.schedules": "constant cosine linear steps",
     "launcher.synthetic": "Synthetic",
     "launcher.views": "mirrored mirrored_and_shifted",
 }

@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from launcher.slots import Draws
+from launcher.config.slots import Draws
 
 
 def flip(images: Tensor, draws: Draws) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from launcher.config.plan import Plan
+from launcher.config.recipe import Images, Recipe
+from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
 from launcher.datasets import ImageSet
-from launcher.plan import Plan
-from launcher.recipe import Images, Recipe
-from launcher.slots import DRAWS_PER_AUGMENTATION, Draws
 
 # What a random stream is for. Streams of different purposes never share numbers.
 _ORDER, _FRESH, _FIXED, _MIX, _LAYERS = range(5)

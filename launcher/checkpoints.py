@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from launcher.config.plan import Position
 from launcher.errors import UserError
 from launcher.metrics import Best
 from launcher.model import Learner
-from launcher.plan import Position
 from launcher.utils import atomic_write
 
 KEPT = 3  # checkpoints; the best weights are kept apart

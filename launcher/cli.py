@@ -25,8 +25,8 @@ from launcher.errors import (
 from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
-    from launcher.loading import Loaded
-    from launcher.plan import Cadence
+    from launcher.config.loader import Loaded
+    from launcher.config.plan import Cadence
     from launcher.training import Occasion
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
@@ -148,10 +148,11 @@ def _run(words: list[str]) -> int:
     return _train(loaded, arguments, place)
 
 
-def _load(path: str, overrides: list[str]) -> "Loaded":
+def _load(path: str, words: list[str]) -> "Loaded":
     from dataclasses import replace
 
-    from launcher import loading, settings
+    from launcher.config import loader
+    from launcher.config.overrides import override
 
     if "=" in path or path.startswith("-"):
         raise UserError(
@@ -159,8 +160,8 @@ def _load(path: str, overrides: list[str]) -> "Loaded":
             expected=_USAGE,
             instead="name the recipe file first",
         )
-    loaded = loading.load(Path(path))
-    return replace(loaded, recipe=settings.override(loaded.recipe, overrides))
+    loaded = loader.load(Path(path))
+    return replace(loaded, recipe=override(loaded.recipe, words))
 
 
 def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
@@ -191,7 +192,7 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, 
 
 def _cadence(text: str) -> "Cadence":
     """`20` steps, `2m` minutes, `1e` epochs, or `never`."""
-    from launcher.plan import Cadence
+    from launcher.config.plan import Cadence
 
     number = text[:-1] if text[-1:] in ("m", "e") else text
     if text == "never":
@@ -229,11 +230,11 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
 
 def _settings_table(loaded: "Loaded") -> str:
     """The recipe's settings, one a line: name, type, value."""
-    from launcher import settings
+    from launcher.config import overrides
 
     rows = [
-        (setting.name, setting.type_name, settings.as_text(setting.value))
-        for setting in settings.list_settings(loaded.recipe)
+        (setting.name, setting.type_name, overrides.as_text(setting.value))
+        for setting in overrides.list_settings(loaded.recipe)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     lines = [f"  {name:<{widths[0]}}  {kind:<{widths[1]}}  {value}" for name, kind, value in rows]

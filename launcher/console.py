@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from launcher.config.plan import Plan
 from launcher.metrics import EpochReport, StepReport
-from launcher.plan import Plan
 
 
 class Console:

@@ -21,10 +21,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from launcher.config.overrides import short_name
+from launcher.config.recipe import Images
+from launcher.config.slots import Source
 from launcher.errors import UserError
-from launcher.recipe import Images
-from launcher.settings import short_name
-from launcher.slots import Source
 from launcher.synthetic import Synthetic
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer

@@ -6,11 +6,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from launcher.batches import Normalise, piece_bounds
+from launcher.config.slots import Views
 from launcher.datasets import ImageSet
 from launcher.distributed.stop_sync import Agreement, StoppedError
 from launcher.metrics import Evaluation, Tally, sample_indices
 from launcher.model import evaluating, widened
-from launcher.slots import Views
 from launcher.step import Job
 
 # Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from launcher.batches import Batches, Normalise, layer_seeds
+from launcher.config.plan import START, Position
 from launcher.datasets import Data, ImageSet
 from launcher.distributed.stop_sync import Agreement, StoppedError
 from launcher.errors import NotFiniteError, UserError
@@ -26,7 +27,6 @@ from launcher.model import (
     largest_parameter,
     widened,
 )
-from launcher.plan import START, Position
 from launcher.step import Job, seed_layers, train_step
 
 MOST_SKIPPED = 20  # steps in a row without an update, before the run stops

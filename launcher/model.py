@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launcher.batches import Normalise
+from launcher.config.overrides import code_name
+from launcher.config.recipe import Recipe
+from launcher.config.slots import Schedule
 from launcher.datasets import ImageSet
 from launcher.errors import UserError
 from launcher.optimizers import compile_steps
-from launcher.recipe import Recipe
-from launcher.settings import code_name
-from launcher.slots import Schedule
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialisation sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}

@@ -20,12 +20,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.advice import Split
 from launcher.batches import Batches, Piece, steps_at_once
+from launcher.config.plan import Plan, Position
 from launcher.datasets import Data
 from launcher.errors import UserError
 from launcher.loop import Event, SavePoint, fit
 from launcher.metrics import EpochReport, StepReport
 from launcher.model import Learner, first_parameter
-from launcher.plan import Plan, Position
 from launcher.runs import RunFolder
 from launcher.step import Job
 from launcher.timing import synchronise

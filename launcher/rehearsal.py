@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from launcher.batches import Normalise
+from launcher.config.overrides import code_name
+from launcher.config.plan import Plan
+from launcher.config.recipe import Recipe
+from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
 from launcher.datasets import ImageSet
 from launcher.errors import UserError
 from launcher.model import evaluating, widened
-from launcher.plan import Plan
-from launcher.recipe import Recipe
-from launcher.settings import code_name
-from launcher.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
 from launcher.step import Job
 
 MOST_CLASSES = 100  # whose losses are compared

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import checkpoints, runs
+from launcher.config.loader import Loaded
+from launcher.config.plan import START, Position
 from launcher.errors import UserError
-from launcher.loading import Loaded
 from launcher.metrics import Best
-from launcher.plan import START, Position
 from launcher.runs import RunFolder
 from launcher.utils.redaction import cleaned, redacted
 

@@ -24,11 +24,12 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from launcher import datasets, settings, slurm
+from launcher import datasets, slurm
+from launcher.config import overrides
+from launcher.config.recipe import Images
 from launcher.datasets import Data, ImageSet
 from launcher.distributed import signals
 from launcher.errors import UserError
-from launcher.recipe import Images
 
 _LOG = logging.getLogger(__name__)
 _COPY = "images.safetensors"
@@ -113,7 +114,7 @@ def _launch_folder(data: Images, environ: Mapping[str, str]) -> Path:
     parent, attempt = _starter(environ), environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     mine = _private(Path(tempfile.gettempdir(), f"launcher-{os.getuid()}"))
     _sweep(mine)
-    source = settings.as_dict(replace(data, root=str(Path(data.root).resolve())))
+    source = overrides.as_dict(replace(data, root=str(Path(data.root).resolve())))
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
     folder = mine / f"{parent.pid}-{parent.create_time()}-{attempt}-{digest}"
     folder.mkdir(exist_ok=True)

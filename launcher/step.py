@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from launcher.batches import Piece
+from launcher.config.plan import Plan
+from launcher.config.recipe import Recipe
 from launcher.metrics import Meter
 from launcher.model import Learner, widened
-from launcher.plan import Plan
-from launcher.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from torch.nn.functional import one_hot
 
 from launcher import model, scaling
 from launcher.batches import Normalise
+from launcher.config.plan import Plan
+from launcher.config.recipe import Recipe
+from launcher.config.slots import Precision
 from launcher.datasets import ImageSet
 from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
 from launcher.model import Learner
-from launcher.plan import Plan
-from launcher.recipe import Recipe
 from launcher.scaling import Compute
-from launcher.slots import Precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

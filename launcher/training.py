@@ -10,8 +10,11 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, datasets, profiling, runs, settings, sharing, tracking
+from launcher import checkpoints, datasets, profiling, runs, sharing, tracking
 from launcher.checkpoints import Writer
+from launcher.config import overrides
+from launcher.config.loader import Loaded
+from launcher.config.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.console import make_console
 from launcher.datasets import Data
 from launcher.distributed import process_group
@@ -24,11 +27,9 @@ from launcher.distributed.accelerator import (
 from launcher.distributed.process_group import PATIENT, Company, Timeouts
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
-from launcher.loading import Loaded
 from launcher.loop import normalisation, settle
 from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.nearby import average_nearby
-from launcher.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.rehearsal import rehearse
 from launcher.resuming import Start, initial_weights, new_run, resumed_run
 from launcher.step import Job
@@ -180,7 +181,7 @@ def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) ->
 def describe(loaded: Loaded, data: Data, plan: Plan, network: nn.Module) -> dict[str, str]:
     """What is trained, in words: for the header, `--dry-run` and `run.json`."""
     note = loaded.note.strip().splitlines()[:1]
-    name = settings.short_name(loaded.recipe.model)
+    name = overrides.short_name(loaded.recipe.model)
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
     return {

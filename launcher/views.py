@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from launcher.slots import Score
+from launcher.config.slots import Score
 
 
 def mirrored(score: Score, images: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from typing import Literal
 
 from launcher import checkpoints, runs
 from launcher.checkpoints import Snapshot, Writer
+from launcher.config.loader import Loaded
+from launcher.config.plan import START, Cadence, Position
 from launcher.console import Console, first_step_line, tta_note
 from launcher.datasets import Data
 from launcher.distributed import signals
 from launcher.distributed.accelerator import run_on_main
 from launcher.errors import NotFiniteError, TrainingError
-from launcher.loading import Loaded
 from launcher.loop import Event, SavePoint, fit
 from launcher.metrics import Best, EpochReport, StepReport
 from launcher.model import Learner
-from launcher.plan import START, Cadence, Position
 from launcher.resuming import Start
 from launcher.runs import RunFolder
 from launcher.step import Job

@@ -18,8 +18,8 @@ from launcher.batches import (
     piece_bounds,
     successors,
 )
+from launcher.config.plan import make_plan
 from launcher.datasets import ImageSet
-from launcher.plan import make_plan
 from tests.world_worker import Small
 
 COUNT = 45

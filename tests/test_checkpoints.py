@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from launcher import checkpoints, datasets, resuming, settings
+from launcher import checkpoints, datasets, resuming
 from launcher.checkpoints import CheckpointError, Writer, capture, newest, restore, write
+from launcher.config import overrides
+from launcher.config.plan import Position
+from launcher.config.recipe import Recipe
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.model import Learner, build, prepare
-from launcher.plan import Position
-from launcher.recipe import Recipe
 from launcher.runs import RunFolder
 from tests.resumable import recipe
 
@@ -66,7 +67,7 @@ def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
 
 def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
-    new = learner(recipe=settings.override(recipe, ["optimizer.weight_decay=0.123"]))
+    new = learner(recipe=overrides.override(recipe, ["optimizer.weight_decay=0.123"]))
     restore(folder, new, create_accelerator("fp32"))
     assert new.optimizer.param_groups[0]["weight_decay"] == 0.123
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy
 from rich.console import Console as RichConsole
 
+from launcher.config.plan import Plan
 from launcher.console import Console, LiveConsole, epoch_line, first_step_line
 from launcher.metrics import EpochReport, Evaluation, StepReport
-from launcher.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 PLAN = Plan(

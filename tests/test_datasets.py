@@ -40,7 +40,8 @@ from torchvision.datasets import (
     FashionMNIST,
 )
 
-from launcher import Folder, Images, Synthetic, datasets, settings
+from launcher import Folder, Images, Synthetic, datasets
+from launcher.config import overrides
 from launcher.errors import UserError
 from tests.helpers import HALF, refused, tiny_recipe
 
@@ -759,7 +760,7 @@ def test_the_mean_that_a_refusal_suggests_can_be_typed_at_a_shell(
     command = f"printf '%s\\n' {caught.value.instead.removeprefix('type ')}"
     shell = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     words = shell.stdout.splitlines()
-    recipe = settings.override(replace(tiny_recipe(), data=data), words)
+    recipe = overrides.override(replace(tiny_recipe(), data=data), words)
     assert len(datasets.load(recipe.data).train) == 50
 
 

@@ -14,9 +14,9 @@ from torch.amp.grad_scaler import GradScaler
 
 from launcher import datasets
 from launcher.checkpoints import capture, place_of, restore, write
+from launcher.config.plan import START, Position, make_plan
 from launcher.loop import SavePoint, fit
 from launcher.model import Learner, build, prepare
-from launcher.plan import START, Position, make_plan
 from launcher.step import Job
 from tests.resumable import recipe as resumable
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import Recipe, loading, settings
+from launcher import Recipe
+from launcher.config import loader, overrides
 from launcher.errors import UserError
 from launcher.model import count_parameters
 from tests.helpers import RECIPES, refused
@@ -49,7 +50,7 @@ def line_of(text: str, part: str) -> int:
 
 
 def test_a_recipe_comes_with_its_name_its_source_and_its_note(tmp_path: Path) -> None:
-    loaded = loading.load(written(tmp_path, GOOD))
+    loaded = loader.load(written(tmp_path, GOOD))
     assert isinstance(loaded.recipe, Recipe)
     assert loaded.name == "mine"
     assert loaded.source == GOOD
@@ -58,11 +59,11 @@ def test_a_recipe_comes_with_its_name_its_source_and_its_note(tmp_path: Path) ->
 
 def test_a_file_without_a_docstring_has_an_empty_note(tmp_path: Path) -> None:
     text = "from functools" + GOOD.partition("from functools")[2]
-    assert loading.load(written(tmp_path, text)).note == ""
+    assert loader.load(written(tmp_path, text)).note == ""
 
 
 def test_a_file_with_umlauts_is_read_as_utf8(tmp_path: Path) -> None:
-    loaded = loading.load(written(tmp_path, GOOD.replace("experiment", "Größe")))
+    loaded = loader.load(written(tmp_path, GOOD.replace("experiment", "Größe")))
     assert "Größe" in loaded.note
     assert "Größe" in loaded.source
 
@@ -70,7 +71,7 @@ def test_a_file_with_umlauts_is_read_as_utf8(tmp_path: Path) -> None:
 def test_a_byte_order_mark_as_windows_writes_it_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(GOOD, encoding="utf-8-sig")
-    assert loading.load(path).recipe.epochs == 1
+    assert loader.load(path).recipe.epochs == 1
 
 
 def test_a_path_with_spaces_and_a_relative_path_load(
@@ -78,13 +79,13 @@ def test_a_path_with_spaces_and_a_relative_path_load(
 ) -> None:
     written(tmp_path, GOOD, "my recipe.py")
     monkeypatch.chdir(tmp_path)
-    assert loading.load(Path("my recipe.py")).name == "my recipe"
+    assert loader.load(Path("my recipe.py")).name == "my recipe"
 
 
 def test_the_recipes_own_classes_can_be_named_and_found_again(tmp_path: Path) -> None:
-    loaded = loading.load(written(tmp_path, GOOD))
-    assert settings.code_name(loaded.recipe.model) == "recipes.mine:Net"
-    assert settings.override(loaded.recipe, ["model.width=7"]).model().in_features == 7
+    loaded = loader.load(written(tmp_path, GOOD))
+    assert overrides.code_name(loaded.recipe.model) == "recipes.mine:Net"
+    assert overrides.override(loaded.recipe, ["model.width=7"]).model().in_features == 7
 
 
 def test_a_recipe_may_lie_at_the_top_of_the_file_system(
@@ -92,7 +93,7 @@ def test_a_recipe_may_lie_at_the_top_of_the_file_system(
 ) -> None:
     path = written(tmp_path, GOOD)
     monkeypatch.setattr(Path, "resolve", lambda self: Path("/mine.py"))
-    assert loading.load(path).name == "mine"
+    assert loader.load(path).name == "mine"
 
 
 # Files that do not load
@@ -100,7 +101,7 @@ def test_a_recipe_may_lie_at_the_top_of_the_file_system(
 
 def test_a_missing_file_is_answered_with_the_recipes_beside_it() -> None:
     with refused("simplecn.py", "no such file", "simplecnn.py", "pictures64.py"):
-        loading.load(RECIPES / "simplecn.py")
+        loader.load(RECIPES / "simplecn.py")
 
 
 def test_a_missing_file_elsewhere_is_answered_with_those_in_recipes(
@@ -108,7 +109,7 @@ def test_a_missing_file_elsewhere_is_answered_with_those_in_recipes(
 ) -> None:
     monkeypatch.chdir(RECIPES.parent)
     with refused("simplecnn.py: no such file", "recipes/simplecnn.py"):
-        loading.load(Path("simplecnn.py"))
+        loader.load(Path("simplecnn.py"))
 
 
 def test_a_missing_file_far_from_any_recipe_is_refused(
@@ -116,37 +117,37 @@ def test_a_missing_file_far_from_any_recipe_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with refused("nothing.py: no such file", "check the path"):
-        loading.load(Path("nothing.py"))
+        loader.load(Path("nothing.py"))
 
 
 @pytest.mark.parametrize("name", ["folder", "folder.py"])
 def test_a_directory_is_no_recipe(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with refused(name, "directory", "a recipe file"):
-        loading.load(tmp_path / name)
+        loader.load(tmp_path / name)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with refused("mine.txt", "Python file", ".py"):
-        loading.load(written(tmp_path, GOOD, "mine.txt"))
+        loader.load(written(tmp_path, GOOD, "mine.txt"))
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_bytes(GOOD.replace("experiment", "Größe").encode("latin-1"))
     with refused("mine.py", "utf-8"):
-        loading.load(path)
+        loader.load(path)
 
 
 def test_a_syntax_error_is_shown_with_its_line(tmp_path: Path) -> None:
     text = GOOD.replace("epochs=1,", "epochs=1 2,")
     with refused("mine.py", f"line {line_of(text, 'epochs=1 2')}", "valid Python", "that line"):
-        loading.load(written(tmp_path, text))
+        loader.load(written(tmp_path, text))
 
 
 def test_a_null_byte_is_a_syntax_error_too(tmp_path: Path) -> None:
     with refused("mine.py", "null bytes"):
-        loading.load(written(tmp_path, GOOD + "\0"))
+        loader.load(written(tmp_path, GOOD + "\0"))
 
 
 @pytest.mark.parametrize(
@@ -166,18 +167,18 @@ def test_an_exception_while_running_is_shown_with_its_line(
 ) -> None:
     text = GOOD + line + "\n"
     with refused("mine.py", f"line {len(text.splitlines())}:", error, "that line"):
-        loading.load(written(tmp_path, text))
+        loader.load(written(tmp_path, text))
 
 
 def test_the_line_is_the_recipes_even_if_a_library_raised(tmp_path: Path) -> None:
     text = GOOD + "\nimport json\n\ndef read():\n    json.loads('{')\n\nread()\n"
     with refused(f"line {line_of(text, 'json.loads')}:", "JSONDecodeError"):
-        loading.load(written(tmp_path, text))
+        loader.load(written(tmp_path, text))
 
 
 def test_a_value_that_the_recipe_refuses_is_shown_with_the_file(tmp_path: Path) -> None:
     with refused("mine.py: epochs=0", "at least 1", "type epochs=1"):
-        loading.load(written(tmp_path, GOOD.replace("epochs=1", "epochs=0")))
+        loader.load(written(tmp_path, GOOD.replace("epochs=1", "epochs=0")))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, field: str, kind: st
     part = "recipe.data" if name.startswith("data.") else "recipe"
     change = f"object.__setattr__({part}, {name.split('.')[-1]!r}, {value})"
     with refused(f"mine.py: {name}=", kind, "mend"):
-        loading.load(written(tmp_path, f"{GOOD}\n{change}\n"))
+        loader.load(written(tmp_path, f"{GOOD}\n{change}\n"))
 
 
 def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
@@ -211,41 +212,41 @@ def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
     text = text.replace(
         "from torch import nn", "import numpy\nfrom pathlib import Path\nfrom torch import nn"
     )
-    assert loading.load(written(tmp_path, text)).recipe.epochs == 2
+    assert loader.load(written(tmp_path, text)).recipe.epochs == 2
 
 
 def test_a_file_without_a_recipe_is_refused(tmp_path: Path) -> None:
     with refused("mine.py", "no name `recipe`", "recipe = Recipe(...)", "simplecnn.py"):
-        loading.load(written(tmp_path, GOOD.replace("recipe = ", "experiment = ")))
+        loader.load(written(tmp_path, GOOD.replace("recipe = ", "experiment = ")))
 
 
 @pytest.mark.parametrize(("value", "kind"), [("{}", "dict"), ("Recipe", "type"), ("3", "int")])
 def test_a_recipe_of_another_type_is_refused(tmp_path: Path, value: str, kind: str) -> None:
     with refused("mine.py", f"`recipe` is a {kind}", "recipe = Recipe(...)"):
-        loading.load(written(tmp_path, f"{GOOD}\nrecipe = {value}\n"))
+        loader.load(written(tmp_path, f"{GOOD}\nrecipe = {value}\n"))
 
 
 @pytest.mark.parametrize("slot", ["model=Net", "optimizer=partial(SGD, lr=0.1)"])
 def test_a_lambda_in_a_recipe_is_refused(tmp_path: Path, slot: str) -> None:
     name = slot.partition("=")[0]
     with refused("lambda", "with def"):
-        loading.load(written(tmp_path, GOOD.replace(slot, f"{name}=lambda *a: None")))
+        loader.load(written(tmp_path, GOOD.replace(slot, f"{name}=lambda *a: None")))
 
 
 def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path: Path) -> None:
     with refused("Net", "class"):
-        loading.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
+        loader.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
 
 
 def test_a_loss_that_is_built_already_is_answered_with_the_function(tmp_path: Path) -> None:
     with refused("CrossEntropyLoss", "loss=cross_entropy"):
         text = GOOD.replace("epochs=1", "epochs=1, loss=nn.CrossEntropyLoss()")
-        loading.load(written(tmp_path, text))
+        loader.load(written(tmp_path, text))
 
 
 def test_the_fault_of_the_recipes_own_code_keeps_its_cause(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        loading.load(written(tmp_path, GOOD + "1 / 0\n"))
+        loader.load(written(tmp_path, GOOD + "1 / 0\n"))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -253,24 +254,24 @@ def test_the_fault_of_the_recipes_own_code_keeps_its_cause(tmp_path: Path) -> No
 
 
 def test_simplecnn_is_the_network_of_the_tutorials() -> None:
-    loaded = loading.load(RECIPES / "simplecnn.py")
+    loaded = loader.load(RECIPES / "simplecnn.py")
     network = loaded.recipe.model()
     assert count_parameters(network) == 25_578
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert settings.short_name(loaded.recipe.data.source) == "CIFAR10"
+    assert overrides.short_name(loaded.recipe.data.source) == "CIFAR10"
     assert loaded.recipe.data.fallback is not None
     assert "accelerate launch -m launcher recipes/simplecnn.py" in loaded.note
 
 
 def test_pictures64_scores_five_classes_of_pictures_of_64_pixels() -> None:
-    loaded = loading.load(RECIPES / "pictures64.py")
+    loaded = loader.load(RECIPES / "pictures64.py")
     assert loaded.recipe.model()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
-    wider = settings.override(loaded.recipe, ["model.classes=7"])
+    wider = overrides.override(loaded.recipe, ["model.classes=7"])
     assert wider.model()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path: Path) -> None:
-    loaded = loading.load(path)
+    loaded = loader.load(path)
     assert loaded.name == path.stem
     assert loaded.note.strip()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from launcher import settings
 from launcher.batches import piece_bounds
+from launcher.config import overrides
+from launcher.config.plan import Plan, make_plan
 from launcher.errors import UserError
-from launcher.plan import Plan, make_plan
 from tests.helpers import refused, tiny_recipe, words_to_type
 
 
@@ -144,7 +144,7 @@ def test_more_ranks_than_training_images_are_refused_without_naming_a_batch_size
         plan_of(train_images=8, batch_size=64, world_size=16)
     assert "8 " in caught.value.given
     for word in words_to_type(caught.value):
-        size = settings.override(tiny_recipe(), [word]).data.batch_size
+        size = overrides.override(tiny_recipe(), [word]).data.batch_size
         plan_of(train_images=8, batch_size=size, world_size=16)  # what is named has to work
     assert "processes" in caught.value.instead
 

@@ -15,8 +15,8 @@ from launcher import datasets, model
 from launcher.advice import Split, advice
 from launcher.batches import Batches
 from launcher.cli import main
+from launcher.config.plan import make_plan
 from launcher.distributed.accelerator import create_accelerator
-from launcher.plan import make_plan
 from launcher.profiling import divided, windows_for
 from launcher.step import Job
 from tests.helpers import tiny_recipe

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch.nn.functional import cross_entropy
 
-from launcher import Images, Recipe, Synthetic, constant, crop, ema, settings
+from launcher import Images, Recipe, Synthetic, constant, crop, ema
+from launcher.config import overrides
 from launcher.errors import UserError
 from tests.helpers import HALF, Tiny, refused, tiny_recipe, words_to_type
 
@@ -36,7 +37,7 @@ def test_what_the_refusal_says_to_type_is_accepted(name: str, value: float) -> N
         tiny_recipe(**{name: value})
     words = words_to_type(caught.value)
     assert len(words) == 1
-    settings.override(tiny_recipe(), words)
+    overrides.override(tiny_recipe(), words)
 
 
 @pytest.mark.parametrize("value", [0, -64])

@@ -20,14 +20,14 @@ from launcher import (
     mixup,
     training,
 )
+from launcher.config.loader import Loaded
+from launcher.config.plan import make_plan
+from launcher.config.recipe import Recipe
+from launcher.config.slots import Draws, Score
 from launcher.distributed.accelerator import create_accelerator
-from launcher.loading import Loaded
 from launcher.loop import normalisation
 from launcher.model import build, prepare
-from launcher.plan import make_plan
-from launcher.recipe import Recipe
 from launcher.rehearsal import rehearse
-from launcher.slots import Draws, Score
 from launcher.step import Job
 from tests.helpers import Tiny, refused, tiny_recipe
 

@@ -20,14 +20,14 @@ from torch.optim import Adam
 
 from launcher import cli, datasets, resuming, runs
 from launcher.checkpoints import Writer, load_weights, newest, save_weights
+from launcher.config.loader import Loaded
+from launcher.config.plan import Cadence, Plan, make_plan
 from launcher.console import Console
 from launcher.distributed import signals
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.loading import Loaded
 from launcher.metrics import Best, EpochReport
 from launcher.model import build, prepare
-from launcher.plan import Cadence, Plan, make_plan
 from launcher.resuming import Start
 from launcher.runs import RunFolder
 from launcher.step import Job

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from launcher import constant, cosine, linear, steps
-from launcher.plan import make_plan
+from launcher.config.plan import make_plan
 from tests.helpers import tiny_recipe
 
 Schedule = Callable[[float], float]

@@ -15,14 +15,15 @@ from torch.optim import SGD, Adam
 from torchvision.datasets import CIFAR10
 from torchvision.models import resnet18
 
-from launcher import Draws, Recipe, Synthetic, crop, cutout, ema, flip, linear, loading, settings
+from launcher import Draws, Recipe, Synthetic, crop, cutout, ema, flip, linear
+from launcher.config import loader, overrides
 from launcher.errors import UserError
 from tests.helpers import RECIPES, Tiny, refused, tiny_recipe
 
 
 def value_of(recipe: Recipe, name: str) -> Any:
     """The setting `name` in the resolved form."""
-    value = settings.as_dict(recipe)
+    value = overrides.as_dict(recipe)
     for part in name.split("."):
         if isinstance(value, list):
             value = next(item for item in value if item["call"].endswith(f":{part}"))
@@ -107,12 +108,12 @@ def test_an_override_sets_the_named_setting_and_no_other(
     recipe: Recipe, word: str, expected: object
 ) -> None:
     name = word.partition("=")[0]
-    changed = settings.override(recipe, [word])
+    changed = overrides.override(recipe, [word])
     value = value_of(changed, name)
     assert value == expected
     assert type(value) is type(expected)
-    before = dict(flat(settings.as_dict(recipe)))
-    after = dict(flat(settings.as_dict(changed)))
+    before = dict(flat(overrides.as_dict(recipe)))
+    after = dict(flat(overrides.as_dict(changed)))
     odd = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     last = name.rpartition(".")[2]
     assert all(last in key for key in odd), odd
@@ -129,22 +130,22 @@ def flat(value: Any, prefix: str = "") -> Any:
 
 @pytest.mark.parametrize("word", ["epochs=7", "--epochs=7"])
 def test_a_sweeps_dashes_are_accepted(recipe: Recipe, word: str) -> None:
-    assert settings.override(recipe, [word]).epochs == 7
+    assert overrides.override(recipe, [word]).epochs == 7
 
 
 def test_of_two_words_for_one_setting_the_last_counts(recipe: Recipe) -> None:
-    assert settings.override(recipe, ["epochs=3", "epochs=4"]).epochs == 4
+    assert overrides.override(recipe, ["epochs=3", "epochs=4"]).epochs == 4
 
 
 def test_an_overridden_class_builds_what_was_asked_for(recipe: Recipe) -> None:
-    model = settings.override(recipe, ["model.width=7"]).model
+    model = overrides.override(recipe, ["model.width=7"]).model
     assert isinstance(model, partial)
     assert next(model().parameters()).shape == (7, 3)
 
 
 def test_an_overridden_partial_keeps_its_other_keywords(recipe: Recipe) -> None:
     recipe = replace(recipe, optimizer=partial(SGD, lr=0.1, momentum=0.9))
-    optimizer = settings.override(recipe, ["optimizer.lr=0.5"]).optimizer(
+    optimizer = overrides.override(recipe, ["optimizer.lr=0.5"]).optimizer(
         [("p", nn.Parameter(torch.ones(1)))]
     )
     group = optimizer.param_groups[0]
@@ -152,8 +153,8 @@ def test_an_overridden_partial_keeps_its_other_keywords(recipe: Recipe) -> None:
 
 
 def test_an_overridden_augmentation_keeps_its_place_among_the_others(recipe: Recipe) -> None:
-    changed = settings.override(recipe, ["data.augment.crop.padding=2"])
-    assert [settings.short_name(item) for item in changed.data.augment] == [
+    changed = overrides.override(recipe, ["data.augment.crop.padding=2"])
+    assert [overrides.short_name(item) for item in changed.data.augment] == [
         "flip",
         "crop",
         "varied",
@@ -163,7 +164,7 @@ def test_an_overridden_augmentation_keeps_its_place_among_the_others(recipe: Rec
 
 def test_a_setting_that_a_partial_gave_by_position_can_be_overridden(recipe: Recipe) -> None:
     recipe = replace(recipe, model=partial(Tiny, 8))
-    changed = settings.override(recipe, ["model.width=16"])
+    changed = overrides.override(recipe, ["model.width=16"])
     assert value_of(changed, "model.width") == 16
     assert next(changed.model().parameters()).shape[0] == 16
 
@@ -179,13 +180,13 @@ def test_what_is_left_of_several_positions_keeps_its_place(
     recipe: Recipe, word: str, expected: tuple[int, ...]
 ) -> None:
     model: Any = partial(several, 8, 3, 4, 5)
-    built: Any = settings.override(replace(recipe, model=model), [word]).model()
+    built: Any = overrides.override(replace(recipe, model=model), [word]).model()
     assert built == expected
 
 
 def test_a_setting_behind_one_given_by_position_can_be_overridden(recipe: Recipe) -> None:
     recipe = replace(recipe, model=partial(Tiny, 8))
-    model = settings.override(recipe, ["model.dropout=0.5"]).model()
+    model = overrides.override(recipe, ["model.dropout=0.5"]).model()
     assert next(model.parameters()).shape[0] == 8
     assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.5]
 
@@ -194,18 +195,18 @@ def test_a_keyword_that_a_partial_passes_through_is_a_setting(recipe: Recipe) ->
     """torchvision's networks take `num_classes` in their `**kwargs`."""
     recipe = replace(recipe, model=partial(resnet18, num_classes=10))
     assert value_of(recipe, "model.num_classes") == 10
-    changed = settings.override(recipe, ["model.num_classes=5"])
+    changed = overrides.override(recipe, ["model.num_classes=5"])
     assert value_of(changed, "model.num_classes") == 5
-    assert "model.num_classes" in [setting.name for setting in settings.list_settings(recipe)]
+    assert "model.num_classes" in [setting.name for setting in overrides.list_settings(recipe)]
 
 
 @pytest.mark.parametrize(
     "word", ["epochs=3", "optimizer.lr=0.5", "data.augment.crop.padding=1", "model.width=2"]
 )
 def test_an_override_never_changes_the_original(recipe: Recipe, word: str) -> None:
-    before = copy.deepcopy(settings.as_dict(recipe))
-    settings.override(recipe, [word])
-    assert settings.as_dict(recipe) == before
+    before = copy.deepcopy(overrides.as_dict(recipe))
+    overrides.override(recipe, [word])
+    assert overrides.as_dict(recipe) == before
 
 
 # Refusals
@@ -231,13 +232,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(
 ) -> None:
     name = word.removeprefix("--").partition("=")[0]
     with refused(repr(name), f"did you mean {meant}?", "--help"):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize("word", ["zzz=1", "=3", "--=3"])
 def test_a_name_like_no_other_is_answered_with_the_top_level(recipe: Recipe, word: str) -> None:
     with refused("model, data, optimizer, epochs"):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_an_ill_typed_value_is_refused_with_the_type_expected(
     recipe: Recipe, word: str, kind: str
 ) -> None:
     with refused(word, kind):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize(
@@ -282,10 +283,10 @@ def test_an_ill_typed_value_is_answered_with_a_word_that_can_be_typed(
 ) -> None:
     name = word.partition("=")[0]
     with pytest.raises(UserError) as caught:
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
     words = [part.rstrip(",;") for part in caught.value.instead.split() if part.startswith(name)]
     assert words, caught.value.instead
-    settings.override(recipe, words)
+    overrides.override(recipe, words)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_an_ill_typed_value_is_answered_with_a_word_that_can_be_typed(
 )
 def test_types_are_named_as_people_write_them(recipe: Recipe, word: str) -> None:
     with pytest.raises(UserError) as caught:
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
     for jargon in ("Optional", "typing", "NoneType", "Union"):
         assert jargon not in str(caught.value)
 
@@ -301,13 +302,13 @@ def test_types_are_named_as_people_write_them(recipe: Recipe, word: str) -> None
 @pytest.mark.parametrize("word", ["model=resnet", "optimizer=SGD", "data.augment=none", "loss=mse"])
 def test_code_is_to_be_changed_in_the_recipe_file(recipe: Recipe, word: str) -> None:
     with refused(word, "change code in the recipe file"):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize("word", ["data=3", "data.augment.crop=3"])
 def test_a_part_of_a_recipe_is_no_setting(recipe: Recipe, word: str) -> None:
     with refused(word):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_a_part_of_a_recipe_is_no_setting(recipe: Recipe, word: str) -> None:
 )
 def test_a_word_without_an_equals_sign_is_refused(recipe: Recipe, word: str, instead: str) -> None:
     with refused(repr(word), "name=value", instead):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_word_without_an_equals_sign_is_refused(recipe: Recipe, word: str, ins
 )
 def test_an_override_is_validated_like_the_recipe_file(recipe: Recipe, word: str) -> None:
     with refused(word.partition("=")[0]):
-        settings.override(recipe, [word])
+        overrides.override(recipe, [word])
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_an_override_is_validated_like_the_recipe_file(recipe: Recipe, word: str
 def test_what_the_launcher_fills_in_cannot_be_overridden(name: str) -> None:
     recipe = tiny_recipe(data={"source": CIFAR10})
     with refused(repr(name)):
-        settings.override(recipe, [f"{name}=1"])
+        overrides.override(recipe, [f"{name}=1"])
 
 
 # Reading one value
@@ -377,31 +378,31 @@ def test_what_the_launcher_fills_in_cannot_be_overridden(name: str) -> None:
 def test_a_text_is_read_as_its_annotation(text: str, annotation: Any, expected: object) -> None:
     if expected is None and text != "none":
         with refused(f"x={text}"):
-            settings.parse(text, annotation, "x")
+            overrides.parse(text, annotation, "x")
         return
-    value = settings.parse(text, annotation, "x")
+    value = overrides.parse(text, annotation, "x")
     assert value == expected
     assert type(value) is type(expected)
 
 
 @pytest.mark.parametrize("value", [None, True, 3, 0.5, "text", (0.5, 0.25), "fp32"])
 def test_a_value_is_shown_as_it_would_be_typed(value: object) -> None:
-    assert settings.parse(settings.as_text(value), Any, "x") == value
-    assert " " not in settings.as_text(value)
+    assert overrides.parse(overrides.as_text(value), Any, "x") == value
+    assert " " not in overrides.as_text(value)
 
 
 @pytest.mark.parametrize("value", ["a b", "it's", "$HOME", (0.5,), (), ((1, 2), (3, 4)), [1, 2]])
 def test_a_shell_passes_on_a_value_that_is_typed_as_it_is_shown(value: object) -> None:
-    word = f"x={settings.as_text(value)}"
+    word = f"x={overrides.as_text(value)}"
     passed = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, text=True)
-    assert settings.parse(passed.stdout.removeprefix("x="), type(value), "x") == value
+    assert overrides.parse(passed.stdout.removeprefix("x="), type(value), "x") == value
 
 
 # The resolved form
 
 
 def test_the_resolved_form_is_plain_json_with_defaults_filled_in(recipe: Recipe) -> None:
-    form = settings.as_dict(recipe)
+    form = overrides.as_dict(recipe)
     assert json.loads(json.dumps(form)) == form
     assert form["optimizer"]["call"] == "torch.optim.adam:Adam"
     assert form["optimizer"]["lr"] == 1e-3
@@ -420,17 +421,17 @@ def test_the_resolved_form_is_plain_json_with_defaults_filled_in(recipe: Recipe)
 def test_two_separately_built_equal_recipes_have_equal_forms() -> None:
     one, two = tiny_recipe(), tiny_recipe()
     assert one != two, "partials compare unequal: that is why there is a resolved form"
-    assert settings.as_dict(one) == settings.as_dict(two)
+    assert overrides.as_dict(one) == overrides.as_dict(two)
 
 
 def test_a_default_written_out_changes_nothing() -> None:
     written = tiny_recipe(optimizer=partial(Adam, lr=1e-3, eps=1e-8), model=partial(Tiny, width=4))
-    assert settings.as_dict(written) == settings.as_dict(tiny_recipe())
+    assert overrides.as_dict(written) == overrides.as_dict(tiny_recipe())
 
 
 def test_a_keyword_and_a_position_have_the_same_form() -> None:
     one, two = partial(Tiny, 8), partial(Tiny, width=8)
-    assert settings.as_dict(one) == settings.as_dict(two)
+    assert overrides.as_dict(one) == overrides.as_dict(two)
 
 
 CHANGES: list[Callable[[], Recipe]] = [
@@ -448,19 +449,19 @@ CHANGES: list[Callable[[], Recipe]] = [
 
 @pytest.mark.parametrize("build", CHANGES)
 def test_the_form_changes_when_a_setting_changes(build: Callable[[], Recipe]) -> None:
-    assert settings.as_dict(build()) != settings.as_dict(tiny_recipe())
-    assert settings.as_dict(build()) == settings.as_dict(build())
+    assert overrides.as_dict(build()) != overrides.as_dict(tiny_recipe())
+    assert overrides.as_dict(build()) == overrides.as_dict(build())
 
 
 def test_the_order_of_augmentations_is_part_of_the_form() -> None:
     one = tiny_recipe(data={"augment": (flip, cutout)})
     two = tiny_recipe(data={"augment": (cutout, flip)})
-    assert settings.as_dict(one) != settings.as_dict(two)
+    assert overrides.as_dict(one) != overrides.as_dict(two)
 
 
 def test_class_weights_appear_as_numbers() -> None:
     loss = partial(nn.functional.cross_entropy, weight=torch.tensor([1.0, 2.0]))
-    assert settings.as_dict(loss)["weight"] == [1.0, 2.0]
+    assert overrides.as_dict(loss)["weight"] == [1.0, 2.0]
 
 
 def activated(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
@@ -468,7 +469,7 @@ def activated(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
 
 
 def test_code_as_a_setting_appears_with_its_own_settings() -> None:
-    form = settings.as_dict(partial(activated, activation=nn.GELU))
+    form = overrides.as_dict(partial(activated, activation=nn.GELU))
     assert form["activation"] == {
         "call": "torch.nn.modules.activation:GELU",
         "approximate": "none",
@@ -486,7 +487,7 @@ NAMELESS: dict[str, Callable[[], Recipe]] = {
 @pytest.mark.parametrize("place", NAMELESS)
 def test_a_lambda_is_refused_since_a_run_could_not_say_what_it_ran(place: str) -> None:
     with refused("lambda", "with def"):
-        settings.as_dict(NAMELESS[place]())
+        overrides.as_dict(NAMELESS[place]())
 
 
 # The list
@@ -494,8 +495,8 @@ def test_a_lambda_is_refused_since_a_run_could_not_say_what_it_ran(place: str) -
 
 @pytest.mark.parametrize("name", ["simplecnn", "pictures64"])
 def test_the_list_of_a_shipped_recipe_has_what_a_user_expects(name: str) -> None:
-    recipe = loading.load(RECIPES / f"{name}.py").recipe
-    listed = [setting.name for setting in settings.list_settings(recipe)]
+    recipe = loader.load(RECIPES / f"{name}.py").recipe
+    listed = [setting.name for setting in overrides.list_settings(recipe)]
     expected = {
         "model.classes",
         "data.batch_size",
@@ -527,16 +528,16 @@ def test_the_list_of_a_shipped_recipe_has_what_a_user_expects(name: str) -> None
 
 @pytest.mark.parametrize("name", ["simplecnn", "pictures64"])
 def test_every_listed_setting_can_be_typed_back_as_it_is_shown(name: str) -> None:
-    recipe = loading.load(RECIPES / f"{name}.py").recipe
-    listed = settings.list_settings(recipe)
-    words = [f"{setting.name}={settings.as_text(setting.value)}" for setting in listed]
-    assert settings.as_dict(settings.override(recipe, words)) == settings.as_dict(recipe)
+    recipe = loader.load(RECIPES / f"{name}.py").recipe
+    listed = overrides.list_settings(recipe)
+    words = [f"{setting.name}={overrides.as_text(setting.value)}" for setting in listed]
+    assert overrides.as_dict(overrides.override(recipe, words)) == overrides.as_dict(recipe)
 
 
 def test_the_list_follows_the_order_of_the_recipes_fields(recipe: Recipe) -> None:
-    tops = [setting.name.split(".")[0] for setting in settings.list_settings(recipe)]
+    tops = [setting.name.split(".")[0] for setting in overrides.list_settings(recipe)]
     order = list(dict.fromkeys(tops))
-    assert order == sorted(order, key=list(settings.as_dict(recipe)).index)
+    assert order == sorted(order, key=list(overrides.as_dict(recipe)).index)
 
 
 @pytest.mark.parametrize(
@@ -550,10 +551,10 @@ def test_the_list_follows_the_order_of_the_recipes_fields(recipe: Recipe) -> Non
     ],
 )
 def test_types_are_listed_as_people_write_them(recipe: Recipe, name: str, kind: str) -> None:
-    found = {setting.name: setting.type_name for setting in settings.list_settings(recipe)}
+    found = {setting.name: setting.type_name for setting in overrides.list_settings(recipe)}
     assert found[name] == kind
 
 
 def test_short_names_leave_the_module_out() -> None:
-    assert settings.short_name(partial(Tiny, width=3)) == "Tiny"
-    assert settings.code_name(Tiny) == "tests.helpers:Tiny"
+    assert overrides.short_name(partial(Tiny, width=3)) == "Tiny"
+    assert overrides.code_name(Tiny) == "tests.helpers:Tiny"

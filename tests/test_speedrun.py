@@ -9,16 +9,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from launcher import Images, Recipe, Synthetic, cutmix, loading, settings
+from launcher import Images, Recipe, Synthetic, cutmix
 from launcher.batches import Batches, Normalise
+from launcher.config import loader, overrides
+from launcher.config.plan import make_plan
+from launcher.config.schedules import linear
 from launcher.datasets import load
 from launcher.distributed.accelerator import choose_precision
 from launcher.errors import UserError
 from launcher.loop import fit
 from launcher.metrics import EpochReport
 from launcher.model import build, initialise, prepare
-from launcher.plan import make_plan
-from launcher.schedules import linear
 from launcher.step import Job
 from recipes.speedrun94 import Block
 from tests.world_worker import Small64, plain
@@ -30,12 +31,12 @@ def small(recipe: Recipe, words: tuple[str, ...] = ()) -> Recipe:
     """The recipe on embedded images, uncompiled, in float32 unless `words` say otherwise."""
     data = replace(recipe.data, source=partial(Synthetic, count=400), batch_size=50, fallback=None)
     recipe = replace(recipe, data=data)
-    return settings.override(recipe, ["compile=false", "precision=fp32", *words])
+    return overrides.override(recipe, ["compile=false", "precision=fp32", *words])
 
 
 @pytest.fixture
 def speedrun() -> Recipe:
-    return loading.load(RECIPES / "speedrun94.py").recipe
+    return loader.load(RECIPES / "speedrun94.py").recipe
 
 
 def trained(recipe: Recipe) -> tuple[nn.Module, list[EpochReport]]:
@@ -95,21 +96,21 @@ def test_every_parameter_has_one_group(speedrun: Recipe) -> None:
 
 def test_its_settings_can_be_changed_and_written_down(speedrun: Recipe) -> None:
     words = ["optimizer.filter_rate=0.1", "initialise.floor=0.001", "compile=reduce-overhead"]
-    changed = settings.as_dict(settings.override(speedrun, words))
+    changed = overrides.as_dict(overrides.override(speedrun, words))
     assert changed["optimizer"]["filter_rate"] == 0.1
     assert changed["initialise"]["floor"] == 0.001
     assert changed["compile"] == "reduce-overhead"
     assert changed["views"] == {"call": "launcher.views:mirrored_and_shifted"}
-    assert settings.override(speedrun, ["views=none"]).views is None
+    assert overrides.override(speedrun, ["views=none"]).views is None
     with pytest.raises(UserError):
-        settings.override(speedrun, ["compile=fast"])
+        overrides.override(speedrun, ["compile=fast"])
 
 
 def test_sum_loss_multiplies_the_gradients_by_the_images() -> None:
     # 203 images in steps of 29: the sum over each is 29 times the mean.
     even = replace(plain, model=Small64, epochs=1, data=replace(plain.data, batch_size=29))
     one, first = trained(even)
-    summed = settings.override(even, ["sum_loss=true", f"optimizer.lr={0.05 / 29}"])
+    summed = overrides.override(even, ["sum_loss=true", f"optimizer.lr={0.05 / 29}"])
     other, second = trained(summed)
     assert first[0].train_loss == pytest.approx(second[0].train_loss, abs=1e-12)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
@@ -158,7 +159,7 @@ def test_the_larger_speedrun_builds_on_the_smaller_from_any_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = loading.load(RECIPES / "speedrun96.py").recipe
+    recipe = loader.load(RECIPES / "speedrun96.py").recipe
     words = ("epochs=2", "model.widths=(16,32,32)", "data.augment.cutout.size=4")
     network, epochs = trained(small(recipe, words))
     assert epochs[1].train_loss < epochs[0].train_loss < 2.3

@@ -9,12 +9,13 @@ import numpy
 import pytest
 import torch
 
-from launcher import Recipe, Synthetic, datasets, loading
+from launcher import Recipe, Synthetic, datasets
+from launcher.config import loader
+from launcher.config.plan import make_plan
 from launcher.distributed.accelerator import create_accelerator
 from launcher.loop import fit
 from launcher.metrics import EpochReport
 from launcher.model import build, prepare
-from launcher.plan import make_plan
 from launcher.step import Job
 from tests.helpers import RECIPES
 
@@ -121,7 +122,7 @@ def trained(recipe: Recipe) -> list[EpochReport]:
     ],
 )
 def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source: Any) -> None:
-    recipe = loading.load(RECIPES / f"{name}.py").recipe
+    recipe = loader.load(RECIPES / f"{name}.py").recipe
     recipe = replace(recipe, epochs=2, data=replace(recipe.data, source=source))
     first, second = trained(recipe)
     assert second.test.accuracy > 0.95

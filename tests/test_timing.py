@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from launcher import Synthetic, cutmix, datasets, model
+from launcher.config.plan import make_plan
+from launcher.config.recipe import Recipe
 from launcher.distributed.accelerator import create_accelerator
-from launcher.plan import make_plan
-from launcher.recipe import Recipe
 from launcher.timing import measure, scaling_lines
 from tests.helpers import Tiny, tiny_recipe
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from launcher import tracking, training
+from launcher.config.loader import Loaded
 from launcher.datasets import Data, ImageSet
 from launcher.journal import epoch_scalars
-from launcher.loading import Loaded
 from launcher.metrics import Best, EpochReport, Evaluation, StepReport
 from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, start
 from tests.helpers import tiny_recipe

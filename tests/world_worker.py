@@ -31,13 +31,13 @@ from launcher import (
     mirrored_and_shifted,
     mixup,
 )
+from launcher.config.plan import make_plan
 from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
 from launcher.loop import fit
 from launcher.metrics import EpochReport, StepReport
 from launcher.model import build, initialise, prepare
 from launcher.nearby import average_nearby
-from launcher.plan import make_plan
 from launcher.step import Job
 
 # 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.

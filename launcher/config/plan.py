@@ -6,8 +6,8 @@ Pure: no device, no file. What a plan accepts can be trained.
 import math
 from dataclasses import dataclass
 
+from launcher.config.recipe import Recipe
 from launcher.errors import UserError
-from launcher.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from launcher import settings
+from launcher.config import overrides
+from launcher.config.recipe import Images, Recipe
 from launcher.errors import UserError
-from launcher.recipe import Images, Recipe
 from launcher.utils.redaction import cleaned
 
 
@@ -33,7 +33,7 @@ class Loaded:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved recipe in its JSON form, without secrets."""
-        return cleaned(settings.as_dict(self.recipe))
+        return cleaned(overrides.as_dict(self.recipe))
 
 
 def load(path: Path) -> Loaded:
@@ -49,7 +49,7 @@ def load(path: Path) -> Loaded:
             instead="see recipes/simplecnn.py for an example",
         )
     _refuse_ill_typed(recipe, path)
-    settings.as_dict(recipe)  # refuses what has no name
+    overrides.as_dict(recipe)  # refuses what has no name
     return Loaded(recipe, path.stem, source, module.__doc__ or "")
 
 
@@ -59,7 +59,7 @@ def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:
         for name, annotation in typing.get_type_hints(kind).items():
             value = getattr(part, name)
             if not _fits(value, annotation):
-                setting = settings.Setting(prefix + name, annotation, value)
+                setting = overrides.Setting(prefix + name, annotation, value)
                 raise UserError(
                     f"{path}: {setting.name}={value!r}",
                     expected=f"a value of type {setting.type_name}",

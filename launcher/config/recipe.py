@@ -14,9 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from launcher.errors import UserError
-from launcher.schedules import constant
-from launcher.slots import (
+from launcher.config.schedules import constant
+from launcher.config.slots import (
     Augmentation,
     CompileMode,
     Loss,
@@ -27,6 +26,7 @@ from launcher.slots import (
     Source,
     Views,
 )
+from launcher.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from launcher.config.recipe import Recipe
 from launcher.errors import UserError
-from launcher.recipe import Recipe
 
 # Parameters that the launcher fills in itself, or that would change what a step means.
 _FILLED_IN = ("root", "train", "split", "download", "params")
