@@ -28,11 +28,12 @@ from torch.optim import SGD
 from benchmarks.competitors import Launched
 from benchmarks.epoch import first_steps
 from benchmarks.trainer import Trainer
-from launcher import Images, Recipe, Synthetic, datasets
+from launcher import Images, Recipe, Synthetic
 from launcher.config import loader
 from launcher.config.overrides import override
 from launcher.config.slots import CompileMode
-from launcher.datasets import Data
+from launcher.data import sources
+from launcher.data.sources import Data
 from launcher.distributed.accelerator import be_deterministic, create_accelerator
 from launcher.distributed.world import World
 from tests.processes import RESUMABLE, fingerprint
@@ -49,7 +50,7 @@ def simplecnn(steps: int) -> tuple[Recipe, Data]:
     recipe = loader.load(SELF.parent.parent / "recipes" / "simplecnn.py").recipe
     source = partial(Synthetic, count=steps * recipe.data.batch_size)
     recipe = replace(recipe, data=replace(recipe.data, source=source, fallback=None))
-    data = datasets.load(recipe.data)
+    data = sources.load(recipe.data)
     return recipe, replace(data, train=first_steps(data.train, recipe, steps))
 
 
@@ -191,7 +192,7 @@ def rank(output: Path) -> None:
         epochs=1,
         sync_batch_norm=torch.cuda.is_available() and world.size > 1,
     )
-    train = datasets.load(images).train
+    train = sources.load(images).train
     accelerator = create_accelerator("fp32")
     launched = Launched(replace(recipe, seed=1), train, accelerator)
     network = launched.learner.network

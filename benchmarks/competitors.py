@@ -12,10 +12,10 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from launcher import model
-from launcher.batches import Batches, Normalise
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
-from launcher.datasets import ImageSet
+from launcher.data.batches import Batches, Normalise
+from launcher.data.sources import ImageSet
 from launcher.distributed.process_group import PATIENT
 from launcher.loop import train_epoch
 from launcher.metrics import StepReport

@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.competitors import Bare, Launched, Tutorial
 from benchmarks.turns import Figures, Parted, parted_epochs
-from launcher import Synthetic, datasets
-from launcher.batches import epoch_order
+from launcher import Synthetic
 from launcher.config import loader
 from launcher.config.overrides import override
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
-from launcher.datasets import Data, ImageSet
+from launcher.data import sources
+from launcher.data.batches import epoch_order
+from launcher.data.sources import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator, device_name
 from launcher.errors import UserError
 
@@ -69,7 +70,7 @@ def opened(name: str, root: str, *overrides: str) -> tuple[Recipe, Data]:
     source = CIFAR10 if root else Synthetic
     recipe = replace(recipe, data=replace(recipe.data, root=root, source=source, fallback=None))
     try:
-        return recipe, datasets.load(recipe.data)
+        return recipe, sources.load(recipe.data)
     except UserError as error:
         raise SystemExit(str(error)) from None
 

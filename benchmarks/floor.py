@@ -37,7 +37,7 @@ from benchmarks.trainer import (
     timed,
     work_of_step,
 )
-from launcher.batches import Batches
+from launcher.data.batches import Batches
 from launcher.loop import train_epoch
 
 FOLDER = Path(__file__).resolve().parent

@@ -56,11 +56,12 @@ from benchmarks.trainer import (
     use_of_device,
 )
 from benchmarks.turns import whole_epochs
-from launcher import Recipe, Synthetic, datasets
+from launcher import Recipe, Synthetic
 from launcher.config import loader
 from launcher.config.overrides import override
 from launcher.config.slots import CompileMode
-from launcher.datasets import Data
+from launcher.data import sources
+from launcher.data.sources import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECONDS = {"checks": 70, "simplecnn": 80, "speedrun94": 260, "resnet18": 180, "speedrun96": 560}
@@ -81,7 +82,7 @@ def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe,
             else ()
         )
         recipe = override(replace(recipe, compile=False, epochs=2), slim)
-    return replace(recipe, data=images), datasets.load(images)
+    return replace(recipe, data=images), sources.load(images)
 
 
 def checks(words: argparse.Namespace, deadline: float) -> Figures:

@@ -45,7 +45,7 @@ from benchmarks.competitors import Launched, Pictures, Tutorial, autocast, fresh
 from benchmarks.epoch import first_steps, machine, opened
 from benchmarks.turns import Figures, whole_epochs
 from launcher import Recipe
-from launcher.datasets import Data, ImageSet
+from launcher.data.sources import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator
 
 FOLDER = Path(__file__).resolve().parent

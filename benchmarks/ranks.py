@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 
 from benchmarks.turns import rotated
-from launcher import datasets
 from launcher.config import loader
 from launcher.config.overrides import override
+from launcher.data import sources
 
 SELF = Path(__file__).resolve()
 CASES = {
@@ -64,7 +64,7 @@ def child(words: argparse.Namespace) -> None:
     recipe = override(recipe, [*overrides, f"data.root={words.root}"])
     recipe = replace(recipe, epochs=EPOCHS)
     size = recipe.data.batch_size
-    images = first_steps(datasets.load(recipe.data).train, recipe, STEPS)
+    images = first_steps(sources.load(recipe.data).train, recipe, STEPS)
     accelerator = create_accelerator(recipe.precision or "fp32")
     assert accelerator.num_processes * torch.get_num_threads() == 2, "two cores, shared or not"
     launched = Launched(recipe, images, accelerator)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.trainer import Figures, spread
-from launcher.datasets import Data
+from launcher.data.sources import Data
 
 
 def save_for_peer(data: Data, folder: Path) -> None:

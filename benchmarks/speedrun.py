@@ -27,8 +27,8 @@ from benchmarks.gpu import once
 from benchmarks.record import save_for_peer
 from benchmarks.trainer import Figures, Trainer, spread
 from launcher.config import loader, overrides
-from launcher.datasets import Data
-from launcher.datasets import load as load_data
+from launcher.data.sources import Data
+from launcher.data.sources import load as load_data
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "speedrun94.py"
 ON_CPU = ("precision=bf16", "compile=false")

@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import Recipe, model
-from launcher.batches import Batches, Normalise
 from launcher.config.plan import make_plan
-from launcher.datasets import Data
+from launcher.data.batches import Batches, Normalise
+from launcher.data.sources import Data
 from launcher.distributed.accelerator import create_accelerator
 from launcher.evaluation import evaluate
 from launcher.loop import train_epoch

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from launcher.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
     from launcher.config.recipe import Images, Recipe
     from launcher.config.schedules import constant, cosine, linear, steps
     from launcher.config.slots import Draws, NamedParameters
-    from launcher.folders import Folder
+    from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
+    from launcher.data.image_folder import Folder
+    from launcher.data.synthetic import Synthetic
     from launcher.model import ema
     from launcher.optimizers import Muon, Together
-    from launcher.synthetic import Synthetic
     from launcher.views import mirrored, mirrored_and_shifted
 
 __all__ = [
@@ -45,14 +45,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "launcher.augment": "alternating_flip crop cutmix cutout flip mixup",
-    "launcher.folders": "Folder",
+    "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
+    "launcher.data.image_folder": "Folder",
     "launcher.model": "ema",
     "launcher.optimizers": "Muon Together",
     "launcher.config.recipe": "Images Recipe",
     "launcher.config.slots": "Draws NamedParameters",
     "launcher.config.schedules": "constant cosine linear steps",
-    "launcher.synthetic": "Synthetic",
+    "launcher.data.synthetic": "Synthetic",
     "launcher.views": "mirrored mirrored_and_shifted",
 }
 

@@ -210,10 +210,11 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import datasets, model, timing, training, watching
+    from launcher import model, timing, training, watching
+    from launcher.data import sources
 
     world = World.from_env()
-    data = datasets.load(loaded.recipe.data)
+    data = sources.load(loaded.recipe.data)
     plan = training.plan_for(loaded, data, occasion, world_size or world.size)
     network = model.build(loaded.recipe, data.train)
     facts = training.describe(loaded, data, plan, network)

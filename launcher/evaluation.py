@@ -5,9 +5,9 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
-from launcher.batches import Normalise, piece_bounds
 from launcher.config.slots import Views
-from launcher.datasets import ImageSet
+from launcher.data.batches import Normalise, piece_bounds
+from launcher.data.sources import ImageSet
 from launcher.distributed.stop_sync import Agreement, StoppedError
 from launcher.metrics import Evaluation, Tally, sample_indices
 from launcher.model import evaluating, widened

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from launcher.batches import Batches, Normalise, layer_seeds
 from launcher.config.plan import START, Position
-from launcher.datasets import Data, ImageSet
+from launcher.data.batches import Batches, Normalise, layer_seeds
+from launcher.data.sources import Data, ImageSet
 from launcher.distributed.stop_sync import Agreement, StoppedError
 from launcher.errors import NotFiniteError, UserError
 from launcher.evaluation import evaluate, score_samples

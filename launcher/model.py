@@ -16,11 +16,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from launcher.batches import Normalise
 from launcher.config.overrides import code_name
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Schedule
-from launcher.datasets import ImageSet
+from launcher.data.batches import Normalise
+from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.optimizers import compile_steps
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.advice import Split
-from launcher.batches import Batches, Piece, steps_at_once
 from launcher.config.plan import Plan, Position
-from launcher.datasets import Data
+from launcher.data.batches import Batches, Piece, steps_at_once
+from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.loop import Event, SavePoint, fit
 from launcher.metrics import EpochReport, StepReport

@@ -13,12 +13,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from launcher.batches import Normalise
 from launcher.config.overrides import code_name
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
-from launcher.datasets import ImageSet
+from launcher.data.batches import Normalise
+from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.model import evaluating, widened
 from launcher.step import Job
@@ -109,6 +109,6 @@ def _unfit(function: Callable[..., Any], what: str, expected: str) -> UserError:
     return UserError(
         f"{code_name(function)} {what}",
         expected=expected,
-        instead="compare it with launcher/augment.py or launcher/views.py, "
+        instead="compare it with launcher/data/augment.py or launcher/views.py, "
         "or for a loss with cross_entropy of torch.nn.functional",
     )

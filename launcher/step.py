@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from launcher.batches import Piece
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
+from launcher.data.batches import Piece
 from launcher.metrics import Meter
 from launcher.model import Learner, widened
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from launcher import model, scaling
-from launcher.batches import Normalise
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
-from launcher.datasets import ImageSet
+from launcher.data.batches import Normalise
+from launcher.data.sources import ImageSet
 from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
 from launcher.model import Learner
 from launcher.scaling import Compute

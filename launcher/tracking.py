@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from launcher.datasets import Data
+from launcher.data.sources import Data
 from launcher.journal import ROW, Journal, Row, epoch_scalars, last_row_on_disk, step_scalars
 from launcher.metrics import Best, EpochReport, StepReport, sample_indices
 

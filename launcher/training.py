@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, datasets, profiling, runs, sharing, tracking
+from launcher import checkpoints, profiling, runs, tracking
 from launcher.checkpoints import Writer
 from launcher.config import overrides
 from launcher.config.loader import Loaded
 from launcher.config.plan import EVERY_EPOCH, Cadence, Plan, make_plan
 from launcher.console import make_console
-from launcher.datasets import Data
+from launcher.data import cache, sources
+from launcher.data.sources import Data
 from launcher.distributed import process_group
 from launcher.distributed.accelerator import (
     choose_precision,
@@ -110,7 +111,7 @@ class _Prepared:
 def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
     recipe = loaded.recipe
     precision, origin = choose_precision(recipe.precision, torch.cuda.is_available())
-    data = sharing.load(recipe.data)
+    data = cache.load(recipe.data)
     plan = plan_for(loaded, data, occasion, World.from_env().size)
     network = build(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
@@ -207,7 +208,7 @@ def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
     smallest = World.from_env().size * accumulate
     images = replace(
         data,
-        source=datasets.smoke_source(data),
+        source=sources.smoke_source(data),
         batch_size=max(min(data.batch_size, SMOKE_BATCH), smallest),
         fallback=None,
     )

@@ -14,7 +14,7 @@ from launcher.checkpoints import Snapshot, Writer
 from launcher.config.loader import Loaded
 from launcher.config.plan import START, Cadence, Position
 from launcher.console import Console, first_step_line, tta_note
-from launcher.datasets import Data
+from launcher.data.sources import Data
 from launcher.distributed import signals
 from launcher.distributed.accelerator import run_on_main
 from launcher.errors import NotFiniteError, TrainingError

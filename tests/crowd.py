@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher import Images, sharing
+from launcher import Images
+from launcher.data import cache
 from launcher.errors import UserError
 from tests.helpers import HALF
 from tests.test_datasets import Cifar
@@ -50,7 +51,7 @@ def count_opens(root: Path, log: int) -> None:
 def one_process(rank: int, data: Images, results: int) -> int:
     os.environ["LOCAL_RANK"] = str(rank)
     try:
-        loaded = sharing.load(data)
+        loaded = cache.load(data)
     except UserError as error:
         os.write(results, f"{error}\n".encode())
         return error.exit_code

@@ -9,7 +9,8 @@ import torch
 from torch.optim import SGD
 
 from launcher import Images, Recipe, Synthetic, crop, cutmix, flip
-from launcher.batches import (
+from launcher.config.plan import make_plan
+from launcher.data.batches import (
     Batches,
     Normalise,
     Piece,
@@ -18,8 +19,7 @@ from launcher.batches import (
     piece_bounds,
     successors,
 )
-from launcher.config.plan import make_plan
-from launcher.datasets import ImageSet
+from launcher.data.sources import ImageSet
 from tests.world_worker import Small
 
 COUNT = 45

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from launcher import checkpoints, datasets, resuming
+from launcher import checkpoints, resuming
 from launcher.checkpoints import CheckpointError, Writer, capture, newest, restore, write
 from launcher.config import overrides
 from launcher.config.plan import Position
 from launcher.config.recipe import Recipe
+from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.model import Learner, build, prepare
@@ -28,7 +29,7 @@ STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs":
 
 def learner(seed: int = 0, recipe: Recipe = recipe) -> Learner:
     recipe = replace(recipe, seed=seed)
-    images = datasets.load(recipe.data).train
+    images = sources.load(recipe.data).train
     return prepare(build(recipe, images), recipe, create_accelerator("fp32"))
 
 

@@ -40,8 +40,9 @@ from torchvision.datasets import (
     FashionMNIST,
 )
 
-from launcher import Folder, Images, Synthetic, datasets
+from launcher import Folder, Images, Synthetic
 from launcher.config import overrides
+from launcher.data import sources
 from launcher.errors import UserError
 from tests.helpers import HALF, refused, tiny_recipe
 
@@ -180,7 +181,7 @@ def write_stl10(root: Path) -> tuple[Any, Any]:
 def test_the_cifar_batches_become_one_tensor(tmp_path: Path, base: Any) -> None:
     cifar = Cifar(base)
     cifar.write(tmp_path)
-    data = datasets.load(images_of(cifar.source(), tmp_path))
+    data = sources.load(images_of(cifar.source(), tmp_path))
     assert (data.name, data.fallback) == ("SmallCIFAR", None)
     assert data.train.images.shape == (24, 32, 32, 3)
     assert data.train.images.dtype == torch.uint8
@@ -197,7 +198,7 @@ def test_the_cifar_batches_become_one_tensor(tmp_path: Path, base: Any) -> None:
 @pytest.mark.parametrize("base", [MNIST, FashionMNIST, KMNIST])
 def test_the_mnist_files_become_images_of_one_channel(tmp_path: Path, base: Any) -> None:
     source, pixels = write_mnist(tmp_path, base)
-    data = datasets.load(images_of(source, tmp_path, channels=1))
+    data = sources.load(images_of(source, tmp_path, channels=1))
     assert data.train.images.shape == (10, 28, 28, 1)
     assert data.test.images.shape == (5, 28, 28, 1)
     assert torch.equal(data.train.images[..., 0], torch.from_numpy(pixels))
@@ -208,7 +209,7 @@ def test_the_mnist_files_become_images_of_one_channel(tmp_path: Path, base: Any)
 def test_pictures_with_the_channels_first_are_turned(tmp_path: Path) -> None:
     """STL10 has `split` for `train` and `labels` for `targets`, as SVHN does."""
     source, pixels = write_stl10(tmp_path)
-    data = datasets.load(images_of(source, tmp_path))
+    data = sources.load(images_of(source, tmp_path))
     assert torch.equal(data.train.images, torch.from_numpy(pixels))
     assert data.train.images.is_contiguous()
     assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
@@ -222,7 +223,7 @@ def nameless(train: bool = True) -> Any:
 
 
 def test_classes_without_names_are_numbers() -> None:
-    data = datasets.load(Images(nameless, batch_size=2, mean=HALF, std=HALF))
+    data = sources.load(Images(nameless, batch_size=2, mean=HALF, std=HALF))
     assert data.train.classes == tuple("0123456789")
 
 
@@ -239,7 +240,7 @@ def test_a_missing_module_is_refused_with_how_to_install_it(tmp_path: Path) -> N
         pytest.skip("scipy is installed")
     source = svhn(tmp_path, {"train": b"1", "test": b"2"})
     with refused("SmallSVHN", "scipy", "pip install scipy"):
-        datasets.load(images_of(source, tmp_path, fallback=SMALL))
+        sources.load(images_of(source, tmp_path, fallback=SMALL))
 
 
 def test_the_svhn_files_are_opened(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_the_svhn_files_are_opened(tmp_path: Path) -> None:
     labels = numpy.arange(1, 11)[:, None]
     scipy_io.savemat(tmp_path / "made.mat", {"X": pixels, "y": labels})
     content = (tmp_path / "made.mat").read_bytes()
-    data = datasets.load(images_of(svhn(tmp_path, {"train": content, "test": content}), tmp_path))
+    data = sources.load(images_of(svhn(tmp_path, {"train": content, "test": content}), tmp_path))
     assert torch.equal(data.train.images, torch.from_numpy(pixels).permute(3, 0, 1, 2))
     assert data.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
@@ -258,7 +259,7 @@ def test_the_real_cifar10_is_opened() -> None:
     folder = os.environ.get("LAUNCHER_CIFAR10")
     if not folder:
         pytest.skip("LAUNCHER_CIFAR10 does not name the folder of cifar-10-batches-py")
-    data = datasets.load(images_of(CIFAR10, Path(folder)))
+    data = sources.load(images_of(CIFAR10, Path(folder)))
     assert data.train.images.shape == (50_000, 32, 32, 3)
     assert data.test.images.shape == (10_000, 32, 32, 3)
     assert torch.bincount(data.train.labels).tolist() == [5000] * 10
@@ -274,7 +275,7 @@ def test_a_data_set_whose_folder_is_read_only_is_opened(tmp_path: Path) -> None:
     for path in (folder, tmp_path):
         path.chmod(0o555)
     try:
-        assert len(datasets.load(images_of(cifar.source(), tmp_path)).train) == 24
+        assert len(sources.load(images_of(cifar.source(), tmp_path)).train) == 24
     finally:
         for path in (tmp_path, folder):
             path.chmod(0o755)
@@ -303,7 +304,7 @@ def test_a_damaged_cifar_file_is_refused_by_name_even_with_a_fallback(
     path = tmp_path / CIFAR10.base_folder / name
     path.write_bytes(damage(path.read_bytes()))
     with refused(str(path), "is damaged", "as it was published", "delete it"):
-        datasets.load(images_of(cifar.source(), tmp_path, fallback=fallback))
+        sources.load(images_of(cifar.source(), tmp_path, fallback=fallback))
 
 
 @pytest.mark.parametrize("fallback", [None, partial(Synthetic, size=28, channels=1)])
@@ -317,7 +318,7 @@ def test_a_truncated_mnist_file_is_refused_even_with_a_fallback(
     content = path.read_bytes()
     path.write_bytes(content[: min(left, len(content) - 1)])
     with refused("SmallMNIST", "is damaged", "delete it"):
-        datasets.load(images_of(source, tmp_path, channels=1, fallback=fallback))
+        sources.load(images_of(source, tmp_path, channels=1, fallback=fallback))
 
 
 # Absent files, no network
@@ -328,11 +329,11 @@ def test_images_that_are_nowhere_are_refused_with_where_they_were_looked_for(
 ) -> None:
     root = tmp_path / "absent"
     with refused("SmallCIFAR", repr(str(root)), "refused", "data.root=FOLDER", "fallback"):
-        datasets.load(images_of(Cifar().source(), root))
+        sources.load(images_of(Cifar().source(), root))
 
 
 def test_images_that_are_nowhere_are_replaced_by_the_declared_fallback(tmp_path: Path) -> None:
-    data = datasets.load(images_of(Cifar().source(), tmp_path / "absent", fallback=SMALL))
+    data = sources.load(images_of(Cifar().source(), tmp_path / "absent", fallback=SMALL))
     assert data.name == "Synthetic"
     assert len(data.train) == 50
     assert data.fallback is not None
@@ -347,26 +348,26 @@ def test_one_missing_file_counts_as_absent(tmp_path: Path, name: str) -> None:
     cifar.write(tmp_path)
     (tmp_path / CIFAR10.base_folder / name).unlink()
     with refused("SmallCIFAR is not in", "cannot be downloaded"):
-        datasets.load(images_of(cifar.source(), tmp_path))
-    assert datasets.load(images_of(cifar.source(), tmp_path, fallback=SMALL)).name == "Synthetic"
+        sources.load(images_of(cifar.source(), tmp_path))
+    assert sources.load(images_of(cifar.source(), tmp_path, fallback=SMALL)).name == "Synthetic"
 
 
 def test_an_absent_mnist_is_replaced_and_the_reason_is_one_line(tmp_path: Path) -> None:
     source = type("SmallMNIST", (MNIST,), {"mirrors": [f"http://127.0.0.1:{closed_port()}/"]})
     grey = partial(Synthetic, size=28, channels=1)
-    data = datasets.load(images_of(source, tmp_path, channels=1, fallback=grey))
+    data = sources.load(images_of(source, tmp_path, channels=1, fallback=grey))
     assert data.name == "Synthetic"
     assert data.fallback is not None
     assert len(data.fallback.splitlines()) == 1
     with refused("SmallMNIST is not in"):
-        datasets.load(images_of(source, tmp_path, channels=1))
+        sources.load(images_of(source, tmp_path, channels=1))
 
 
 def test_a_folder_of_pictures_that_is_absent_is_replaced_or_refused(tmp_path: Path) -> None:
     source, root = partial(Folder, size=32), tmp_path / "pictures"
     with refused("Folder", repr(str(root)), "data.root=FOLDER"):
-        datasets.load(images_of(source, root))
-    data = datasets.load(images_of(source, root, fallback=SMALL))
+        sources.load(images_of(source, root))
+    data = sources.load(images_of(source, root, fallback=SMALL))
     assert data.name == "Synthetic"
     assert data.fallback is not None
     assert "there is no folder" in data.fallback
@@ -375,7 +376,7 @@ def test_a_folder_of_pictures_that_is_absent_is_replaced_or_refused(tmp_path: Pa
 
 def test_a_fallback_that_is_absent_as_well_is_refused(tmp_path: Path) -> None:
     with refused("SmallCIFAR", "absent_folder"):
-        datasets.load(images_of(Cifar().source(), tmp_path / "absent", fallback=absent_folder))
+        sources.load(images_of(Cifar().source(), tmp_path / "absent", fallback=absent_folder))
 
 
 def absent_folder(root: str, train: bool) -> Any:
@@ -389,19 +390,19 @@ def test_a_root_below_the_users_own_folder_is_found(
     for number in range(5):
         (tmp_path / "pictures" / "cat").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "cat" / f"{number}.png")
-    assert len(datasets.load(images_of(Folder, Path("~/pictures"))).train) == 4
+    assert len(sources.load(images_of(Folder, Path("~/pictures"))).train) == 4
 
 
 def test_a_broken_folder_of_pictures_is_refused_even_with_a_fallback(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with refused("cat", "no pictures"):
-        datasets.load(images_of(Folder, tmp_path, fallback=SMALL))
+        sources.load(images_of(Folder, tmp_path, fallback=SMALL))
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("no folder")
     with refused(repr(str(tmp_path / "data"))):
-        datasets.load(images_of(Cifar().source(), tmp_path / "data"))
+        sources.load(images_of(Cifar().source(), tmp_path / "data"))
 
 
 # Downloading, from a server on this machine
@@ -463,7 +464,7 @@ def test_absent_images_are_downloaded_and_then_found_on_disk(tmp_path: Path, ser
     server = serve(archive)
     source = Cifar(url=server.url).source(archive)
     for _ in range(2):
-        data = datasets.load(images_of(source, tmp_path / "data", fallback=SMALL))
+        data = sources.load(images_of(source, tmp_path / "data", fallback=SMALL))
         assert (data.name, data.fallback, len(data.train)) == ("SmallCIFAR", None, 24)
     assert server.fetched == 1
 
@@ -472,7 +473,7 @@ def load_together(root: Path, url: str, archive: bytes, together: Any, sizes: An
     """One of several processes that need the same images at the same time."""
     source = Cifar(url=url).source(archive)
     together.wait()
-    sizes.put(len(datasets.load(images_of(source, root)).train))
+    sizes.put(len(sources.load(images_of(source, root)).train))
 
 
 def test_four_processes_download_the_images_once(tmp_path: Path, serve: Serve) -> None:
@@ -512,7 +513,7 @@ def test_files_that_another_process_is_still_unpacking_are_waited_for(tmp_path: 
     other.start()
     held.wait()
     try:
-        assert len(datasets.load(images_of(cifar.source(), tmp_path)).train) == 24
+        assert len(sources.load(images_of(cifar.source(), tmp_path)).train) == 24
     finally:
         other.join()
 
@@ -527,8 +528,8 @@ def test_a_server_without_the_right_file_counts_as_out_of_reach(
     source = Cifar(url=server.url).source(archive)
     root = tmp_path / "data"
     with refused("SmallCIFAR is not in", "cannot be downloaded"):
-        datasets.load(images_of(source, root))
-    assert datasets.load(images_of(source, root, fallback=SMALL)).name == "Synthetic"
+        sources.load(images_of(source, root))
+    assert sources.load(images_of(source, root, fallback=SMALL)).name == "Synthetic"
     gc.collect()
 
 
@@ -564,11 +565,11 @@ def one_answer() -> Iterator[Callable[[bytes], str]]:
 def test_a_network_that_keeps_silent_is_given_up(
     tmp_path: Path, one_answer: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", 0.3)
     source = Cifar(url=one_answer(b"")).source()
     started = time.monotonic()
     with refused("SmallCIFAR is not in", "timed out"):
-        datasets.load(images_of(source, tmp_path / "data"))
+        sources.load(images_of(source, tmp_path / "data"))
     assert time.monotonic() - started < 10
     assert socket.getdefaulttimeout() is None, "the time limit is the download's alone"
 
@@ -578,7 +579,7 @@ def test_an_answer_that_is_not_http_counts_as_out_of_reach(
 ) -> None:
     source = Cifar(url=one_answer(b"please log in\r\n\r\n")).source()
     with refused("SmallCIFAR is not in", "cannot be downloaded"):
-        datasets.load(images_of(source, tmp_path / "data"))
+        sources.load(images_of(source, tmp_path / "data"))
 
 
 def test_absent_mnist_files_are_downloaded_one_by_one(tmp_path: Path, serve: Serve) -> None:
@@ -589,7 +590,7 @@ def test_absent_mnist_files_are_downloaded_one_by_one(tmp_path: Path, serve: Ser
     resources = [(name, md5(content)) for name, content in packed.items()]
     attributes = {"mirrors": [server.url.removesuffix("all.tar.gz")], "resources": resources}
     source = type("SmallMNIST", (MNIST,), attributes)
-    data = datasets.load(images_of(source, tmp_path / "data", channels=1))
+    data = sources.load(images_of(source, tmp_path / "data", channels=1))
     assert (len(data.train), len(data.test)) == (10, 5)
     assert server.fetched == 4
 
@@ -614,14 +615,14 @@ PIXELS = numpy.zeros((4, 8, 8, 3), numpy.uint8)
 def test_grey_images_in_any_layout_get_one_channel(tmp_path: Path, shape: tuple[int, ...]) -> None:
     pixels = numpy.arange(256, dtype=numpy.uint8).reshape(4, 8, 8)
     source = made("Grey", data=pixels.reshape(shape), targets=[0, 1, 2, 3])
-    data = datasets.load(images_of(source, tmp_path, channels=1))
+    data = sources.load(images_of(source, tmp_path, channels=1))
     assert torch.equal(data.train.images, torch.from_numpy(pixels)[..., None])
     assert data.train.images.is_contiguous()
 
 
 def test_colour_images_with_the_channels_first_are_turned(tmp_path: Path) -> None:
     pixels = numpy.arange(4 * 3 * 64, dtype=numpy.uint16).astype(numpy.uint8).reshape(4, 3, 8, 8)
-    data = datasets.load(images_of(made("First", data=pixels, labels=[0] * 4), tmp_path))
+    data = sources.load(images_of(made("First", data=pixels, labels=[0] * 4), tmp_path))
     assert torch.equal(data.train.images, torch.from_numpy(pixels).permute(0, 2, 3, 1))
     assert data.train.images.is_contiguous()
 
@@ -631,7 +632,7 @@ def test_colour_images_with_the_channels_first_are_turned(tmp_path: Path) -> Non
 )
 def test_labels_may_be_a_list_a_tensor_or_an_array(tmp_path: Path, targets: Any) -> None:
     source = made("Mine", data=PIXELS, targets=targets, classes=NAMES)
-    labels = datasets.load(images_of(source, tmp_path)).train.labels
+    labels = sources.load(images_of(source, tmp_path)).train.labels
     assert labels.dtype == torch.int64
     assert labels.tolist() == [0, 1, 2, 1]
 
@@ -649,14 +650,14 @@ def test_labels_out_of_range_are_refused_before_a_gpu_sees_them(
 ) -> None:
     source = made("Mine", data=PIXELS, targets=labels, classes=classes)
     with refused(f"{given} in Mine", f"labels from 0 to {len(classes) - 1}"):
-        datasets.load(images_of(source, tmp_path))
+        sources.load(images_of(source, tmp_path))
 
 
 def test_a_cifar_batch_with_a_label_out_of_range_is_refused(tmp_path: Path) -> None:
     cifar = Cifar(labels=[0, 1, 3] * 2)
     cifar.write(tmp_path)
     with refused("labels from 0 to 3 in SmallCIFAR", "labels from 0 to 2"):
-        datasets.load(images_of(cifar.source(), tmp_path))
+        sources.load(images_of(cifar.source(), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -688,12 +689,12 @@ def test_data_that_is_not_uint8_images_with_labels_is_refused(
     tmp_path: Path, attributes: dict[str, Any]
 ) -> None:
     with refused("data.source=Mine", "uint8", "CIFAR10", "Folder"):
-        datasets.load(images_of(made("Mine", **attributes), tmp_path))
+        sources.load(images_of(made("Mine", **attributes), tmp_path))
 
 
 def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
     with refused("no images in Mine"):
-        datasets.load(images_of(made("Mine", data=PIXELS[:0], targets=[]), tmp_path))
+        sources.load(images_of(made("Mine", data=PIXELS[:0], targets=[]), tmp_path))
 
 
 def test_classes_of_one_half_only_are_refused_by_name(tmp_path: Path) -> None:
@@ -702,19 +703,19 @@ def test_classes_of_one_half_only_are_refused_by_name(tmp_path: Path) -> None:
             (tmp_path / half / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / half / name / "a.png")
     with refused("bird, dog", repr(str(tmp_path)), "same classes"):
-        datasets.load(images_of(Folder, tmp_path))
+        sources.load(images_of(Folder, tmp_path))
 
 
 def test_test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     source = made("Mine", data=lambda train: PIXELS if train else PIXELS[:, :4], targets=[0] * 4)
     with refused("(8, 8, 3)", "(4, 8, 3)", "Mine", "the same height"):
-        datasets.load(images_of(source, tmp_path))
+        sources.load(images_of(source, tmp_path))
 
 
 def test_a_source_without_a_half_for_testing_is_refused(tmp_path: Path) -> None:
     """It would be tested with what it was trained with."""
     with refused("data.source=FakeData", "neither `train` nor `split`"):
-        datasets.load(images_of(FakeData, tmp_path))
+        sources.load(images_of(FakeData, tmp_path))
 
 
 def test_a_source_that_passes_train_on_has_both_halves(tmp_path: Path) -> None:
@@ -728,7 +729,7 @@ def test_a_source_that_passes_train_on_has_both_halves(tmp_path: Path) -> None:
         def __init__(self, root: str, split: str, **words: Any) -> None:
             super().__init__(root, **words)
 
-    loaded = datasets.load(images_of(partial(Passing, split="letters"), tmp_path))
+    loaded = sources.load(images_of(partial(Passing, split="letters"), tmp_path))
     assert (len(loaded.train), len(loaded.test)) == (4, 2)
 
 
@@ -737,7 +738,7 @@ def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
         "Mine", data=PIXELS, targets=[0] * 4, classes=lambda train: NAMES[:: 1 if train else -1]
     )
     with refused("cat", "order"):
-        datasets.load(images_of(source, tmp_path))
+        sources.load(images_of(source, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -747,7 +748,7 @@ def test_a_mean_for_another_number_of_channels_is_refused(
 ) -> None:
     data = images_of(partial(SMALL, channels=channels), tmp_path, channels, **{name: given})
     with refused(f"data.{name}=", f"{channels} number(s), one per channel of Synthetic", "type"):
-        datasets.load(data)
+        sources.load(data)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -756,12 +757,12 @@ def test_the_mean_that_a_refusal_suggests_can_be_typed_at_a_shell(
 ) -> None:
     data = images_of(partial(SMALL, channels=channels), tmp_path, channels, mean=(0.5, 0.5))
     with pytest.raises(UserError) as caught:
-        datasets.load(data)
+        sources.load(data)
     command = f"printf '%s\\n' {caught.value.instead.removeprefix('type ')}"
     shell = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     words = shell.stdout.splitlines()
     recipe = overrides.override(replace(tiny_recipe(), data=data), words)
-    assert len(datasets.load(recipe.data).train) == 50
+    assert len(sources.load(recipe.data).train) == 50
 
 
 # The stand-in for a smoke test
@@ -784,7 +785,7 @@ def test_a_smoke_test_has_small_images_of_the_same_shape(
     tmp_path: Path, source: Any, fallback: Any, shape: tuple[int, ...], classes: int
 ) -> None:
     data = images_of(source, tmp_path, shape[-1], fallback=fallback)
-    smoke = datasets.load(replace(data, source=datasets.smoke_source(data), fallback=None))
+    smoke = sources.load(replace(data, source=sources.smoke_source(data), fallback=None))
     assert tuple(smoke.train.images.shape) == (1024, *shape)
     assert len(smoke.train.classes) == classes
     assert smoke.fallback is None
@@ -796,10 +797,10 @@ def test_a_smoke_test_of_unknown_shape_is_refused_with_what_to_add(
 ) -> None:
     name = source.__name__
     with refused(f"--smoke with data.source={name}", "fallback=partial(Synthetic"):
-        datasets.smoke_source(images_of(source, tmp_path))
+        sources.smoke_source(images_of(source, tmp_path))
 
 
 def test_an_image_set_moves_to_a_device_as_a_whole() -> None:
-    moved = datasets.load(images_of(SMALL, Path())).train.to(torch.device("meta"))
+    moved = sources.load(images_of(SMALL, Path())).train.to(torch.device("meta"))
     assert moved.images.device == moved.labels.device == torch.device("meta")
     assert len(moved) == 50

@@ -12,16 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from launcher import datasets
 from launcher.checkpoints import capture, place_of, restore, write
 from launcher.config.plan import START, Position, make_plan
+from launcher.data import sources
 from launcher.loop import SavePoint, fit
 from launcher.model import Learner, build, prepare
 from launcher.step import Job
 from tests.resumable import recipe as resumable
 
 RECIPE = replace(resumable, epochs=2, precision="fp16")
-DATA = datasets.load(RECIPE.data)
+DATA = sources.load(RECIPE.data)
 PLAN = make_plan(
     RECIPE, world_size=1, train_images=len(DATA.train), test_images=len(DATA.test), save_steps=13
 )

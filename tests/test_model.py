@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from launcher import Images, Recipe, Synthetic, datasets, ema
+from launcher import Images, Recipe, Synthetic, ema
+from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.model import average_buffers, build, count_parameters, evaluating, prepare
@@ -27,11 +28,11 @@ class Tuple(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def images() -> datasets.ImageSet:
-    return datasets.load(DATA).train
+def images() -> sources.ImageSet:
+    return sources.load(DATA).train
 
 
-def test_the_seed_alone_decides_the_first_weights(images: datasets.ImageSet) -> None:
+def test_the_seed_alone_decides_the_first_weights(images: sources.ImageSet) -> None:
     one, same = build(RECIPE, images), build(RECIPE, images)
     other = build(replace(RECIPE, seed=1), images)
     for (name, a), b, c in zip(
@@ -50,7 +51,7 @@ def test_the_seed_alone_decides_the_first_weights(images: datasets.ImageSet) -> 
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(
-    model: Any, message: str, images: datasets.ImageSet
+    model: Any, message: str, images: sources.ImageSet
 ) -> None:
     with pytest.raises(UserError) as caught:
         build(replace(RECIPE, model=model), images)
@@ -58,19 +59,19 @@ def test_a_model_that_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_in_double_precision_is_given_images_in_it(images: datasets.ImageSet) -> None:
+def test_a_model_in_double_precision_is_given_images_in_it(images: sources.ImageSet) -> None:
     network = build(replace(RECIPE, model=Small64), images)
     assert next(network.parameters()).dtype == torch.float64
 
 
-def test_a_lazy_layer_trains_all_of_its_weights(images: datasets.ImageSet) -> None:
+def test_a_lazy_layer_trains_all_of_its_weights(images: sources.ImageSet) -> None:
     lazy = partial(nn.Sequential, nn.Flatten(), nn.LazyLinear(10))
     network = build(replace(RECIPE, model=lazy), images)
     network(torch.ones(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_the_average_follows_its_formula(images: datasets.ImageSet) -> None:
+def test_the_average_follows_its_formula(images: sources.ImageSet) -> None:
     network = build(RECIPE, images)
     average = ema(network, decay=0.75)
     first = [p.detach().clone() for p in network.parameters()]
@@ -83,14 +84,14 @@ def test_the_average_follows_its_formula(images: datasets.ImageSet) -> None:
         torch.testing.assert_close(averaged, start + 0.25)
 
 
-def test_rates_are_scaled_from_the_recipes_own_each_time(images: datasets.ImageSet) -> None:
+def test_rates_are_scaled_from_the_recipes_own_each_time(images: sources.ImageSet) -> None:
     learner = prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32"))
     for multiplier in (0.5, 0.25):
         learner.set_rates(multiplier, float)  # a schedule that returns the progress itself
         assert learner.learning_rate == multiplier
 
 
-def test_the_average_is_what_is_evaluated(images: datasets.ImageSet) -> None:
+def test_the_average_is_what_is_evaluated(images: sources.ImageSet) -> None:
     recipe = replace(RECIPE, average=ema)
     learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
     assert learner.average is not None
@@ -98,7 +99,7 @@ def test_the_average_is_what_is_evaluated(images: datasets.ImageSet) -> None:
     assert prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32")).average is None
 
 
-def test_parameters_lie_in_the_memory_format_of_the_recipe(images: datasets.ImageSet) -> None:
+def test_parameters_lie_in_the_memory_format_of_the_recipe(images: sources.ImageSet) -> None:
     for memory_format in ("channels_last", "contiguous"):
         recipe = replace(RECIPE, memory_format=memory_format)
         learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
@@ -117,7 +118,7 @@ def test_evaluating_restores_training_even_after_an_error() -> None:
     assert network.training
 
 
-def test_frozen_parameters_are_neither_counted_nor_optimized(images: datasets.ImageSet) -> None:
+def test_frozen_parameters_are_neither_counted_nor_optimized(images: sources.ImageSet) -> None:
     network = build(RECIPE, images)
     whole = count_parameters(network)
     frozen = next(network.parameters())

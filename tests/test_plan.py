@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from launcher.batches import piece_bounds
 from launcher.config import overrides
 from launcher.config.plan import Plan, make_plan
+from launcher.data.batches import piece_bounds
 from launcher.errors import UserError
 from tests.helpers import refused, tiny_recipe, words_to_type
 

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from launcher import datasets, model
+from launcher import model
 from launcher.advice import Split, advice
-from launcher.batches import Batches
 from launcher.cli import main
 from launcher.config.plan import make_plan
+from launcher.data import sources
+from launcher.data.batches import Batches
 from launcher.distributed.accelerator import create_accelerator
 from launcher.profiling import divided, windows_for
 from launcher.step import Job
@@ -215,7 +216,7 @@ def test_communication_is_what_the_backward_pass_waits_for(alone: float, waited:
 def test_steps_that_share_their_pictures_are_measured_together() -> None:
     """On a GPU one step pays for the pictures of many: see `Batches`."""
     recipe = tiny_recipe(data={"batch_size": 2**9}, epochs=100)
-    data = datasets.load(recipe.data)
+    data = sources.load(recipe.data)
     group = 2**27 // (2**9 * 3 * 32 * 32 * 4)
     assert group == 21
     learner = model.prepare(model.build(recipe, data.train), recipe, create_accelerator("fp32"))

@@ -9,21 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from launcher import (
-    Synthetic,
-    crop,
-    cutout,
-    datasets,
-    ema,
-    flip,
-    mirrored,
-    mixup,
-    training,
-)
+from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, training
 from launcher.config.loader import Loaded
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Draws, Score
+from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.loop import normalisation
 from launcher.model import build, prepare
@@ -33,7 +24,7 @@ from tests.helpers import Tiny, refused, tiny_recipe
 
 
 def rehearsed(recipe: Recipe) -> nn.Module:
-    data, accelerator = datasets.load(recipe.data), create_accelerator("fp32")
+    data, accelerator = sources.load(recipe.data), create_accelerator("fp32")
     sizes = {"train_images": len(data.train), "test_images": len(data.test)}
     job = Job(recipe, make_plan(recipe, world_size=1, **sizes), accelerator)
     learner = prepare(build(recipe, data.train), recipe, accelerator)
@@ -154,5 +145,5 @@ def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
 def test_a_rehearsal_leaves_the_network_as_it_is(loss: Any) -> None:
     recipe = tiny_recipe(loss=loss, views=mirrored, average=ema)
     network = rehearsed(recipe)
-    fresh = build(recipe, datasets.load(recipe.data).train).state_dict()
+    fresh = build(recipe, sources.load(recipe.data).train).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())

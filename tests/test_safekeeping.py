@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import Adam
 
-from launcher import cli, datasets, resuming, runs
+from launcher import cli, resuming, runs
 from launcher.checkpoints import Writer, load_weights, newest, save_weights
 from launcher.config.loader import Loaded
 from launcher.config.plan import Cadence, Plan, make_plan
 from launcher.console import Console
+from launcher.data import sources
 from launcher.distributed import signals
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
@@ -108,7 +109,7 @@ def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None
 def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcome, dict[str, str]]:
     """What becomes of a tiny run in this process, and its closing rows."""
     loaded = Loaded(tiny_recipe(**changes), "tiny", "", "")
-    data = datasets.load(loaded.recipe.data)
+    data = sources.load(loaded.recipe.data)
     plan = make_plan(
         loaded.recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
     )

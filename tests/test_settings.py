@@ -409,7 +409,7 @@ def test_the_resolved_form_is_plain_json_with_defaults_filled_in(recipe: Recipe)
     assert form["optimizer"]["eps"] == 1e-8
     assert form["model"] == {"call": "tests.helpers:Tiny", "width": 4, "dropout": 0.0}
     assert form["data"]["augment"][1] == {
-        "call": "launcher.augment:crop",
+        "call": "launcher.data.augment:crop",
         "padding": 4,
         "fill": "reflect",
     }

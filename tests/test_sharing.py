@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher import datasets, sharing
+from launcher.data import cache, sources
 from tests.test_datasets import Cifar, images_of
 from tests.test_slurm import TASK
 
@@ -129,7 +129,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(
     (node / f"launcher-{os.getuid()}").chmod(0o777)
     data = images_of(Cifar().source(), root)
     environment = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    assert len(sharing.load(data, environment).train) == len(datasets.load(data).train)
+    assert len(cache.load(data, environment).train) == len(sources.load(data).train)
     assert "is not a folder of this user alone" in caplog.text
     assert left_in(root) == []
 
@@ -146,4 +146,4 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(
 def test_the_processes_of_a_node_are_counted_under_every_launcher(
     environment: dict[str, str], processes: int
 ) -> None:
-    assert sharing._processes_here(environment) == processes
+    assert cache._processes_here(environment) == processes

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from launcher import Images, Recipe, Synthetic, cutmix
-from launcher.batches import Batches, Normalise
 from launcher.config import loader, overrides
 from launcher.config.plan import make_plan
 from launcher.config.schedules import linear
-from launcher.datasets import load
+from launcher.data.batches import Batches, Normalise
+from launcher.data.sources import load
 from launcher.distributed.accelerator import choose_precision
 from launcher.errors import UserError
 from launcher.loop import fit

@@ -9,9 +9,10 @@ import numpy
 import pytest
 import torch
 
-from launcher import Recipe, Synthetic, datasets
+from launcher import Recipe, Synthetic
 from launcher.config import loader
 from launcher.config.plan import make_plan
+from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.loop import fit
 from launcher.metrics import EpochReport
@@ -101,7 +102,7 @@ def trained(recipe: Recipe) -> list[EpochReport]:
     """Train in this process, as the launcher does, but on one core: others may be busy."""
     accelerator = create_accelerator("fp32")
     torch.set_num_threads(1)
-    data = datasets.load(recipe.data)
+    data = sources.load(recipe.data)
     plan = make_plan(
         recipe,
         world_size=accelerator.num_processes,

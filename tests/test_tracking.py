@@ -20,7 +20,7 @@ import torch
 
 from launcher import tracking, training
 from launcher.config.loader import Loaded
-from launcher.datasets import Data, ImageSet
+from launcher.data.sources import Data, ImageSet
 from launcher.journal import epoch_scalars
 from launcher.metrics import Best, EpochReport, Evaluation, StepReport
 from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, start

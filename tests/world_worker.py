@@ -24,7 +24,6 @@ from launcher import (
     crop,
     cutmix,
     cutout,
-    datasets,
     ema,
     flip,
     linear,
@@ -32,6 +31,7 @@ from launcher import (
     mixup,
 )
 from launcher.config.plan import make_plan
+from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
 from launcher.loop import fit
@@ -150,7 +150,7 @@ SCENARIOS = {
 
 def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
     accelerator = create_accelerator("fp32")
-    data = datasets.load(recipe.data)
+    data = sources.load(recipe.data)
     plan = make_plan(
         recipe,
         world_size=accelerator.num_processes,

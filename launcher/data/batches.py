@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from launcher.config.plan import Plan
 from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
-from launcher.datasets import ImageSet
+from launcher.data.sources import ImageSet
 
 # What a random stream is for. Streams of different purposes never share numbers.
 _ORDER, _FRESH, _FIXED, _MIX, _LAYERS = range(5)

@@ -24,8 +24,8 @@ from torch import Tensor
 from launcher.config.overrides import short_name
 from launcher.config.recipe import Images
 from launcher.config.slots import Source
+from launcher.data.synthetic import Synthetic
 from launcher.errors import UserError
-from launcher.synthetic import Synthetic
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 

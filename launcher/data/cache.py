@@ -24,10 +24,11 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from launcher import datasets, slurm
+from launcher import slurm
 from launcher.config import overrides
 from launcher.config.recipe import Images
-from launcher.datasets import Data, ImageSet
+from launcher.data import sources
+from launcher.data.sources import Data, ImageSet
 from launcher.distributed import signals
 from launcher.errors import UserError
 
@@ -38,18 +39,18 @@ _COPY = "images.safetensors"
 def load(data: Images, environ: Mapping[str, str] = os.environ) -> Data:
     """The images of a recipe, read once for all processes of this node.
 
-    Raises what `datasets.load` raises, on every process of the node.
+    Raises what `sources.load` raises, on every process of the node.
     """
     processes = _processes_here(environ)
     if processes == 1:
-        return datasets.load(data)
+        return sources.load(data)
     try:
         folder = _launch_folder(data, environ)
         outcome = _take(folder, data, processes)
     except (OSError, SafetensorError, psutil.Error) as error:
         if environ.get("LOCAL_RANK") == "0":
             _LOG.warning("no copy of the images for this node, so each process reads: %s", error)
-        return datasets.load(data)
+        return sources.load(data)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -69,7 +70,7 @@ def _take(folder: Path, data: Images, processes: int) -> Data | UserError:
 
 def _read(data: Images) -> Data | UserError:
     try:
-        return datasets.load(data)
+        return sources.load(data)
     except UserError as refusal:
         return refusal
 
@@ -86,7 +87,7 @@ def _write(outcome: Data | UserError, path: Path) -> None:
         facts = {
             "name": outcome.name,
             "fallback": outcome.fallback,
-            "classes": outcome.train.classes,  # both halves have the same: `datasets.check`
+            "classes": outcome.train.classes,  # both halves have the same: `sources.check`
         }
         save_file(tensors, temporary, {"about": json.dumps(facts)})
     temporary.replace(path)
