@@ -80,10 +80,10 @@ class Notebook(Console):
 
 def child(output: Path, words: list[str]) -> None:
     """The launcher's command with a notebook for a console; leaves its notes in a file."""
-    from launcher import cli, training
+    from launcher import cli, run
 
     notebook = Notebook()
-    vars(training)["make_console"] = lambda is_main: notebook
+    vars(run)["make_console"] = lambda is_main: notebook
     code = cli.main([str(SELF), "--wandb", "off", *words])
     output.write_text(json.dumps({"epochs": notebook.epochs, "rates": notebook.rates}))
     sys.exit(code)

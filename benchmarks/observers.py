@@ -71,7 +71,7 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     """The launcher's command, with a timer around those who watch."""
     from rich.console import Console as RichConsole
 
-    from launcher import checkpoints, cli, training, watching
+    from launcher import checkpoints, cli, run, watching
     from launcher.console import Console, LiveConsole
     from launcher.runs import RunFolder
     from launcher.tracking import WandbTracker
@@ -79,14 +79,14 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     timer, whole = Timer(), Timer()
     screen = RichConsole(file=io.StringIO(), force_terminal=True, width=112)
     console = LiveConsole(screen) if mode == "watched" else Console(None)
-    vars(training)["make_console"] = lambda is_main: console
+    vars(run)["make_console"] = lambda is_main: console
     timer.around(type(console), "console", "say", "step", "epoch")
     timer.around(WandbTracker, "W&B steps", "log_step")
     timer.around(WandbTracker, "W&B epochs", "log_epoch")
     timer.around(RunFolder, "files", "record")
     timer.around(checkpoints, "files", "save_weights")
     timer.around(watching, "checkpoints", "_save")
-    whole.around(training, "training", "consume")
+    whole.around(run, "training", "consume")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])
     output.write_text(json.dumps({**timer.seconds, **whole.seconds}))
     sys.exit(code)

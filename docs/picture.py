@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console as RichConsole
 
-from launcher import training
+from launcher import run
 from launcher.cli import main
 from launcher.config.plan import Plan
 from launcher.console import LiveConsole
@@ -40,7 +40,7 @@ class Photograph(LiveConsole):
 def draw(overrides: list[str]) -> None:
     """Run SimpleCNN with a console that records what it draws."""
     rich = RichConsole(record=True, width=112, force_terminal=True, file=io.StringIO())
-    training.make_console = lambda is_main: Photograph(rich)
+    run.make_console = lambda is_main: Photograph(rich)
     with TemporaryDirectory() as folder:
         os.chdir(folder)
         words = [str(ROOT / "recipes" / "simplecnn.py"), "--name", "simplecnn"]

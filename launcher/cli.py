@@ -27,7 +27,7 @@ from launcher.utils.redaction import redacted
 if TYPE_CHECKING:
     from launcher.config.loader import Loaded
     from launcher.config.plan import Cadence
-    from launcher.training import Occasion
+    from launcher.run import Occasion
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
@@ -165,10 +165,10 @@ def _load(path: str, words: list[str]) -> "Loaded":
 
 
 def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
-    from launcher import training
+    from launcher import run
     from launcher.distributed.process_group import Timeouts
 
-    occasion = training.Occasion(
+    occasion = run.Occasion(
         runs=arguments.runs,
         name=arguments.name,
         max_steps=arguments.max_steps,
@@ -186,7 +186,7 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, 
     )
     if arguments.dry_run:
         return _dry_run(loaded, occasion, arguments.world_size)
-    outcome = training.train(loaded, occasion)
+    outcome = run.train(loaded, occasion)
     return EXIT_SAVED if outcome.stopped else 0
 
 
@@ -210,14 +210,14 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import model, timing, training, watching
+    from launcher import model, run, timing, watching
     from launcher.data import sources
 
     world = World.from_env()
     data = sources.load(loaded.recipe.data)
-    plan = training.plan_for(loaded, data, occasion, world_size or world.size)
+    plan = run.plan_for(loaded, data, occasion, world_size or world.size)
     network = model.build(loaded.recipe, data.train)
-    facts = training.describe(loaded, data, plan, network)
+    facts = run.describe(loaded, data, plan, network)
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())

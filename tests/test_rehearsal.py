@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, training
+from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, run
 from launcher.config.loader import Loaded
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
@@ -135,7 +135,7 @@ def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
 def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
     loaded = Loaded(tiny_recipe(loss=in_a_row), "mine", "", "")
     with refused("one number"):
-        training.train(loaded, training.Occasion(runs=tmp_path / "runs", wandb="off"))
+        run.train(loaded, run.Occasion(runs=tmp_path / "runs", wandb="off"))
     assert not (tmp_path / "runs").exists()
 
 

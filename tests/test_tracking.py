@@ -18,7 +18,7 @@ import numpy
 import pytest
 import torch
 
-from launcher import tracking, training
+from launcher import run, tracking
 from launcher.config.loader import Loaded
 from launcher.data.sources import Data, ImageSet
 from launcher.journal import epoch_scalars
@@ -263,7 +263,7 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
     for variable, value in own.items():
         monkeypatch.setenv(variable, value)
     loaded = Loaded(tiny_recipe(), "tiny", "", "")
-    training.train(loaded, training.Occasion(runs=tmp_path, name=name, max_steps=1))
+    run.train(loaded, run.Occasion(runs=tmp_path, name=name, max_steps=1))
     assert (given["name"], given["tags"], given["note"]) == (shown, ["tiny", "a", "b"], "why")
 
 
