@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from launcher import model
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Batches, Normalise
 from launcher.data.sources import ImageSet
 from launcher.distributed.process_group import PATIENT
-from launcher.loop import train_epoch
-from launcher.metrics import StepReport
 from launcher.nearby import average_nearby
-from launcher.step import Job
+from launcher.training import state
+from launcher.training.loop import train_epoch
+from launcher.training.metrics import StepReport
+from launcher.training.step import Job
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types
@@ -121,7 +121,7 @@ class Launched:
 
     def __init__(self, recipe: Recipe, images: ImageSet, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator, self.epochs = recipe, accelerator, 0
-        self.learner = model.prepare(model.build(recipe, images), recipe, accelerator)
+        self.learner = state.prepare(state.build(recipe, images), recipe, accelerator)
         average_nearby(self.learner.wrapped, PATIENT.of_collectives)
         self.learner.network.train()
 
@@ -138,7 +138,7 @@ class Launched:
     def reports(self, images: ImageSet, log_every: int | None = None) -> Iterator[StepReport]:
         """Train on the images once and yield what the launcher measures."""
         self.epochs += 1
-        like = model.first_parameter(self.learner.network)
+        like = state.first_parameter(self.learner.network)
         normalise = Normalise(self.recipe.data, images.images.shape[1:], like, False)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = len(images)

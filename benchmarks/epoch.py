@@ -9,7 +9,7 @@ optimizer and its batch of 64, in fp32 and in bf16 autocast, evaluation excluded
     tutorial  torchvision's DataLoader, ToTensor and Normalize, the loop of PyTorch's tutorial
     bare      uint8 images in memory, gathered by index and normalised per batch, channels_last
               memory, no `.item()` in the loop: a fast plain script for this job
-    launcher  `train_epoch` of launcher/loop.py, as `fit` runs it
+    launcher  `train_epoch` of launcher/training/loop.py, as `fit` runs it
 
 They take turns of 39 steps, after which the launcher reports by itself when an epoch has 782: the
 noise of a machine outlasts such a turn and meets them alike. A round is one epoch of each; compare

@@ -38,7 +38,7 @@ from benchmarks.trainer import (
     work_of_step,
 )
 from launcher.data.batches import Batches
-from launcher.loop import train_epoch
+from launcher.training.loop import train_epoch
 
 FOLDER = Path(__file__).resolve().parent
 CASES = {

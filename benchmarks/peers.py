@@ -12,7 +12,7 @@ evaluation excluded. Each peer is written as its own documents recommend:
     torchvision  the reference script for classification: transforms.v2, a meter that is read at
                  each print, here every 50 steps, channels_last
     lightning    a LightningModule and a Trainer with the loader that its guide shows
-    launcher     `train_epoch` of launcher/loop.py, as `fit` runs it
+    launcher     `train_epoch` of launcher/training/loop.py, as `fit` runs it
 
 All load in the training process: worker processes are slower on two cores (`--workers` says
 otherwise). They take turns, and the order rotates from round to round. Each keeps its model over

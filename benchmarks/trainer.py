@@ -13,15 +13,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher import Recipe, model
+from launcher import Recipe
 from launcher.config.plan import make_plan
 from launcher.data.batches import Batches, Normalise
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import create_accelerator
-from launcher.evaluation import evaluate
-from launcher.loop import train_epoch
-from launcher.metrics import StepReport
-from launcher.step import Job
+from launcher.training import state
+from launcher.training.evaluation import evaluate
+from launcher.training.loop import train_epoch
+from launcher.training.metrics import StepReport
+from launcher.training.step import Job
 
 Figures = dict[str, Any]
 T = TypeVar("T")
@@ -36,14 +37,14 @@ class Trainer:
         device = self.accelerator.device
         self.on_cpu = data.train  # what a fresh network is tried on
         self.train, self.test = data.train.to(device), data.test.to(device)
-        self.learner = model.prepare(model.build(recipe, data.train), recipe, self.accelerator)
+        self.learner = state.prepare(state.build(recipe, data.train), recipe, self.accelerator)
         self.learner.network.train()
         self.untrained = self.learner.optimizer.state_dict()
 
     def renew(self, seed: int) -> None:
         """Fresh weights of that seed, and an optimizer without a past."""
         self.recipe = replace(self.recipe, seed=seed)
-        weights = model.build(self.recipe, self.on_cpu).state_dict()
+        weights = state.build(self.recipe, self.on_cpu).state_dict()
         self.learner.network.load_state_dict(weights)
         self.learner.optimizer.load_state_dict(self.untrained)
         self.learner.network.train()
@@ -51,7 +52,7 @@ class Trainer:
     def epochs(self, log_every: int | None = None, last: int | None = None) -> Iterator[StepReport]:
         """Initialise and train; `log_every=None` reads the loss once an epoch."""
         recipe, device = self.recipe, self.accelerator.device
-        model.initialise(self.learner.network, recipe, self.train, device)
+        state.initialise(self.learner.network, recipe, self.train, device)
         job, normalise = self.job(log_every), self.normalise()
         batches = Batches(self.train, recipe, job.plan, normalise, rank=0)
         for epoch in range(1, (last or recipe.epochs) + 1):
@@ -68,7 +69,7 @@ class Trainer:
 
     def normalise(self) -> Normalise:
         """As the launcher feeds this network."""
-        like = model.first_parameter(self.learner.network)
+        like = state.first_parameter(self.learner.network)
         return Normalise(self.recipe.data, self.train.images.shape[1:], like, False)
 
     def accuracy(self, with_views: bool) -> float:
@@ -116,7 +117,7 @@ def work_of_step(trainer: Trainer) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             # `forward` is the network as it was before compiling.
-            logits = model.widened(network.forward(trainer.normalise()(images)))
+            logits = state.widened(network.forward(trainer.normalise()(images)))
             loss = recipe.loss(logits, trainer.train.labels[:size])
         loss.backward()  # type: ignore[no-untyped-call]
     network.zero_grad()

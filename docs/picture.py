@@ -15,7 +15,7 @@ from launcher import run
 from launcher.cli import main
 from launcher.config.plan import Plan
 from launcher.console import LiveConsole
-from launcher.metrics import StepReport
+from launcher.training.metrics import StepReport
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
     from launcher.data.image_folder import Folder
     from launcher.data.synthetic import Synthetic
-    from launcher.model import ema
-    from launcher.optimizers import Muon, Together
-    from launcher.views import mirrored, mirrored_and_shifted
+    from launcher.training.optimizers import Muon, Together
+    from launcher.training.state import ema
+    from launcher.training.tta import mirrored, mirrored_and_shifted
 
 __all__ = [
     "Draws",
@@ -47,13 +47,13 @@ __all__ = [
 _HOMES = {
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
     "launcher.data.image_folder": "Folder",
-    "launcher.model": "ema",
-    "launcher.optimizers": "Muon Together",
+    "launcher.training.state": "ema",
+    "launcher.training.optimizers": "Muon Together",
     "launcher.config.recipe": "Images Recipe",
     "launcher.config.slots": "Draws NamedParameters",
     "launcher.config.schedules": "constant cosine linear steps",
     "launcher.data.synthetic": "Synthetic",
-    "launcher.views": "mirrored mirrored_and_shifted",
+    "launcher.training.tta": "mirrored mirrored_and_shifted",
 }
 
 

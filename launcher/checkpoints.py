@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from launcher.config.plan import Position
 from launcher.errors import UserError
-from launcher.metrics import Best
-from launcher.model import Learner
+from launcher.training.metrics import Best
+from launcher.training.state import Learner
 from launcher.utils import atomic_write
 
 KEPT = 3  # checkpoints; the best weights are kept apart

@@ -210,13 +210,14 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import model, run, timing, watching
+    from launcher import run, timing, watching
     from launcher.data import sources
+    from launcher.training import state
 
     world = World.from_env()
     data = sources.load(loaded.recipe.data)
     plan = run.plan_for(loaded, data, occasion, world_size or world.size)
-    network = model.build(loaded.recipe, data.train)
+    network = state.build(loaded.recipe, data.train)
     facts = run.describe(loaded, data, plan, network)
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.config.plan import Plan
-from launcher.metrics import EpochReport, StepReport
+from launcher.training.metrics import EpochReport, StepReport
 
 
 class Console:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.metrics import Best, EpochReport, StepReport
+from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils import atomic_write
 
 # The figures that make a row that of a step, or of an epoch, and where their number stands.

@@ -23,12 +23,12 @@ from launcher.config.plan import Plan, Position
 from launcher.data.batches import Batches, Piece, steps_at_once
 from launcher.data.sources import Data
 from launcher.errors import UserError
-from launcher.loop import Event, SavePoint, fit
-from launcher.metrics import EpochReport, StepReport
-from launcher.model import Learner, first_parameter
 from launcher.runs import RunFolder
-from launcher.step import Job
 from launcher.timing import synchronise
+from launcher.training.loop import Event, SavePoint, fit
+from launcher.training.metrics import EpochReport, StepReport
+from launcher.training.state import Learner, first_parameter
+from launcher.training.step import Job
 
 WARM_UP, MEASURED, TRACED = 5, 15, 3  # steps
 

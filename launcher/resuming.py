@@ -9,8 +9,8 @@ from launcher import checkpoints, runs
 from launcher.config.loader import Loaded
 from launcher.config.plan import START, Position
 from launcher.errors import UserError
-from launcher.metrics import Best
 from launcher.runs import RunFolder
+from launcher.training.metrics import Best
 from launcher.utils.redaction import cleaned, redacted
 
 _OF_THE_MACHINE = "data.root"  # where the images lie, not what they are

@@ -28,13 +28,13 @@ from launcher.distributed.accelerator import (
 from launcher.distributed.process_group import PATIENT, Company, Timeouts
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
-from launcher.loop import normalisation, settle
-from launcher.model import Learner, build, count_parameters, initialise, prepare
 from launcher.nearby import average_nearby
-from launcher.rehearsal import rehearse
 from launcher.resuming import Start, initial_weights, new_run, resumed_run
-from launcher.step import Job
 from launcher.tracking import NullTracker
+from launcher.training.loop import normalisation, settle
+from launcher.training.preflight import rehearse
+from launcher.training.state import Learner, build, count_parameters, initialise, prepare
+from launcher.training.step import Job
 from launcher.utils.redaction import cleaned, redacted
 from launcher.watching import (
     Outcome,

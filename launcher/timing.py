@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from launcher import model, scaling
+from launcher import scaling
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
 from launcher.data.batches import Normalise
 from launcher.data.sources import ImageSet
 from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
-from launcher.model import Learner
 from launcher.scaling import Compute
+from launcher.training import state
+from launcher.training.state import Learner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,7 +41,7 @@ def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet
     accelerator = create_accelerator(precision)
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
     recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
-    learner = model.prepare(network, recipe, accelerator)
+    learner = state.prepare(network, recipe, accelerator)
     worlds = sorted({*scaling.SHOWN_WORLDS, plan.world_size})
     possible = [world for world in worlds if world * plan.accumulate <= plan.batch_size]
     computes = {
@@ -70,7 +71,7 @@ def measure(
     Not their mean, since whatever else the machine does only adds to it.
     """
     count = max(LEAST_IMAGES, -(-plan.batch_size // plan.pieces))
-    like, shape = model.first_parameter(learner.network), data.images.shape[1:]
+    like, shape = state.first_parameter(learner.network), data.images.shape[1:]
     normalise = Normalise(recipe.data, shape, like, recipe.memory_format == "contiguous")
     pixels, labels = (part[:count].to(accelerator.device) for part in (data.images, data.labels))
     # With mixing, a loss is given class probabilities.
@@ -81,7 +82,7 @@ def measure(
         losses: list[Tensor] = []
 
         def forward() -> None:
-            logits = model.widened(learner.wrapped(normalise(pixels)))
+            logits = state.widened(learner.wrapped(normalise(pixels)))
             losses.append(recipe.loss(logits, targets))
 
         def update() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from launcher.data.sources import Data
 from launcher.journal import ROW, Journal, Row, epoch_scalars, last_row_on_disk, step_scalars
-from launcher.metrics import Best, EpochReport, StepReport, sample_indices
+from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
 
 if TYPE_CHECKING:
     import wandb

@@ -18,13 +18,13 @@ from launcher.data.sources import Data
 from launcher.distributed import signals
 from launcher.distributed.accelerator import run_on_main
 from launcher.errors import NotFiniteError, TrainingError
-from launcher.loop import Event, SavePoint, fit
-from launcher.metrics import Best, EpochReport, StepReport
-from launcher.model import Learner
 from launcher.resuming import Start
 from launcher.runs import RunFolder
-from launcher.step import Job
 from launcher.tracking import Tracker
+from launcher.training.loop import Event, SavePoint, fit
+from launcher.training.metrics import Best, EpochReport, StepReport
+from launcher.training.state import Learner
+from launcher.training.step import Job
 from launcher.utils.redaction import redacted
 
 MOST_ROLLBACKS = 10  # a run that needs more does not get better by leaving steps out

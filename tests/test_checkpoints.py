@@ -20,8 +20,8 @@ from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.model import Learner, build, prepare
 from launcher.runs import RunFolder
+from launcher.training.state import Learner, build, prepare
 from tests.resumable import recipe
 
 STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}

@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 
 from launcher.config.plan import Plan
 from launcher.console import Console, LiveConsole, epoch_line, first_step_line
-from launcher.metrics import EpochReport, Evaluation, StepReport
+from launcher.training.metrics import EpochReport, Evaluation, StepReport
 
 ROOT = Path(__file__).parents[1]
 PLAN = Plan(

@@ -15,9 +15,9 @@ from torch.amp.grad_scaler import GradScaler
 from launcher.checkpoints import capture, place_of, restore, write
 from launcher.config.plan import START, Position, make_plan
 from launcher.data import sources
-from launcher.loop import SavePoint, fit
-from launcher.model import Learner, build, prepare
-from launcher.step import Job
+from launcher.training.loop import SavePoint, fit
+from launcher.training.state import Learner, build, prepare
+from launcher.training.step import Job
 from tests.resumable import recipe as resumable
 
 RECIPE = replace(resumable, epochs=2, precision="fp16")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from launcher.metrics import SAMPLES, EpochReport, Evaluation, Meter, Tally, sample_indices
+from launcher.training.metrics import SAMPLES, EpochReport, Evaluation, Meter, Tally, sample_indices
 
 CPU = torch.device("cpu")
 

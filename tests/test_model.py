@@ -13,7 +13,7 @@ from launcher import Images, Recipe, Synthetic, ema
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.model import average_buffers, build, count_parameters, evaluating, prepare
+from launcher.training.state import average_buffers, build, count_parameters, evaluating, prepare
 from tests.world_worker import Small, Small64
 
 DATA = Images(partial(Synthetic, count=50), 10, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adagrad, Optimizer
 
 from launcher import Muon, NamedParameters, Together
-from launcher.model import Learner, prepare
-from launcher.optimizers import orthogonalise
+from launcher.training.optimizers import orthogonalise
+from launcher.training.state import Learner, prepare
 from tests.world_worker import Small, Small64, divided, late, plain
 
 

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from launcher import model
 from launcher.advice import Split, advice
 from launcher.cli import main
 from launcher.config.plan import make_plan
@@ -19,7 +18,8 @@ from launcher.data import sources
 from launcher.data.batches import Batches
 from launcher.distributed.accelerator import create_accelerator
 from launcher.profiling import divided, windows_for
-from launcher.step import Job
+from launcher.training import state
+from launcher.training.step import Job
 from tests.helpers import tiny_recipe
 from tests.processes import PYTHON, RESUMABLE, TORCHRUN, Run, fingerprint
 
@@ -219,7 +219,7 @@ def test_steps_that_share_their_pictures_are_measured_together() -> None:
     data = sources.load(recipe.data)
     group = 2**27 // (2**9 * 3 * 32 * 32 * 4)
     assert group == 21
-    learner = model.prepare(model.build(recipe, data.train), recipe, create_accelerator("fp32"))
+    learner = state.prepare(state.build(recipe, data.train), recipe, create_accelerator("fp32"))
     for device, size, steps in (("cuda", 50_000, 21), ("cuda", 2**11, 16), ("cpu", 50_000, 15)):
         plan = make_plan(recipe, world_size=1, train_images=size, test_images=1)
         here = cast(Accelerator, SimpleNamespace(device=torch.device(device)))

@@ -16,10 +16,10 @@ from launcher.config.recipe import Recipe
 from launcher.config.slots import Draws, Score
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
-from launcher.loop import normalisation
-from launcher.model import build, prepare
-from launcher.rehearsal import rehearse
-from launcher.step import Job
+from launcher.training.loop import normalisation
+from launcher.training.preflight import rehearse
+from launcher.training.state import build, prepare
+from launcher.training.step import Job
 from tests.helpers import Tiny, refused, tiny_recipe
 
 

@@ -79,7 +79,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
 INTERRUPTED = """
 import os, signal
 from dataclasses import replace
-from launcher import evaluation
+from launcher.training import evaluation
 from tests import resumable
 
 evaluation.EVALUATION_BATCH_ON_CPU = 50

@@ -27,12 +27,12 @@ from launcher.data import sources
 from launcher.distributed import signals
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.metrics import Best, EpochReport
-from launcher.model import build, prepare
 from launcher.resuming import Start
 from launcher.runs import RunFolder
-from launcher.step import Job
 from launcher.tracking import NullTracker
+from launcher.training.metrics import Best, EpochReport
+from launcher.training.state import build, prepare
+from launcher.training.step import Job
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
 from launcher.watching import Outcome, Watchers, closing_rows, consume

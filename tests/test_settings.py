@@ -413,7 +413,7 @@ def test_the_resolved_form_is_plain_json_with_defaults_filled_in(recipe: Recipe)
         "padding": 4,
         "fill": "reflect",
     }
-    assert form["average"] == {"call": "launcher.model:ema", "decay": 0.9}
+    assert form["average"] == {"call": "launcher.training.state:ema", "decay": 0.9}
     assert form["precision"] is None
     assert form["seed"] == 0
 

@@ -17,10 +17,10 @@ from launcher.data.batches import Batches, Normalise
 from launcher.data.sources import load
 from launcher.distributed.accelerator import choose_precision
 from launcher.errors import UserError
-from launcher.loop import fit
-from launcher.metrics import EpochReport
-from launcher.model import build, initialise, prepare
-from launcher.step import Job
+from launcher.training.loop import fit
+from launcher.training.metrics import EpochReport
+from launcher.training.state import build, initialise, prepare
+from launcher.training.step import Job
 from recipes.speedrun94 import Block
 from tests.world_worker import Small64, plain
 
@@ -100,7 +100,7 @@ def test_its_settings_can_be_changed_and_written_down(speedrun: Recipe) -> None:
     assert changed["optimizer"]["filter_rate"] == 0.1
     assert changed["initialise"]["floor"] == 0.001
     assert changed["compile"] == "reduce-overhead"
-    assert changed["views"] == {"call": "launcher.views:mirrored_and_shifted"}
+    assert changed["views"] == {"call": "launcher.training.tta:mirrored_and_shifted"}
     assert overrides.override(speedrun, ["views=none"]).views is None
     with pytest.raises(UserError):
         overrides.override(speedrun, ["compile=fast"])

@@ -14,10 +14,10 @@ from launcher.config import loader
 from launcher.config.plan import make_plan
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
-from launcher.loop import fit
-from launcher.metrics import EpochReport
-from launcher.model import build, prepare
-from launcher.step import Job
+from launcher.training.loop import fit
+from launcher.training.metrics import EpochReport
+from launcher.training.state import build, prepare
+from launcher.training.step import Job
 from tests.helpers import RECIPES
 
 

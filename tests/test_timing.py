@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launcher import Synthetic, cutmix, model
+from launcher import Synthetic, cutmix
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.timing import measure, scaling_lines
+from launcher.training import state
 from tests.helpers import Tiny, tiny_recipe
 
 
 def planned(recipe: Recipe, world_size: int) -> tuple[list[str], int]:
     data = sources.load(recipe.data)
     plan = make_plan(recipe, world_size=world_size, train_images=len(data.train), test_images=1)
-    network = model.build(recipe, data.train)
+    network = state.build(recipe, data.train)
     lines = scaling_lines(recipe, plan, network, data.train)
     return lines, sum(p.numel() for p in network.parameters())
 
@@ -73,7 +74,7 @@ def test_a_rank_is_measured_with_its_own_images_and_all_its_passes() -> None:
     recipe = tiny_recipe(model=Counting, accumulate=2)
     data = sources.load(replace(recipe.data, source=partial(Synthetic, count=100)))
     accelerator = create_accelerator("fp32")
-    learner = model.prepare(model.build(recipe, data.train), recipe, accelerator)
+    learner = state.prepare(state.build(recipe, data.train), recipe, accelerator)
     plan = make_plan(recipe, world_size=1, train_images=60, test_images=1)
     Counting.sizes.clear()
     compute = measure(recipe, plan, learner, data.train, accelerator)
@@ -94,7 +95,7 @@ def test_the_measured_network_is_in_training_mode() -> None:
 
     recipe = tiny_recipe(model=build)
     data = sources.load(recipe.data)
-    network = model.build(recipe, data.train)
+    network = state.build(recipe, data.train)
     seen.clear()
     plan = make_plan(recipe, world_size=2, train_images=60, test_images=1)
     scaling_lines(recipe, plan, network, data.train)

@@ -22,8 +22,8 @@ from launcher import run, tracking
 from launcher.config.loader import Loaded
 from launcher.data.sources import Data, ImageSet
 from launcher.journal import epoch_scalars
-from launcher.metrics import Best, EpochReport, Evaluation, StepReport
 from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, start
+from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
 from tests.helpers import tiny_recipe
 from tests.wandb_server import API_KEY, WandbServer
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from launcher import mirrored, mirrored_and_shifted
-from launcher.metrics import EpochReport, Evaluation
+from launcher.training.metrics import EpochReport, Evaluation
 
 
 def pixel(row: int, column: int) -> Tensor:

@@ -34,11 +34,11 @@ from launcher.config.plan import make_plan
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
-from launcher.loop import fit
-from launcher.metrics import EpochReport, StepReport
-from launcher.model import build, initialise, prepare
 from launcher.nearby import average_nearby
-from launcher.step import Job
+from launcher.training.loop import fit
+from launcher.training.metrics import EpochReport, StepReport
+from launcher.training.state import build, initialise, prepare
+from launcher.training.step import Job
 
 # 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.
 IMAGES, BATCH = 203, 32

@@ -20,8 +20,8 @@ from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
 from launcher.data.batches import Normalise
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
-from launcher.model import evaluating, widened
-from launcher.step import Job
+from launcher.training.state import evaluating, widened
+from launcher.training.step import Job
 
 MOST_CLASSES = 100  # whose losses are compared
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
@@ -109,6 +109,6 @@ def _unfit(function: Callable[..., Any], what: str, expected: str) -> UserError:
     return UserError(
         f"{code_name(function)} {what}",
         expected=expected,
-        instead="compare it with launcher/data/augment.py or launcher/views.py, "
+        instead="compare it with launcher/data/augment.py or launcher/training/tta.py, "
         "or for a loss with cross_entropy of torch.nn.functional",
     )

@@ -18,16 +18,16 @@ from launcher.data.batches import Batches, Normalise, layer_seeds
 from launcher.data.sources import Data, ImageSet
 from launcher.distributed.stop_sync import Agreement, StoppedError
 from launcher.errors import NotFiniteError, UserError
-from launcher.evaluation import evaluate, score_samples
-from launcher.metrics import EpochReport, Meter, Reading, StepReport
-from launcher.model import (
+from launcher.training.evaluation import evaluate, score_samples
+from launcher.training.metrics import EpochReport, Meter, Reading, StepReport
+from launcher.training.state import (
     Learner,
     average_buffers,
     first_parameter,
     largest_parameter,
     widened,
 )
-from launcher.step import Job, seed_layers, train_step
+from launcher.training.step import Job, seed_layers, train_step
 
 MOST_SKIPPED = 20  # steps in a row without an update, before the run stops
 FIRST_PREDICTIONS = 5  # images whose predicted classes are shown after the first step

@@ -9,9 +9,9 @@ from launcher.config.slots import Views
 from launcher.data.batches import Normalise, piece_bounds
 from launcher.data.sources import ImageSet
 from launcher.distributed.stop_sync import Agreement, StoppedError
-from launcher.metrics import Evaluation, Tally, sample_indices
-from launcher.model import evaluating, widened
-from launcher.step import Job
+from launcher.training.metrics import Evaluation, Tally, sample_indices
+from launcher.training.state import evaluating, widened
+from launcher.training.step import Job
 
 # Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.
 EVALUATION_BATCH, EVALUATION_BATCH_ON_CPU = 1000, 250

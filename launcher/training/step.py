@@ -15,8 +15,8 @@ from torch import Tensor
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Piece
-from launcher.metrics import Meter
-from launcher.model import Learner, widened
+from launcher.training.metrics import Meter
+from launcher.training.state import Learner, widened
 
 
 @dataclass(frozen=True)

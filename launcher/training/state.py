@@ -22,7 +22,7 @@ from launcher.config.slots import Schedule
 from launcher.data.batches import Normalise
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
-from launcher.optimizers import compile_steps
+from launcher.training.optimizers import compile_steps
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialisation sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
