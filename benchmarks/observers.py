@@ -71,9 +71,10 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     """The launcher's command, with a timer around those who watch."""
     from rich.console import Console as RichConsole
 
-    from launcher import checkpoints, cli, run, watching
+    from launcher import cli, run, watching
+    from launcher.checkpoint import checkpoint
+    from launcher.checkpoint.run_dir import RunFolder
     from launcher.console import Console, LiveConsole
-    from launcher.runs import RunFolder
     from launcher.tracking import WandbTracker
 
     timer, whole = Timer(), Timer()
@@ -84,7 +85,7 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     timer.around(WandbTracker, "W&B steps", "log_step")
     timer.around(WandbTracker, "W&B epochs", "log_epoch")
     timer.around(RunFolder, "files", "record")
-    timer.around(checkpoints, "files", "save_weights")
+    timer.around(checkpoint, "files", "save_weights")
     timer.around(watching, "checkpoints", "_save")
     whole.around(run, "training", "consume")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])

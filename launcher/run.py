@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import checkpoints, profiling, runs, tracking
-from launcher.checkpoints import Writer
+from launcher import profiling, tracking
+from launcher.checkpoint import checkpoint, run_dir
+from launcher.checkpoint.checkpoint import Writer
+from launcher.checkpoint.resume import Start, initial_weights, new_run, resumed_run
 from launcher.config import overrides
 from launcher.config.loader import Loaded
 from launcher.config.plan import EVERY_EPOCH, Cadence, Plan, make_plan
@@ -29,7 +31,6 @@ from launcher.distributed.process_group import PATIENT, Company, Timeouts
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
 from launcher.nearby import average_nearby
-from launcher.resuming import Start, initial_weights, new_run, resumed_run
 from launcher.tracking import NullTracker
 from launcher.training.loop import normalisation, settle
 from launcher.training.preflight import rehearse
@@ -116,7 +117,7 @@ def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
     network = build(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
     if weights := _given_weights(loaded, occasion):
-        checkpoints.load_weights(network, weights)
+        checkpoint.load_weights(network, weights)
         facts |= {"weights": f"from {weights}"}
     return _Prepared(data, plan, network, precision, facts)
 
@@ -129,8 +130,8 @@ def _given_weights(loaded: Loaded, occasion: Occasion) -> Path | None:
         return initial_weights(occasion.runs, occasion.init_from)
     except UserError:
         where = (occasion.runs, occasion.name, loaded.name)
-        folder = runs.find(*where) if occasion.resume else None
-        if folder is None or checkpoints.newest(folder.checkpoints)[0] is None:
+        folder = run_dir.find(*where) if occasion.resume else None
+        if folder is None or checkpoint.newest(folder.checkpoints)[0] is None:
             raise
         return None
 
@@ -232,7 +233,7 @@ def _watched(
     start = None if occasion.smoke else _begin(job, data, loaded, occasion, locks)
     if start and start.checkpoint:
         settle(job, learner, data)
-        checkpoints.restore(start.checkpoint, learner, job.accelerator)
+        checkpoint.restore(start.checkpoint, learner, job.accelerator)
     if start:  # what was refused until here has left the folder as it was
         start = _described(job.accelerator, start, loaded, facts)
     watchers = _gather(job.accelerator, start, data, loaded, occasion)

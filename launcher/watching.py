@@ -9,8 +9,10 @@ from functools import partial
 from hashlib import sha256
 from typing import Literal
 
-from launcher import checkpoints, runs
-from launcher.checkpoints import Snapshot, Writer
+from launcher.checkpoint import checkpoint, run_dir
+from launcher.checkpoint.checkpoint import Snapshot, Writer
+from launcher.checkpoint.resume import Start
+from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
 from launcher.config.plan import START, Cadence, Position
 from launcher.console import Console, first_step_line, tta_note
@@ -18,8 +20,6 @@ from launcher.data.sources import Data
 from launcher.distributed import signals
 from launcher.distributed.accelerator import run_on_main
 from launcher.errors import NotFiniteError, TrainingError
-from launcher.resuming import Start
-from launcher.runs import RunFolder
 from launcher.tracking import Tracker
 from launcher.training.loop import Event, SavePoint, fit
 from launcher.training.metrics import Best, EpochReport, StepReport
@@ -170,11 +170,11 @@ def _roll_back(
     if job.recipe.on_nan != "rollback" or folder is None:
         raise error
     _wait_for_writer(watchers)
-    found = run_on_main(job.accelerator, lambda: checkpoints.newest(folder.checkpoints)[0])
+    found = run_on_main(job.accelerator, lambda: checkpoint.newest(folder.checkpoints)[0])
     if found is None or len(job.left_out) >= MOST_ROLLBACKS or error.step in job.left_out:
         raise error
-    checkpoints.restore(found, learner, job.accelerator)
-    position, best = checkpoints.place_of(found)
+    checkpoint.restore(found, learner, job.accelerator)
+    position, best = checkpoint.place_of(found)
     if job.accelerator.is_main_process:
         _attempt("metrics.jsonl", partial(folder.forget_after, position.epochs), watchers)
     watchers.console.say(f"{error}")
@@ -237,16 +237,16 @@ def _save(
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "source": redacted(watchers.loaded.source),
-        "versions": runs.versions(),
+        "versions": run_dir.versions(),
     }
-    snapshot = checkpoints.capture(learner, job.accelerator, state)
+    snapshot = checkpoint.capture(learner, job.accelerator, state)
     if watchers.writer is None:
         return ""
     _complain(watchers.writer.submit(snapshot), watchers)
     if not point.stops or _is_written(watchers.writer, snapshot, watchers):
         return ""
-    found, _ = checkpoints.newest(watchers.folder.checkpoints)
-    newest = f"step {checkpoints.place_of(found)[0].step}" if found else "the beginning"
+    found, _ = checkpoint.newest(watchers.folder.checkpoints)
+    newest = f"step {checkpoint.place_of(found)[0].step}" if found else "the beginning"
     return f"stopped by {_reason()}, not saved: --resume goes on from {newest}"
 
 
@@ -264,7 +264,7 @@ def _save_weights(which: Literal["best", "final"], learner: Learner, watchers: W
     if watchers.writer is None or watchers.folder is None:
         return ""
     path = watchers.folder.best if which == "best" else watchers.folder.final
-    save = partial(checkpoints.save_weights, learner.evaluated, path)
+    save = partial(checkpoint.save_weights, learner.evaluated, path)
     return _attempt(f"the {which} weights", save, watchers)
 
 

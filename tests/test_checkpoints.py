@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from launcher import checkpoints, resuming
-from launcher.checkpoints import CheckpointError, Writer, capture, newest, restore, write
+from launcher.checkpoint import checkpoint, resume
+from launcher.checkpoint.checkpoint import CheckpointError, Writer, capture, newest, restore, write
+from launcher.checkpoint.run_dir import RunFolder
 from launcher.config import overrides
 from launcher.config.plan import Position
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.runs import RunFolder
 from launcher.training.state import Learner, build, prepare
 from tests.resumable import recipe
 
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     assert found == older
     assert "step-000000002 is damaged" in complaint
     with pytest.raises(CheckpointError):
-        checkpoints.verify(newer)
+        checkpoint.verify(newer)
 
 
 def test_a_folder_that_was_never_renamed_is_not_a_checkpoint(tmp_path: Path) -> None:
@@ -154,12 +154,12 @@ def test_changed_settings_are_named_unless_they_are_intended() -> None:
     before = {"epochs": 2, "optimizer": {"lr": 0.1}, "data": {"root": "a", "augment": [{"p": 1}]}}
     now = {"epochs": 3, "optimizer": {"lr": 0.1}, "data": {"root": "b", "augment": [{"p": 2}]}}
     with pytest.raises(UserError) as caught:
-        resuming.refuse_changes(before, now, ())
+        resume.refuse_changes(before, now, ())
     assert "epochs (2 -> 3)" in str(caught.value)
     assert "data.augment.0.p (1 -> 2)" in str(caught.value)
     assert "--resume-changed data.augment.0.p,epochs" in str(caught.value)
     assert "root" not in str(caught.value)  # the machine's, not the experiment's
-    resuming.refuse_changes(before, now, ("epochs", "data.augment"))
+    resume.refuse_changes(before, now, ("epochs", "data.augment"))
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from launcher.checkpoints import capture, place_of, restore, write
+from launcher.checkpoint.checkpoint import capture, place_of, restore, write
 from launcher.config.plan import START, Position, make_plan
 from launcher.data import sources
 from launcher.training.loop import SavePoint, fit

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from launcher import runs
-from launcher.checkpoints import save_weights
+from launcher.checkpoint import run_dir
+from launcher.checkpoint.checkpoint import save_weights
 from launcher.errors import UserError
 
 
 def test_names_are_made_from_recipe_and_time_and_never_shared(tmp_path: Path) -> None:
-    folders = [runs.create(tmp_path / "runs", None, "net").path for _ in range(3)]
+    folders = [run_dir.create(tmp_path / "runs", None, "net").path for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.name.startswith("net-20") for folder in folders)
 
@@ -23,18 +23,18 @@ def test_names_are_made_from_recipe_and_time_and_never_shared(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["../up", "a/b", "", " ", ".hidden", "/root"])
 def test_a_name_that_is_no_plain_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="plain name"):
-        runs.create(tmp_path, name, "net")
+        run_dir.create(tmp_path, name, "net")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_taken_name_is_refused(tmp_path: Path) -> None:
-    runs.create(tmp_path, "mine", "net").describe({"epochs": 1}, {"name": "net"}, "source")
+    run_dir.create(tmp_path, "mine", "net").describe({"epochs": 1}, {"name": "net"}, "source")
     with pytest.raises(UserError, match="exists already"):
-        runs.create(tmp_path, "mine", "net")
+        run_dir.create(tmp_path, "mine", "net")
 
 
 def test_a_lock_that_cannot_be_had_is_refused_in_one_line(tmp_path: Path) -> None:
-    folder = runs.create(tmp_path, "mine", "net")
+    folder = run_dir.create(tmp_path, "mine", "net")
     (folder.path / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(UserError, match="cannot be written"):
         folder.lock()
@@ -42,7 +42,7 @@ def test_a_lock_that_cannot_be_had_is_refused_in_one_line(tmp_path: Path) -> Non
 
 
 def test_records_are_one_json_object_a_line(tmp_path: Path) -> None:
-    folder = runs.create(tmp_path, "mine", "net")
+    folder = run_dir.create(tmp_path, "mine", "net")
     folder.describe({"epochs": 1}, {"data": "x"}, "source")
     for epoch in (1, 2):
         folder.record({"epoch": epoch, "test/accuracy": 0.5})

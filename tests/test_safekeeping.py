@@ -18,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import Adam
 
-from launcher import cli, resuming, runs
-from launcher.checkpoints import Writer, load_weights, newest, save_weights
+from launcher import cli
+from launcher.checkpoint import resume, run_dir
+from launcher.checkpoint.checkpoint import Writer, load_weights, newest, save_weights
+from launcher.checkpoint.resume import Start
+from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
 from launcher.config.plan import Cadence, Plan, make_plan
 from launcher.console import Console
@@ -27,8 +30,6 @@ from launcher.data import sources
 from launcher.distributed import signals
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.resuming import Start
-from launcher.runs import RunFolder
 from launcher.tracking import NullTracker
 from launcher.training.metrics import Best, EpochReport
 from launcher.training.state import build, prepare
@@ -89,7 +90,7 @@ def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
 
 
 def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None:
-    folder = runs.create(tmp_path, "run", "tiny")
+    folder = run_dir.create(tmp_path, "run", "tiny")
     folder.checkpoints.write_text("a file where the folder should be")
 
     class Repairing(Console):
@@ -122,7 +123,7 @@ def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcom
 
 
 def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
-    folder = runs.create(tmp_path, "run", "tiny")
+    folder = run_dir.create(tmp_path, "run", "tiny")
     accuracies, marks = [], []
 
     class Obstructing(Console):
@@ -179,7 +180,7 @@ def test_a_file_in_the_place_of_the_checkpoints_costs_lines_only(tmp_path: Path)
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be made"):
-        runs.create(tmp_path, "mine", "net")
+        run_dir.create(tmp_path, "mine", "net")
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
@@ -197,12 +198,12 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert (outside / "file").read_text() == "precious"
     (folder / "checkpoints").symlink_to(outside)
     with pytest.raises(UserError, match="is a link to"):
-        runs.find(tmp_path / "runs", "mine", "net")
+        run_dir.find(tmp_path / "runs", "mine", "net")
     (tmp_path / "runs" / "other").symlink_to(folder)
     with pytest.raises(UserError, match="is a link to"):
-        runs.find(tmp_path / "runs", "other", "net")
+        run_dir.find(tmp_path / "runs", "other", "net")
     with pytest.raises(UserError, match="exists already"):
-        runs.create(tmp_path / "runs", "other", "net")
+        run_dir.create(tmp_path / "runs", "other", "net")
 
 
 def test_a_run_that_was_removed_writes_nothing_into_another_of_its_name(tmp_path: Path) -> None:
@@ -335,11 +336,11 @@ def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(tmp_path: Path) -> None:
     with refused("--init-from nothing", "a run in"):
-        resuming.initial_weights(tmp_path, "nothing")
+        resume.initial_weights(tmp_path, "nothing")
     path = tmp_path / "weights.safetensors"
     assert cli.main(["x", "--init-from"]) == 2
     save_weights(Tiny(width=5), path)
-    assert resuming.initial_weights(tmp_path, str(path)) == path
+    assert resume.initial_weights(tmp_path, str(path)) == path
     with refused("layers.2.weight (5, 3), the model (4, 3)", "same model"):
         load_weights(Tiny(), path)
     path.write_text("no weights")

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import checkpoints, runs
+from launcher.checkpoint import checkpoint, run_dir
+from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
 from launcher.config.plan import START, Position
 from launcher.errors import UserError
-from launcher.runs import RunFolder
 from launcher.training.metrics import Best
 from launcher.utils.redaction import cleaned, redacted
 
@@ -30,7 +30,7 @@ class Start:
 
 def new_run(root: Path, name: str | None, loaded: Loaded) -> Start:
     """A folder of its own for a run from the beginning."""
-    return Start(runs.create(root, name, loaded.name))
+    return Start(run_dir.create(root, name, loaded.name))
 
 
 def resumed_run(
@@ -47,7 +47,7 @@ def resumed_run(
     `UserError` where settings differ from the checkpoint's that `changed` does not name. Other
     changes of the recipe file, which may be of a comment or of the network, are noted.
     """
-    folder = runs.find(root, name, loaded.name)
+    folder = run_dir.find(root, name, loaded.name)
     if folder is None:
         if name is None:
             raise UserError(
@@ -56,17 +56,17 @@ def resumed_run(
                 instead="leave --resume out, or type --name NAME or --runs FOLDER",
             )
         note = f"no run is called {name} yet: it begins now"
-        return Start(runs.create(root, name, loaded.name), notes=(note,))
-    found, complaints = checkpoints.newest(folder.checkpoints)
+        return Start(run_dir.create(root, name, loaded.name), notes=(note,))
+    found, complaints = checkpoint.newest(folder.checkpoints)
     if found is None:
         _refuse_finished(folder)
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
-    state = checkpoints.read_state(found)
+    state = checkpoint.read_state(found)
     refuse_changes(state["config"], loaded.config, changed)
     _refuse_other_optimizer(folder, state["config"], loaded.config)
     _refuse_other_data(state["data"], data_name)
-    position, best = checkpoints.place_of(found)
+    position, best = checkpoint.place_of(found)
     notes = [*complaints, f"resumed after step {position.step}, from {found.name}"]
     if state["source"] != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
@@ -85,7 +85,7 @@ def initial_weights(root: Path, given: str) -> Path:
         for name in ("final.safetensors", "best.safetensors", "weights.safetensors"):
             if (folder / name).is_file():
                 return folder / name
-        found, _ = checkpoints.newest(folder / "checkpoints")
+        found, _ = checkpoint.newest(folder / "checkpoints")
         if found is not None:
             return found / "weights.safetensors"
     raise UserError(
