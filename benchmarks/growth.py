@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.config import loader
 from launcher.config.plan import Plan
-from launcher.console import Console
+from launcher.loggers.console import Console
 from launcher.training.metrics import EpochReport, StepReport
 
 IMAGES, TIMES = 12_500, (1, 4, 16)

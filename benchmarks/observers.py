@@ -74,8 +74,8 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     from launcher import cli, run, watching
     from launcher.checkpoint import checkpoint
     from launcher.checkpoint.run_dir import RunFolder
-    from launcher.console import Console, LiveConsole
-    from launcher.tracking import WandbTracker
+    from launcher.loggers.console import Console, LiveConsole
+    from launcher.loggers.wandb import WandbTracker
 
     timer, whole = Timer(), Timer()
     screen = RichConsole(file=io.StringIO(), force_terminal=True, width=112)

@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from launcher import run
 from launcher.cli import main
 from launcher.config.plan import Plan
-from launcher.console import LiveConsole
+from launcher.loggers.console import LiveConsole
 from launcher.training.metrics import StepReport
 
 ROOT = Path(__file__).parents[1]

@@ -10,14 +10,12 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from launcher import profiling, tracking
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.checkpoint import Writer
 from launcher.checkpoint.resume import Start, initial_weights, new_run, resumed_run
 from launcher.config import overrides
 from launcher.config.loader import Loaded
 from launcher.config.plan import EVERY_EPOCH, Cadence, Plan, make_plan
-from launcher.console import make_console
 from launcher.data import cache, sources
 from launcher.data.sources import Data
 from launcher.distributed import process_group
@@ -30,8 +28,10 @@ from launcher.distributed.accelerator import (
 from launcher.distributed.process_group import PATIENT, Company, Timeouts
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
+from launcher.loggers import profiler, wandb
+from launcher.loggers.console import make_console
+from launcher.loggers.wandb import NullTracker
 from launcher.nearby import average_nearby
-from launcher.tracking import NullTracker
 from launcher.training.loop import normalisation, settle
 from launcher.training.preflight import rehearse
 from launcher.training.state import Learner, build, count_parameters, initialise, prepare
@@ -152,8 +152,8 @@ def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
     learner = prepare(ready.network, job.recipe, accelerator)
     rehearse(job, learner.evaluated, ready.data.test, normalisation(job, learner, ready.data))
     average_nearby(learner.wrapped, patience)
-    windows = profiling.windows_for(job, learner, ready.data) if occasion.profile else None
-    job = profiling.shortened(job, windows) if windows else job
+    windows = profiler.windows_for(job, learner, ready.data) if occasion.profile else None
+    job = profiler.shortened(job, windows) if windows else job
     facts = ready.facts | {
         "devices": f"{job.plan.world_size} x {device_name(accelerator)}",
         **occasion.place,
@@ -226,7 +226,7 @@ def _watched(
     loaded: Loaded,
     occasion: Occasion,
     facts: dict[str, str],
-    windows: profiling.Windows | None,
+    windows: profiler.Windows | None,
 ) -> Outcome:
     """Train in front of those who watch."""
     locks: list[FileLock] = []  # held until this process is done with the folder
@@ -240,13 +240,13 @@ def _watched(
     exit_code = EXIT_FAULT
     try:
         show_header(watchers, start, loaded.name, data, facts)
-        watch = profiling.Stopwatch(windows, start.folder, job) if windows and start else None
+        watch = profiler.Stopwatch(windows, start.folder, job) if windows and start else None
         through = watch.through if watch else iter
         outcome = consume(job, learner, data, start, watchers, occasion.checkpoint_every, through)
         exit_code = EXIT_SAVED if outcome.stopped else 0
         rows = closing_rows(outcome, watchers, data)
         if watch and not outcome.stopped:
-            rows |= profiling.rows(watch, job, learner, data, facts["precision"])
+            rows |= profiler.rows(watch, job, learner, data, facts["precision"])
         watchers.console.closing(rows)
     finally:
         watchers.console.close()
@@ -304,7 +304,7 @@ def _gather(
     if start is None or not accelerator.is_main_process:
         return Watchers(console, NullTracker(), start.folder if start else None, None, loaded)
     own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
-    tracker = tracking.start(
+    tracker = wandb.start(
         occasion.wandb,
         folder=start.folder.path,
         # What is given here, W&B does not take from the environment, so that is done here, too.

@@ -15,12 +15,12 @@ from launcher.checkpoint.resume import Start
 from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
 from launcher.config.plan import START, Cadence, Position
-from launcher.console import Console, first_step_line, tta_note
 from launcher.data.sources import Data
 from launcher.distributed import signals
 from launcher.distributed.accelerator import run_on_main
 from launcher.errors import NotFiniteError, TrainingError
-from launcher.tracking import Tracker
+from launcher.loggers.console import Console, first_step_line, tta_note
+from launcher.loggers.wandb import Tracker
 from launcher.training.loop import Event, SavePoint, fit
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.training.state import Learner

@@ -11,7 +11,7 @@ import numpy
 from rich.console import Console as RichConsole
 
 from launcher.config.plan import Plan
-from launcher.console import Console, LiveConsole, epoch_line, first_step_line
+from launcher.loggers.console import Console, LiveConsole, epoch_line, first_step_line
 from launcher.training.metrics import EpochReport, Evaluation, StepReport
 
 ROOT = Path(__file__).parents[1]

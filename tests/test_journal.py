@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launcher.journal import Journal, last_row_on_disk
+from launcher.loggers.wandb_history import Journal, last_row_on_disk
 
 
 def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> None:

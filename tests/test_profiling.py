@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from launcher.advice import Split, advice
 from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.data import sources
 from launcher.data.batches import Batches
 from launcher.distributed.accelerator import create_accelerator
-from launcher.profiling import divided, windows_for
+from launcher.loggers.advice import Split, advice
+from launcher.loggers.profiler import divided, windows_for
 from launcher.training import state
 from launcher.training.step import Job
 from tests.helpers import tiny_recipe

@@ -25,12 +25,12 @@ from launcher.checkpoint.resume import Start
 from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
 from launcher.config.plan import Cadence, Plan, make_plan
-from launcher.console import Console
 from launcher.data import sources
 from launcher.distributed import signals
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.tracking import NullTracker
+from launcher.loggers.console import Console
+from launcher.loggers.wandb import NullTracker
 from launcher.training.metrics import Best, EpochReport
 from launcher.training.state import build, prepare
 from launcher.training.step import Job

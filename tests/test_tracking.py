@@ -18,11 +18,12 @@ import numpy
 import pytest
 import torch
 
-from launcher import run, tracking
+from launcher import run
 from launcher.config.loader import Loaded
 from launcher.data.sources import Data, ImageSet
-from launcher.journal import epoch_scalars
-from launcher.tracking import NullTracker, Samples, Tracker, WandbTracker, start
+from launcher.loggers import wandb
+from launcher.loggers.wandb import NullTracker, Samples, Tracker, WandbTracker, start
+from launcher.loggers.wandb_history import epoch_scalars
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
 from tests.helpers import tiny_recipe
 from tests.wandb_server import API_KEY, WandbServer
@@ -258,7 +259,7 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
         given.update(words)
         return NullTracker()
 
-    monkeypatch.setattr(tracking, "start", began)
+    monkeypatch.setattr(wandb, "start", began)
     own = {"WANDB_NAME": "mine", "WANDB_TAGS": "a,b", "WANDB_NOTES": "why"}
     for variable, value in own.items():
         monkeypatch.setenv(variable, value)

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from launcher.data.sources import Data
-from launcher.journal import ROW, Journal, Row, epoch_scalars, last_row_on_disk, step_scalars
+from launcher.loggers.wandb_history import (
+    ROW,
+    Journal,
+    Row,
+    epoch_scalars,
+    last_row_on_disk,
+    step_scalars,
+)
 from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
 
 if TYPE_CHECKING:

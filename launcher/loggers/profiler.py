@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from launcher.advice import Split
 from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.plan import Plan, Position
 from launcher.data.batches import Batches, Piece, steps_at_once
 from launcher.data.sources import Data
 from launcher.errors import UserError
+from launcher.loggers.advice import Split
 from launcher.timing import synchronise
 from launcher.training.loop import Event, SavePoint, fit
 from launcher.training.metrics import EpochReport, StepReport
