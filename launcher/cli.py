@@ -210,7 +210,8 @@ def _cadence(text: str) -> "Cadence":
 
 def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import run, timing, watching
+    from launcher import run, watching
+    from launcher.checks import timing
     from launcher.data import sources
     from launcher.training import state
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.scaling import (
+from launcher.checks.scaling import (
     BUCKET,
     CLUSTERS,
     FIRST_BUCKET,

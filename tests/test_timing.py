@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from launcher import Synthetic, cutmix
+from launcher.checks.timing import measure, scaling_lines
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
-from launcher.timing import measure, scaling_lines
 from launcher.training import state
 from tests.helpers import Tiny, tiny_recipe
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.checkpoint.run_dir import RunFolder
+from launcher.checks.timing import synchronise
 from launcher.config.plan import Plan, Position
 from launcher.data.batches import Batches, Piece, steps_at_once
 from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.loggers.advice import Split
-from launcher.timing import synchronise
 from launcher.training.loop import Event, SavePoint, fit
 from launcher.training.metrics import EpochReport, StepReport
 from launcher.training.state import Learner, first_parameter

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from launcher import scaling
+from launcher.checks import scaling
+from launcher.checks.scaling import Compute
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
 from launcher.data.batches import Normalise
 from launcher.data.sources import ImageSet
 from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
-from launcher.scaling import Compute
 from launcher.training import state
 from launcher.training.state import Learner
 
