@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher import slurm
+from launcher.cluster import slurm_env
 from launcher.distributed import signals
 from launcher.distributed.world import World, refuse_misplaced
 from launcher.errors import (
@@ -123,9 +123,9 @@ def _seconds(text: str) -> float:
 
 def _run(words: list[str]) -> int:
     if words[:1] == ["submit"]:
-        from launcher import submitting
+        from launcher.cluster import submit
 
-        return submitting.main(words[1:])
+        return submit.main(words[1:])
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
@@ -138,7 +138,7 @@ def _run(words: list[str]) -> int:
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run")
     shows = arguments.help or arguments.dry_run
-    place = {} if shows else slurm.enter(timedelta(seconds=arguments.save_before))
+    place = {} if shows else slurm_env.enter(timedelta(seconds=arguments.save_before))
     if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
         parser.error("--profile goes with neither --smoke nor --resume")
     loaded = _load(named[0], [*named[1:], *unknown])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launcher.batch_job import BatchJob, Sweep, safe_name
+from launcher.cluster.job import BatchJob, Sweep, safe_name
 from tests.helpers import refused
 
 

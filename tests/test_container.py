@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import kubernetes
+from launcher.cluster import kubernetes
 from tests.processes import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from launcher.batch_job import BatchJob, Sweep
-from launcher.kubernetes import Kind, Manifest, Site, object_name, read_site, render
+from launcher.cluster.job import BatchJob, Sweep
+from launcher.cluster.kubernetes import Kind, Manifest, Site, object_name, read_site, render
 from tests.helpers import refused
 from tests.processes import RESUMABLE, ROOT, Run
 
@@ -152,7 +152,7 @@ def expanded(word: str, environment: dict[str, str]) -> str:
 
 
 def elastic(*words: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "launcher.elastic"]
+    program = [sys.executable, "-m", "launcher.cluster.torchrun"]
     command = [*program, "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*command, "--no-python", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -282,7 +282,7 @@ def test_the_words_of_two_pods_train_together_and_a_stopped_pod_says_so(tmp_path
             here = [re.sub(r"(--master-addr=).*", r"\g<1>127.0.0.1", word) for word in words]
             here = [re.sub(r"(--master-port=).*", rf"\g<1>{port}", word) for word in here]
             here = [expanded(word, {"JOB_COMPLETION_INDEX": rank}) for word in here]
-            agent = (sys.executable, "-m", "launcher.elastic", *here[: recipe - 3])
+            agent = (sys.executable, "-m", "launcher.cluster.torchrun", *here[: recipe - 3])
             runs.append(Run(agent, tmp_path, *here[recipe + 1 :], *more))
         return runs
 

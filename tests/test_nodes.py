@@ -20,7 +20,7 @@ EPOCHS = "epochs=4"
 PAUSE = 0.03  # seconds per forward pass: four epochs take at least 4 seconds
 SILENCE = 6.0  # --timeout
 STARTING = 60.0  # seconds at most until a process on a busy machine is under way
-AGENTS = {"torchrun": "torch.distributed.run", "elastic": "launcher.elastic"}
+AGENTS = {"torchrun": "torch.distributed.run", "elastic": "launcher.cluster.torchrun"}
 WAYS = ["accelerate", "torchrun", "elastic"]
 
 

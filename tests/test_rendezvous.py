@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
-from launcher import elastic
+from launcher.cluster import torchrun
+from launcher.cluster.rendezvous import BACKEND, handler
 from launcher.errors import RankError
-from launcher.rendezvous import BACKEND, handler
 from tests.processes import ACCELERATE, ROOT, Run
 
 
@@ -60,7 +60,7 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_in_one_line(
 def test_torchruns_words_are_checked_in_one_line(
     words: tuple[str, ...], given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert elastic.main(["--nnodes", "2", *words, "-m", "none"]) == 2
+    assert torchrun.main(["--nnodes", "2", *words, "-m", "none"]) == 2
     assert capsys.readouterr().err.startswith(f"launcher: {given}")
 
 
@@ -79,9 +79,9 @@ def test_machine_0_is_where_torchrun_looks_for_it(
         raise RankError(f"{(address, port)}")
 
     said: list[str] = []
-    monkeypatch.setattr(elastic, "meet_machines", meet)
-    monkeypatch.setattr(elastic, "say", said.append)
-    assert elastic.main(["--nnodes", "2", *words, "-m", "none"]) == 1
+    monkeypatch.setattr(torchrun, "meet_machines", meet)
+    monkeypatch.setattr(torchrun, "say", said.append)
+    assert torchrun.main(["--nnodes", "2", *words, "-m", "none"]) == 1
     assert said == [f"{place}"]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.batch_job import BatchJob, Sweep
-from launcher.sbatch import render
+from launcher.cluster.job import BatchJob, Sweep
+from launcher.cluster.sbatch import render
 
 JOB = BatchJob(recipe="recipes/simplecnn.py", name="first")
 JOBS = 1000

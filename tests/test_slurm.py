@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher import cli, slurm
+from launcher import cli
+from launcher.cluster import slurm_env
 from launcher.distributed import signals
 from launcher.distributed.world import World
 from tests.helpers import refused
@@ -38,7 +39,7 @@ TWO_GPUS = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
 
 
 def test_a_task_learns_its_rank_and_where_all_meet() -> None:
-    found = slurm.variables(TASK)
+    found = slurm_env.variables(TASK)
     port = found.pop("MASTER_PORT")
     assert found == {
         "RANK": "3",
@@ -48,7 +49,7 @@ def test_a_task_learns_its_rank_and_where_all_meet() -> None:
         "MASTER_ADDR": "gpu07",
         "OMP_NUM_THREADS": "4",
     }
-    assert slurm.FIRST_PORT <= int(port) < slurm.FIRST_PORT + slurm.PORTS < 32_768
+    assert slurm_env.FIRST_PORT <= int(port) < slurm_env.FIRST_PORT + slurm_env.PORTS < 32_768
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_task_learns_its_rank_and_where_all_meet() -> None:
     ],
 )
 def test_other_jobs_steps_and_attempts_meet_elsewhere(other: dict[str, str]) -> None:
-    one, two = slurm.variables(TASK), slurm.variables(TASK | other)
+    one, two = slurm_env.variables(TASK), slurm_env.variables(TASK | other)
     assert one["MASTER_PORT"] != two["MASTER_PORT"]
 
 
@@ -69,7 +70,7 @@ def test_all_tasks_of_a_step_meet_at_one_place() -> None:
     places = {
         (found["MASTER_ADDR"], found["MASTER_PORT"])
         for rank in range(4)
-        for found in [slurm.variables(TASK | {"SLURM_PROCID": str(rank)})]
+        for found in [slurm_env.variables(TASK | {"SLURM_PROCID": str(rank)})]
     }
     assert len(places) == 1
 
@@ -83,22 +84,22 @@ def test_all_tasks_of_a_step_meet_at_one_place() -> None:
     ],
 )
 def test_cores_are_shared_among_the_tasks_of_a_node(environ: dict[str, str], threads: str) -> None:
-    assert slurm.variables(environ)["OMP_NUM_THREADS"] == threads
+    assert slurm_env.variables(environ)["OMP_NUM_THREADS"] == threads
 
 
 def test_what_the_users_script_has_set_stays() -> None:
     mine = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "RANK": "3", "OMP_NUM_THREADS": "7"}
-    assert not set(slurm.variables(TASK | mine)) & set(mine)
+    assert not set(slurm_env.variables(TASK | mine)) & set(mine)
 
 
 def test_a_task_that_sees_only_its_own_gpu_uses_the_first_that_it_sees() -> None:
     """Under `srun --gpus-per-task=1`, every task calls its GPU number 0."""
     bound = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0"}
-    found = slurm.variables(TASK | bound)
+    found = slurm_env.variables(TASK | bound)
     assert (found["RANK"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("3", "0", "1")
-    assert slurm.variables(TASK | TWO_GPUS)["LOCAL_RANK"] == "1"
+    assert slurm_env.variables(TASK | TWO_GPUS)["LOCAL_RANK"] == "1"
     users_own = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # of which Accelerate makes use, too
-    assert slurm.variables(TASK | users_own) == slurm.variables(TASK)
+    assert slurm_env.variables(TASK | users_own) == slurm_env.variables(TASK)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_a_task_that_sees_only_its_own_gpu_uses_the_first_that_it_sees() -> None
     ],
 )
 def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, str]) -> None:
-    assert slurm.variables(environ) == {}
+    assert slurm_env.variables(environ) == {}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_wrong_combinations_are_explained(
     environ: dict[str, str], given: str, instead: str
 ) -> None:
     with refused(given, instead):
-        slurm.variables(environ)
+        slurm_env.variables(environ)
 
 
 @pytest.mark.parametrize(
@@ -187,27 +188,27 @@ def test_wrong_combinations_are_explained(
     ],
 )
 def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
-    assert slurm.first_host(nodes) == first
+    assert slurm_env.first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
     ("counts", "each"), [("1", [1]), ("2(x3),1", [2, 2, 2, 1]), ("4,3(x2)", [4, 3, 3])]
 )
 def test_counts_per_node(counts: str, each: list[int]) -> None:
-    assert slurm.expand(counts) == each
+    assert slurm_env.expand(counts) == each
 
 
 def test_the_end_of_a_job_as_scontrol_prints_it() -> None:
     shown = "JobId=17\n   RunTime=00:01 TimeLimit=01:00:00\n   EndTime=2026-03-04T05:06:07 Dead=N/A"
-    assert slurm.end_time(shown) == datetime(2026, 3, 4, 5, 6, 7).timestamp()
-    assert slurm.end_time(shown.replace("01:00:00", "UNLIMITED")) is None
-    assert slurm.end_time("EndTime=Unknown") is None
-    assert slurm.end_time("") is None
+    assert slurm_env.end_time(shown) == datetime(2026, 3, 4, 5, 6, 7).timestamp()
+    assert slurm_env.end_time(shown.replace("01:00:00", "UNLIMITED")) is None
+    assert slurm_env.end_time("EndTime=Unknown") is None
+    assert slurm_env.end_time("") is None
 
 
 def test_a_run_stops_before_the_end_but_never_in_the_first_half_of_its_time() -> None:
-    assert slurm.stop_time(1000.0, 5000.0, timedelta(seconds=120)) == 4880.0
-    assert slurm.stop_time(1000.0, 1100.0, timedelta(seconds=120)) == 1050.0
+    assert slurm_env.stop_time(1000.0, 5000.0, timedelta(seconds=120)) == 4880.0
+    assert slurm_env.stop_time(1000.0, 1100.0, timedelta(seconds=120)) == 1050.0
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_the_end_of_the_time_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with signals.listening():
-        place = slurm.enter(timedelta(seconds=60))
+        place = slurm_env.enter(timedelta(seconds=60))
         ends = f"{datetime.fromtimestamp(4_000_000_000):%Y-%m-%d %H:%M:%S}"
         assert place["batch job"].startswith(f"Slurm 17, attempt 1, ends {ends}; saves")
         assert signals.stop_reason() == ""

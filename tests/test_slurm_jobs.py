@@ -197,7 +197,7 @@ def test_wrong_combinations_end_at_once_with_one_line(
 
 
 def test_hosts_and_addresses_are_those_that_slurm_knows(slurm: Slurm) -> None:
-    from launcher.slurm import first_host
+    from launcher.cluster.slurm_env import first_host
 
     for nodes in ("node[1-2]", "gpu[007-009,012],cpu1", "a,b", "rack[2,4]n[10-11]"):
         assert slurm.say("scontrol", "show", "hostnames", nodes).split()[0] == first_host(nodes)

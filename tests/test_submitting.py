@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher import job_status, submitting
-from launcher.batch_job import BatchJob, Sweep
 from launcher.cli import main
+from launcher.cluster import status, submit
+from launcher.cluster.job import BatchJob, Sweep
 from tests.helpers import ROOT, refused
 
 
@@ -68,7 +68,7 @@ def test_nothing_heavy_is_imported() -> None:
 def test_times_are_written_as_in_slurm(
     text: str, time: timedelta, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submitting.parse_time(text) == time
+    assert submit.parse_time(text) == time
     hours, seconds = divmod(time.seconds, 3600)
     shown = f"{time.days}-{hours:02}:{seconds // 60:02}:{seconds % 60:02}"
     assert f"#SBATCH --time={shown}\n" in script(capsys, "--time", text)
@@ -96,7 +96,7 @@ def test_times_are_written_as_in_slurm(
 )
 def test_bad_words_are_refused(words: tuple[str, ...], parts: tuple[str, ...]) -> None:
     with refused(*parts):
-        submitting.main(words)
+        submit.main(words)
     assert main(["submit", *words]) == 2
 
 
@@ -108,7 +108,7 @@ def test_bad_words_are_refused(words: tuple[str, ...], parts: tuple[str, ...]) -
     ],
 )
 def test_a_tuple_is_one_value_of_a_sweep(words: str, values: tuple[str, ...]) -> None:
-    assert submitting._sweep(words).values == values
+    assert submit._sweep(words).values == values
 
 
 def test_a_job_does_not_inherit_what_describes_the_one_it_is_submitted_from(
@@ -119,11 +119,11 @@ def test_a_job_does_not_inherit_what_describes_the_one_it_is_submitted_from(
     mine = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CPU_BIND": "none", "OTHER": "1"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
-    submitting.main(["x.py", "--name", "outside"])
+    submit.main(["x.py", "--name", "outside"])
     assert all(name in Path("said").read_text() for name in mine)
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_GPUS_PER_NODE"):
         monkeypatch.setenv(name, "3")
-    submitting.main(["x.py", "--name", "inside"])
+    submit.main(["x.py", "--name", "inside"])
     names = [line.split("=")[0].split()[-1] for line in Path("said").read_text().splitlines()]
     assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"]
     assert "OTHER" in names
@@ -138,7 +138,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("accelerate_config").mkdir()
-    submitting.SITE.write_text("#SBATCH --partition=usual\n")
+    submit.SITE.write_text("#SBATCH --partition=usual\n")
     Path("other.sh").write_text("#SBATCH --partition=other\nmodule load x\n")
     assert "--partition=usual" in script(capsys)
     other = script(capsys, "--site", "other.sh")
@@ -150,11 +150,11 @@ def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[st
 def test_a_site_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "site.sh").write_bytes("# Universität".encode("latin-1"))
     with refused("--site site.sh (not UTF-8)"):
-        submitting.main(["x.py", "--site", "site.sh", "--dry-run"])
+        submit.main(["x.py", "--site", "site.sh", "--dry-run"])
 
 
 def test_the_shipped_lines_of_a_site_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    shipped = str(ROOT / submitting.SITE)
+    shipped = str(ROOT / submit.SITE)
     assert (
         script(capsys, "--name", "a", "--site", shipped).split()
         == script(capsys, "--name", "a").split()
@@ -165,21 +165,21 @@ def test_a_job_that_sbatch_refuses_is_explained(tmp_path: Path) -> None:
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid partition: x' >&2\nexit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
     with refused("sbatch refused the job: invalid partition: x"):
-        submitting.main(["x.py"])
+        submit.main(["x.py"])
     assert not list(tmp_path.glob("runs/jobs/*.json"))
 
 
 def test_runs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with refused("--runs file", "type --runs FOLDER"):
-        submitting.main(["x.py", "--runs", "file"])
+        submit.main(["x.py", "--runs", "file"])
 
 
 def test_the_status_of_each_run(tmp_path: Path) -> None:
     jobs = tmp_path / "runs" / "jobs"
     jobs.mkdir(parents=True)
     job = BatchJob(recipe="x.py", name="s", runs="runs", sweep=Sweep("lr", ("1", "2", "3")))
-    job_status.remember(job, "17")
+    status.remember(job, "17")
     for attempt in (1, 2):
         (jobs / f"s-0-17-{attempt}.log").touch()
     for name, rows in {"s-0": [0.25, 0.5], "s-1": [0.125]}.items():
@@ -189,7 +189,7 @@ def test_the_status_of_each_run(tmp_path: Path) -> None:
         lines = [json.dumps({"epoch": n, "test/accuracy": x}) for n, x in enumerate(rows, 1)]
         (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"epo']))  # one being written
     (tmp_path / "runs" / "s-1" / "final.safetensors").touch()
-    shown = job_status.table(Path("runs"), lambda: {"17_0": "RUNNING"}).splitlines()
+    shown = status.table(Path("runs"), lambda: {"17_0": "RUNNING"}).splitlines()
     assert [line.split() for line in shown[1:]] == [
         ["s-0", "17_0", "RUNNING", "2", "2/9", "50.00%", "lr=1"],
         ["s-1", "17_1", "done", "-", "1/9", "12.50%", "lr=2"],
@@ -199,11 +199,11 @@ def test_the_status_of_each_run(tmp_path: Path) -> None:
 
 def test_without_an_answer_of_slurm_no_state_is_made_up(tmp_path: Path) -> None:
     (tmp_path / "runs" / "jobs").mkdir(parents=True)
-    job_status.remember(BatchJob(recipe="x.py", name="first"), "17")
-    assert job_status.queue() is None  # no Slurm on this machine
+    status.remember(BatchJob(recipe="x.py", name="first"), "17")
+    assert status.queue() is None  # no Slurm on this machine
     (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "squeue").chmod(0o755)
-    shown = job_status.table(Path("runs"), job_status.queue).splitlines()
+    shown = status.table(Path("runs"), status.queue).splitlines()
     assert shown[1].split()[:3] == ["first", "17", "unknown"]
 
 
@@ -212,7 +212,7 @@ def test_the_queue_as_squeue_prints_it(tmp_path: Path) -> None:
         "#!/bin/sh\necho '17 PENDING Resources or so'\necho '18_1 RUNNING None'\n"
     )
     (tmp_path / "squeue").chmod(0o755)
-    assert job_status.queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
+    assert status.queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
 
 
 def test_manifests_for_kubernetes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,9 +230,9 @@ def test_manifests_for_kubernetes_are_printed(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("words", [("--kubernetes",), ("--kubernetes", "--dry-run", "--time", "9")])
 def test_manifests_are_only_printed_and_have_no_time_limit(words: tuple[str, ...]) -> None:
     with refused("--kubernetes", "kubectl apply"):
-        submitting.main(["x.py", *words])
+        submit.main(["x.py", *words])
 
 
 def test_without_its_site_kubernetes_is_refused() -> None:
     with refused("kubernetes.yaml", "No such file"):
-        submitting.main(["x.py", "--kubernetes", "--dry-run"])
+        submit.main(["x.py", "--kubernetes", "--dry-run"])

@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from launcher import slurm
+from launcher.cluster import slurm_env
 from launcher.config import overrides
 from launcher.config.recipe import Images
 from launcher.data import sources
@@ -124,7 +124,7 @@ def _launch_folder(data: Images, environ: Mapping[str, str]) -> Path:
 
 def _processes_here(environ: Mapping[str, str]) -> int:
     """The processes of this node; srun may show each of them its own GPU and nothing else."""
-    step = None if signals.is_launched(environ) else slurm.step_of(environ)
+    step = None if signals.is_launched(environ) else slurm_env.step_of(environ)
     return step.tasks_here if step else int(environ.get("LOCAL_WORLD_SIZE", 1))
 
 

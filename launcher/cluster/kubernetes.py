@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from launcher.batch_job import BatchJob
+from launcher.cluster.job import BatchJob
 from launcher.errors import EXIT_SAVED, EXIT_USER, UserError
 
 Kind = Literal["job", "jobset"]
@@ -221,7 +221,7 @@ def _container(job: BatchJob, site: Site, index: int, first: str) -> Manifest:
         "name": "train",
         "image": site.image,
         "workingDir": WORKSPACE,
-        "command": ["python", "-m", "launcher.elastic"],
+        "command": ["python", "-m", "launcher.cluster.torchrun"],
         "args": [*_rendezvous(job, first), "-m", "launcher", *map(_literal, job.words(index))],
         "env": _environment(job, site),
         "resources": resources,

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from launcher import job_status, kubernetes, sbatch
-from launcher.batch_job import JOBS_FOLDER, BatchJob, Sweep, safe_name
+from launcher.cluster import kubernetes, sbatch, status
+from launcher.cluster.job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
 
 SITE = Path("accelerate_config") / "slurm_site.sh"
@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> int:
     if unknown:
         raise _unknown(unknown[0], parser)
     if arguments.status:
-        sys.stdout.write(job_status.table(Path(arguments.runs), job_status.queue))
+        sys.stdout.write(status.table(Path(arguments.runs), status.queue))
         return 0
     job = _job(arguments, parser)
     if arguments.kubernetes:
@@ -199,7 +199,7 @@ def _submit(job: BatchJob, script: str) -> int:
             instead="type --runs FOLDER",
         ) from None
     number = _sbatch(script)
-    job_status.remember(job, number)
+    status.remember(job, number)
     for run in job.run_names:
         sys.stdout.write(
             f"job {number}: run {Path(job.runs) / run}, log {folder / run}-{number}-1.log\n"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.batch_job import JOBS_FOLDER, BatchJob
+from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
 from launcher.utils import atomic_write
 

@@ -9,7 +9,7 @@ resumes the run of the same name. Every text of the user's is one quoted word of
 import shlex
 from datetime import timedelta
 
-from launcher.batch_job import JOBS_FOLDER, BatchJob
+from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import EXIT_SAVED
 
 _AFTER_FIRST = 60  # seconds that the other tasks have when the first has ended

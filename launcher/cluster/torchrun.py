@@ -4,7 +4,7 @@ torchrun itself waits without a word, gives up without a name, and ends with 1 w
 said; Kubernetes needs to know whether the state was saved (75), the input was wrong (2) or a signal
 ended it (128 and the signal's number). The words are torchrun's own:
 
-    python -m launcher.elastic --nnodes 2 --nproc-per-node 8 --node-rank 0 \\
+    python -m launcher.cluster.torchrun --nnodes 2 --nproc-per-node 8 --node-rank 0 \\
         --master-addr 10.0.0.1 --master-port 29500 -m launcher RECIPE
 """
 
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launcher.cluster.rendezvous import PORT, TIMEOUT, meet_machines, say, seconds_in
 from launcher.errors import LauncherError, UserError
-from launcher.rendezvous import PORT, TIMEOUT, meet_machines, say, seconds_in
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
