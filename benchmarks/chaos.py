@@ -4,8 +4,8 @@
 
 Each time one random process of the run is sent SIGKILL at a random moment after its beginning. In
 the end the final weights must have the SHA-256 of the uninterrupted run's. `--ranks 2` trains on
-two processes under torchrun. The recipe is tests/resumable.py: dropout, augmentation, CutMix,
-clipping, weight average.
+two processes under torchrun. The recipe is tests/support/resumable.py: dropout, augmentation,
+CutMix, clipping, weight average.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from tests.processes import PYTHON, TORCHRUN, Run, fingerprint, ranks_of
+from tests.support.processes import PYTHON, TORCHRUN, Run, fingerprint, ranks_of
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from launcher.data import sources
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import be_deterministic, create_accelerator
 from launcher.distributed.world import World
-from tests.processes import RESUMABLE, fingerprint
+from tests.support.processes import RESUMABLE, fingerprint
 
 SELF = Path(__file__).resolve()
 PATIENCE = 90  # seconds

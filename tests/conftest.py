@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm_cluster import slurm
+from tests.support.slurm_cluster import slurm
 
 __all__ = ["slurm"]
 _FOREIGN = ("ACCELERATE_", "WANDB_", "SLURM_", "MASTER_", "TORCHELASTIC_")

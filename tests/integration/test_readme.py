@@ -1,0 +1,129 @@
+"""Every command of the README is run, made short; its recipe is run as printed."""
+
+import io
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.strip().splitlines()
+]
+TRAINS = [line for line in COMMANDS if "-m launcher" in line and "nodes.yaml" not in line]
+NODES = [line for line in COMMANDS if "nodes.yaml" in line]
+INSTALLS = [line for line in COMMANDS if line.startswith("python -m venv")]
+TESTS = [line for line in COMMANDS if line == "pytest"]
+# Ways of starting that differ little from others, and take a while.
+LONG = ("gpu.yaml", "torchrun")
+SHORT = ["--max-steps", "2", "data.batch_size=16"]
+PROGRAMS = {
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the README's own recipe, where CIFAR-10 is not and cannot be fetched."""
+    (tmp_path / "recipes").mkdir()
+    for path in (ROOT / "recipes").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        (tmp_path / "recipes" / path.name).write_text(offline(text))
+    (mine,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "recipes" / "mine.py").write_text(offline(mine))
+    (tmp_path / "accelerate_config").symlink_to(ROOT / "accelerate_config")
+    return tmp_path
+
+
+def offline(text: str) -> str:
+    """A recipe whose download fails at once instead of asking the network."""
+    unreachable = '\nCIFAR10.url = "http://127.0.0.1:9/"\n\n\nrecipe = '
+    text = text.replace("\nrecipe = ", unreachable) if "CIFAR10" in text else text
+    return text.replace("fallback=Synthetic", "fallback=partial(Synthetic, count=300)")
+
+
+def start(command: str, folder: Path, extra: list[str]) -> "subprocess.Popen[str]":
+    program, *words = shlex.split(command)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*PROGRAMS[program], *words, *extra],
+        cwd=folder,
+        env=environment | {"HF_HOME": str(folder), "WANDB_MODE": "offline"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_every_command_belongs_to_a_test() -> None:
+    assert COMMANDS
+    assert sorted(TRAINS + NODES + INSTALLS + TESTS) == sorted(COMMANDS)
+    assert len(INSTALLS) == len(TESTS) == 1  # run by .ci/run, and by whoever reads this
+
+
+def run(command: str, folder: Path, extra: list[str]) -> tuple[int, str, str]:
+    """Exit code and output; plain `python -m launcher` runs in this process, to save time."""
+    program, *words = shlex.split(command)
+    if program == "python":
+        output, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(output), redirect_stderr(errors):
+            code = main([*words[2:], *extra])
+        return code, output.getvalue(), errors.getvalue()
+    process = start(command, folder, extra)
+    output_text, errors_text = process.communicate(timeout=120)
+    return process.returncode, output_text, errors_text
+
+
+def marked(command: str) -> object:
+    """The command as a parameter; a slow test where it is a long one."""
+    slow = any(word in command for word in LONG)
+    return pytest.param(command, marks=pytest.mark.slow) if slow else command
+
+
+@pytest.mark.parametrize("command", [marked(line) for line in TRAINS])
+def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    shows = "--help" in command or "--dry-run" in command or "--smoke" in command
+    if "--init-from" in command:
+        (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
+        assert run(earlier, folder, SHORT)[0] == 0
+    short = ["data.batch_size=16", "epochs=40"] if "--profile" in command else SHORT
+    code, output, errors = run(command, folder, [] if shows else short)
+    assert code == 0, errors[-3000:]
+    if "--help" in command:
+        assert "model.width" in output
+    elif "--dry-run" in command:
+        assert "256 = 8 rank(s) x 32 image(s)" in output
+    else:
+        assert "best epoch" in output
+        assert ("NOT THE REAL DATA" in output) == ("--smoke" not in command)
+        finals = len(list(folder.glob("runs/*/final.safetensors")))
+        assert finals == ("--smoke" not in command) + ("--init-from" in command)
+
+
+@pytest.mark.slow
+def test_the_commands_for_two_nodes_train_together(folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = f"--num_processes 2 --main_process_port {port} --main_process_ip 127.0.0.1"
+    here += " --machine_rank 1"  # else Accelerate refuses a port that machine 0, here too, has open
+    commands = [line.replace("--main_process_ip 10.0.0.1", here) for line in NODES]
+    nodes = [start(command, folder, SHORT) for command in commands]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "16 = 2 rank(s) x 8 image(s)" in outputs[0][0]

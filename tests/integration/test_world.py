@@ -1,0 +1,77 @@
+"""N processes compute what one process computes: real processes, real gradients over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.world_worker import IMAGES, SCENARIOS
+
+WORKER = ROOT / "tests" / "support" / "world_worker.py"
+Results = dict[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What 1, 2 and 4 processes computed in every scenario."""
+    return {size: train(size, tmp_path_factory.mktemp(f"ranks{size}")) for size in (1, 2, 4)}
+
+
+def train(size: int, folder: Path) -> dict[str, Any]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(WORKER.parents[1]),
+    }
+    several = torchrun if size > 1 else []  # one of torchrun's has DDP around its network as well
+    command = [sys.executable, *several, str(WORKER), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in SCENARIOS}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_parameters_equal_those_of_one_process(results: Results, name: str, size: int) -> None:
+    one, many = results[1][name]["parameters"], results[size][name]["parameters"]
+    tolerance = 1e-6 if name.startswith("float32") else 1e-12
+    assert one.keys() == many.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(many[key], value, rtol=0, atol=tolerance, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_reported_losses_equal_those_of_one_process(results: Results, name: str, size: int) -> None:
+    one, many = results[1][name], results[size][name]
+    tolerance = 1e-5 if name.startswith("float32") else 1e-11
+    for key in ("losses", "train_losses", "test_losses"):
+        assert many[key] == pytest.approx(one[key], abs=tolerance, rel=0), key
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_evaluation_counts_each_image_once(results: Results, name: str, size: int) -> None:
+    one, many = results[1][name], results[size][name]
+    assert many["confusions"] == one["confusions"]
+    assert many["in_top5"] == one["in_top5"]
+    assert many["with_views"] == one["with_views"]
+    assert [sum(map(sum, table)) for table in many["confusions"]] == [IMAGES // 5] * 2
+
+
+def test_training_moved_the_parameters(results: Results) -> None:
+    for name in SCENARIOS:
+        losses = results[1][name]["train_losses"]
+        assert losses[1] < losses[0], name
+
+
+def test_two_ranks_nearby_have_the_bits_of_gloo(results: Results) -> None:
+    nearby, gloo = (results[2][name]["parameters"] for name in ("float32", "float32_over_gloo"))
+    assert all(torch.equal(nearby[key], gloo[key]) for key in nearby)
+    assert not all(torch.equal(results[1]["float32"]["parameters"][key], gloo[key]) for key in gloo)

@@ -1,0 +1,66 @@
+"""What several test files need: a small recipe, a check of refusals, the shipped recipes."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from launcher import Images, Recipe, Synthetic
+from launcher.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+HALF = (0.5, 0.5, 0.5)
+
+
+class Tiny(nn.Module):
+    """The smallest network with a setting."""
+
+    def __init__(self, width: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(3, width),
+            nn.Dropout(dropout),
+            nn.Linear(width, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def tiny_recipe(**changes: Any) -> Recipe:
+    """A recipe built anew at each call, with some fields changed; `data` takes a dict."""
+    data = Images(partial(Synthetic, count=100), batch_size=10, mean=HALF, std=HALF)
+    data = replace(data, **changes.pop("data", {}))
+    recipe = Recipe(model=Tiny, data=data, optimizer=partial(Adam, lr=1e-3), epochs=2)
+    return replace(recipe, **changes)
+
+
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """Expect a `UserError` of one line with three parts, in which all of `parts` occur."""
+    with pytest.raises(UserError) as caught:
+        yield
+    error = caught.value
+    message = str(error)
+    assert message == message.strip()
+    assert len(message.splitlines()) == 1, message
+    assert error.given, message
+    assert error.expected, message
+    assert error.instead, message
+    for part in parts:
+        assert part in message, message
+
+
+def words_to_type(error: UserError) -> list[str]:
+    """The `name=value` words that a refusal tells its reader to type, as a shell reads them."""
+    return [word.rstrip(",?") for word in shlex.split(error.instead) if "=" in word]

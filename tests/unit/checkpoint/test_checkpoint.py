@@ -1,0 +1,244 @@
+"""Checkpoints are whole or are not believed; what differs from them is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from launcher.checkpoint import checkpoint, resume
+from launcher.checkpoint.checkpoint import CheckpointError, Writer, capture, newest, restore, write
+from launcher.checkpoint.run_dir import RunFolder
+from launcher.config import overrides
+from launcher.config.plan import Position
+from launcher.config.recipe import Recipe
+from launcher.data import sources
+from launcher.distributed.accelerator import create_accelerator
+from launcher.errors import UserError
+from launcher.training.state import Learner, build, prepare
+from tests.support.resumable import recipe
+
+STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}
+
+
+def learner(seed: int = 0, recipe: Recipe = recipe) -> Learner:
+    recipe = replace(recipe, seed=seed)
+    images = sources.load(recipe.data).train
+    return prepare(build(recipe, images), recipe, create_accelerator("fp32"))
+
+
+def trained(seed: int = 0) -> Learner:
+    """A learner whose optimizer and average have a past."""
+    result = learner(seed)
+    result.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    result.optimizer.step()
+    assert result.average is not None
+    result.average.update_parameters(result.network)
+    return result
+
+
+def saved(root: Path, step: int) -> Path:
+    state = STATE | {"position": vars(Position(step))}
+    return write(capture(trained(step), create_accelerator("fp32"), state), root)
+
+
+def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
+    old = trained()
+    state = STATE | {"position": vars(Position(3))}
+    folder = write(capture(old, create_accelerator("fp32"), state), tmp_path)
+    new = learner(seed=1)
+    restore(folder, new, create_accelerator("fp32"))
+    assert old.average is not None
+    assert new.average is not None
+    for a, b in (
+        (old.network.state_dict(), new.network.state_dict()),
+        (old.average.state_dict(), new.average.state_dict()),
+    ):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    before, after = old.optimizer.state_dict()["state"], new.optimizer.state_dict()["state"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
+
+
+def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    new = learner(recipe=overrides.override(recipe, ["optimizer.weight_decay=0.123"]))
+    restore(folder, new, create_accelerator("fp32"))
+    assert new.optimizer.param_groups[0]["weight_decay"] == 0.123
+
+
+def test_the_last_three_are_kept_and_nothing_half_written(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        saved(tmp_path, step)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-000000003", "step-000000004", "step-000000005"]
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / "optimizer.pt").unlink()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "average.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_it(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def empty_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+
+
+def cut_the_manifest(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lose_a_file, truncate, flip_a_bit, empty_it, empty_the_manifest, cut_the_manifest],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    older, newer = saved(tmp_path, 1), saved(tmp_path, 2)
+    assert newest(tmp_path) == (newer, [])
+    damage(newer)
+    found, (complaint,) = newest(tmp_path)
+    assert found == older
+    assert "step-000000002 is damaged" in complaint
+    with pytest.raises(CheckpointError):
+        checkpoint.verify(newer)
+
+
+def test_a_folder_that_was_never_renamed_is_not_a_checkpoint(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    shutil.copytree(folder, tmp_path / ".step-000000002.77")
+    assert newest(tmp_path) == (folder, [])
+
+
+def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
+    assert saved(tmp_path, 1) == saved(tmp_path, 1)
+    assert newest(tmp_path)[1] == []
+
+
+def test_a_disk_that_refuses_costs_a_complaint_and_no_checkpoint(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "good", 1)
+    (tmp_path / "file").write_text("not a folder")
+    writer = Writer(tmp_path / "file")
+    state = STATE | {"position": vars(Position(2))}
+    snapshot = capture(trained(), create_accelerator("fp32"), state)
+    assert writer.submit(snapshot) == ""
+    assert "could not be written" in writer.wait()
+    assert writer.wait() == ""
+    assert newest(tmp_path / "good") == (folder, [])
+
+
+def test_changed_settings_are_named_unless_they_are_intended() -> None:
+    before = {"epochs": 2, "optimizer": {"lr": 0.1}, "data": {"root": "a", "augment": [{"p": 1}]}}
+    now = {"epochs": 3, "optimizer": {"lr": 0.1}, "data": {"root": "b", "augment": [{"p": 2}]}}
+    with pytest.raises(UserError) as caught:
+        resume.refuse_changes(before, now, ())
+    assert "epochs (2 -> 3)" in str(caught.value)
+    assert "data.augment.0.p (1 -> 2)" in str(caught.value)
+    assert "--resume-changed data.augment.0.p,epochs" in str(caught.value)
+    assert "root" not in str(caught.value)  # the machine's, not the experiment's
+    resume.refuse_changes(before, now, ("epochs", "data.augment"))
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lock = folder.lock()
+    with pytest.raises(UserError, match="by another process"):
+        folder.lock()
+    lock.release()
+    folder.lock().release()
+
+
+def test_epochs_that_will_be_repeated_are_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.forget_after(0)
+    for epoch in (1, 2, 3):
+        folder.record({"epoch": epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "tes')  # cut off by a kill
+    folder.forget_after(2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+class Counting(SGD):
+    """An optimizer that keeps a number in its groups, as some do."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
+def test_what_an_optimizer_keeps_in_its_groups_is_restored(tmp_path: Path) -> None:
+    counting = replace(recipe, optimizer=partial(Counting, lr=0.1), average=None)
+    old = learner(recipe=counting)
+    old.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    old.optimizer.step()
+    state = STATE | {"position": vars(Position(1))}
+    folder = write(capture(old, create_accelerator("fp32"), state), tmp_path)
+    new = learner(recipe=replace(counting, optimizer=partial(Counting, lr=0.1, weight_decay=0.5)))
+    restore(folder, new, create_accelerator("fp32"))
+    (group,) = new.optimizer.param_groups
+    assert (group["count"], group["weight_decay"]) == (1, 0.5)
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, 1)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.startswith(".step-"):  # the new one, into its place
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 1)
+    monkeypatch.undo()
+    found, complaints = newest(tmp_path)
+    assert found is not None
+    assert complaints == []
+    assert saved(tmp_path, 1) == folder
+    assert newest(tmp_path) == (folder, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    for step in (50, 75, 100):
+        truncate(saved(tmp_path, step))
+    folder = saved(tmp_path, 25)
+    assert newest(tmp_path) == (folder, [])
+
+
+def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    shutil.copytree(saved(tmp_path, 1), tmp_path / "step-keep")
+    folder = saved(tmp_path, 2)
+    shutil.copytree(folder, tmp_path / "step-000000009-copy")
+    assert saved(tmp_path, 2) == folder
+    assert newest(tmp_path) == (folder, [])
+    assert (tmp_path / "step-keep").is_dir()

@@ -1,0 +1,177 @@
+"""Where a resumed run begins, and what it refuses: in one line, with nothing overwritten."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from tests.support.processes import RESUMABLE, fingerprint
+
+RUN = Path("runs", "mine")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: str, recipe: Path = RESUMABLE) -> int:
+    return main([str(recipe), "--wandb", "off", "--name", "mine", *words])
+
+
+def contents() -> dict[str, bytes]:
+    files = (path for path in RUN.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str, recipe: Path = RESUMABLE) -> str:
+    """The one line, after which every file is as it was."""
+    before = contents()
+    capsys.readouterr()
+    assert run("--resume", *words, recipe=recipe) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert contents() == before
+    return line
+
+
+def step_of_newest() -> int:
+    return int(sorted(RUN.glob("checkpoints/step-*"))[-1].name[5:])
+
+
+@pytest.mark.parametrize("cadence", ["2m", "20"])
+def test_every_cadence_saves_the_end_so_that_more_epochs_can_follow(cadence: str) -> None:
+    assert run("epochs=1", "--checkpoint-every", cadence) == 0
+    assert step_of_newest() == 25
+    assert run("epochs=2", "--resume", "--resume-changed", "epochs") == 0
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
+def test_an_ended_run_without_a_checkpoint_is_not_trained_over(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("epochs=1", "--checkpoint-every", "never") == 0
+    line = refused(capsys, "epochs=1")
+    assert "has ended and has no whole checkpoint" in line
+    assert "--init-from runs/mine" in line
+
+
+def test_settings_are_compared_where_no_checkpoint_was_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("epochs=1", "--checkpoint-every", "never") == 0
+    (RUN / "final.safetensors").unlink()
+    assert "optimizer.lr (0.001 -> 0.5)" in refused(capsys, "epochs=1", "optimizer.lr=0.5")
+    assert run("epochs=1", "--resume") == 0
+
+
+def test_another_batch_size_goes_on_after_a_whole_epoch_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = ("data.batch_size=100", "--resume-changed", "data.batch_size")
+    assert run("epochs=2", "--max-steps", "30") == 0
+    line = refused(capsys, "epochs=2", *changed)
+    assert "13 steps per epoch, where the run stands within an epoch of 25" in line
+    shutil.rmtree(RUN / "checkpoints" / "step-000000030")
+    assert run("epochs=2", "--resume", *changed) == 0
+    last = json.loads((RUN / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["epoch"], last["step"]) == (2, 26)
+    assert step_of_newest() == 26
+
+
+def test_a_network_that_has_changed_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("epochs=1") == 0
+    words = ("epochs=2", "model.width=16", "--resume-changed", "epochs,model")
+    assert "the model (16, 3, 3, 3)" in refused(capsys, *words)
+    edited = tmp_path / "resumable.py"
+    edited.write_text(
+        RESUMABLE.read_text().replace("width * 8 * 8, 10)", "width * 8 * 8, 10, False)")
+    )
+    line = refused(capsys, "epochs=2", "--resume-changed", "epochs", recipe=edited)
+    assert "layers.6.bias" in line
+
+
+def test_an_average_may_begin_with_a_resume() -> None:
+    assert run("epochs=1", "average=none") == 0
+    words = ("epochs=2", "--resume", "--resume-changed", "epochs,average")
+    assert run(*words) == 0
+    assert (RUN / "checkpoints" / "step-000000050" / "average.safetensors").is_file()
+
+
+def test_a_run_that_was_killed_before_it_was_described_begins_again() -> None:
+    RUN.mkdir(parents=True)
+    (RUN / ".lock").touch()
+    (RUN / "config.json").write_text("{")
+    assert run("epochs=1", "--resume") == 0
+    assert step_of_newest() == 25
+
+
+def test_a_run_without_its_description_goes_on_from_its_checkpoint_and_is_the_same_to_wandb() -> (
+    None
+):
+    assert run("epochs=1") == 0
+    known = json.loads((RUN / "run.json").read_text())["wandb_id"]
+    (RUN / "run.json").unlink()
+    before = fingerprint(RUN)
+    assert run("epochs=1", "--resume") == 0
+    assert fingerprint(RUN) == before
+    assert json.loads((RUN / "run.json").read_text())["wandb_id"] == known
+
+
+def test_a_damaged_description_of_another_run_is_passed_over() -> None:
+    assert run("epochs=1") == 0
+    for name, text in (("cut", '{"na'), ("list", "[]")):
+        Path("runs", name).mkdir()
+        Path("runs", name, "run.json").write_text(text)
+    assert main([str(RESUMABLE), "--wandb", "off", "epochs=1", "--resume"]) == 0
+
+
+@pytest.mark.parametrize("name", ["../runs/mine", "x" * 300])
+def test_a_name_that_is_no_name_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("epochs=1") == 0
+    assert main([str(RESUMABLE), "--wandb", "off", "--resume", "--name", name]) == 2
+    assert "expected a plain name" in capsys.readouterr().err
+
+
+def test_nothing_of_wandb_goes_through_a_link(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("epochs=1") == 0
+    (RUN / "wandb").symlink_to(tmp_path)
+    assert "is a link to" in refused(capsys, "epochs=1")
+
+
+def test_another_optimizer_is_refused_even_where_the_change_is_intended(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its state is not that of the one before."""
+    assert run("epochs=1") == 0
+    text = RESUMABLE.read_text()
+    words = ("epochs=2", "--resume-changed", "epochs,optimizer")
+    other = tmp_path / "resumable.py"
+    other.write_text(text.replace("AdamW", "SGD"))
+    line = refused(capsys, *words, recipe=other)
+    assert "the optimizer torch.optim.sgd:SGD, but the run began with torch.optim.adamw" in line
+
+
+def test_an_optimizer_whose_groups_have_changed_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("epochs=1", recipe=with_groups(tmp_path / "one", "named")) == 0
+    two = with_groups(tmp_path / "two", "[{'params': named[:2]}, {'params': named[2:]}]")
+    line = refused(capsys, "epochs=2", "--resume-changed", "epochs", recipe=two)
+    assert "an optimizer of other groups than the checkpoint's" in line
+
+
+def with_groups(folder: Path, groups: str) -> Path:
+    """The recipe with a function for its optimizer, of these groups."""
+    folder.mkdir()
+    function = f"def grouped(parameters):\n    named = list(parameters)\n    return AdamW({groups})"
+    text = RESUMABLE.read_text().replace("partial(AdamW, lr=1e-3)", "grouped")
+    recipe = folder / "resumable.py"
+    recipe.write_text(text.replace("\nrecipe =", f"\n{function}\n\n\nrecipe ="))
+    return recipe

@@ -1,0 +1,238 @@
+"""The command line of `launcher submit`, and what it shows of jobs; Slurm itself is elsewhere."""
+
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.cli import main
+from launcher.cluster import status, submit
+from launcher.cluster.job import BatchJob, Sweep
+from tests.support.helpers import ROOT, refused
+
+
+@pytest.fixture(autouse=True)
+def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty folder, and no program on the path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def script(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["submit", "recipes/a recipe.py", *words, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_script(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--nodes", "2", "--gpus", "8", "--time", "4:00:00", "--name", "first")
+    text = script(capsys, *options, "epochs=3", "--wandb", "off", "optimizer.lr=0.1")
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=8\n" in text
+    assert "#SBATCH --time=0-04:00:00" in text
+    assert (
+        "launcher_words=(train 'recipes/a recipe.py' epochs=3 optimizer.lr=0.1 --wandb=off "
+        "--save-before=120 --runs=runs --name=first --resume)" in text
+    )
+    assert not list(Path().iterdir())
+
+
+def test_without_a_name_it_is_the_recipes_and_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = script(capsys), script(capsys)
+    assert "--name=a-recipe-20" in first
+    assert first != second  # a loop of the shell submits several in a second
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from launcher.cli import main; code = main(['submit', 'x.py', '--dry-run']);"
+        "assert not {'torch', 'wandb', 'rich', 'accelerate'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("30", timedelta(minutes=30)),
+        ("90:30", timedelta(minutes=90, seconds=30)),
+        ("4:00:00", timedelta(hours=4)),
+        ("1-12", timedelta(days=1, hours=12)),
+        ("1-12:30", timedelta(days=1, hours=12, minutes=30)),
+        ("2-01:02:03", timedelta(days=2, hours=1, minutes=2, seconds=3)),
+    ],
+)
+def test_times_are_written_as_in_slurm(
+    text: str, time: timedelta, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.parse_time(text) == time
+    hours, seconds = divmod(time.seconds, 3600)
+    shown = f"{time.days}-{hours:02}:{seconds // 60:02}:{seconds % 60:02}"
+    assert f"#SBATCH --time={shown}\n" in script(capsys, "--time", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ((), ("no recipe is named", "launcher submit RECIPE")),
+        (("x.py", "--nodse", "2"), ("--nodse", "--nodes, --gpus, --processes", "type --nodes")),
+        (("x.py", "--optimizer.lr=1"), ("--optimizer.lr", "type it as name=value")),
+        (("x.py", "y.py"), ("'y.py' after the recipe", "name=value")),
+        (("x.py", "--time", "soon"), ("'soon' is no time like", "4:00:00")),
+        (("x.py", "--time", "0"), ("--time 0:00:00", "at least a minute")),
+        (("x.py", "--time", "9" * 20), ("is no time like",)),
+        (("x.py", "--nodes", "two"), ("--nodes", "'two'")),
+        (("x.py", "--sweep", "lr"), ("--sweep lr=", "--sweep optimizer.lr=0.01,0.03,0.1")),
+        (("x.py", "--sweep", "lr=1,,2"), ("--sweep lr=1,,2", "none empty")),
+        (("x.py", "--site", "none.sh"), ("--site none.sh (no such file)", "slurm_site.sh")),
+        (("x.py", "--site", "."), ("--site .", "a file with #SBATCH lines")),
+        (("x.py", "--runs", "", "--dry-run"), ("--runs ''", "a folder")),
+        (("x.py",), ("on a machine without sbatch", "--dry-run")),
+        (("--status",), ("no job was submitted for runs in runs", "--runs FOLDER")),
+    ],
+)
+def test_bad_words_are_refused(words: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    with refused(*parts):
+        submit.main(words)
+    assert main(["submit", *words]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("optimizer.lr=0.01,0.1", ("0.01", "0.1")),
+        ("model.widths=(64,128),[32,64],none", ("(64,128)", "[32,64]", "none")),
+    ],
+)
+def test_a_tuple_is_one_value_of_a_sweep(words: str, values: tuple[str, ...]) -> None:
+    assert submit._sweep(words).values == values
+
+
+def test_a_job_does_not_inherit_what_describes_the_one_it_is_submitted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexport -p >said\necho 18\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    mine = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CPU_BIND": "none", "OTHER": "1"}
+    for name, value in mine.items():
+        monkeypatch.setenv(name, value)
+    submit.main(["x.py", "--name", "outside"])
+    assert all(name in Path("said").read_text() for name in mine)
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_GPUS_PER_NODE"):
+        monkeypatch.setenv(name, "3")
+    submit.main(["x.py", "--name", "inside"])
+    names = [line.split("=")[0].split()[-1] for line in Path("said").read_text().splitlines()]
+    assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert "OTHER" in names
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--nodes", "--sweep", "--status", "--wandb", "--save-before"):
+        assert option in shown
+
+
+def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("accelerate_config").mkdir()
+    submit.SITE.write_text("#SBATCH --partition=usual\n")
+    Path("other.sh").write_text("#SBATCH --partition=other\nmodule load x\n")
+    assert "--partition=usual" in script(capsys)
+    other = script(capsys, "--site", "other.sh")
+    assert "--partition=other" in other
+    assert "\nmodule load x\n" in other
+    assert "usual" not in other
+
+
+def test_a_site_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_bytes("# Universität".encode("latin-1"))
+    with refused("--site site.sh (not UTF-8)"):
+        submit.main(["x.py", "--site", "site.sh", "--dry-run"])
+
+
+def test_the_shipped_lines_of_a_site_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = str(ROOT / submit.SITE)
+    assert (
+        script(capsys, "--name", "a", "--site", shipped).split()
+        == script(capsys, "--name", "a").split()
+    )
+
+
+def test_a_job_that_sbatch_refuses_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid partition: x' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    with refused("sbatch refused the job: invalid partition: x"):
+        submit.main(["x.py"])
+    assert not list(tmp_path.glob("runs/jobs/*.json"))
+
+
+def test_runs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with refused("--runs file", "type --runs FOLDER"):
+        submit.main(["x.py", "--runs", "file"])
+
+
+def test_the_status_of_each_run(tmp_path: Path) -> None:
+    jobs = tmp_path / "runs" / "jobs"
+    jobs.mkdir(parents=True)
+    job = BatchJob(recipe="x.py", name="s", runs="runs", sweep=Sweep("lr", ("1", "2", "3")))
+    status.remember(job, "17")
+    for attempt in (1, 2):
+        (jobs / f"s-0-17-{attempt}.log").touch()
+    for name, rows in {"s-0": [0.25, 0.5], "s-1": [0.125]}.items():
+        folder = tmp_path / "runs" / name
+        folder.mkdir()
+        (folder / "config.json").write_text('{"epochs": 9}')
+        lines = [json.dumps({"epoch": n, "test/accuracy": x}) for n, x in enumerate(rows, 1)]
+        (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"epo']))  # one being written
+    (tmp_path / "runs" / "s-1" / "final.safetensors").touch()
+    shown = status.table(Path("runs"), lambda: {"17_0": "RUNNING"}).splitlines()
+    assert [line.split() for line in shown[1:]] == [
+        ["s-0", "17_0", "RUNNING", "2", "2/9", "50.00%", "lr=1"],
+        ["s-1", "17_1", "done", "-", "1/9", "12.50%", "lr=2"],
+        ["s-2", "17_2", "ended", "-", "0/-", "-", "lr=3"],
+    ]
+
+
+def test_without_an_answer_of_slurm_no_state_is_made_up(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "jobs").mkdir(parents=True)
+    status.remember(BatchJob(recipe="x.py", name="first"), "17")
+    assert status.queue() is None  # no Slurm on this machine
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    shown = status.table(Path("runs"), status.queue).splitlines()
+    assert shown[1].split()[:3] == ["first", "17", "unknown"]
+
+
+def test_the_queue_as_squeue_prints_it(tmp_path: Path) -> None:
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\necho '17 PENDING Resources or so'\necho '18_1 RUNNING None'\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    assert status.queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
+
+
+def test_manifests_for_kubernetes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    site = ROOT / "accelerate_config" / "kubernetes.yaml"
+    words = ("--nodes", "2", "--gpus", "8", "--name", "first", "--site", str(site), "--kubernetes")
+    service, batch = yaml.safe_load_all(script(capsys, *words))
+    assert (service["kind"], batch["kind"]) == ("Service", "Job")
+    (train,) = batch["spec"]["template"]["spec"]["containers"]
+    assert {"--nnodes=2", "--nproc-per-node=8", "recipes/a recipe.py"} <= set(train["args"])
+    assert [item["kind"] for item in yaml.safe_load_all(script(capsys, *words, "jobset"))] == [
+        "JobSet"
+    ]
+
+
+@pytest.mark.parametrize("words", [("--kubernetes",), ("--kubernetes", "--dry-run", "--time", "9")])
+def test_manifests_are_only_printed_and_have_no_time_limit(words: tuple[str, ...]) -> None:
+    with refused("--kubernetes", "kubectl apply"):
+        submit.main(["x.py", *words])
+
+
+def test_without_its_site_kubernetes_is_refused() -> None:
+    with refused("kubernetes.yaml", "No such file"):
+        submit.main(["x.py", "--kubernetes", "--dry-run"])

@@ -1,0 +1,277 @@
+"""From a path to a recipe: what loads, and how a file that does not load is explained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher import Recipe
+from launcher.config import loader, overrides
+from launcher.errors import UserError
+from launcher.training.state import count_parameters
+from tests.support.helpers import RECIPES, refused
+
+GOOD = '''\
+"""A note about this experiment.
+
+With a second paragraph.
+"""
+
+from functools import partial
+
+from torch import nn
+from torch.optim import SGD
+
+from launcher import Images, Recipe, Synthetic
+
+
+class Net(nn.Linear):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width, 10)
+
+
+recipe = Recipe(
+    model=Net,
+    data=Images(Synthetic, batch_size=8, mean=(0.5,), std=(0.5,)),
+    optimizer=partial(SGD, lr=0.1),
+    epochs=1,
+)
+'''
+
+
+def written(folder: Path, text: str, name: str = "mine.py") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def line_of(text: str, part: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+def test_a_recipe_comes_with_its_name_its_source_and_its_note(tmp_path: Path) -> None:
+    loaded = loader.load(written(tmp_path, GOOD))
+    assert isinstance(loaded.recipe, Recipe)
+    assert loaded.name == "mine"
+    assert loaded.source == GOOD
+    assert loaded.note.startswith("A note about this experiment.\n\nWith a second")
+
+
+def test_a_file_without_a_docstring_has_an_empty_note(tmp_path: Path) -> None:
+    text = "from functools" + GOOD.partition("from functools")[2]
+    assert loader.load(written(tmp_path, text)).note == ""
+
+
+def test_a_file_with_umlauts_is_read_as_utf8(tmp_path: Path) -> None:
+    loaded = loader.load(written(tmp_path, GOOD.replace("experiment", "Größe")))
+    assert "Größe" in loaded.note
+    assert "Größe" in loaded.source
+
+
+def test_a_byte_order_mark_as_windows_writes_it_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert loader.load(path).recipe.epochs == 1
+
+
+def test_a_path_with_spaces_and_a_relative_path_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, GOOD, "my recipe.py")
+    monkeypatch.chdir(tmp_path)
+    assert loader.load(Path("my recipe.py")).name == "my recipe"
+
+
+def test_the_recipes_own_classes_can_be_named_and_found_again(tmp_path: Path) -> None:
+    loaded = loader.load(written(tmp_path, GOOD))
+    assert overrides.code_name(loaded.recipe.model) == "recipes.mine:Net"
+    assert overrides.override(loaded.recipe, ["model.width=7"]).model().in_features == 7
+
+
+def test_a_recipe_may_lie_at_the_top_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, GOOD)
+    monkeypatch.setattr(Path, "resolve", lambda self: Path("/mine.py"))
+    assert loader.load(path).name == "mine"
+
+
+# Files that do not load
+
+
+def test_a_missing_file_is_answered_with_the_recipes_beside_it() -> None:
+    with refused("simplecn.py", "no such file", "simplecnn.py", "pictures64.py"):
+        loader.load(RECIPES / "simplecn.py")
+
+
+def test_a_missing_file_elsewhere_is_answered_with_those_in_recipes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    with refused("simplecnn.py: no such file", "recipes/simplecnn.py"):
+        loader.load(Path("simplecnn.py"))
+
+
+def test_a_missing_file_far_from_any_recipe_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused("nothing.py: no such file", "check the path"):
+        loader.load(Path("nothing.py"))
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.py"])
+def test_a_directory_is_no_recipe(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with refused(name, "directory", "a recipe file"):
+        loader.load(tmp_path / name)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with refused("mine.txt", "Python file", ".py"):
+        loader.load(written(tmp_path, GOOD, "mine.txt"))
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_bytes(GOOD.replace("experiment", "Größe").encode("latin-1"))
+    with refused("mine.py", "utf-8"):
+        loader.load(path)
+
+
+def test_a_syntax_error_is_shown_with_its_line(tmp_path: Path) -> None:
+    text = GOOD.replace("epochs=1,", "epochs=1 2,")
+    with refused("mine.py", f"line {line_of(text, 'epochs=1 2')}", "valid Python", "that line"):
+        loader.load(written(tmp_path, text))
+
+
+def test_a_null_byte_is_a_syntax_error_too(tmp_path: Path) -> None:
+    with refused("mine.py", "null bytes"):
+        loader.load(written(tmp_path, GOOD + "\0"))
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("from launcher import Recip", "ImportError"),
+        ("undefined_name", "NameError"),
+        ("Recipe(epoch=3)", "TypeError"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("raise SystemExit", "SystemExit"),  # else the run would end with 0 and without a word
+    ],
+)
+def test_an_exception_while_running_is_shown_with_its_line(
+    tmp_path: Path, line: str, error: str
+) -> None:
+    text = GOOD + line + "\n"
+    with refused("mine.py", f"line {len(text.splitlines())}:", error, "that line"):
+        loader.load(written(tmp_path, text))
+
+
+def test_the_line_is_the_recipes_even_if_a_library_raised(tmp_path: Path) -> None:
+    text = GOOD + "\nimport json\n\ndef read():\n    json.loads('{')\n\nread()\n"
+    with refused(f"line {line_of(text, 'json.loads')}:", "JSONDecodeError"):
+        loader.load(written(tmp_path, text))
+
+
+def test_a_value_that_the_recipe_refuses_is_shown_with_the_file(tmp_path: Path) -> None:
+    with refused("mine.py: epochs=0", "at least 1", "type epochs=1"):
+        loader.load(written(tmp_path, GOOD.replace("epochs=1", "epochs=0")))
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [
+        ("memory_format='channel_last'", "channels_last"),
+        ("on_nan='skipp'", "rollback"),
+        ("precision='float16'", "fp16"),
+        ("compile='max_autotune'", "max-autotune"),
+        ("accumulate=2.0", "int"),
+        ("clip_norm=True", "float"),
+        ("schedule=0.5", "code"),
+        ("model=None", "code"),
+        ("data=Synthetic", "Images"),
+        ("data.batch_size=8.0", "int"),
+        ("data.source=Synthetic()", "code"),
+        ("data.augment=('flip',)", "code"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, field: str, kind: str) -> None:
+    name, _, value = field.partition("=")
+    part = "recipe.data" if name.startswith("data.") else "recipe"
+    change = f"object.__setattr__({part}, {name.split('.')[-1]!r}, {value})"
+    with refused(f"mine.py: {name}=", kind, "mend"):
+        loader.load(written(tmp_path, f"{GOOD}\n{change}\n"))
+
+
+def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
+    text = GOOD.replace("epochs=1", "epochs=numpy.int64(2), clip_norm=numpy.float32(1)")
+    text = text.replace("mean=(0.5,)", "mean=[numpy.float32(0.5)], root=Path('data')")
+    text = text.replace(
+        "from torch import nn", "import numpy\nfrom pathlib import Path\nfrom torch import nn"
+    )
+    assert loader.load(written(tmp_path, text)).recipe.epochs == 2
+
+
+def test_a_file_without_a_recipe_is_refused(tmp_path: Path) -> None:
+    with refused("mine.py", "no name `recipe`", "recipe = Recipe(...)", "simplecnn.py"):
+        loader.load(written(tmp_path, GOOD.replace("recipe = ", "experiment = ")))
+
+
+@pytest.mark.parametrize(("value", "kind"), [("{}", "dict"), ("Recipe", "type"), ("3", "int")])
+def test_a_recipe_of_another_type_is_refused(tmp_path: Path, value: str, kind: str) -> None:
+    with refused("mine.py", f"`recipe` is a {kind}", "recipe = Recipe(...)"):
+        loader.load(written(tmp_path, f"{GOOD}\nrecipe = {value}\n"))
+
+
+@pytest.mark.parametrize("slot", ["model=Net", "optimizer=partial(SGD, lr=0.1)"])
+def test_a_lambda_in_a_recipe_is_refused(tmp_path: Path, slot: str) -> None:
+    name = slot.partition("=")[0]
+    with refused("lambda", "with def"):
+        loader.load(written(tmp_path, GOOD.replace(slot, f"{name}=lambda *a: None")))
+
+
+def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path: Path) -> None:
+    with refused("Net", "class"):
+        loader.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
+
+
+def test_a_loss_that_is_built_already_is_answered_with_the_function(tmp_path: Path) -> None:
+    with refused("CrossEntropyLoss", "loss=cross_entropy"):
+        text = GOOD.replace("epochs=1", "epochs=1, loss=nn.CrossEntropyLoss()")
+        loader.load(written(tmp_path, text))
+
+
+def test_the_fault_of_the_recipes_own_code_keeps_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        loader.load(written(tmp_path, GOOD + "1 / 0\n"))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+# The shipped recipes
+
+
+def test_simplecnn_is_the_network_of_the_tutorials() -> None:
+    loaded = loader.load(RECIPES / "simplecnn.py")
+    network = loaded.recipe.model()
+    assert count_parameters(network) == 25_578
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert overrides.short_name(loaded.recipe.data.source) == "CIFAR10"
+    assert loaded.recipe.data.fallback is not None
+    assert "accelerate launch -m launcher recipes/simplecnn.py" in loaded.note
+
+
+def test_pictures64_scores_five_classes_of_pictures_of_64_pixels() -> None:
+    loaded = loader.load(RECIPES / "pictures64.py")
+    assert loaded.recipe.model()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    wider = overrides.override(loaded.recipe, ["model.classes=7"])
+    assert wider.model()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    loaded = loader.load(path)
+    assert loaded.name == path.stem
+    assert loaded.note.strip()

@@ -1,0 +1,284 @@
+"""The command line as people type it: what it prints, the exit code, and what it leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from launcher import Synthetic
+from launcher.cli import main
+
+ROOT = Path(__file__).parents[2]
+SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
+TINY = ("data.fallback.count=300", "data.batch_size=50", "epochs=2", "--wandb", "off")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder without a network: CIFAR-10 is out of reach at once."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that bad input is answered with."""
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("launcher: ")
+    assert not Path("runs").exists(), "bad input left something behind"
+    return lines[0]
+
+
+def test_a_run_leaves_everything_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "first", "optimizer.lr=0.01"]) == 0
+    folder = Path("runs/first")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["optimizer"]["lr"] == 0.01
+    assert config["data"]["batch_size"] == 50
+    run = json.loads((folder / "run.json").read_text())
+    assert "NOT THE REAL DATA" in run["fallback"]
+    assert run["versions"]["torch"] == torch.__version__.partition("+")[0] or run["versions"]
+    assert (folder / "recipe.py").read_text() == Path(SIMPLECNN).read_text()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert all(0 <= row["test/accuracy"] <= 1 for row in rows)
+    assert {row["test/images"] for row in rows} == {60}
+    for name in ("best", "final"):
+        weights = load_file(folder / f"{name}.safetensors")
+        assert sum(tensor.numel() for tensor in weights.values()) == 25_578
+
+
+def test_a_run_tells_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "told"]) == 0
+    printed = capsys.readouterr().out
+    assert "SimpleCNN, 25,578 parameters" in printed
+    assert "50 = 1 rank(s) x 50 image(s)" in printed
+    assert "fp32 (default)" in printed
+    assert "!!! NOT THE REAL DATA" in printed
+    assert "first step: loss" in printed
+    assert "the first five images look like" in printed
+    assert "epoch 2/2" in printed
+    assert "best epoch" in printed
+    assert "runs/told" in printed
+    assert "\x1b" not in printed, "escapes in plain output"
+
+
+def test_the_same_command_trains_to_the_same_weights() -> None:
+    for name in ("one", "two"):
+        assert main([SIMPLECNN, *TINY, "--name", name]) == 0
+    one, two = (load_file(Path(f"runs/{name}/final.safetensors")) for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_max_steps_stops_early_and_still_evaluates() -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "short", "--max-steps", "8"]) == 0
+    rows = Path("runs/short/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [6, 8]
+
+
+def test_a_taken_name_is_refused_and_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "taken", "--max-steps", "1"]) == 0
+    before = Path("runs/taken/metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert main([SIMPLECNN, *TINY, "--name", "taken"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("runs/taken/metrics.jsonl").read_text() == before
+
+
+def test_runs_without_a_name_never_share_a_folder() -> None:
+    for _ in range(2):
+        assert main([SIMPLECNN, *TINY, "--max-steps", "1"]) == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_train_may_stand_before_the_recipe() -> None:
+    assert main(["train", SIMPLECNN, *TINY, "--max-steps", "1", "--runs", "elsewhere"]) == 0
+    assert len(list(Path("elsewhere").iterdir())) == 1
+
+
+def test_dry_run_prints_the_resolved_recipe_and_the_plan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([SIMPLECNN, "--dry-run", "--world-size", "8", "--epochs=3"]) == 0
+    printed = capsys.readouterr().out
+    config, end = json.JSONDecoder().raw_decode(printed)
+    assert config["epochs"] == 3
+    assert "64 = 8 rank(s) x 8 image(s)" in printed[end:]
+    rows = [line.split() for line in printed[end:].splitlines()]
+    assert [row[0] for row in rows if row[-1:] and row[-1].endswith("%")] == 2 * ["1", "8", "64"]
+    assert not Path("runs").exists()
+
+
+def test_dry_run_without_a_world_size_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, "--dry-run"]) == 0
+    assert "scaling" not in capsys.readouterr().out
+
+
+def test_help_lists_the_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["epochs", "int", "10"] in lines
+    assert ["data.batch_size", "int", "64"] in lines
+    assert any(line[:1] == ["optimizer.lr"] and line[-1] == "0.001" for line in lines)
+
+
+def test_smoke_passes_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, "--smoke", "--max-steps", "1"]) == 0  # one step could show nothing
+    assert list(Path().iterdir()) == []
+
+
+def test_a_smoke_test_of_many_passes_has_several_steps_all_the_same() -> None:
+    assert main([SIMPLECNN, "--smoke", "accumulate=1024"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"), [("optimizer.lr=0", "did not fall"), ("optimizer.lr=1e30", "not finite")]
+)
+def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
+    word: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([SIMPLECNN, "--smoke", word]) == 1
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["nowhere.py"], ["nowhere.py", "no such file"]),
+        ([SIMPLECNN, "data.batch_size=0"], ["data.batch_size=0", "at least 1"]),
+        ([SIMPLECNN, "epochs=none"], ["epochs=none", "int"]),
+        ([SIMPLECNN, "optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+        ([SIMPLECNN, "precision=fp16"], ["fp16", "without a GPU", "precision=bf16"]),
+        ([SIMPLECNN, "model.classes=7"], ["(2, 7)", "(2, 10)"]),
+        ([SIMPLECNN, "data.fallback=none"], ["cannot be downloaded", "data.root=FOLDER"]),
+        ([SIMPLECNN, "data.mean=(0.5,)"], ["data.mean", "3 number(s)"]),
+        ([SIMPLECNN, "optimizer.lr=-1"], ["Adam refuses", "-1"]),
+        ([SIMPLECNN, "sync_batch_norm=true"], ["sync_batch_norm", "CPU"]),
+        ([SIMPLECNN, "--name", "a/b"], ["--name 'a/b'", "without slashes"]),
+        ([SIMPLECNN, "--runs", "/proc/nothing"], ["/proc/nothing", "--runs FOLDER"]),
+        ([SIMPLECNN, "--num_processes", "2"], ["--num_processes", "before -m launcher"]),
+        ([SIMPLECNN, "--max-steps", "0"], ["--max-steps", "at least 1"]),
+        ([SIMPLECNN, "--max-steps", "1.5"], ["--max-steps: '1.5' is no whole number of at least"]),
+        ([SIMPLECNN, "--timeout", "x"], ["--timeout: 'x' is no number of seconds above 0"]),
+        ([SIMPLECNN, "--world-size", "2"], ["--world-size goes with --dry-run"]),
+        ([SIMPLECNN, "--wandb", "maybe"], ["--wandb", "online"]),
+        (["epochs=3"], ["epochs=3", "before any recipe"]),
+        ([], ["no recipe is named"]),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = complaint(capsys, *words)
+    for part in parts:
+        assert part in line
+
+
+def test_a_model_that_cannot_take_the_images_is_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = Path(SIMPLECNN).read_text().replace("* 8 * 8, classes", "* 7 * 7, classes")
+    (tmp_path / "wrong.py").write_text(text)
+    line = complaint(capsys, "wrong.py")
+    assert "SimpleCNN fails on images of shape (2, 3, 32, 32)" in line
+
+
+def test_a_fault_of_the_recipes_own_code_keeps_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(SIMPLECNN).read_text()
+    text += "\n\ndef wrong(progress: float) -> float:\n    raise KeyError('mine')\n"
+    text += "\n\nfrom dataclasses import replace\nrecipe = replace(recipe, schedule=wrong)\n"
+    (tmp_path / "faulty.py").write_text(text)
+    assert main(["faulty.py", *TINY]) == 1
+    errors = capsys.readouterr().err
+    assert "in wrong\n    raise KeyError('mine')\n" in errors
+    assert "KeyError: 'mine'\nin step 1 (epoch 1)" in errors
+
+
+def test_resume_without_any_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no run of simplecnn" in complaint(capsys, SIMPLECNN, "--resume")
+
+
+def test_resume_of_a_name_that_is_new_begins_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [SIMPLECNN, *TINY, "--name", "new", "--resume"]
+    assert main(words) == 0
+    assert "no run is called new yet" in capsys.readouterr().out
+    assert main(words) == 0  # nothing is left to do
+    assert "resumed after step 12" in capsys.readouterr().out
+
+
+def test_a_changed_recipe_is_not_resumed_by_accident(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "longer"]) == 0
+    longer = [SIMPLECNN, *TINY, "--name", "longer", "--resume", "epochs=3"]
+    assert main(longer) == 2
+    assert "epochs (2 -> 3)" in capsys.readouterr().err
+    assert main([*longer, "--resume-changed", "epochs"]) == 0
+    rows = Path("runs/longer/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_a_recipe_file_whose_code_has_changed_is_resumed_with_a_note(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine = Path("mine.py")
+    mine.write_text(Path(SIMPLECNN).read_text())
+    words = [str(mine), *TINY, "--name", "mine", "--resume"]
+    assert main(words) == 0
+    assert main([*words, "epochs=3", "--resume-changed", "epochs"]) == 0
+    assert "has changed since" not in capsys.readouterr().out
+    before = mine.read_text()
+    mine.write_text(before.replace("nn.ReLU()", "nn.GELU()"))
+    assert main([*words, "epochs=4", "--resume-changed", "epochs"]) == 0
+    assert "the recipe file has changed since" in capsys.readouterr().out
+    kept = sorted(Path("runs/mine/checkpoints").glob("*/state.json"))
+    states = [json.loads(path.read_text()) for path in kept]
+    assert [state["source"] == before for state in states] == [True, True, False]
+    assert len({state["config_sha256"] for state in states}) == 3  # of other numbers of epochs
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "wild", "optimizer.lr=1e30"]) == 1
+    error = capsys.readouterr().err
+    assert "the loss is not finite at step 2 (epoch 1" in error
+    assert "learning rate 1e+30" in error
+    assert not list(Path("runs/wild").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("text", ["0", "e", "1h", "-1", "", "1.5e"])
+def test_a_cadence_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--checkpoint-every" in complaint(capsys, SIMPLECNN, "--checkpoint-every", text)
+
+
+@pytest.mark.parametrize(("text", "count"), [("never", 0), ("1e", 2), ("5", 3), ("1m", 1)])
+def test_checkpoints_come_as_often_as_told(text: str, count: int) -> None:
+    assert main([SIMPLECNN, *TINY, "--name", "often", "--checkpoint-every", text]) == 0
+    assert len(list(Path("runs/often").glob("checkpoints/step-*"))) == count
+
+
+def test_pictures64_trains_on_folders_of_png_files(capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn pictures of another size and shape than the network wants, in five class folders."""
+    drawn = Synthetic(size=80, classes=5, count=300)
+    for number, (picture, label) in enumerate(zip(drawn.data, drawn.targets, strict=True)):
+        folder = Path("pictures", drawn.classes[label])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[:, 4:76]).save(folder / f"{number:03}.png")
+    recipe = str(ROOT / "recipes" / "pictures64.py")
+    words = ["data.root=pictures", "epochs=8", "data.batch_size=16", "optimizer.lr=0.003"]
+    assert main([recipe, *words, "--wandb", "off", "--name", "own"]) == 0
+    printed = capsys.readouterr().out
+    assert "Folder, 240 training and 60 test images, 5 classes" in printed
+    assert "NOT THE REAL DATA" not in printed
+    rows = [json.loads(line) for line in Path("runs/own/metrics.jsonl").read_text().splitlines()]
+    assert {row["test/images"] for row in rows} == {60}
+    assert rows[-1]["test/accuracy"] > 0.5  # chance is 0.2

@@ -1,0 +1,214 @@
+"""Muon, several optimizers as one, and schedules of single groups."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Adagrad, Optimizer
+
+from launcher import Muon, NamedParameters, Together
+from launcher.training.optimizers import orthogonalise
+from launcher.training.state import Learner, prepare
+from tests.support.world_worker import Small, Small64, divided, late, plain
+
+
+@pytest.fixture
+def network() -> Small:
+    torch.manual_seed(0)
+    return Small64()
+
+
+def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        images = torch.randn(16, 3, 32, 32, generator=random, dtype=torch.float64)
+        yield images, torch.randint(10, (16,), generator=random)
+
+
+def train(network: nn.Module, optimizer: Optimizer, steps: int, skip: int = 0) -> list[float]:
+    losses = []
+    for images, labels in list(batches(skip + steps))[skip:]:
+        loss = cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 40), (2, 40, 8)])
+def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices[0] *= 1e-3  # the scale does not matter
+    values = torch.linalg.svdvals(orthogonalise(matrices, newton_steps=5))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = (orthogonalise(matrices, 5) * (left @ right)).sum() / (left @ right).norm() ** 2
+    assert cosine == pytest.approx(1, abs=0.3)
+
+
+def test_muon_steps_against_the_gradient_by_the_rate_and_keeps_the_norm() -> None:
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(8, 3, 3, 3, dtype=torch.float64))
+    muon = Muon([("filters", filters)], lr=1e-3)
+    before = filters.detach() * (8**0.5 / filters.detach().norm())
+    filters.grad = torch.randn_like(filters)
+    expected = orthogonalise(filters.grad.flatten(1)[None] * 1.6, 3)[0].view(8, 3, 3, 3)
+    muon.step()
+    torch.testing.assert_close(filters.detach(), before - 1e-3 * expected, rtol=0, atol=1e-9)
+    assert filters.detach().norm() == pytest.approx(8**0.5, abs=0.01)
+
+
+def test_muon_treats_filters_alike_together_and_alone() -> None:
+    banks = [nn.Parameter(torch.randn(4, 2, 3, 3, dtype=torch.float64)) for _ in range(3)]
+    alone = [nn.Parameter(bank.detach().clone()) for bank in banks]
+    for bank, single in zip(banks, alone, strict=True):
+        bank.grad = torch.randn_like(bank)
+        single.grad = bank.grad.clone()
+        Muon([("one", single)], lr=0.1).step()
+    Muon([(str(index), bank) for index, bank in enumerate(banks)], lr=0.1).step()
+    for bank, single in zip(banks, alone, strict=True):
+        torch.testing.assert_close(bank, single, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rate", "momentum"), [(-1.0, 0.6), (1.0, 1.0)])
+def test_muon_refuses_settings_out_of_range(rate: float, momentum: float) -> None:
+    with pytest.raises(ValueError, match="lr="):
+        Muon([("filters", nn.Parameter(torch.ones(2, 2)))], lr=rate, momentum=momentum)
+
+
+def test_muon_refuses_a_vector() -> None:
+    with pytest.raises(ValueError, match="one dimension"):
+        Muon([("bias", nn.Parameter(torch.ones(2)))], lr=0.1)
+
+
+def test_together_does_what_its_parts_do_alone(network: Small) -> None:
+    twin = Small64()
+    twin.load_state_dict(network.state_dict())
+    together = divided(network.named_parameters())
+    parts = divided(twin.named_parameters())
+    assert isinstance(parts, Together)
+    for images, labels in batches(4):
+        for each in (network, twin):
+            each.zero_grad()
+            loss = cross_entropy(each(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+        together.step()
+        for part in parts.parts:
+            part.step()
+    assert list(network.state_dict()) == list(twin.state_dict())
+    for one, other in zip(network.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_together_resumes_exactly_from_its_state(network: Small, prepared: bool) -> None:
+    def made(network: Small) -> Any:
+        optimizer = divided(network.named_parameters())
+        for group in optimizer.param_groups:
+            group.pop("schedule", None)
+        return Accelerator(cpu=True).prepare(optimizer) if prepared else optimizer
+
+    optimizer = made(network)
+    train(network, optimizer, 3)
+    file = io.BytesIO()
+    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    whole = train(network, optimizer, 3, skip=3)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = Small64()
+    other.load_state_dict(saved["network"])
+    resumed = made(other)
+    resumed.load_state_dict(saved["optimizer"])
+    assert train(other, resumed, 3, skip=3) == whole
+    fresh = Small64()
+    fresh.load_state_dict(saved["network"])
+    assert train(fresh, made(fresh), 3, skip=3) != whole, "the state made no difference"
+
+
+def test_together_keeps_no_state_that_a_checkpoint_does_not_have(network: Small) -> None:
+    """As after a roll back to a time at which a group had not been trained yet."""
+    optimizer = divided(network.named_parameters())
+    before = optimizer.state_dict()
+    train(network, optimizer, 2)
+    assert optimizer.state
+    optimizer.load_state_dict(before)
+    assert not optimizer.state
+
+
+def test_together_has_the_state_with_which_a_part_begins(network: Small) -> None:
+    part = Adagrad(network.parameters())
+    assert set(Together(part).state) == set(network.parameters())
+
+
+def test_a_rate_set_on_together_reaches_its_parts(network: Small) -> None:
+    optimizer = divided(network.named_parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.param_groups[1]["lr"] = 0.1  # the head and its bias
+    train(network, optimizer, 2)
+    after = network.state_dict()
+    assert torch.equal(after["layers.0.bias"], before["layers.0.bias"])
+    assert not torch.equal(after["layers.4.weight"], before["layers.4.weight"])
+
+
+def learner_of(network: nn.Module, optimizer: Any) -> Learner:
+    return prepare(network, replace(plain, optimizer=optimizer), Accelerator(cpu=True))
+
+
+def test_a_group_has_its_own_schedule_and_rests_at_zero(network: Small) -> None:
+    learner = learner_of(network, divided)
+    bias = network.layers[0].bias
+
+    learner.set_rates(0.25, lambda progress: 1 - progress)
+    rates = [group["lr"] for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([0.05 * 0.75, 0.05 * 0.75, 0.05 * 0.5])
+    assert bias.requires_grad
+
+    learner.set_rates(0.75, lambda progress: 1 - progress)
+    rates = [group["lr"] for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([0.05 * 0.25, 0.05 * 0.25, 0.0])
+    assert [p.requires_grad for p in network.parameters()] == [True, False, True, True]
+    learner.set_rates(0.25, lambda progress: 1 - progress)
+    assert bias.requires_grad
+
+
+def test_all_groups_may_rest_at_once(network: Small) -> None:
+    def scheduled(parameters: NamedParameters) -> Optimizer:
+        return SGD([{"params": list(parameters), "schedule": late}], lr=0.1)
+
+    learner = learner_of(network, scheduled)
+    learner.set_rates(0.25, late)
+    before = [parameter.clone() for parameter in network.parameters()]
+    images, labels = next(batches(1))
+    cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+    learner.drop_resting_gradients()
+    learner.optimizer.step()
+    assert all(map(torch.equal, before, network.parameters()))
+
+
+def test_torch_optimizers_take_named_parameters(network: Small) -> None:
+    learner = learner_of(network, lambda parameters: SGD(parameters, lr=0.1))
+    names = learner.optimizer.param_groups[0]["param_names"]
+    assert names == [name for name, _ in network.named_parameters()]
+
+
+@pytest.mark.slow
+def test_a_compiled_muon_computes_the_same(network: Small) -> None:
+    twin = Small64()
+    twin.load_state_dict(network.state_dict())
+    filters = [pair for pair in network.named_parameters() if pair[1].ndim == 4]
+    twins = [pair for pair in twin.named_parameters() if pair[1].ndim == 4]
+    eager, compiled = Muon(filters, lr=0.05), Muon(twins, lr=0.05)
+    compiled.compile()
+    assert train(network, eager, 3) == pytest.approx(train(twin, compiled, 3), abs=1e-10)

@@ -1,0 +1,149 @@
+"""A recipe's own functions are tried before training."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, run
+from launcher.config.loader import Loaded
+from launcher.config.plan import make_plan
+from launcher.config.recipe import Recipe
+from launcher.config.slots import Draws, Score
+from launcher.data import sources
+from launcher.distributed.accelerator import create_accelerator
+from launcher.training.loop import normalisation
+from launcher.training.preflight import rehearse
+from launcher.training.state import build, prepare
+from launcher.training.step import Job
+from tests.support.helpers import Tiny, refused, tiny_recipe
+
+
+def rehearsed(recipe: Recipe) -> nn.Module:
+    data, accelerator = sources.load(recipe.data), create_accelerator("fp32")
+    sizes = {"train_images": len(data.train), "test_images": len(data.test)}
+    job = Job(recipe, make_plan(recipe, world_size=1, **sizes), accelerator)
+    learner = prepare(build(recipe, data.train), recipe, accelerator)
+    rehearse(job, learner.evaluated, data.test, normalisation(job, learner, data))
+    return learner.network
+
+
+def of_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+def in_a_row(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits, targets).reshape(1)
+
+
+WEIGHTS = torch.arange(10.0)
+
+
+def weighted(logits: Tensor, targets: Tensor) -> Tensor:
+    return (cross_entropy(logits, targets, reduction="none") * WEIGHTS[targets]).mean()
+
+
+def test_class_weights_are_refused_where_pieces_would_not_add_up() -> None:
+    by_torch = partial(cross_entropy, weight=WEIGHTS)
+    with refused("cross_entropy over 2 pieces", "reduction='none'"):
+        rehearsed(tiny_recipe(loss=by_torch, accumulate=2))
+    rehearsed(tiny_recipe(loss=weighted, accumulate=2))
+    rehearsed(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
+
+
+def unscored(score: Score, images: Tensor) -> Tensor:
+    return images
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (of_probabilities, "of_probabilities fails on two images"),
+        (in_a_row, "one number"),
+        (partial(cross_entropy, reduction="none"), "one number"),
+        (partial(cross_entropy, reduction="sum"), "the mean over the images, not the sum"),
+        (partial(cross_entropy, label_smoothing=2.0), "label_smoothing must be between"),
+        (nn.CrossEntropyLoss, "cross_entropy of torch.nn.functional"),
+    ],
+)
+def test_a_loss_that_no_evaluation_can_use_is_refused(loss: Any, message: str) -> None:
+    with refused(message):
+        rehearsed(tiny_recipe(loss=loss, data={"mix": mixup}))
+
+
+def in_half(images: Tensor, draws: Draws) -> Tensor:
+    return images / 2
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "message"),
+    [
+        (partial(crop, padding=40), "crop fails on two images: padding=40 of images of 32"),
+        (partial(crop, padding=-1), "crop fails on two images: padding=-1"),
+        (partial(cutout, fill=300), "cutout fails"),
+        (mirrored, "mirrored fails"),
+        (in_half, "in_half returns something else for two images; expected images of the same"),
+    ],
+)
+def test_an_augmentation_that_fits_no_images_is_refused(augmentation: Any, message: str) -> None:
+    with refused(message):
+        rehearsed(tiny_recipe(data={"augment": (augmentation,)}))
+
+
+@pytest.mark.parametrize("mix", [partial(mixup, alpha=0.0), flip])
+def test_a_mixing_that_fails_is_refused(mix: Any) -> None:
+    with refused("fails on two images"):
+        rehearsed(tiny_recipe(data={"mix": mix}))
+
+
+def in_place(images: Tensor, draws: Draws) -> Tensor:
+    return images.bitwise_not_()
+
+
+def test_an_augmentation_may_write_where_it_reads() -> None:
+    rehearsed(tiny_recipe(data={"augment": (in_place,)}))
+
+
+@pytest.mark.parametrize(("views", "message"), [(flip, "flip fails"), (unscored, "a score")])
+def test_views_that_are_no_scores_are_refused(views: Any, message: str) -> None:
+    with refused(message):
+        rehearsed(tiny_recipe(views=views))
+
+
+class Normed(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(3, nn.BatchNorm1d(4))
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(101, 1), (103, 2)])
+def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
+    count: int, accumulate: int
+) -> None:
+    """It would be met at the end of the first epoch."""
+    images = {"source": partial(Synthetic, count=count)}
+    with refused(f"a last batch of {count - 100} image(s) over {accumulate} rank(s)"):
+        rehearsed(tiny_recipe(model=Normed, data=images, accumulate=accumulate))
+    rehearsed(tiny_recipe(data=images, accumulate=accumulate))
+    rehearsed(tiny_recipe(model=Normed, accumulate=accumulate))
+
+
+def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
+    loaded = Loaded(tiny_recipe(loss=in_a_row), "mine", "", "")
+    with refused("one number"):
+        run.train(loaded, run.Occasion(runs=tmp_path / "runs", wandb="off"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "loss", [cross_entropy, partial(cross_entropy, weight=torch.arange(10.0), label_smoothing=0.1)]
+)
+def test_a_rehearsal_leaves_the_network_as_it_is(loss: Any) -> None:
+    recipe = tiny_recipe(loss=loss, views=mirrored, average=ema)
+    network = rehearsed(recipe)
+    fresh = build(recipe, sources.load(recipe.data).train).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())

@@ -1,0 +1,136 @@
+"""The network: tried on the data, averaged, given to Accelerate."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from launcher import Images, Recipe, Synthetic, ema
+from launcher.data import sources
+from launcher.distributed.accelerator import create_accelerator
+from launcher.errors import UserError
+from launcher.training.state import average_buffers, build, count_parameters, evaluating, prepare
+from tests.support.world_worker import Small, Small64
+
+DATA = Images(partial(Synthetic, count=50), 10, mean=(0.5,) * 3, std=(0.5,) * 3)
+RECIPE = Recipe(model=Small, data=DATA, optimizer=partial(SGD, lr=1.0), epochs=1)
+
+
+class Tuple(nn.Module):
+    """Returns what no loss can take."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, images
+
+
+@pytest.fixture(scope="module")
+def images() -> sources.ImageSet:
+    return sources.load(DATA).train
+
+
+def test_the_seed_alone_decides_the_first_weights(images: sources.ImageSet) -> None:
+    one, same = build(RECIPE, images), build(RECIPE, images)
+    other = build(replace(RECIPE, seed=1), images)
+    for (name, a), b, c in zip(
+        one.named_parameters(), same.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, c), name
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (partial(nn.Linear, 5, 5), "fails on images of shape (2, 3, 32, 32)"),
+        (Tuple, "output of shape ()"),
+        (nn.Identity, "output of shape (2, 3, 32, 32)"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    model: Any, message: str, images: sources.ImageSet
+) -> None:
+    with pytest.raises(UserError) as caught:
+        build(replace(RECIPE, model=model), images)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_double_precision_is_given_images_in_it(images: sources.ImageSet) -> None:
+    network = build(replace(RECIPE, model=Small64), images)
+    assert next(network.parameters()).dtype == torch.float64
+
+
+def test_a_lazy_layer_trains_all_of_its_weights(images: sources.ImageSet) -> None:
+    lazy = partial(nn.Sequential, nn.Flatten(), nn.LazyLinear(10))
+    network = build(replace(RECIPE, model=lazy), images)
+    network(torch.ones(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_the_average_follows_its_formula(images: sources.ImageSet) -> None:
+    network = build(RECIPE, images)
+    average = ema(network, decay=0.75)
+    first = [p.detach().clone() for p in network.parameters()]
+    average.update_parameters(network)  # the first update copies
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    average.update_parameters(network)
+    for start, averaged in zip(first, average.module.parameters(), strict=True):
+        torch.testing.assert_close(averaged, start + 0.25)
+
+
+def test_rates_are_scaled_from_the_recipes_own_each_time(images: sources.ImageSet) -> None:
+    learner = prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32"))
+    for multiplier in (0.5, 0.25):
+        learner.set_rates(multiplier, float)  # a schedule that returns the progress itself
+        assert learner.learning_rate == multiplier
+
+
+def test_the_average_is_what_is_evaluated(images: sources.ImageSet) -> None:
+    recipe = replace(RECIPE, average=ema)
+    learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
+    assert learner.average is not None
+    assert learner.evaluated is learner.average.module
+    assert prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32")).average is None
+
+
+def test_parameters_lie_in_the_memory_format_of_the_recipe(images: sources.ImageSet) -> None:
+    for memory_format in ("channels_last", "contiguous"):
+        recipe = replace(RECIPE, memory_format=memory_format)
+        learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
+        weight = next(learner.network.parameters())
+        assert weight.is_contiguous() == (memory_format == "contiguous")
+
+
+def test_evaluating_restores_training_even_after_an_error() -> None:
+    network = nn.Sequential(nn.Dropout())
+    with evaluating(network) as score:
+        images = torch.ones(100)
+        assert torch.equal(score(images), images)  # dropout is at rest
+    assert network.training
+    with pytest.raises(RuntimeError), evaluating(network):
+        torch.ones(2) @ torch.ones(3)
+    assert network.training
+
+
+def test_frozen_parameters_are_neither_counted_nor_optimized(images: sources.ImageSet) -> None:
+    network = build(RECIPE, images)
+    whole = count_parameters(network)
+    frozen = next(network.parameters())
+    frozen.requires_grad = False
+    assert count_parameters(network) == whole - frozen.numel()
+    learner = prepare(network, RECIPE, create_accelerator("fp32"))
+    optimized = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    assert all(p is not frozen for p in optimized)
+
+
+def test_buffers_of_one_process_stay_as_they_are() -> None:
+    network = nn.BatchNorm2d(3)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    average_buffers(network, create_accelerator("fp32"))
+    assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
