@@ -2,7 +2,7 @@
 
 `python benchmarks/checks.py` prints their figures, gpu.py puts them into its own, `pytest -m gpu`
 wants them to pass. Without a GPU they run on the CPU: without fp16, and without BatchNorm in the
-network of the two ranks, since torch synchronises it on GPUs only.
+network of the two ranks, since torch synchronizes it on GPUs only.
 """
 
 import json
@@ -93,7 +93,7 @@ def equal_runs_are_equal() -> Figures:
     return {"passed": all(map(torch.equal, *ends))}
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A convolution, BatchNorm where there is a GPU, a linear layer; in float64."""
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ def two_ranks_are_one() -> Figures:
 
 
 def _names() -> list[str]:
-    return [name for name, _ in Normalised().named_parameters()]
+    return [name for name, _ in Normalized().named_parameters()]
 
 
 def _start(words: list[str], folder: str, **environment: str) -> "subprocess.Popen[bytes]":
@@ -186,7 +186,7 @@ def rank(output: Path) -> None:
         torch.distributed.init_process_group("gloo", rank=world.rank, world_size=world.size)
     images = Images(partial(Synthetic, count=400), batch_size=32, mean=(0.5,) * 3, std=(0.3,) * 3)
     recipe = Recipe(
-        model=Normalised,
+        model=Normalized,
         data=images,
         optimizer=partial(SGD, lr=0.1, momentum=0.9),
         epochs=1,

@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from torchvision.datasets import CIFAR10
-from torchvision.transforms import Compose, Normalize, ToTensor
 
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
-from launcher.data.batches import Batches, Normalise
+from launcher.data.batches import Batches, Normalize
 from launcher.data.sources import ImageSet
 from launcher.distributed.process_group import PATIENT
 from launcher.nearby import average_nearby
@@ -40,7 +40,9 @@ class Tutorial:
         self.network = fresh_network(recipe).to(device)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = recipe.optimizer(self.network.named_parameters())
-        self.transform = Compose([ToTensor(), Normalize(recipe.data.mean, recipe.data.std)])
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(recipe.data.mean, recipe.data.std)]
+        )
 
     def epoch(self, images: ImageSet) -> None:
         """Train on the images once, in a new order."""
@@ -94,7 +96,7 @@ class Bare:
         network, optimizer, size = self.network, self.optimizer, self.recipe.data.batch_size
         count, *shape = images.images.shape
         pixels, labels, order = images.images.view(count, -1), images.labels, order.to(self.device)
-        scale, shift = self.normalisation(pixels.shape[1])
+        scale, shift = self.normalization(pixels.shape[1])
         for start in range(0, count, size):
             chosen = order[start : start + size]
             batch = pixels.index_select(0, chosen).float().mul_(scale).add_(shift)
@@ -107,7 +109,7 @@ class Bare:
             optimizer.zero_grad(set_to_none=True)
             yield loss
 
-    def normalisation(self, length: int) -> tuple[Tensor, Tensor]:
+    def normalization(self, length: int) -> tuple[Tensor, Tensor]:
         """The factor and the summand of each number of an image, whose last axis is the colour."""
         mean = torch.tensor(self.recipe.data.mean, dtype=torch.float64) * 255
         std = torch.tensor(self.recipe.data.std, dtype=torch.float64) * 255
@@ -139,13 +141,13 @@ class Launched:
         """Train on the images once and yield what the launcher measures."""
         self.epochs += 1
         like = state.first_parameter(self.learner.network)
-        normalise = Normalise(self.recipe.data, images.images.shape[1:], like, False)
+        normalize = Normalize(self.recipe.data, images.images.shape[1:], like, False)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = len(images)
         plan = make_plan(
             self.recipe, world_size=world, train_images=count, test_images=0, log_every=log_every
         )
-        batches = Batches(images, self.recipe, plan, normalise, rank)
+        batches = Batches(images, self.recipe, plan, normalize, rank)
         job = Job(self.recipe, plan, self.accelerator)
         events = train_epoch(job, self.learner, batches, self.epochs)
         return (event for event in events if isinstance(event, StepReport))

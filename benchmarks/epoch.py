@@ -7,7 +7,7 @@ FOLDER holds torchvision's cifar-10-batches-py; `--root ""` takes the embedded s
 optimizer and its batch of 64, in fp32 and in bf16 autocast, evaluation excluded:
 
     tutorial  torchvision's DataLoader, ToTensor and Normalize, the loop of PyTorch's tutorial
-    bare      uint8 images in memory, gathered by index and normalised per batch, channels_last
+    bare      uint8 images in memory, gathered by index and normalized per batch, channels_last
               memory, no `.item()` in the loop: a fast plain script for this job
     launcher  `train_epoch` of launcher/training/loop.py, as `fit` runs it
 

@@ -60,8 +60,8 @@ def bytes_of_step(trainer: Trainer, kept: int) -> int:
 
 def seconds_of_step(trainer: Trainer) -> float:
     """The median over epochs; the first one warms up."""
-    job, normalise = trainer.job(), trainer.normalise()
-    batches = Batches(trainer.train, trainer.recipe, job.plan, normalise, rank=0)
+    job, normalize = trainer.job(), trainer.normalize()
+    batches = Batches(trainer.train, trainer.recipe, job.plan, normalize, rank=0)
 
     def train(epoch: int) -> list[object]:
         return list(train_epoch(job, trainer.learner, batches, epoch))

@@ -15,7 +15,7 @@ nothing). `--parts` chooses among, and runs in this order:
                  the device, accuracies over seeds
     speedrun96   the same of recipes/speedrun96.py; only on demand, in a call of its own
 
-The clock of speedrun94 is the record's: it runs over the data-dependent initialisation, all
+The clock of speedrun94 is the record's: it runs over the data-dependent initialization, all
 training steps and one evaluation with test-time augmentation, and not over the compilation (a
 whole training comes first, thrown away), the loading of the images, or evaluations between epochs.
 The seconds of the training alone are given as well. Like the record's script, all seeds use one
@@ -74,7 +74,7 @@ def load(name: str, words: argparse.Namespace, *overrides: str) -> tuple[Recipe,
     recipe = override(loader.load(RECIPES / f"{name}.py").recipe, overrides)
     source = CIFAR10 if words.root else partial(Synthetic, count=words.count)
     images = replace(recipe.data, source=source, root=words.root, fallback=None)
-    if words.rehearse:
+    if words.preflight:
         images = replace(images, batch_size=min(images.batch_size, 100))
         slim = (
             ("model.widths=(16,32,32)", "precision=pure_bf16")
@@ -107,7 +107,7 @@ def beside_bare(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
     images = data.train.to(accelerator.device)
     racers: dict[str, Bare | Launched] = {"bare": Bare(recipe, accelerator.device)}
     modes: dict[str, bool | CompileMode] = {"launcher": False}
-    if not words.rehearse:
+    if not words.preflight:
         modes |= {"launcher compiled": True, "launcher with CUDA graphs": "reduce-overhead"}
     for name, mode in modes.items():
         racers[name] = Launched(replace(recipe, compile=mode), data.train, accelerator)
@@ -175,7 +175,7 @@ def speedrun96(words: argparse.Namespace, deadline: float) -> Figures:
 def trainings(name: str, words: argparse.Namespace, deadline: float) -> Figures:
     """Images per second after compilation; then as many whole trainings as there is time for."""
     recipe, data = load(name, words, *words.set)
-    if words.rehearse:
+    if words.preflight:
         data = replace(data, train=first_steps(data.train, recipe, 1))
     trainer = Trainer(recipe, data)
     trainer.renew(0)
@@ -209,7 +209,7 @@ def parse_words() -> argparse.Namespace:
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of recipes")
     add("--peer", type=Path, help="the record's script, airbench94_muon.py")
     add("--count", type=int, default=50_000, help="embedded images")
-    add("--rehearse", action="store_true", help="tiny and uncompiled, for a machine without GPU")
+    add("--preflight", action="store_true", help="tiny and uncompiled, for a machine without GPU")
     add("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     words = parser.parse_args()
     if unknown := set(words.parts) - set(PARTS):

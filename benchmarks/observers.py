@@ -75,19 +75,19 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     from launcher.checkpoint import checkpoint
     from launcher.checkpoint.run_dir import RunFolder
     from launcher.loggers.console import Console, LiveConsole
-    from launcher.loggers.wandb import WandbTracker
+    from launcher.loggers.wandb import WandbLogger
 
     timer, whole = Timer(), Timer()
     screen = RichConsole(file=io.StringIO(), force_terminal=True, width=112)
     console = LiveConsole(screen) if mode == "watched" else Console(None)
     vars(run)["make_console"] = lambda is_main: console
     timer.around(type(console), "console", "say", "step", "epoch")
-    timer.around(WandbTracker, "W&B steps", "log_step")
-    timer.around(WandbTracker, "W&B epochs", "log_epoch")
+    timer.around(WandbLogger, "W&B steps", "log_step")
+    timer.around(WandbLogger, "W&B epochs", "log_epoch")
     timer.around(RunFolder, "files", "record")
     timer.around(checkpoint, "files", "save_weights")
     timer.around(watching, "checkpoints", "_save")
-    whole.around(run, "training", "consume")
+    whole.around(run, "training", "run_loop")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])
     output.write_text(json.dumps({**timer.seconds, **whole.seconds}))
     sys.exit(code)

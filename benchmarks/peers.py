@@ -9,7 +9,7 @@ evaluation excluded. Each peer is written as its own documents recommend:
 
     tutorial     the loop of PyTorch's tutorial: ToTensor, Normalize, `.item()` in each step
     accelerate   the computer-vision example of Accelerate: `prepare` of everything, `split_batches`
-    torchvision  the reference script for classification: transforms.v2, a meter that is read at
+    torchvision  the reference script for classification: transforms.v2, a tracker that is read at
                  each print, here every 50 steps, channels_last
     lightning    a LightningModule and a Trainer with the loader that its guide shows
     launcher     `train_epoch` of launcher/training/loop.py, as `fit` runs it

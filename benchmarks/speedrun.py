@@ -2,7 +2,7 @@
 
     python benchmarks/speedrun.py --root FOLDER --seeds 3 --peer airbench94_muon.py
 
-The clock is the record's: it runs over the data-dependent initialisation, all training steps and
+The clock is the record's: it runs over the data-dependent initialization, all training steps and
 one evaluation with test-time augmentation. The record's script is written for a GPU: it is changed
 to bfloat16 on a CPU, without compiling, and stopped after `--peer-epochs` epochs; its seconds are
 given per epoch. Between two seeds one run of it takes its turn.

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import Recipe
 from launcher.config.plan import make_plan
-from launcher.data.batches import Batches, Normalise
+from launcher.data.batches import Batches, Normalize
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import create_accelerator
 from launcher.training import state
@@ -50,11 +50,11 @@ class Trainer:
         self.learner.network.train()
 
     def epochs(self, log_every: int | None = None, last: int | None = None) -> Iterator[StepReport]:
-        """Initialise and train; `log_every=None` reads the loss once an epoch."""
+        """Initialize and train; `log_every=None` reads the loss once an epoch."""
         recipe, device = self.recipe, self.accelerator.device
-        state.initialise(self.learner.network, recipe, self.train, device)
-        job, normalise = self.job(log_every), self.normalise()
-        batches = Batches(self.train, recipe, job.plan, normalise, rank=0)
+        state.initialize(self.learner.network, recipe, self.train, device)
+        job, normalize = self.job(log_every), self.normalize()
+        batches = Batches(self.train, recipe, job.plan, normalize, rank=0)
         for epoch in range(1, (last or recipe.epochs) + 1):
             for event in train_epoch(job, self.learner, batches, epoch):
                 if isinstance(event, StepReport):
@@ -67,16 +67,16 @@ class Trainer:
         plan = make_plan(self.recipe, world_size=1, **sizes, log_every=log_every or steps)
         return Job(self.recipe, plan, self.accelerator)
 
-    def normalise(self) -> Normalise:
+    def normalize(self) -> Normalize:
         """As the launcher feeds this network."""
         like = state.first_parameter(self.learner.network)
-        return Normalise(self.recipe.data, self.train.images.shape[1:], like, False)
+        return Normalize(self.recipe.data, self.train.images.shape[1:], like, False)
 
     def accuracy(self, with_views: bool) -> float:
         """On the test images, with or without the recipe's test-time augmentation."""
         views = self.recipe.views if with_views else None
         network = self.learner.evaluated
-        return evaluate(self.job(), network, self.test, self.normalise(), views).accuracy
+        return evaluate(self.job(), network, self.test, self.normalize(), views).accuracy
 
 
 def fresh_accelerator(precision: str) -> Accelerator:
@@ -87,14 +87,14 @@ def fresh_accelerator(precision: str) -> Accelerator:
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
     """Seconds of the work, with all that it left for the device to do, and its result."""
-    synchronise()
+    synchronize()
     started = time.perf_counter()
     result = work()
-    synchronise()
+    synchronize()
     return time.perf_counter() - started, result
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     """Wait for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def work_of_step(trainer: Trainer) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             # `forward` is the network as it was before compiling.
-            logits = state.widened(network.forward(trainer.normalise()(images)))
+            logits = state.upcast(network.forward(trainer.normalize()(images)))
             loss = recipe.loss(logits, trainer.train.labels[:size])
         loss.backward()  # type: ignore[no-untyped-call]
     network.zero_grad()
@@ -151,8 +151,8 @@ def matmul_rate(device: torch.device, number: torch.dtype) -> float:
 
 def profiled(trainer: Trainer) -> Figures:
     """Where the second epoch's time goes: the longest kernels, and how long the device is idle."""
-    job, normalise = trainer.job(), trainer.normalise()
-    batches = Batches(trainer.train, trainer.recipe, job.plan, normalise, rank=0)
+    job, normalize = trainer.job(), trainer.normalize()
+    batches = Batches(trainer.train, trainer.recipe, job.plan, normalize, rank=0)
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as watch:
         seconds, _ = timed(lambda: list(train_epoch(job, trainer.learner, batches, 2)))

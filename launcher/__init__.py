@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
     from launcher.data.image_folder import Folder
     from launcher.data.synthetic import Synthetic
-    from launcher.training.optimizers import Muon, Together
+    from launcher.training.optimizers import ChainedOptimizer, Muon
     from launcher.training.state import ema
     from launcher.training.tta import mirrored, mirrored_and_shifted
 
 __all__ = [
+    "ChainedOptimizer",
     "Draws",
     "Folder",
     "Images",
@@ -28,7 +29,6 @@ __all__ = [
     "NamedParameters",
     "Recipe",
     "Synthetic",
-    "Together",
     "alternating_flip",
     "constant",
     "cosine",
@@ -48,7 +48,7 @@ _HOMES = {
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
     "launcher.data.image_folder": "Folder",
     "launcher.training.state": "ema",
-    "launcher.training.optimizers": "Muon Together",
+    "launcher.training.optimizers": "Muon ChainedOptimizer",
     "launcher.config.recipe": "Images Recipe",
     "launcher.config.slots": "Draws NamedParameters",
     "launcher.config.schedules": "constant cosine linear steps",

@@ -26,8 +26,8 @@ from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from launcher.config.loader import Loaded
-    from launcher.config.plan import Cadence
-    from launcher.run import Occasion
+    from launcher.config.plan import SaveInterval
+    from launcher.run import RunOptions
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
@@ -168,7 +168,7 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, 
     from launcher import run
     from launcher.distributed.process_group import Timeouts
 
-    occasion = run.Occasion(
+    options = run.RunOptions(
         runs=arguments.runs,
         name=arguments.name,
         max_steps=arguments.max_steps,
@@ -185,18 +185,18 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, 
         place=place,
     )
     if arguments.dry_run:
-        return _dry_run(loaded, occasion, arguments.world_size)
-    outcome = run.train(loaded, occasion)
+        return _dry_run(loaded, options, arguments.world_size)
+    outcome = run.train(loaded, options)
     return EXIT_SAVED if outcome.stopped else 0
 
 
-def _cadence(text: str) -> "Cadence":
+def _cadence(text: str) -> "SaveInterval":
     """`20` steps, `2m` minutes, `1e` epochs, or `never`."""
-    from launcher.config.plan import Cadence
+    from launcher.config.plan import SaveInterval
 
     number = text[:-1] if text[-1:] in ("m", "e") else text
     if text == "never":
-        return Cadence()
+        return SaveInterval()
     if not number.isdecimal() or int(number) < 1:
         raise UserError(
             f"--checkpoint-every {text}",
@@ -204,11 +204,13 @@ def _cadence(text: str) -> "Cadence":
             instead="type --checkpoint-every 1e, for example",
         )
     if text.endswith("m"):
-        return Cadence(minutes=int(number))
-    return Cadence(epochs=int(number)) if text.endswith("e") else Cadence(steps=int(number))
+        return SaveInterval(minutes=int(number))
+    return (
+        SaveInterval(epochs=int(number)) if text.endswith("e") else SaveInterval(steps=int(number))
+    )
 
 
-def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> int:
+def _dry_run(loaded: "Loaded", options: "RunOptions", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
     from launcher import run, watching
     from launcher.checks import timing
@@ -217,7 +219,7 @@ def _dry_run(loaded: "Loaded", occasion: "Occasion", world_size: int | None) -> 
 
     world = World.from_env()
     data = sources.load(loaded.recipe.data)
-    plan = run.plan_for(loaded, data, occasion, world_size or world.size)
+    plan = run.plan_for(loaded, data, options, world_size or world.size)
     network = state.build(loaded.recipe, data.train)
     facts = run.describe(loaded, data, plan, network)
     if world.is_main:

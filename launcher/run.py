@@ -15,7 +15,7 @@ from launcher.checkpoint.checkpoint import Writer
 from launcher.checkpoint.resume import Start, initial_weights, new_run, resumed_run
 from launcher.config import overrides
 from launcher.config.loader import Loaded
-from launcher.config.plan import EVERY_EPOCH, Cadence, Plan, make_plan
+from launcher.config.plan import EVERY_EPOCH, Plan, SaveInterval, make_plan
 from launcher.data import cache, sources
 from launcher.data.sources import Data
 from launcher.distributed import process_group
@@ -25,24 +25,24 @@ from launcher.distributed.accelerator import (
     device_name,
     run_on_main,
 )
-from launcher.distributed.process_group import PATIENT, Company, Timeouts
+from launcher.distributed.process_group import PATIENT, RankGroup, Timeouts
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, TrainingError, UserError
 from launcher.loggers import profiler, wandb
 from launcher.loggers.console import make_console
-from launcher.loggers.wandb import NullTracker
+from launcher.loggers.wandb import NullLogger
 from launcher.nearby import average_nearby
-from launcher.training.loop import normalisation, settle
-from launcher.training.preflight import rehearse
-from launcher.training.state import Learner, build, count_parameters, initialise, prepare
+from launcher.training.loop import normalization, warm_up_ddp
+from launcher.training.preflight import preflight
+from launcher.training.state import TrainState, build, count_parameters, initialize, prepare
 from launcher.training.step import Job
 from launcher.utils.redaction import cleaned, redacted
 from launcher.watching import (
-    Outcome,
-    Watchers,
+    Loggers,
+    RunResult,
     closing_rows,
-    consume,
     fallback_warning,
+    run_loop,
     show_header,
 )
 
@@ -52,7 +52,7 @@ SMOKE_FALL = 0.01  # of the loss: without learning, chance may still lower it a 
 
 
 @dataclass(frozen=True)
-class Occasion:
+class RunOptions:
     """What belongs to this run of a recipe and not to the experiment."""
 
     runs: Path = Path("runs")
@@ -64,36 +64,36 @@ class Occasion:
     log_every: int | None = None
     resume: bool = False
     resume_changed: tuple[str, ...] = ()
-    checkpoint_every: Cadence = EVERY_EPOCH
+    checkpoint_every: SaveInterval = EVERY_EPOCH
     timeouts: Timeouts = PATIENT
     init_from: str | None = None
     place: Mapping[str, str] = field(default_factory=dict)  # where it runs, for the header
     profile: bool = False
 
 
-def train(loaded: Loaded, occasion: Occasion) -> Outcome:
+def train(loaded: Loaded, options: RunOptions) -> RunResult:
     """Train a recipe; every rank calls this.
 
     Raises `UserError` before anything is written, `TrainingError` for a loss that is not finite
     or a failed smoke test, and `RankError` where the ranks lose each other.
     """
-    if occasion.smoke:
-        loaded, occasion = _for_smoke(loaded, occasion)
-    company = process_group.meet(World.from_env(), occasion.timeouts)
+    if options.smoke:
+        loaded, options = _for_smoke(loaded, options)
+    group = process_group.meet(World.from_env(), options.timeouts)
     try:
-        outcome = _train(loaded, occasion, company)
+        outcome = _train(loaded, options, group)
     except LauncherError:
         raise
     except Exception as error:
-        explained = company.explain(error)
+        explained = group.explain(error)
         if explained is error:
             raise
         raise explained from None
     finally:
-        company.leave()
+        group.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if occasion.smoke and not outcome.stopped:
+    if options.smoke and not outcome.stopped:
         check_smoke(outcome.losses)
     return outcome
 
@@ -109,63 +109,63 @@ class _Prepared:
     facts: dict[str, str]
 
 
-def _prepare(loaded: Loaded, occasion: Occasion) -> _Prepared:
+def _prepare(loaded: Loaded, options: RunOptions) -> _Prepared:
     recipe = loaded.recipe
     precision, origin = choose_precision(recipe.precision, torch.cuda.is_available())
     data = cache.load(recipe.data)
-    plan = plan_for(loaded, data, occasion, World.from_env().size)
+    plan = plan_for(loaded, data, options, World.from_env().size)
     network = build(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
-    if weights := _given_weights(loaded, occasion):
+    if weights := _given_weights(loaded, options):
         checkpoint.load_weights(network, weights)
         facts |= {"weights": f"from {weights}"}
     return _Prepared(data, plan, network, precision, facts)
 
 
-def _given_weights(loaded: Loaded, occasion: Occasion) -> Path | None:
+def _given_weights(loaded: Loaded, options: RunOptions) -> Path | None:
     """What to begin with; a file that is gone is not missed where a checkpoint takes its place."""
-    if occasion.init_from is None:
+    if options.init_from is None:
         return None
     try:
-        return initial_weights(occasion.runs, occasion.init_from)
+        return initial_weights(options.runs, options.init_from)
     except UserError:
-        where = (occasion.runs, occasion.name, loaded.name)
-        folder = run_dir.find(*where) if occasion.resume else None
+        where = (options.runs, options.name, loaded.name)
+        folder = run_dir.find(*where) if options.resume else None
         if folder is None or checkpoint.newest(folder.checkpoints)[0] is None:
             raise
         return None
 
 
-def _train(loaded: Loaded, occasion: Occasion, company: Company) -> Outcome:
-    patience = occasion.timeouts.of_collectives
+def _train(loaded: Loaded, options: RunOptions, group: RankGroup) -> RunResult:
+    patience = options.timeouts.of_collectives
     try:
-        ready = _prepare(loaded, occasion)
+        ready = _prepare(loaded, options)
     except UserError as error:
-        company.agree(error, patience)
+        group.agree(error, patience)
         raise
-    company.agree(None, patience)
-    company.found(patience)
+    group.agree(None, patience)
+    group.found(patience)
     accelerator = create_accelerator(ready.precision, loaded.recipe.deterministic)
     job = Job(loaded.recipe, ready.plan, accelerator)
-    if occasion.init_from is None:
-        initialise(ready.network, job.recipe, ready.data.train, accelerator.device)
+    if options.init_from is None:
+        initialize(ready.network, job.recipe, ready.data.train, accelerator.device)
     learner = prepare(ready.network, job.recipe, accelerator)
-    rehearse(job, learner.evaluated, ready.data.test, normalisation(job, learner, ready.data))
+    preflight(job, learner.evaluated, ready.data.test, normalization(job, learner, ready.data))
     average_nearby(learner.wrapped, patience)
-    windows = profiler.windows_for(job, learner, ready.data) if occasion.profile else None
+    windows = profiler.windows_for(job, learner, ready.data) if options.profile else None
     job = profiler.shortened(job, windows) if windows else job
     facts = ready.facts | {
         "devices": f"{job.plan.world_size} x {device_name(accelerator)}",
-        **occasion.place,
+        **options.place,
     }
     if ready.data.fallback:
         facts["fallback"] = fallback_warning(ready.data)
-    return _watched(job, learner, ready.data, loaded, occasion, cleaned(facts), windows)
+    return _watched(job, learner, ready.data, loaded, options, cleaned(facts), windows)
 
 
-def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) -> Plan:
+def plan_for(loaded: Loaded, data: Data, options: RunOptions, world_size: int) -> Plan:
     """The plan of a recipe for these images on that many ranks."""
-    cadence = occasion.checkpoint_every
+    cadence = options.checkpoint_every
     # A cadence of steps or minutes saves after the last epoch as well, so that more can follow.
     ends_saved = loaded.recipe.epochs if cadence.steps or cadence.minutes else None
     return make_plan(
@@ -173,8 +173,8 @@ def plan_for(loaded: Loaded, data: Data, occasion: Occasion, world_size: int) ->
         world_size=world_size,
         train_images=len(data.train),
         test_images=len(data.test),
-        max_steps=occasion.max_steps,
-        log_every=occasion.log_every,
+        max_steps=options.max_steps,
+        log_every=options.log_every,
         save_steps=cadence.steps,
         save_epochs=cadence.epochs or ends_saved,
     )
@@ -203,7 +203,7 @@ def check_smoke(losses: tuple[float, ...]) -> None:
         raise TrainingError(f"smoke test: the loss did not fall: {first:.4f}, then {second:.4f}")
 
 
-def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
+def _for_smoke(loaded: Loaded, options: RunOptions) -> tuple[Loaded, RunOptions]:
     """One epoch of a few batches of embedded images; W&B off, nothing written."""
     data, accumulate = loaded.recipe.data, min(loaded.recipe.accumulate, SMOKE_PASSES)
     smallest = World.from_env().size * accumulate
@@ -215,42 +215,47 @@ def _for_smoke(loaded: Loaded, occasion: Occasion) -> tuple[Loaded, Occasion]:
     )
     recipe = replace(loaded.recipe, data=images, epochs=1, accumulate=accumulate, compile=False)
     return replace(loaded, recipe=recipe), replace(
-        occasion, wandb="off", log_every=1, checkpoint_every=Cadence(), resume=False, max_steps=None
+        options,
+        wandb="off",
+        log_every=1,
+        checkpoint_every=SaveInterval(),
+        resume=False,
+        max_steps=None,
     )
 
 
 def _watched(
     job: Job,
-    learner: Learner,
+    learner: TrainState,
     data: Data,
     loaded: Loaded,
-    occasion: Occasion,
+    options: RunOptions,
     facts: dict[str, str],
     windows: profiler.Windows | None,
-) -> Outcome:
+) -> RunResult:
     """Train in front of those who watch."""
     locks: list[FileLock] = []  # held until this process is done with the folder
-    start = None if occasion.smoke else _begin(job, data, loaded, occasion, locks)
+    start = None if options.smoke else _begin(job, data, loaded, options, locks)
     if start and start.checkpoint:
-        settle(job, learner, data)
+        warm_up_ddp(job, learner, data)
         checkpoint.restore(start.checkpoint, learner, job.accelerator)
     if start:  # what was refused until here has left the folder as it was
         start = _described(job.accelerator, start, loaded, facts)
-    watchers = _gather(job.accelerator, start, data, loaded, occasion)
+    loggers = _gather(job.accelerator, start, data, loaded, options)
     exit_code = EXIT_FAULT
     try:
-        show_header(watchers, start, loaded.name, data, facts)
+        show_header(loggers, start, loaded.name, data, facts)
         watch = profiler.Stopwatch(windows, start.folder, job) if windows and start else None
         through = watch.through if watch else iter
-        outcome = consume(job, learner, data, start, watchers, occasion.checkpoint_every, through)
+        outcome = run_loop(job, learner, data, start, loggers, options.checkpoint_every, through)
         exit_code = EXIT_SAVED if outcome.stopped else 0
-        rows = closing_rows(outcome, watchers, data)
+        rows = closing_rows(outcome, loggers, data)
         if watch and not outcome.stopped:
             rows |= profiler.rows(watch, job, learner, data, facts["precision"])
-        watchers.console.closing(rows)
+        loggers.console.closing(rows)
     finally:
-        watchers.console.close()
-        watchers.tracker.finish(exit_code)
+        loggers.console.close()
+        loggers.tracker.finish(exit_code)
         for lock in locks:
             lock.release()
     return outcome
@@ -260,16 +265,16 @@ def _begin(
     job: Job,
     data: Data,
     loaded: Loaded,
-    occasion: Occasion,
+    options: RunOptions,
     locks: list[FileLock],
 ) -> Start:
     """Choose the run folder and the checkpoint on rank 0, for all ranks."""
-    where = (occasion.runs, occasion.name, loaded)
+    where = (options.runs, options.name, loaded)
 
     def begin() -> Start:
-        if occasion.resume:
+        if options.resume:
             steps = job.plan.steps_per_epoch
-            start = resumed_run(*where, data.name, steps, occasion.resume_changed)
+            start = resumed_run(*where, data.name, steps, options.resume_changed)
         else:
             start = new_run(*where)
         locks.append(start.folder.lock())
@@ -298,18 +303,18 @@ def _gather(
     start: Start | None,
     data: Data,
     loaded: Loaded,
-    occasion: Occasion,
-) -> Watchers:
+    options: RunOptions,
+) -> Loggers:
     console = make_console(accelerator.is_main_process)
     if start is None or not accelerator.is_main_process:
-        return Watchers(console, NullTracker(), start.folder if start else None, None, loaded)
+        return Loggers(console, NullLogger(), start.folder if start else None, None, loaded)
     own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
     tracker = wandb.start(
-        occasion.wandb,
+        options.wandb,
         folder=start.folder.path,
         # What is given here, W&B does not take from the environment, so that is done here, too.
-        project=occasion.project or os.environ.get("WANDB_PROJECT", "launcher"),
-        name=occasion.name or os.environ.get("WANDB_NAME", start.folder.path.name),
+        project=options.project or os.environ.get("WANDB_PROJECT", "launcher"),
+        name=options.name or os.environ.get("WANDB_NAME", start.folder.path.name),
         config=loaded.config,
         tags=[loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])],
         data=data,
@@ -317,4 +322,4 @@ def _gather(
         run_id=start.folder.identity,
     )
     writer = Writer(start.folder.checkpoints, start.folder.check)
-    return Watchers(console, tracker, start.folder, writer, loaded)
+    return Loggers(console, tracker, start.folder, writer, loaded)

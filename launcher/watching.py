@@ -14,7 +14,7 @@ from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.resume import Start
 from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
-from launcher.config.plan import START, Cadence, Position
+from launcher.config.plan import START, Position, SaveInterval
 from launcher.data.sources import Data
 from launcher.distributed import signals
 from launcher.distributed.accelerator import run_on_main
@@ -23,7 +23,7 @@ from launcher.loggers.console import Console, first_step_line, tta_note
 from launcher.loggers.wandb import Tracker
 from launcher.training.loop import Event, SavePoint, fit
 from launcher.training.metrics import Best, EpochReport, StepReport
-from launcher.training.state import Learner
+from launcher.training.state import TrainState
 from launcher.training.step import Job
 from launcher.utils.redaction import redacted
 
@@ -31,7 +31,7 @@ MOST_ROLLBACKS = 10  # a run that needs more does not get better by leaving step
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """The best epoch whose weights are kept, the last epoch, and the losses that were read.
 
     `highest` is the epoch of the highest test accuracy: the best one, unless the disk refused its
@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Watchers:
+class Loggers:
     """Those who look on: the console, W&B, and what is written into the run folder.
 
     On the other ranks the console is silent, W&B off, and nothing is written.
@@ -65,13 +65,13 @@ def fallback_warning(data: Data) -> str:
 
 
 def show_header(
-    watchers: Watchers, start: Start | None, name: str, data: Data, facts: dict[str, str]
+    loggers: Loggers, start: Start | None, name: str, data: Data, facts: dict[str, str]
 ) -> None:
     """What is about to run, and what the user should know about its beginning."""
-    tracker, console = watchers.tracker, watchers.console
+    tracker, console = loggers.tracker, loggers.console
     rows = {name: fact for name, fact in facts.items() if name != "fallback"}
     rows |= {"W&B": f"{tracker.mode} {tracker.where}".strip()}
-    rows |= {"run folder": str(watchers.folder.path)} if watchers.folder else {}
+    rows |= {"run folder": str(loggers.folder.path)} if loggers.folder else {}
     console.header(f"launcher: {name}", rows, fallback_warning(data))
     for note in (tracker.notice, *(start.notes if start else ())):
         if note:
@@ -81,7 +81,7 @@ def show_header(
 class _Wishes:
     """What this rank wants after a step: to stop at a signal, to save when minutes have passed."""
 
-    def __init__(self, cadence: Cadence) -> None:
+    def __init__(self, cadence: SaveInterval) -> None:
         self._seconds = cadence.minutes * 60 if cadence.minutes else math.inf
         self.saved = time.monotonic()
 
@@ -101,15 +101,15 @@ class _Seen:
     unsaved: str = ""  # that the state could not be saved at the stop
 
 
-def consume(
+def run_loop(
     job: Job,
-    learner: Learner,
+    learner: TrainState,
     data: Data,
     start: Start | None,
-    watchers: Watchers,
-    cadence: Cadence,
+    loggers: Loggers,
+    cadence: SaveInterval,
     through: Callable[[Iterator[Event]], Iterator[Event]] = iter,
-) -> Outcome:
+) -> RunResult:
     """Run the loop and pass its events on, `through` whoever looks at them first.
 
     Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
@@ -121,39 +121,39 @@ def consume(
     while True:
         try:
             for event in through(fit(job, learner, data, position, wishes)):
-                _take(event, seen, job, learner, data, watchers)
+                _take(event, seen, job, learner, data, loggers)
                 if isinstance(event, SavePoint):
                     wishes.saved = time.monotonic()
             break
         except NotFiniteError as error:
-            position, seen.best = _roll_back(job, learner, watchers, error)
+            position, seen.best = _roll_back(job, learner, loggers, error)
             seen.highest = seen.best
             # Later steps may have been suspected only for what this one did to them.
-            before = {step for step in job.left_out if step < error.step}
-            job = replace(job, left_out=frozenset(before | {error.step}))
-    lost = seen.unsaved if seen.stopped else _save_weights("final", learner, watchers)
-    _wait_for_writer(watchers)
+            before = {step for step in job.skip_steps if step < error.step}
+            job = replace(job, skip_steps=frozenset(before | {error.step}))
+    lost = seen.unsaved if seen.stopped else _save_weights("final", learner, loggers)
+    _wait_for_writer(loggers)
     job.accelerator.wait_for_everyone()  # no rank ends while the state is being written
     if lost_by_main := run_on_main(job.accelerator, lambda: lost):
         raise TrainingError(lost_by_main)
-    return Outcome(seen.best, seen.highest, seen.last, tuple(seen.losses), seen.stopped)
+    return RunResult(seen.best, seen.highest, seen.last, tuple(seen.losses), seen.stopped)
 
 
 def _take(
-    event: Event, seen: _Seen, job: Job, learner: Learner, data: Data, watchers: Watchers
+    event: Event, seen: _Seen, job: Job, learner: TrainState, data: Data, loggers: Loggers
 ) -> None:
     if isinstance(event, StepReport):
         seen.losses.append(event.loss)
-        _show_step(event, job, data, watchers)
+        _show_step(event, job, data, loggers)
     elif isinstance(event, EpochReport):
         seen.last = Best.of(event)
         seen.highest = seen.last if _beats(event, seen.highest) else seen.highest
-        is_best = _beats(event, seen.best) and not _save_weights("best", learner, watchers)
+        is_best = _beats(event, seen.best) and not _save_weights("best", learner, loggers)
         seen.best = seen.last if is_best else seen.best
-        _show_epoch(event, seen.best, is_best, job, data, watchers)
+        _show_epoch(event, seen.best, is_best, job, data, loggers)
     else:
         seen.stopped = event.stops
-        seen.unsaved = _save(event, seen.best, job, learner, data, watchers)
+        seen.unsaved = _save(event, seen.best, job, learner, data, loggers)
 
 
 def _beats(report: EpochReport, best: Best | None) -> bool:
@@ -163,33 +163,33 @@ def _beats(report: EpochReport, best: Best | None) -> bool:
 
 
 def _roll_back(
-    job: Job, learner: Learner, watchers: Watchers, error: NotFiniteError
+    job: Job, learner: TrainState, loggers: Loggers, error: NotFiniteError
 ) -> tuple[Position, Best | None]:
     """Restore the newest whole checkpoint on all ranks, which all have met the same error."""
-    folder = watchers.folder
+    folder = loggers.folder
     if job.recipe.on_nan != "rollback" or folder is None:
         raise error
-    _wait_for_writer(watchers)
+    _wait_for_writer(loggers)
     found = run_on_main(job.accelerator, lambda: checkpoint.newest(folder.checkpoints)[0])
-    if found is None or len(job.left_out) >= MOST_ROLLBACKS or error.step in job.left_out:
+    if found is None or len(job.skip_steps) >= MOST_ROLLBACKS or error.step in job.skip_steps:
         raise error
     checkpoint.restore(found, learner, job.accelerator)
     position, best = checkpoint.place_of(found)
     if job.accelerator.is_main_process:
-        _attempt("metrics.jsonl", partial(folder.forget_after, position.epochs), watchers)
-    watchers.console.say(f"{error}")
-    watchers.console.say(f"rolled back to step {position.step}; step {error.step} is left out")
+        _attempt("metrics.jsonl", partial(folder.forget_after, position.epochs), loggers)
+    loggers.console.say(f"{error}")
+    loggers.console.say(f"rolled back to step {position.step}; step {error.step} is left out")
     return position, best
 
 
-def _show_step(report: StepReport, job: Job, data: Data, watchers: Watchers) -> None:
+def _show_step(report: StepReport, job: Job, data: Data, loggers: Loggers) -> None:
     if report.first_predictions:
-        watchers.console.say(first_step_line(report, data.train.classes))
+        loggers.console.say(first_step_line(report, data.train.classes))
     if report.skipped:
         steps = ", ".join(map(str, report.skipped))
-        watchers.console.say(f"no update in step {steps}: the gradient is not finite, or left out")
-    watchers.console.step(report, job.plan)
-    watchers.tracker.log_step(report)
+        loggers.console.say(f"no update in step {steps}: the gradient is not finite, or left out")
+    loggers.console.step(report, job.plan)
+    loggers.tracker.log_step(report)
 
 
 def _show_epoch(
@@ -198,104 +198,104 @@ def _show_epoch(
     is_best: bool,
     job: Job,
     data: Data,
-    watchers: Watchers,
+    loggers: Loggers,
 ) -> None:
-    watchers.console.epoch(report, job.plan, is_best)
-    watchers.tracker.log_epoch(report, best)
-    folder = watchers.folder
+    loggers.console.epoch(report, job.plan, is_best)
+    loggers.tracker.log_epoch(report, best)
+    folder = loggers.folder
     if folder and job.accelerator.is_main_process:
         if not folder.is_described:
             _complain(
-                f"{folder.path} was removed: what is still to come cannot be resumed", watchers
+                f"{folder.path} was removed: what is still to come cannot be resumed", loggers
             )
         row = report.metrics() | {"data": data.name}
-        _attempt("metrics.jsonl", partial(folder.record, row), watchers)
+        _attempt("metrics.jsonl", partial(folder.record, row), loggers)
 
 
 def _save(
     point: SavePoint,
     best: Best | None,
     job: Job,
-    learner: Learner,
+    learner: TrainState,
     data: Data,
-    watchers: Watchers,
+    loggers: Loggers,
 ) -> str:
     """Save a checkpoint: every rank takes part, rank 0 writes, and waits for it before a stop.
 
     Returns what it means where that last one could not be written, or an empty text.
     """
-    if watchers.folder is None:
+    if loggers.folder is None:
         return ""
-    config = watchers.loaded.config
+    config = loggers.loaded.config
     state = {
         "position": asdict(point.position),
         "best": asdict(best) if best else None,
         "world_size": job.plan.world_size,
         "steps_per_epoch": job.plan.steps_per_epoch,
-        "wandb_id": watchers.folder.identity,
+        "wandb_id": loggers.folder.identity,
         "data": data.name,
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "source": redacted(watchers.loaded.source),
+        "source": redacted(loggers.loaded.source),
         "versions": run_dir.versions(),
     }
     snapshot = checkpoint.capture(learner, job.accelerator, state)
-    if watchers.writer is None:
+    if loggers.writer is None:
         return ""
-    _complain(watchers.writer.submit(snapshot), watchers)
-    if not point.stops or _is_written(watchers.writer, snapshot, watchers):
+    _complain(loggers.writer.submit(snapshot), loggers)
+    if not point.stops or _is_written(loggers.writer, snapshot, loggers):
         return ""
-    found, _ = checkpoint.newest(watchers.folder.checkpoints)
+    found, _ = checkpoint.newest(loggers.folder.checkpoints)
     newest = f"step {checkpoint.place_of(found)[0].step}" if found else "the beginning"
     return f"stopped by {_reason()}, not saved: --resume goes on from {newest}"
 
 
-def _is_written(writer: Writer, snapshot: Snapshot, watchers: Watchers) -> bool:
+def _is_written(writer: Writer, snapshot: Snapshot, loggers: Loggers) -> bool:
     """Wait for the last checkpoint; where the disk refuses it, try a second time."""
     complaint = writer.wait()
     if complaint:
-        _complain(complaint, watchers)
+        _complain(complaint, loggers)
         complaint = writer.submit(snapshot) or writer.wait()
     return not complaint
 
 
-def _save_weights(which: Literal["best", "final"], learner: Learner, watchers: Watchers) -> str:
+def _save_weights(which: Literal["best", "final"], learner: TrainState, loggers: Loggers) -> str:
     """Write the present weights, on rank 0; returns what went wrong, or an empty text."""
-    if watchers.writer is None or watchers.folder is None:
+    if loggers.writer is None or loggers.folder is None:
         return ""
-    path = watchers.folder.best if which == "best" else watchers.folder.final
+    path = loggers.folder.best if which == "best" else loggers.folder.final
     save = partial(checkpoint.save_weights, learner.evaluated, path)
-    return _attempt(f"the {which} weights", save, watchers)
+    return _attempt(f"the {which} weights", save, loggers)
 
 
-def _wait_for_writer(watchers: Watchers) -> None:
-    if watchers.writer:
-        _complain(watchers.writer.wait(), watchers)
+def _wait_for_writer(loggers: Loggers) -> None:
+    if loggers.writer:
+        _complain(loggers.writer.wait(), loggers)
 
 
-def _attempt(what: str, action: Callable[[], None], watchers: Watchers) -> str:
+def _attempt(what: str, action: Callable[[], None], loggers: Loggers) -> str:
     """Write something; a disk that refuses costs a line, not the training."""
     try:
-        if watchers.folder:
-            watchers.folder.check()
+        if loggers.folder:
+            loggers.folder.check()
         action()
     except OSError as error:
         complaint = f"{what} could not be written ({error})"
-        _complain(complaint, watchers)
+        _complain(complaint, loggers)
         return complaint
     return ""
 
 
-def _complain(text: str, watchers: Watchers) -> None:
+def _complain(text: str, loggers: Loggers) -> None:
     if text:
-        watchers.console.say(f"!!! {text} !!!")
+        loggers.console.say(f"!!! {text} !!!")
 
 
 def _reason() -> str:
     return signals.stop_reason() or "a signal to another rank"
 
 
-def closing_rows(outcome: Outcome, watchers: Watchers, data: Data) -> dict[str, str]:
+def closing_rows(outcome: RunResult, loggers: Loggers, data: Data) -> dict[str, str]:
     """What was reached and where it lies."""
     rows = {}
     if outcome.stopped:
@@ -310,11 +310,11 @@ def closing_rows(outcome: Outcome, watchers: Watchers, data: Data) -> dict[str, 
         rows["not kept"] = f"epoch {highest.epoch}, test accuracy {highest.accuracy:.2%}: {note}"
     if data.fallback:
         rows["data"] = fallback_warning(data)
-    if watchers.folder:
+    if loggers.folder:
         if not outcome.stopped:
-            best, final = watchers.folder.best, watchers.folder.final
+            best, final = loggers.folder.best, loggers.folder.final
             rows["weights"] = f"{best} and {final.name}" if outcome.best else f"{final}"
-        rows["run folder"] = str(watchers.folder.path)
-    if watchers.tracker.where:
-        rows["W&B"] = f"{watchers.tracker.mode} {watchers.tracker.where}"
+        rows["run folder"] = str(loggers.folder.path)
+    if loggers.tracker.where:
+        rows["W&B"] = f"{loggers.tracker.mode} {loggers.tracker.where}"
     return rows

@@ -3,13 +3,13 @@
     accelerate launch -m launcher recipes/speedrun94.py
 
 On one NVIDIA H100 (benchmarks/gpu.py, torch 2.11, means +- std): 94.00 +- 0.08 % with test-time
-augmentation and 93.16 +- 0.18 % without, over 10 seeds, in 1.81 +- 0.06 s of initialisation,
+augmentation and 93.16 +- 0.18 % without, over 10 seeds, in 1.81 +- 0.06 s of initialization,
 training and one evaluation, after 220 s of compiling. In one call with the record's script, 5 runs
 each: 2.02 +- 0.12 s and 94.03 % here, 2.29 +- 0.19 s and 93.97 % there.
 
 The method is that of the record airbench94_muon (Jordan, github.com/KellerJordan/cifar10-airbench;
 "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024): a first layer that whitens the images,
-identity initialisation, BatchNorm without a scale, Muon for the filters, flips that alternate, and
+identity initialization, BatchNorm without a scale, Muon for the filters, flips that alternate, and
 pure half precision.
 
 On 2 cores of an AMD EPYC, precision=bf16 compile=false, 3 seeds (benchmarks/speedrun.py, torch
@@ -28,12 +28,12 @@ from torch.optim import SGD, Optimizer
 from torchvision.datasets import CIFAR10
 
 from launcher import (
+    ChainedOptimizer,
     Images,
     Muon,
     NamedParameters,
     Recipe,
     Synthetic,
-    Together,
     alternating_flip,
     crop,
     linear,
@@ -158,7 +158,7 @@ def muon_and_sgd(
         {"params": whitening, **bias, "schedule": partial(linear, until=bias_epochs)},
     ]
     sgd = SGD(groups, momentum=0.85, nesterov=True)
-    return Together(Muon(filters, lr=filter_rate), sgd)
+    return ChainedOptimizer(Muon(filters, lr=filter_rate), sgd)
 
 
 recipe = Recipe(
@@ -171,7 +171,7 @@ recipe = Recipe(
         augment=(alternating_flip, partial(crop, padding=2)),
         fallback=Synthetic,
     ),
-    initialise=whiten,
+    initialize=whiten,
     optimizer=muon_and_sgd,
     epochs=8,
     schedule=linear,

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from launcher.config.plan import Position
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.training.state import Learner
+from launcher.training.state import TrainState
 from launcher.utils import atomic_write
 
 KEPT = 3  # checkpoints; the best weights are kept apart
@@ -88,7 +88,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
 
 
-def capture(learner: Learner, accelerator: Accelerator, state: dict[str, Any]) -> Snapshot:
+def capture(learner: TrainState, accelerator: Accelerator, state: dict[str, Any]) -> Snapshot:
     """Copy the state to the host. Every rank calls this: running statistics are gathered."""
     tensors = {"weights": _on_host(learner.network.state_dict())}
     if learner.average is not None:
@@ -100,7 +100,7 @@ def capture(learner: Learner, accelerator: Accelerator, state: dict[str, Any]) -
     return Snapshot(tensors, optimizer, {**state, "scaler": scaler})
 
 
-def restore(folder: Path, learner: Learner, accelerator: Accelerator) -> None:
+def restore(folder: Path, learner: TrainState, accelerator: Accelerator) -> None:
     """Put a verified checkpoint into a prepared learner, on every rank.
 
     Settings of the optimizer that the recipe has changed since are the recipe's; what the optimizer
@@ -291,7 +291,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _buffers(learner: Learner) -> dict[str, Tensor]:
+def _buffers(learner: TrainState) -> dict[str, Tensor]:
     """The running statistics, which differ between the ranks, under names of their own."""
     modules = {"network": learner.network, "average": learner.average}
     return {
@@ -303,13 +303,13 @@ def _buffers(learner: Learner) -> dict[str, Tensor]:
     }
 
 
-def _rank_buffers(learner: Learner, accelerator: Accelerator) -> Tensors:
+def _rank_buffers(learner: TrainState, accelerator: Accelerator) -> Tensors:
     """Each buffer of all ranks: `(ranks, ...)`."""
     buffers = _buffers(learner).items()
     return {name: _copy(accelerator.gather(buffer[None])) for name, buffer in buffers}
 
 
-def _take_buffers(saved: Tensors, learner: Learner, accelerator: Accelerator) -> None:
+def _take_buffers(saved: Tensors, learner: TrainState, accelerator: Accelerator) -> None:
     """This rank's own statistics; on another number of ranks, the mean of all."""
     for name, buffer in _buffers(learner).items():
         ranks = saved[name]

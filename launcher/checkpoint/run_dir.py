@@ -2,7 +2,7 @@
 
 runs/NAME/
     config.json         the recipe, resolved: every setting, defaults included
-    run.json            the occasion: command, versions, devices, data
+    run.json            the options: command, versions, devices, data
     recipe.py           the source of the recipe
     metrics.jsonl       one JSON object per epoch
     checkpoints/        the last three, from which --resume continues: see checkpoints.py

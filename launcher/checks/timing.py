@@ -14,11 +14,11 @@ from launcher.checks.scaling import Compute
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
-from launcher.data.batches import Normalise
+from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
 from launcher.training import state
-from launcher.training.state import Learner
+from launcher.training.state import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,7 +28,7 @@ _DOCUMENT = "docs/scaling.md"
 LEAST_IMAGES = 2  # BatchNorm may refuse a single one, and a second costs little
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     """Wait for the device, where there is one beside the CPU."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -64,7 +64,7 @@ def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet
 
 
 def measure(
-    recipe: Recipe, plan: Plan, learner: Learner, data: ImageSet, accelerator: "Accelerator"
+    recipe: Recipe, plan: Plan, learner: TrainState, data: ImageSet, accelerator: "Accelerator"
 ) -> Compute:
     """The compute of one rank in a full step of `plan`: the fastest of a few steps.
 
@@ -72,7 +72,7 @@ def measure(
     """
     count = max(LEAST_IMAGES, -(-plan.batch_size // plan.pieces))
     like, shape = state.first_parameter(learner.network), data.images.shape[1:]
-    normalise = Normalise(recipe.data, shape, like, recipe.memory_format == "contiguous")
+    normalize = Normalize(recipe.data, shape, like, recipe.memory_format == "contiguous")
     pixels, labels = (part[:count].to(accelerator.device) for part in (data.images, data.labels))
     # With mixing, a loss is given class probabilities.
     targets = one_hot(labels, len(data.classes)).to(like) if recipe.data.mix else labels
@@ -82,7 +82,7 @@ def measure(
         losses: list[Tensor] = []
 
         def forward() -> None:
-            logits = state.widened(learner.wrapped(normalise(pixels)))
+            logits = state.upcast(learner.wrapped(normalize(pixels)))
             losses.append(recipe.loss(logits, targets))
 
         def update() -> None:
@@ -109,8 +109,8 @@ def _repeated(step: Callable[[], tuple[float, ...]]) -> Iterable[tuple[float, ..
 
 def _seconds(work: Callable[[], object]) -> float:
     """Of the work and of what it left to do on the device."""
-    synchronise()
+    synchronize()
     started = time.perf_counter()
     work()
-    synchronise()
+    synchronize()
     return time.perf_counter() - started

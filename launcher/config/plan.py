@@ -24,7 +24,7 @@ START = Position()
 
 
 @dataclass(frozen=True)
-class Cadence:
+class SaveInterval:
     """How often a checkpoint is written; all None: never, but at a signal."""
 
     steps: int | None = None
@@ -32,7 +32,7 @@ class Cadence:
     minutes: float | None = None
 
 
-EVERY_EPOCH = Cadence(epochs=1)
+EVERY_EPOCH = SaveInterval(epochs=1)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Images:
 class Recipe:
     """One experiment.
 
-    `model` builds the network; `initialise`, if any, then changes it by the first 5,000 normalised
+    `model` builds the network; `initialize`, if any, then changes it by the first 5,000 normalized
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
     maps progress in [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets
     and returns the mean over the batch; with `data.mix` the targets are class probabilities in
@@ -101,7 +101,7 @@ class Recipe:
     data: Images
     optimizer: Callable[[NamedParameters], Optimizer]
     epochs: int
-    initialise: Callable[[nn.Module, Tensor], None] | None = None
+    initialize: Callable[[nn.Module, Tensor], None] | None = None
     schedule: Schedule = constant
     loss: Loss = cross_entropy
     sum_loss: bool = False

@@ -2,7 +2,7 @@
 
 Nothing here has state to save. Every rank computes the order of the whole epoch, takes its
 pieces, and uses the draws that belong to its images, so N ranks see what one rank would.
-Images stay uint8 on the device; a batch is gathered by index and normalised there.
+Images stay uint8 on the device; a batch is gathered by index and normalized there.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ AHEAD_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single ste
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """The images of one forward pass on one rank.
 
     `images` is `(n, c, h, w)`, `targets` is `(n,)` labels or `(n, classes)` probabilities.
@@ -55,12 +55,12 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(stream(_ORDER, seed, epoch).permutation(count))
 
 
-def piece_bounds(count: int, pieces: int, index: int) -> tuple[int, int]:
+def shard_bounds(count: int, pieces: int, index: int) -> tuple[int, int]:
     """Start and stop of piece `index` of `count` things: sizes differ by at most one."""
     return count * index // pieces, count * (index + 1) // pieces
 
 
-def successors(order: Tensor, batch_size: int) -> Tensor:
+def mix_partners(order: Tensor, batch_size: int) -> Tensor:
     """Each image's partner for mixing: the next image of its global batch, the last's the first."""
     starts = torch.arange(0, len(order), batch_size)
     stops = torch.clamp(starts + batch_size, max=len(order))
@@ -75,7 +75,7 @@ def steps_at_once(plan: Plan, image_bytes: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, AHEAD_BYTES // step_bytes)
 
 
-class Normalise:
+class Normalize:
     """uint8 `(n, h, w, c)` -> floating point `(n, c, h, w)` with the recipe's mean and std."""
 
     def __init__(self, data: Images, shape: torch.Size, like: Tensor, contiguous: bool) -> None:
@@ -92,7 +92,7 @@ class Normalise:
         self.image_bytes = self._scale.nbytes
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise a batch; in channels_last memory unless told otherwise."""
+        """Normalize a batch; in channels_last memory unless told otherwise."""
         flat = images.reshape(len(images), -1).to(self._scale.dtype)
         flat = flat.mul_(self._scale).add_(self._shift)
         pictures = flat.view(images.shape).permute(0, 3, 1, 2)
@@ -118,16 +118,16 @@ class Batches:
     """
 
     def __init__(
-        self, images: ImageSet, recipe: Recipe, plan: Plan, normalise: Normalise, rank: int
+        self, images: ImageSet, recipe: Recipe, plan: Plan, normalize: Normalize, rank: int
     ) -> None:
         """`images` lie on the device already."""
         self._images, self._recipe, self._plan = images, recipe, plan
-        self._normalise, self._rank = normalise, rank
+        self._normalize, self._rank = normalize, rank
         self._fixed = self._draws(stream(_FIXED, recipe.seed))
         self._ahead: _Epoch | None = None
-        self._steps_at_once = steps_at_once(plan, normalise.image_bytes, images.images.device)
+        self._steps_at_once = steps_at_once(plan, normalize.image_bytes, images.images.device)
 
-    def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[Piece]]]:
+    def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps of an epoch behind step `after`, each with its number and its pieces."""
         drawn = self._ahead if self._ahead and self._ahead.number == epoch else self._draw(epoch)
         self._ahead = None
@@ -143,7 +143,7 @@ class Batches:
         order = epoch_order(seed, epoch, plan.train_images)
         partners = None
         if self._recipe.data.mix:
-            partners = self._send(successors(order, plan.batch_size))
+            partners = self._send(mix_partners(order, plan.batch_size))
         return _Epoch(epoch, self._send(order), partners, self._draws(stream(_FRESH, seed, epoch)))
 
     def _draws(self, random: numpy.random.Generator) -> Tensor | None:
@@ -161,7 +161,7 @@ class Batches:
             table = table.pin_memory()
         return table.to(device, non_blocking=True)
 
-    def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[Piece]]]:
+    def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Make the pictures of `steps` together; yield each step with its pieces."""
         spans = [span for step in steps for span in self._spans(step)]
         pieces, partners = self._pieces(drawn.order, drawn, spans), None
@@ -177,16 +177,16 @@ class Batches:
 
     def _pieces(
         self, order: Tensor, drawn: _Epoch, spans: list[tuple[int, int, float]]
-    ) -> list[Piece]:
+    ) -> list[MicroBatch]:
         """The images that `order` names in these spans of the epoch."""
         if len(spans) == 1:  # to join and to part would be 1 % of a small step on a CPU
             start, stop, share = spans[0]
-            return [Piece(*self._examples(order[start:stop], drawn), share)]
+            return [MicroBatch(*self._examples(order[start:stop], drawn), share)]
         indices = torch.cat([order[start:stop] for start, stop, _ in spans])
         sizes = [stop - start for start, stop, _ in spans]
         images, targets = (torch.split(part, sizes) for part in self._examples(indices, drawn))
         shares = [share for _, _, share in spans]
-        return [Piece(*parts) for parts in zip(images, targets, shares, strict=True)]
+        return [MicroBatch(*parts) for parts in zip(images, targets, shares, strict=True)]
 
     def _examples(self, indices: Tensor, drawn: _Epoch) -> tuple[Tensor, Tensor]:
         """The pictures and the labels of these images."""
@@ -199,12 +199,12 @@ class Batches:
         size = plan.step_images(step)
         spans = []
         for number in range(plan.accumulate):
-            start, stop = piece_bounds(size, plan.pieces, number * plan.world_size + self._rank)
+            start, stop = shard_bounds(size, plan.pieces, number * plan.world_size + self._rank)
             spans.append((first + start, first + max(stop, start + 1), (stop - start) / size))
         return spans
 
     def _pictures(self, indices: Tensor, drawn: _Epoch) -> Tensor:
-        """Gather, augment and normalise: int64 `(n,)` -> floating point `(n, c, h, w)`."""
+        """Gather, augment and normalize: int64 `(n,)` -> floating point `(n, c, h, w)`."""
         images = self._images.images.index_select(0, indices)
         if drawn.fresh is not None and self._fixed is not None:
             pictures = images.permute(0, 3, 1, 2)
@@ -216,13 +216,13 @@ class Batches:
                 )
                 pictures = augmentation(pictures, draws)
             images = pictures.permute(0, 2, 3, 1)
-        return self._normalise(images)
+        return self._normalize(images)
 
-    def _mix(self, own: Piece, other: Piece, step: int) -> Piece:
+    def _mix(self, own: MicroBatch, other: MicroBatch, step: int) -> MicroBatch:
         mix = self._recipe.data.mix
         assert mix is not None
         random = stream(_MIX, self._recipe.seed, step)
         images, weight = mix(own.images, other.images, random)
         classes = len(self._images.classes)
         mine, others = (one_hot(t, classes).to(images.dtype) for t in (own.targets, other.targets))
-        return Piece(images, mine * weight + others * (1 - weight), own.share)
+        return MicroBatch(images, mine * weight + others * (1 - weight), own.share)

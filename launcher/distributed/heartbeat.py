@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ATTENTION = 0.5  # seconds between two heartbeats, or two looks at whether somebody asks who lives
 
 
-class Attendance:
+class Heartbeat:
     """What this rank lets the others know of it, and what it knows of them."""
 
     def __init__(self, world: World, store: "Store") -> None:

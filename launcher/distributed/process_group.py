@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from launcher.distributed import signals
 from launcher.distributed.accelerator import runs_on_cpu
-from launcher.distributed.heartbeat import Attendance
+from launcher.distributed.heartbeat import Heartbeat
 from launcher.distributed.store import in_thread, is_set, open_store
 from launcher.distributed.world import World
 from launcher.errors import EXIT_SAVED, LauncherError, RankError, UserError
@@ -48,18 +48,18 @@ class Timeouts:
 PATIENT = Timeouts()
 
 
-class Company:
+class RankGroup:
     """The ranks of a run, this one among them; without a store, this one alone."""
 
     def __init__(self, world: World, store: "Store | None" = None, *, hosts: bool = False) -> None:
         """`hosts` says that the store ends with this process."""
         self._world, self._store, self._hosts = world, store, hosts
-        self._attendance = Attendance(world, store) if store is not None else None
+        self._attendance = Heartbeat(world, store) if store is not None else None
         self._looks = 0  # at the store, while this rank waits for all
         self._first_host = "?"
         self._name = _full_name(world)
 
-    def call_roll(self, timeout: timedelta) -> None:
+    def wait_for_ranks(self, timeout: timedelta) -> None:
         """Wait until all are here; raises `RankError` that names those who are not."""
         if self._store is not None and self._attendance is not None:
             self._store.set(f"host/{self._world.rank}", socket.gethostname())
@@ -256,7 +256,7 @@ class _ToldError(LauncherError):
     exit_code = UserError.exit_code
 
 
-def meet(world: World, timeouts: Timeouts) -> Company:
+def meet(world: World, timeouts: Timeouts) -> RankGroup:
     """Find the other ranks of the run.
 
     Raises `RankError` where they cannot be reached or do not come in time.
@@ -265,7 +265,7 @@ def meet(world: World, timeouts: Timeouts) -> Company:
     if world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # else nobody is to be asked
         _end_if_stopped(name)
     if world.size == 1:
-        return Company(world)
+        return RankGroup(world)
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -275,9 +275,9 @@ def meet(world: World, timeouts: Timeouts) -> Company:
     except RankError:
         _end_if_stopped(name)  # so was rank 0, probably
         raise
-    company = Company(world, PrefixStore(f"launcher/{_attempt()}", store), hosts=hosts)
-    company.call_roll(timedelta(seconds=timeouts.join))
-    return company
+    group = RankGroup(world, PrefixStore(f"launcher/{_attempt()}", store), hosts=hosts)
+    group.wait_for_ranks(timedelta(seconds=timeouts.join))
+    return group
 
 
 def is_of_others(error: BaseException) -> bool:

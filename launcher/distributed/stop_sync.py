@@ -20,7 +20,7 @@ class StoppedError(Exception):
     """The ranks agreed to stop in the middle of something that has no result yet."""
 
 
-class Agreement:
+class StopSync:
     """What all ranks do after a step, or within an evaluation."""
 
     def __init__(

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.checkpoint.run_dir import RunFolder
-from launcher.checks.timing import synchronise
+from launcher.checks.timing import synchronize
 from launcher.config.plan import Plan, Position
-from launcher.data.batches import Batches, Piece, steps_at_once
+from launcher.data.batches import Batches, MicroBatch, steps_at_once
 from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.loggers.advice import Split
 from launcher.training.loop import Event, SavePoint, fit
 from launcher.training.metrics import EpochReport, StepReport
-from launcher.training.state import Learner, first_parameter
+from launcher.training.state import TrainState, first_parameter
 from launcher.training.step import Job
 
 WARM_UP, MEASURED, TRACED = 5, 15, 3  # steps
@@ -35,7 +35,7 @@ WARM_UP, MEASURED, TRACED = 5, 15, 3  # steps
 Windows = tuple[tuple[str, int], ...]
 
 
-def windows_for(job: Job, learner: Learner, data: Data) -> Windows:
+def windows_for(job: Job, learner: TrainState, data: Data) -> Windows:
     """The steps of a profile: whole groups of steps where images are made for several at once."""
     size = first_parameter(learner.network).element_size()
     image_bytes = data.train.images[0].numel() * size
@@ -73,7 +73,7 @@ class _Clock:
             self._mark.__exit__(None, None, None)
             self._mark = None
         if self.waits:
-            synchronise()
+            synchronize()
         now = time.perf_counter()
         if self._phase is not None:
             self.spent[self._phase] = self.spent.get(self._phase, 0.0) + now - self._since
@@ -92,7 +92,7 @@ class _Clock:
 class Stopwatch:
     """Times the steps that pass through it, window by window.
 
-    `seconds` are those of each window and phase, `outside` those that the watchers took over each
+    `seconds` are those of each window and phase, `outside` those that the loggers took over each
     kind of event, `busy` the fraction of the traced time in which a GPU computed.
     """
 
@@ -128,7 +128,7 @@ class Stopwatch:
             yield
 
     def _timed_epoch(self, epoch: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*words: Any, **named: Any) -> Iterator[tuple[int, list[Piece]]]:
+        def timed(*words: Any, **named: Any) -> Iterator[tuple[int, list[MicroBatch]]]:
             steps = epoch(*words, **named)
             while True:
                 self._open_window()
@@ -158,7 +158,7 @@ class Stopwatch:
         name = self._names[self._done] if self._done < len(self._names) else ""
         if name == self._window:
             return
-        synchronise()
+        synchronize()
         if self._window:
             self.seconds[self._window] = self._clock.take()
         if self._profiler is not None:
@@ -192,13 +192,15 @@ def _replaced(owner: type, name: str, wrap: Callable[[Any], Any]) -> Iterator[No
         setattr(owner, name, original)
 
 
-def rows(main: Stopwatch, job: Job, learner: Learner, data: Data, precision: str) -> dict[str, str]:
+def rows(
+    main: Stopwatch, job: Job, learner: TrainState, data: Data, precision: str
+) -> dict[str, str]:
     """The closing table; every rank calls this after its run, whose weights it spoils."""
     rows = split_of(main, job, learner, data).rows(precision)
     return rows | {"trace": f"{main.trace}: open it at https://ui.perfetto.dev"}
 
 
-def split_of(main: Stopwatch, job: Job, learner: Learner, data: Data) -> Split:
+def split_of(main: Stopwatch, job: Job, learner: TrainState, data: Data) -> Split:
     """What an epoch's time is spent on, from the windows and from a few steps more."""
     steps = main.windows["split"]
     phases = {name: seconds / steps for name, seconds in main.seconds["split"].items()}
@@ -231,7 +233,7 @@ def _saves(plan: Plan) -> float:
     return 1 / plan.save_epochs if plan.save_epochs is not None else 0.0
 
 
-def _aside(job: Job, learner: Learner, data: Data) -> tuple[float, float]:
+def _aside(job: Job, learner: TrainState, data: Data) -> tuple[float, float]:
     """Seconds of a backward pass without communication, and of an evaluation after its first.
 
     The last steps are trained again, and no gradient travels. Views are left out: a run takes them

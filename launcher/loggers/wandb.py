@@ -19,8 +19,8 @@ from PIL import Image
 from launcher.data.sources import Data
 from launcher.loggers.wandb_history import (
     ROW,
-    Journal,
     Row,
+    WandbHistory,
     epoch_scalars,
     last_row_on_disk,
     step_scalars,
@@ -45,7 +45,7 @@ MOST_TABLE_CLASSES = 100  # W&B takes at most 10,000 rows: the confusion matrix 
 _log = logging.getLogger("launcher")
 
 
-class NullTracker:
+class NullLogger:
     """Tracks nothing: when W&B is off, and on all ranks but the first."""
 
     def __init__(self, notice: str = "") -> None:
@@ -62,7 +62,7 @@ class NullTracker:
         """Do nothing."""
 
 
-class WandbTracker:
+class WandbLogger:
     """A run of W&B: `mode` is online or offline, `where` its address or its folder.
 
     `notice` says why it is not the mode that was asked for. Images and tables are made and sent by
@@ -76,7 +76,7 @@ class WandbTracker:
         self.mode = "offline" if run.offline else "online"
         self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
-        self._journal = Journal(folder)
+        self._journal = WandbHistory(folder)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_images, name="images", daemon=True)
         self._thread.start()
@@ -142,7 +142,7 @@ class WandbTracker:
                 _log.warning("W&B misses something (training goes on): %s", _one_line(error))
 
 
-Tracker = NullTracker | WandbTracker
+Tracker = NullLogger | WandbLogger
 
 
 class Samples:
@@ -212,7 +212,7 @@ def start(
     continued, or begun under it; rows that it has already are left out.
     """
     if (mode or os.environ.get("WANDB_MODE")) in ("off", "disabled"):
-        return NullTracker()
+        return NullLogger()
     try:
         _prepare_environment(folder)
         import wandb
@@ -233,15 +233,15 @@ def start(
         mode, notice = _choose(mode)
         if mode == "online":
             try:
-                return WandbTracker(begin(mode="online"), samples, notice, folder)
+                return WandbLogger(begin(mode="online"), samples, notice, folder)
             except Exception as error:
                 notice = f"W&B keeps the run offline: {_one_line(error)}"
                 wandb.teardown()  # or the same id is refused
         if mode == "off":
-            return NullTracker()
-        return WandbTracker(begin(mode="offline"), samples, notice, folder)
+            return NullLogger()
+        return WandbLogger(begin(mode="offline"), samples, notice, folder)
     except Exception as error:  # whatever is wrong with W&B, training can do without it
-        return NullTracker(f"W&B is off: {_one_line(error)}")
+        return NullLogger(f"W&B is off: {_one_line(error)}")
 
 
 def _caption(truth: str, guess: str, confidence: float) -> str:

@@ -53,7 +53,7 @@ def epoch_scalars(
     return scalars
 
 
-class Journal:
+class WandbHistory:
     """The scalars of all rows of a run, in their order, one JSON object a line."""
 
     def __init__(self, folder: Path) -> None:

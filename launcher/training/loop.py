@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from launcher.config.plan import START, Position
-from launcher.data.batches import Batches, Normalise, layer_seeds
+from launcher.data.batches import Batches, Normalize, layer_seeds
 from launcher.data.sources import Data, ImageSet
-from launcher.distributed.stop_sync import Agreement, StoppedError
+from launcher.distributed.stop_sync import StoppedError, StopSync
 from launcher.errors import NotFiniteError, UserError
 from launcher.training.evaluation import evaluate, score_samples
-from launcher.training.metrics import EpochReport, Meter, Reading, StepReport
+from launcher.training.metrics import EpochReport, LossTracker, Reading, StepReport
 from launcher.training.state import (
-    Learner,
+    TrainState,
     average_buffers,
     first_parameter,
     largest_parameter,
-    widened,
+    upcast,
 )
 from launcher.training.step import Job, seed_layers, train_step
 
@@ -51,7 +51,7 @@ def never() -> tuple[bool, bool]:
 
 def fit(
     job: Job,
-    learner: Learner,
+    learner: TrainState,
     data: Data,
     start: Position = START,
     wishes: Callable[[], tuple[bool, bool]] = never,
@@ -64,22 +64,22 @@ def fit(
     Raises `NotFiniteError` when the loss or a parameter is not finite.
     """
     plan, device = job.plan, job.accelerator.device
-    test, normalise = data.test.to(device), normalisation(job, learner, data)
-    batches = batches_of(job, data, normalise)
-    agreement = Agreement(job.over_ranks, plan.world_size, device, wishes)
+    test, normalize = data.test.to(device), normalization(job, learner, data)
+    batches = batches_of(job, data, normalize)
+    agreement = StopSync(job.over_ranks, plan.world_size, device, wishes)
     learner.network.train()
     for epoch in range(start.epochs + 1, plan.last_epoch + 1):
         started = time.perf_counter()
-        meter = yield from train_epoch(job, learner, batches, epoch, start, agreement)
-        if meter is None:
+        tracker = yield from train_epoch(job, learner, batches, epoch, start, agreement)
+        if tracker is None:
             return
         buffers = [buffer.clone() for buffer in learner.evaluated.buffers()]
         try:
-            report = epoch_report(job, learner, test, normalise, epoch, meter, started, agreement)
+            report = epoch_report(job, learner, test, normalize, epoch, tracker, started, agreement)
         except StoppedError:
             for buffer, value in zip(learner.evaluated.buffers(), buffers, strict=True):
                 buffer.copy_(value)  # a mean over ranks, averaged again, may be rounded again
-            yield SavePoint(position_within(epoch, plan.epoch_steps(epoch)[-1], meter), True)
+            yield SavePoint(position_within(epoch, plan.epoch_steps(epoch)[-1], tracker), True)
             return
         yield report
         if plan.is_saved_after_epoch(epoch):
@@ -88,23 +88,23 @@ def fit(
 
 def epoch_report(
     job: Job,
-    learner: Learner,
+    learner: TrainState,
     test: ImageSet,
-    normalise: Normalise,
+    normalize: Normalize,
     epoch: int,
-    meter: Meter,
+    tracker: LossTracker,
     started: float,
-    agreement: Agreement,
+    agreement: StopSync,
 ) -> EpochReport:
     """Evaluate what an epoch has trained. Raises `StoppedError` where the ranks agree to stop."""
     recipe, plan = job.recipe, job.plan
     step = plan.epoch_steps(epoch)[-1]
-    loss, images_per_second = meter.epoch()
+    loss, images_per_second = tracker.epoch()
     average_buffers(learner.evaluated, job.accelerator)
-    evaluation = evaluate(job, learner.evaluated, test, normalise, agreement=agreement)
+    evaluation = evaluate(job, learner.evaluated, test, normalize, agreement=agreement)
     augmented = None
     if recipe.views is not None and epoch == plan.last_epoch:
-        augmented = evaluate(job, learner.evaluated, test, normalise, recipe.views, agreement)
+        augmented = evaluate(job, learner.evaluated, test, normalize, recipe.views, agreement)
     return EpochReport(
         epoch=epoch,
         step=step,
@@ -114,25 +114,25 @@ def epoch_report(
         images_per_second=images_per_second,
         seconds=time.perf_counter() - started,
         test=evaluation,
-        probabilities=score_samples(job, learner.evaluated, test, normalise),
+        probabilities=score_samples(job, learner.evaluated, test, normalize),
         test_tta=augmented,
     )
 
 
-def normalisation(job: Job, learner: Learner, data: Data) -> Normalise:
+def normalization(job: Job, learner: TrainState, data: Data) -> Normalize:
     """Bytes to what the network takes."""
     like, contiguous = first_parameter(learner.network), job.recipe.memory_format == "contiguous"
-    return Normalise(job.recipe.data, data.train.images.shape[1:], like, contiguous)
+    return Normalize(job.recipe.data, data.train.images.shape[1:], like, contiguous)
 
 
-def batches_of(job: Job, data: Data, normalise: Normalise) -> Batches:
+def batches_of(job: Job, data: Data, normalize: Normalize) -> Batches:
     """This rank's pieces of all global batches."""
     accelerator = job.accelerator
     train = data.train.to(accelerator.device)
-    return Batches(train, job.recipe, job.plan, normalise, accelerator.process_index)
+    return Batches(train, job.recipe, job.plan, normalize, accelerator.process_index)
 
 
-def settle(job: Job, learner: Learner, data: Data) -> None:
+def warm_up_ddp(job: Job, learner: TrainState, data: Data) -> None:
     """Run one piece forward and backward for nothing, before a checkpoint is restored.
 
     After its first backward pass, DDP reorders the gradients that it sums over the ranks; from
@@ -140,51 +140,51 @@ def settle(job: Job, learner: Learner, data: Data) -> None:
     has that first pass behind it, as the uninterrupted run has.
     """
     if job.plan.world_size > 1:
-        batches = batches_of(job, data, normalisation(job, learner, data))
+        batches = batches_of(job, data, normalization(job, learner, data))
         _, pieces = next(iter(batches.epoch(1)))
         learner.network.train()
-        loss = job.recipe.loss(widened(learner.wrapped(pieces[-1].images)), pieces[-1].targets)
+        loss = job.recipe.loss(upcast(learner.wrapped(pieces[-1].images)), pieces[-1].targets)
         loss.backward()  # type: ignore[no-untyped-call]
         learner.optimizer.zero_grad()
 
 
 def train_epoch(
     job: Job,
-    learner: Learner,
+    learner: TrainState,
     batches: Batches,
     epoch: int,
     start: Position = START,
-    agreement: Agreement | None = None,
-) -> Generator[StepReport | SavePoint, None, Meter | None]:
+    agreement: StopSync | None = None,
+) -> Generator[StepReport | SavePoint, None, LossTracker | None]:
     """Train one epoch, or what `start` leaves of it; return its measurements.
 
     Returns None where the ranks agreed to stop before its end.
     """
     recipe, plan, accelerator = job.recipe, job.plan, job.accelerator
-    meter = resumed_meter(job, epoch, start)
+    tracker = resumed_meter(job, epoch, start)
     seeds = layer_seeds(recipe.seed, epoch, accelerator.process_index, plan.steps_per_epoch)
     skips = 0
     for step, pieces in batches.epoch(epoch, after=start.step):
         with located(step, epoch):
             learner.set_rates(plan.progress(step), recipe.schedule)
             seed_layers(seeds[(step - 1) % plan.steps_per_epoch], accelerator.device)
-            logits, is_taken = train_step(job, learner, pieces, step, meter)
+            logits, is_taken = train_step(job, learner, pieces, step, tracker)
             skips = 0 if is_taken else skips + 1
             stops, saves = agreement.after_step() if agreement else never()
             saves = saves or stops or plan.is_saved_after_step(step)
-            reading = meter.read() if saves or plan.is_reported(step) else None
+            reading = tracker.read() if saves or plan.is_reported(step) else None
         if reading is not None:
             refuse_infinite(job, learner, reading, skips, step)
-        if saves or step == plan.epoch_steps(epoch)[-1] or step <= max(job.left_out, default=0):
+        if saves or step == plan.epoch_steps(epoch)[-1] or step <= max(job.skip_steps, default=0):
             refuse_infinite_parameters(job, learner, step)
         if reading is not None:
             first = first_classes(logits) if step == 1 else ()
             yield step_report(epoch, step, reading, learner.learning_rate, first)
         if saves:
-            yield SavePoint(position_within(epoch, step, meter), stops)
+            yield SavePoint(position_within(epoch, step, tracker), stops)
         if stops:
             return None
-    return meter
+    return tracker
 
 
 @contextmanager
@@ -211,17 +211,17 @@ def located(step: int, epoch: int) -> Iterator[None]:
         raise
 
 
-def position_within(epoch: int, step: int, meter: Meter) -> Position:
+def position_within(epoch: int, step: int, tracker: LossTracker) -> Position:
     """After a step of an epoch that is not evaluated yet."""
-    return Position(step, epoch - 1, meter.loss_sum, meter.images)
+    return Position(step, epoch - 1, tracker.loss_sum, tracker.images)
 
 
-def resumed_meter(job: Job, epoch: int, start: Position) -> Meter:
-    """The epoch's meter, with what `start` has behind it of this epoch."""
+def resumed_meter(job: Job, epoch: int, start: Position) -> LossTracker:
+    """The epoch's tracker, with what `start` has behind it of this epoch."""
     device, over_ranks = job.accelerator.device, job.over_ranks
     if start.step < job.plan.epoch_steps(epoch).start:
-        return Meter(device, over_ranks)
-    return Meter(device, over_ranks, loss_sum=start.epoch_loss, images=start.epoch_images)
+        return LossTracker(device, over_ranks)
+    return LossTracker(device, over_ranks, loss_sum=start.epoch_loss, images=start.epoch_images)
 
 
 def step_report(
@@ -233,7 +233,7 @@ def step_report(
     return StepReport(epoch, step, loss, learning_rate, rate, norm, reading.skipped, first)
 
 
-def refuse_infinite(job: Job, learner: Learner, reading: Reading, skips: int, step: int) -> None:
+def refuse_infinite(job: Job, learner: TrainState, reading: Reading, skips: int, step: int) -> None:
     """Raise `NotFiniteError` before a state that is not finite can replace a good one."""
     bad = reading.infinite_step
     if bad is not None:
@@ -252,7 +252,7 @@ def refuse_infinite(job: Job, learner: Learner, reading: Reading, skips: int, st
         )
 
 
-def refuse_infinite_parameters(job: Job, learner: Learner, step: int) -> None:
+def refuse_infinite_parameters(job: Job, learner: TrainState, step: int) -> None:
     """Raise `NotFiniteError` where a gradient spoilt the parameters, though its loss was finite.
 
     Called where the device is waited for: before a state is saved or evaluated; and in the steps

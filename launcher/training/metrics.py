@@ -125,7 +125,7 @@ def sample_indices(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a `Meter` measured since its last reading. `loss` is None if all steps were skipped."""
+    """What a `LossTracker` measured since its last reading. `loss` is None if all steps were skipped."""
 
     loss: float | None
     images_per_second: float
@@ -134,7 +134,7 @@ class Reading:
     infinite_step: int | None  # the first step whose loss is not finite on some rank
 
 
-class Meter:
+class LossTracker:
     """The training loss and speed of one epoch. `over_ranks` adds a tensor over all ranks.
 
     The loop hands it the losses as they are, on the device; all computing waits for a reading.
@@ -213,7 +213,7 @@ class Meter:
         return loss, (self.images - self._before) / seconds if seconds else 0.0
 
 
-class Tally:
+class ConfusionAccumulator:
     """Running counts of an evaluation on one rank."""
 
     def __init__(self, classes: int, device: torch.device) -> None:

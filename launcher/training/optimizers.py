@@ -8,7 +8,7 @@ in a recipe can divide them and give each group its own rate and schedule:
         named = list(parameters)
         filters = [pair for pair in named if pair[1].ndim == 4]
         others = [pair for pair in named if pair[1].ndim != 4]
-        return Together(Muon(filters, lr=lr), SGD([{"params": others, "schedule": cosine}], lr=lr))
+        return ChainedOptimizer(Muon(filters, lr=lr), SGD([{"params": others, "schedule": cosine}], lr=lr))
 
 The schedule of a group stands in for the recipe's. While it is exactly zero, no gradient of the
 group is computed (on several ranks it is, and has no effect).
@@ -27,10 +27,10 @@ _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 
 
 class Muon(Optimizer):
-    """Nesterov momentum whose step is orthogonalised: for the filters of convolutions.
+    """Nesterov momentum whose step is orthogonalized: for the filters of convolutions.
 
     Each parameter is read as a matrix with one row per filter. A filter bank keeps the norm
-    sqrt(filters), which suits convolutions with a normalisation behind them. `lr` is the size of
+    sqrt(filters), which suits convolutions with a normalization behind them. `lr` is the size of
     a step in those units and does not depend on the scale of the loss.
 
     Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); with
@@ -45,7 +45,7 @@ class Muon(Optimizer):
             raise ValueError(f"lr={lr}, momentum={momentum}, newton_steps={newton_steps}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "newton_steps": newton_steps})
         if any(p.ndim < 2 for group in self.param_groups for p in group["params"]):
-            raise ValueError("a parameter of one dimension, which Muon cannot orthogonalise")
+            raise ValueError("a parameter of one dimension, which Muon cannot orthogonalize")
         self._update = _update
 
     def compile(self) -> None:
@@ -72,7 +72,7 @@ class Muon(Optimizer):
         return state["momentum"]
 
 
-class Together(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Several optimizers as one, with the groups and the state of all."""
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -103,12 +103,12 @@ class Together(Optimizer):
 
 def compile_steps(optimizer: Optimizer) -> None:
     """Compile what of an optimizer is worth it; torch's own are fused already."""
-    for part in optimizer.parts if isinstance(optimizer, Together) else (optimizer,):
+    for part in optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,):
         if isinstance(part, Muon):
             part.compile()
 
 
-def orthogonalise(matrices: Tensor, newton_steps: int) -> Tensor:
+def orthogonalize(matrices: Tensor, newton_steps: int) -> Tensor:
     """Bring all singular values near one: `(n, rows, columns)` -> the same shape.
 
     A Newton-Schulz iteration of fifth order; a few steps leave them between about 0.5 and 1.5.
@@ -132,7 +132,7 @@ def _update(
     momentum: float,
     newton_steps: int,
 ) -> None:
-    """One step of Muon; filter banks of one shape are orthogonalised together."""
+    """One step of Muon; filter banks of one shape are orthogonalized together."""
     alike: dict[torch.Size, list[int]] = {}
     for index, bank in enumerate(banks):
         alike.setdefault(bank.shape, []).append(index)
@@ -141,7 +141,7 @@ def _update(
         for index in indices:
             momenta[index].mul_(momentum).add_(gradients[index])
             directions.append(gradients[index].add(momenta[index], alpha=momentum).flatten(1))
-        steps = orthogonalise(torch.stack(directions), newton_steps)
+        steps = orthogonalize(torch.stack(directions), newton_steps)
         for index, step in zip(indices, steps.unbind(), strict=True):
             bank = banks[index]
             bank.mul_(len(bank) ** 0.5 / bank.norm())

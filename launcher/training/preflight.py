@@ -17,21 +17,21 @@ from launcher.config.overrides import code_name
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
-from launcher.data.batches import Normalise
+from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
-from launcher.training.state import evaluating, widened
+from launcher.training.state import evaluating, upcast
 from launcher.training.step import Job
 
 MOST_CLASSES = 100  # whose losses are compared
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
-def rehearse(job: Job, network: nn.Module, images: ImageSet, normalise: Normalise) -> None:
+def preflight(job: Job, network: nn.Module, images: ImageSet, normalize: Normalize) -> None:
     """Try what the recipe does with images; raises `UserError` that names the function."""
     recipe = job.recipe
     two = images.images[:1].to(job.accelerator.device).repeat(2, 1, 1, 1)
-    pictures = normalise(two)
+    pictures = normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
     if recipe.data.mix:
         mixed, _ = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
@@ -41,7 +41,7 @@ def rehearse(job: Job, network: nn.Module, images: ImageSet, normalise: Normalis
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
             _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
-        _try_loss(recipe.loss, widened(logits[:1]), job.plan.pieces)
+        _try_loss(recipe.loss, upcast(logits[:1]), job.plan.pieces)
         _try_one_image(job.plan, network, pictures[:1])
 
 

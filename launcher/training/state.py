@@ -19,17 +19,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from launcher.config.overrides import code_name
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Schedule
-from launcher.data.batches import Normalise
+from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.training.optimizers import compile_steps
 
-INITIAL_IMAGES = 5000  # training images that a data-dependent initialisation sees
+INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """A network in the forms in which it is used, and what changes it.
 
     `network` is the plain module. `wrapped` is what trains: on several ranks, DDP around it.
@@ -109,8 +109,8 @@ def build(recipe: Recipe, data: ImageSet) -> nn.Module:
 
 def _try(network: nn.Module, recipe: Recipe, data: ImageSet, name: str) -> tuple[int, ...]:
     pixels = data.images[:1].expand(2, -1, -1, -1)
-    normalise = Normalise(recipe.data, data.images.shape[1:], first_parameter(network), True)
-    images = normalise(pixels)
+    normalize = Normalize(recipe.data, data.images.shape[1:], first_parameter(network), True)
+    images = normalize(pixels)
     network.eval()
     try:
         with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
@@ -129,28 +129,28 @@ def first_parameter(network: nn.Module) -> Tensor:
     return next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
 
 
-def initialise(network: nn.Module, recipe: Recipe, images: ImageSet, device: torch.device) -> None:
-    """Move the network to the device and run the recipe's initialisation, if it has one."""
+def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: torch.device) -> None:
+    """Move the network to the device and run the recipe's initialization, if it has one."""
     network.to(device)
-    if recipe.initialise is not None:
-        like = widened(first_parameter(network))
-        normalise = Normalise(recipe.data, images.images.shape[1:], like, contiguous=False)
+    if recipe.initialize is not None:
+        like = upcast(first_parameter(network))
+        normalize = Normalize(recipe.data, images.images.shape[1:], like, contiguous=False)
         with torch.no_grad():
-            recipe.initialise(network, normalise(images.images[:INITIAL_IMAGES].to(device)))
+            recipe.initialize(network, normalize(images.images[:INITIAL_IMAGES].to(device)))
 
 
-def widened(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """Half precision as float32; wider types as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Learner:
+def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """Move the network to the device in the recipe's memory format and wrap it for training.
 
     Raises `UserError` for an optimizer that refuses its settings, and SyncBatchNorm on a CPU.
     """
     if recipe.sync_batch_norm:
-        network = _synchronised(network, accelerator)
+        network = _synchronized(network, accelerator)
     network = _narrowed(network.to(accelerator.device), recipe)
     if recipe.memory_format == "channels_last":
         network = network.to(memory_format=torch.channels_last)
@@ -168,7 +168,7 @@ def prepare(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Lea
         compile_steps(optimizer)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
-    return Learner(network, wrapped, average, optimizer, schedules, options)
+    return TrainState(network, wrapped, average, optimizer, schedules, options)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
@@ -186,11 +186,11 @@ def _narrowed(network: nn.Module, recipe: Recipe) -> nn.Module:
     return network
 
 
-def _synchronised(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def _synchronized(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.device.type == "cpu":
         raise UserError(
             "sync_batch_norm=true on a CPU",
-            expected="GPUs: torch synchronises BatchNorm only there",
+            expected="GPUs: torch synchronizes BatchNorm only there",
             instead="type sync_batch_norm=false",
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -226,7 +226,7 @@ def evaluating(network: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         network.train()
 
 
-def largest_parameter(learner: Learner) -> Tensor:
+def largest_parameter(learner: TrainState) -> Tensor:
     """The largest magnitude among what is trained and its average; finite only if each of them is.
 
     Buffers and frozen parameters do not count: a mask may well be infinite.

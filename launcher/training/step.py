@@ -14,9 +14,9 @@ from torch import Tensor
 
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
-from launcher.data.batches import Piece
-from launcher.training.metrics import Meter
-from launcher.training.state import Learner, widened
+from launcher.data.batches import MicroBatch
+from launcher.training.metrics import LossTracker
+from launcher.training.state import TrainState, upcast
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Job:
     recipe: Recipe
     plan: Plan
     accelerator: Accelerator
-    left_out: frozenset[int] = frozenset()  # steps whose update is skipped, after a roll back
+    skip_steps: frozenset[int] = frozenset()  # steps whose update is skipped, after a roll back
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """The sum of `values` over all ranks."""
@@ -34,38 +34,38 @@ class Job:
 
 
 def train_step(
-    job: Job, learner: Learner, pieces: list[Piece], step: int, meter: Meter
+    job: Job, learner: TrainState, pieces: list[MicroBatch], step: int, tracker: LossTracker
 ) -> tuple[Tensor, bool]:
     """One optimizer step; returns the logits of its first piece, and whether it was taken."""
     accelerator = job.accelerator
     images = job.plan.step_images(step)
-    may_skip = job.recipe.on_nan == "skip" or step in job.left_out
+    may_skip = job.recipe.on_nan == "skip" or step in job.skip_steps
     before = [buffer.clone() for buffer in learner.network.buffers()] if may_skip else []
     first_logits = None
     for piece in pieces:
         waits = piece is not pieces[-1]  # gradients travel between ranks once per step
         with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
-            logits = widened(learner.wrapped(piece.images))
+            logits = upcast(learner.wrapped(piece.images))
             loss = job.recipe.loss(logits, piece.targets)
             # DDP averages gradients over the ranks; the world size turns that into their sum.
             scale = job.plan.world_size * (images if job.recipe.sum_loss else 1)
             backward(loss, piece.share * scale, accelerator)
-        meter.add(step, loss, piece.share * images)
+        tracker.add(step, loss, piece.share * images)
         first_logits = logits if first_logits is None else first_logits
     assert first_logits is not None
     learner.drop_resting_gradients()
     norm = gradient_norm(job, learner, step)
     is_taken = update(job, learner, step, norm)
     if is_taken:
-        meter.count(images, norm)
+        tracker.count(images, norm)
     else:
-        meter.drop(step)
+        tracker.drop(step)
         for buffer, value in zip(learner.network.buffers(), before, strict=True):
             buffer.copy_(value)  # running statistics saw the bad activations
     return first_logits, is_taken
 
 
-def gradient_norm(job: Job, learner: Learner, step: int) -> Tensor | None:
+def gradient_norm(job: Job, learner: TrainState, step: int) -> Tensor | None:
     """Clip the gradient; its norm before that, which is also measured where the step is reported.
 
     It is the same on all ranks.
@@ -77,10 +77,10 @@ def gradient_norm(job: Job, learner: Learner, step: int) -> Tensor | None:
     return job.accelerator.clip_grad_norm_(parameters, math.inf if clip is None else clip)
 
 
-def update(job: Job, learner: Learner, step: int, norm: Tensor | None) -> bool:
+def update(job: Job, learner: TrainState, step: int, norm: Tensor | None) -> bool:
     """Let the optimizer step, unless the recipe wants this step skipped; whether it did."""
     accelerator, optimizer = job.accelerator, learner.optimizer
-    is_skipped = step in job.left_out
+    is_skipped = step in job.skip_steps
     if job.recipe.on_nan == "skip" and norm is not None:
         is_skipped = not math.isfinite(float(norm))  # waits for the device
     if not is_skipped or accelerator.scaler is not None:  # the scaler skips by itself, and adapts

@@ -1,6 +1,6 @@
 """Test-time augmentation: functions for a recipe's slot `views`.
 
-Each scores several views of the same normalised images `(n, c, h, w)` and returns their mean
+Each scores several views of the same normalized images `(n, c, h, w)` and returns their mean
 logits `(n, classes)`. What is reached with it is always reported beside the plain figure and
 under a name of its own.
 """

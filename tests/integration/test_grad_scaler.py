@@ -16,7 +16,7 @@ from launcher.checkpoint.checkpoint import capture, place_of, restore, write
 from launcher.config.plan import START, Position, make_plan
 from launcher.data import sources
 from launcher.training.loop import SavePoint, fit
-from launcher.training.state import Learner, build, prepare
+from launcher.training.state import TrainState, build, prepare
 from launcher.training.step import Job
 from tests.support.resumable import recipe as resumable
 
@@ -28,7 +28,7 @@ PLAN = make_plan(
 FIRST_SCALE, STEPS_TO_GROW, OVERFLOWING = 2.0**15, 4, 2.0**60
 
 
-def prepared(seed: int = 0) -> tuple[Job, Learner, GradScaler]:
+def prepared(seed: int = 0) -> tuple[Job, TrainState, GradScaler]:
     accelerator = Accelerator(cpu=True, mixed_precision="fp16")
     scaler = GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=STEPS_TO_GROW)
     accelerator.native_amp, accelerator.scaler = True, scaler
@@ -36,14 +36,14 @@ def prepared(seed: int = 0) -> tuple[Job, Learner, GradScaler]:
     return Job(RECIPE, PLAN, accelerator), learner, scaler
 
 
-def train(job: Job, learner: Learner, start: Position = START, until: int = PLAN.steps) -> None:
+def train(job: Job, learner: TrainState, start: Position = START, until: int = PLAN.steps) -> None:
     """Up to a step at which the plan saves."""
     for event in fit(job, learner, DATA, start):
         if isinstance(event, SavePoint) and event.position.step == until:
             return
 
 
-def state_of(learner: Learner) -> dict[str, Tensor]:
+def state_of(learner: TrainState) -> dict[str, Tensor]:
     assert learner.average is not None
     return learner.average.state_dict() | learner.network.state_dict()
 

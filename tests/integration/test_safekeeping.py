@@ -24,19 +24,19 @@ from launcher.checkpoint.checkpoint import Writer, load_weights, newest, save_we
 from launcher.checkpoint.resume import Start
 from launcher.checkpoint.run_dir import RunFolder
 from launcher.config.loader import Loaded
-from launcher.config.plan import Cadence, Plan, make_plan
+from launcher.config.plan import Plan, SaveInterval, make_plan
 from launcher.data import sources
 from launcher.distributed import signals
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.loggers.console import Console
-from launcher.loggers.wandb import NullTracker
+from launcher.loggers.wandb import NullLogger
 from launcher.training.metrics import Best, EpochReport
 from launcher.training.state import build, prepare
 from launcher.training.step import Job
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
-from launcher.watching import Outcome, Watchers, closing_rows, consume
+from launcher.watching import Loggers, RunResult, closing_rows, run_loop
 from tests.support.helpers import Tiny, refused, tiny_recipe
 from tests.support.processes import PYTHON, RESUMABLE, Run, fingerprint
 from tests.support.wandb_server import API_KEY
@@ -107,7 +107,9 @@ def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None
     assert newest(folder.checkpoints)[0] == folder.checkpoints / "step-000000001"
 
 
-def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcome, dict[str, str]]:
+def watched(
+    folder: RunFolder, console: Console, **changes: Any
+) -> tuple[RunResult, dict[str, str]]:
     """What becomes of a tiny run in this process, and its closing rows."""
     loaded = Loaded(tiny_recipe(**changes), "tiny", "", "")
     data = sources.load(loaded.recipe.data)
@@ -116,10 +118,10 @@ def watched(folder: RunFolder, console: Console, **changes: Any) -> tuple[Outcom
     )
     accelerator = create_accelerator("fp32")
     learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
-    watchers = Watchers(console, NullTracker(), folder, Writer(folder.checkpoints), loaded)
+    loggers = Loggers(console, NullLogger(), folder, Writer(folder.checkpoints), loaded)
     job = Job(loaded.recipe, plan, accelerator)
-    outcome = consume(job, learner, data, Start(folder), watchers, Cadence())
-    return outcome, closing_rows(outcome, watchers, data)
+    outcome = run_loop(job, learner, data, Start(folder), loggers, SaveInterval())
+    return outcome, closing_rows(outcome, loggers, data)
 
 
 def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from launcher import Images, Recipe, Synthetic, cutmix
 from launcher.config import loader, overrides
 from launcher.config.plan import make_plan
 from launcher.config.schedules import linear
-from launcher.data.batches import Batches, Normalise
+from launcher.data.batches import Batches, Normalize
 from launcher.data.sources import load
 from launcher.distributed.accelerator import choose_precision
 from launcher.errors import UserError
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport
-from launcher.training.state import build, initialise, prepare
+from launcher.training.state import build, initialize, prepare
 from launcher.training.step import Job
 from recipes.speedrun94 import Block
 from tests.support.world_worker import Small64, plain
@@ -44,7 +44,7 @@ def trained(recipe: Recipe) -> tuple[nn.Module, list[EpochReport]]:
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     plan = make_plan(recipe, world_size=1, train_images=len(data.train), test_images=len(data.test))
     network = build(recipe, data.train)
-    initialise(network, recipe, data.train, accelerator.device)
+    initialize(network, recipe, data.train, accelerator.device)
     learner = prepare(network, recipe, accelerator)
     reports = list(fit(Job(recipe, plan, accelerator), learner, data))
     return learner.network, [report for report in reports if isinstance(report, EpochReport)]
@@ -54,11 +54,11 @@ def test_the_first_layer_whitens_the_images(speedrun: Recipe) -> None:
     recipe = small(speedrun)
     images = load(recipe.data).train
     network = build(recipe, images)
-    initialise(network, recipe, images, torch.device("cpu"))
+    initialize(network, recipe, images, torch.device("cpu"))
     layer = network.whitening
     assert isinstance(layer, nn.Conv2d)
-    normalise = Normalise(recipe.data, images.images.shape[1:], torch.zeros(()), False)
-    outputs = nn.functional.conv2d(normalise(images.images), layer.weight)
+    normalize = Normalize(recipe.data, images.images.shape[1:], torch.zeros(()), False)
+    outputs = nn.functional.conv2d(normalize(images.images), layer.weight)
     outputs = outputs.permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(outputs[12:], -outputs[:12])
     moments = (outputs @ outputs.T / outputs.shape[1])[:12, :12]
@@ -95,10 +95,10 @@ def test_every_parameter_has_one_group(speedrun: Recipe) -> None:
 
 
 def test_its_settings_can_be_changed_and_written_down(speedrun: Recipe) -> None:
-    words = ["optimizer.filter_rate=0.1", "initialise.floor=0.001", "compile=reduce-overhead"]
+    words = ["optimizer.filter_rate=0.1", "initialize.floor=0.001", "compile=reduce-overhead"]
     changed = overrides.as_dict(overrides.override(speedrun, words))
     assert changed["optimizer"]["filter_rate"] == 0.1
-    assert changed["initialise"]["floor"] == 0.001
+    assert changed["initialize"]["floor"] == 0.001
     assert changed["compile"] == "reduce-overhead"
     assert changed["views"] == {"call": "launcher.training.tta:mirrored_and_shifted"}
     assert overrides.override(speedrun, ["views=none"]).views is None
@@ -133,10 +133,10 @@ def test_pictures_made_ahead_are_those_made_step_by_step(
     recipe = replace(plain, data=data, accumulate=accumulate)
     images = load(data).train
     plan = make_plan(recipe, world_size=2, train_images=len(images), test_images=1)
-    normalise = Normalise(data, images.images.shape[1:], torch.zeros(()), False)
+    normalize = Normalize(data, images.images.shape[1:], torch.zeros(()), False)
 
     def steps(at_once: int, epochs: tuple[int, ...]) -> list[tuple[int, list[tuple[float, ...]]]]:
-        batches = Batches(images, recipe, plan, normalise, rank=1)
+        batches = Batches(images, recipe, plan, normalize, rank=1)
         batches._steps_at_once = at_once
         return [
             (step, [(p.images.sum().item(), p.targets.sum().item(), p.share) for p in pieces])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.helpers import ROOT
 from tests.support.world_worker import IMAGES, SCENARIOS
 
 WORKER = ROOT / "tests" / "support" / "world_worker.py"
@@ -27,7 +28,7 @@ def train(size: int, folder: Path) -> dict[str, Any]:
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(WORKER.parents[1]),
+        "PYTHONPATH": str(ROOT),
     }
     several = torchrun if size > 1 else []  # one of torchrun's has DDP around its network as well
     command = [sys.executable, *several, str(WORKER), str(folder)]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from launcher import (
+    ChainedOptimizer,
     Images,
     Muon,
     NamedParameters,
     Recipe,
     Synthetic,
-    Together,
     crop,
     cutmix,
     cutout,
@@ -37,7 +37,7 @@ from launcher.distributed.world import World
 from launcher.nearby import average_nearby
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
-from launcher.training.state import build, initialise, prepare
+from launcher.training.state import build, initialize, prepare
 from launcher.training.step import Job
 
 # 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.
@@ -76,7 +76,7 @@ def divided(parameters: NamedParameters, *, lr: float = 0.05) -> Optimizer:
         {"params": others},
         {"params": early, "schedule": partial(linear, until=0.5)},
     ]
-    return Together(Muon(filters, lr=lr), SGD(groups, lr=lr, momentum=0.9))
+    return ChainedOptimizer(Muon(filters, lr=lr), SGD(groups, lr=lr, momentum=0.9))
 
 
 def late(progress: float) -> float:
@@ -137,10 +137,10 @@ SCENARIOS = {
     "a_group_at_rest": replace(
         plain, model=Small64, optimizer=with_late_bias, clip_norm=0.5, accumulate=2
     ),
-    "muon_initialised_views": replace(
+    "muon_initialized_views": replace(
         plain,
         model=Small64,
-        initialise=unit_variance,
+        initialize=unit_variance,
         optimizer=partial(divided, lr=0.0003),
         sum_loss=True,
         views=mirrored_and_shifted,
@@ -159,7 +159,7 @@ def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
         log_every=3,
     )
     network = build(recipe, data.train)
-    initialise(network, recipe, data.train, accelerator.device)
+    initialize(network, recipe, data.train, accelerator.device)
     learner = prepare(network, recipe, accelerator)
     if nearby:
         average_nearby(learner.wrapped, timedelta(seconds=60))

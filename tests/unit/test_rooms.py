@@ -61,7 +61,7 @@ def test_the_public_names_are_these() -> None:
         *("Draws", "Folder", "Images", "Recipe", "Synthetic"),
         *("alternating_flip", "crop", "cutmix", "cutout", "flip", "mixup"),
         *("constant", "cosine", "ema", "linear", "steps"),
-        *("Muon", "NamedParameters", "Together", "mirrored", "mirrored_and_shifted"),
+        *("Muon", "NamedParameters", "ChainedOptimizer", "mirrored", "mirrored_and_shifted"),
     }
     for name in launcher.__all__:
         assert getattr(launcher, name).__name__ in (name, "Iterable")

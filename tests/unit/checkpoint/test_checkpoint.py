@@ -21,19 +21,19 @@ from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.training.state import Learner, build, prepare
+from launcher.training.state import TrainState, build, prepare
 from tests.support.resumable import recipe
 
 STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}
 
 
-def learner(seed: int = 0, recipe: Recipe = recipe) -> Learner:
+def learner(seed: int = 0, recipe: Recipe = recipe) -> TrainState:
     recipe = replace(recipe, seed=seed)
     images = sources.load(recipe.data).train
     return prepare(build(recipe, images), recipe, create_accelerator("fp32"))
 
 
-def trained(seed: int = 0) -> Learner:
+def trained(seed: int = 0) -> TrainState:
     """A learner whose optimizer and average have a past."""
     result = learner(seed)
     result.network(torch.randn(8, 3, 32, 32)).square().sum().backward()

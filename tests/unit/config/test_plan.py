@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config import overrides
 from launcher.config.plan import Plan, make_plan
-from launcher.data.batches import piece_bounds
+from launcher.data.batches import shard_bounds
 from launcher.errors import UserError
 from tests.support.helpers import refused, tiny_recipe, words_to_type
 
@@ -192,7 +192,7 @@ def test_the_pieces_over_ranks_and_passes_partition_every_global_batch(seed: int
         taken: list[int] = []
         for rank in range(world_size):
             for number in range(accumulate):
-                start, stop = piece_bounds(size, plan.pieces, number * world_size + rank)
+                start, stop = shard_bounds(size, plan.pieces, number * world_size + rank)
                 taken += range(start, stop)
                 assert stop - start in (size // plan.pieces, -(-size // plan.pieces))
         assert sorted(taken) == list(range(size))

@@ -12,12 +12,12 @@ from launcher import Images, Recipe, Synthetic, crop, cutmix, flip
 from launcher.config.plan import make_plan
 from launcher.data.batches import (
     Batches,
-    Normalise,
-    Piece,
+    MicroBatch,
+    Normalize,
     epoch_order,
     layer_seeds,
-    piece_bounds,
-    successors,
+    mix_partners,
+    shard_bounds,
 )
 from launcher.data.sources import ImageSet
 from tests.support.world_worker import Small
@@ -38,10 +38,10 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(model=Small, data=data, optimizer=partial(SGD, lr=0.1), epochs=3)
 
 
-def pieces(recipe: Recipe, world_size: int, rank: int, epoch: int) -> list[list[Piece]]:
+def pieces(recipe: Recipe, world_size: int, rank: int, epoch: int) -> list[list[MicroBatch]]:
     plan = make_plan(recipe, world_size=world_size, train_images=COUNT, test_images=10)
-    normalise = Normalise(recipe.data, torch.Size((4, 4, 3)), torch.zeros(()), contiguous=False)
-    batches = Batches(image_set(), recipe, plan, normalise, rank)
+    normalize = Normalize(recipe.data, torch.Size((4, 4, 3)), torch.zeros(()), contiguous=False)
+    batches = Batches(image_set(), recipe, plan, normalize, rank)
     return [step for _, step in batches.epoch(epoch)]
 
 
@@ -91,14 +91,14 @@ def test_augmentation_belongs_to_the_image_and_not_to_the_rank() -> None:
 
 def test_partners_are_the_next_images_of_the_same_batch() -> None:
     order = torch.tensor([5, 3, 9, 1, 7])
-    assert successors(order, 2).tolist() == [3, 5, 1, 9, 7]
-    assert successors(order, 5).tolist() == [3, 9, 1, 7, 5]
+    assert mix_partners(order, 2).tolist() == [3, 5, 1, 9, 7]
+    assert mix_partners(order, 5).tolist() == [3, 9, 1, 7, 5]
 
 
 def test_piece_bounds_divide_without_gap_or_overlap() -> None:
     for count in range(40):
         for parts in range(1, 12):
-            bounds = [piece_bounds(count, parts, index) for index in range(parts)]
+            bounds = [shard_bounds(count, parts, index) for index in range(parts)]
             assert [i for start, stop in bounds for i in range(start, stop)] == list(range(count))
             sizes = {stop - start for start, stop in bounds}
             assert max(sizes) - min(sizes) <= 1
@@ -106,11 +106,11 @@ def test_piece_bounds_divide_without_gap_or_overlap() -> None:
 
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_normalise_does_what_its_formula_says(contiguous: bool, dtype: torch.dtype) -> None:
+def test_normalize_does_what_its_formula_says(contiguous: bool, dtype: torch.dtype) -> None:
     data = Images(Synthetic, 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     images = torch.randint(0, 256, (6, 5, 7, 3), dtype=torch.uint8)
     like = torch.zeros((), dtype=dtype)
-    result = Normalise(data, images.shape[1:], like, contiguous)(images)
+    result = Normalize(data, images.shape[1:], like, contiguous)(images)
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
     wanted = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
     assert result.dtype == dtype

@@ -22,7 +22,7 @@ from launcher import run
 from launcher.config.loader import Loaded
 from launcher.data.sources import Data, ImageSet
 from launcher.loggers import wandb
-from launcher.loggers.wandb import NullTracker, Samples, Tracker, WandbTracker, start
+from launcher.loggers.wandb import NullLogger, Samples, Tracker, WandbLogger, start
 from launcher.loggers.wandb_history import epoch_scalars
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
 from tests.support.helpers import tiny_recipe
@@ -255,16 +255,16 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def began(mode: str | None, **words: Any) -> NullTracker:
+    def began(mode: str | None, **words: Any) -> NullLogger:
         given.update(words)
-        return NullTracker()
+        return NullLogger()
 
     monkeypatch.setattr(wandb, "start", began)
     own = {"WANDB_NAME": "mine", "WANDB_TAGS": "a,b", "WANDB_NOTES": "why"}
     for variable, value in own.items():
         monkeypatch.setenv(variable, value)
     loaded = Loaded(tiny_recipe(), "tiny", "", "")
-    run.train(loaded, run.Occasion(runs=tmp_path, name=name, max_steps=1))
+    run.train(loaded, run.RunOptions(runs=tmp_path, name=name, max_steps=1))
     assert (given["name"], given["tags"], given["note"]) == (shown, ["tiny", "a", "b"], "why")
 
 
@@ -460,11 +460,11 @@ def test_a_class_without_test_images_has_no_curve() -> None:
 
 
 def test_the_null_tracker_takes_everything_and_does_nothing() -> None:
-    tracker = NullTracker()
+    tracker = NullLogger()
     train(tracker, range(1, 2))
     tracker.finish(0)
     assert (tracker.mode, tracker.where, tracker.notice) == ("off", "", "")
-    assert not isinstance(tracker, WandbTracker)
+    assert not isinstance(tracker, WandbLogger)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from launcher.training.metrics import SAMPLES, EpochReport, Evaluation, Meter, Tally, sample_indices
+from launcher.training.metrics import (
+    SAMPLES,
+    ConfusionAccumulator,
+    EpochReport,
+    Evaluation,
+    LossTracker,
+    sample_indices,
+)
 
 CPU = torch.device("cpu")
 
@@ -14,10 +21,10 @@ CPU = torch.device("cpu")
 def test_the_tally_of_uneven_batches_equals_the_direct_count() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(103, 7), torch.randint(0, 7, (103,))
-    tally = Tally(7, CPU)
+    accumulator = ConfusionAccumulator(7, CPU)
     for part in (slice(0, 50), slice(50, 51), slice(51, 103)):
-        tally.add(logits[part], labels[part], cross_entropy(logits[part], labels[part]))
-    evaluation = tally.evaluation(tally.counts)
+        accumulator.add(logits[part], labels[part], cross_entropy(logits[part], labels[part]))
+    evaluation = accumulator.evaluation(accumulator.counts)
     right = logits.argmax(1) == labels
     top5 = (logits.topk(5).indices == labels[:, None]).any(1)
     assert evaluation.images == 103
@@ -37,39 +44,39 @@ def test_a_class_without_images_has_no_accuracy() -> None:
 
 
 def test_two_classes_have_a_top_five_of_two() -> None:
-    tally = Tally(2, CPU)
-    tally.add(torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.tensor(1.0))
-    assert tally.evaluation(tally.counts).top5 == 1.0
+    accumulator = ConfusionAccumulator(2, CPU)
+    accumulator.add(torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.tensor(1.0))
+    assert accumulator.evaluation(accumulator.counts).top5 == 1.0
 
 
 def test_the_meter_weighs_losses_by_images_and_adds_over_ranks() -> None:
-    meter = Meter(CPU, over_ranks=lambda values: values * 2)  # another rank with equal sums
-    meter.add(1, torch.tensor(1.0), 10)
-    meter.add(1, torch.tensor(4.0), 5)
-    meter.count(30, torch.tensor(0.5))
-    reading = meter.read()
+    tracker = LossTracker(CPU, over_ranks=lambda values: values * 2)  # another rank with equal sums
+    tracker.add(1, torch.tensor(1.0), 10)
+    tracker.add(1, torch.tensor(4.0), 5)
+    tracker.count(30, torch.tensor(0.5))
+    reading = tracker.read()
     assert reading.loss == pytest.approx(2.0)
     assert reading.gradient_norm == 0.5
-    meter.add(2, torch.tensor(6.0), 5)
-    meter.count(10, None)
-    assert meter.read().loss == pytest.approx(6.0)
-    assert meter.epoch()[0] == pytest.approx(3.0)
+    tracker.add(2, torch.tensor(6.0), 5)
+    tracker.count(10, None)
+    assert tracker.read().loss == pytest.approx(6.0)
+    assert tracker.epoch()[0] == pytest.approx(3.0)
 
 
 def test_the_meter_leaves_out_a_skipped_step_and_names_it() -> None:
-    meter = Meter(CPU, over_ranks=lambda values: values)
-    meter.add(1, torch.tensor(1.0), 10)
-    meter.count(10, None)
-    meter.add(2, torch.tensor(math.nan), 4)
-    meter.add(2, torch.tensor(2.0), 6)
-    meter.drop(2)
-    reading = meter.read()
+    tracker = LossTracker(CPU, over_ranks=lambda values: values)
+    tracker.add(1, torch.tensor(1.0), 10)
+    tracker.count(10, None)
+    tracker.add(2, torch.tensor(math.nan), 4)
+    tracker.add(2, torch.tensor(2.0), 6)
+    tracker.drop(2)
+    reading = tracker.read()
     assert (reading.loss, reading.skipped, reading.infinite_step) == (1.0, (2,), None)
-    meter.add(3, torch.tensor(1.0), 10)
-    meter.drop(3)
-    assert meter.read().loss is None
-    assert meter.epoch()[0] == 1.0
-    assert meter.images == 10
+    tracker.add(3, torch.tensor(1.0), 10)
+    tracker.drop(3)
+    assert tracker.read().loss is None
+    assert tracker.epoch()[0] == 1.0
+    assert tracker.images == 10
 
 
 def test_the_meter_finds_the_first_infinite_step_of_any_rank() -> None:
@@ -78,11 +85,11 @@ def test_the_meter_finds_the_first_infinite_step_of_any_rank() -> None:
     def over_ranks(values: torch.Tensor) -> torch.Tensor:
         return values + (elsewhere if values.ndim else math.nan)
 
-    meter = Meter(CPU, over_ranks)
+    tracker = LossTracker(CPU, over_ranks)
     for step, loss in enumerate((1.0, 1.0, math.inf), start=7):
-        meter.add(step, torch.tensor(loss), 10)
-        meter.count(10, None)
-    assert meter.read().infinite_step == 8
+        tracker.add(step, torch.tensor(loss), 10)
+        tracker.count(10, None)
+    assert tracker.read().infinite_step == 8
 
 
 @pytest.mark.parametrize("count", [1, 35, 36, 37, 10_000])

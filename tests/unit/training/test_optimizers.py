@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adagrad, Optimizer
 
-from launcher import Muon, NamedParameters, Together
-from launcher.training.optimizers import orthogonalise
-from launcher.training.state import Learner, prepare
+from launcher import ChainedOptimizer, Muon, NamedParameters
+from launcher.training.optimizers import orthogonalize
+from launcher.training.state import TrainState, prepare
 from tests.support.world_worker import Small, Small64, divided, late, plain
 
 
@@ -43,14 +43,14 @@ def train(network: nn.Module, optimizer: Optimizer, steps: int, skip: int = 0) -
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 40), (2, 40, 8)])
-def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrices[0] *= 1e-3  # the scale does not matter
-    values = torch.linalg.svdvals(orthogonalise(matrices, newton_steps=5))
+    values = torch.linalg.svdvals(orthogonalize(matrices, newton_steps=5))
     assert values.min() > 0.5
     assert values.max() < 1.5
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    cosine = (orthogonalise(matrices, 5) * (left @ right)).sum() / (left @ right).norm() ** 2
+    cosine = (orthogonalize(matrices, 5) * (left @ right)).sum() / (left @ right).norm() ** 2
     assert cosine == pytest.approx(1, abs=0.3)
 
 
@@ -60,7 +60,7 @@ def test_muon_steps_against_the_gradient_by_the_rate_and_keeps_the_norm() -> Non
     muon = Muon([("filters", filters)], lr=1e-3)
     before = filters.detach() * (8**0.5 / filters.detach().norm())
     filters.grad = torch.randn_like(filters)
-    expected = orthogonalise(filters.grad.flatten(1)[None] * 1.6, 3)[0].view(8, 3, 3, 3)
+    expected = orthogonalize(filters.grad.flatten(1)[None] * 1.6, 3)[0].view(8, 3, 3, 3)
     muon.step()
     torch.testing.assert_close(filters.detach(), before - 1e-3 * expected, rtol=0, atol=1e-9)
     assert filters.detach().norm() == pytest.approx(8**0.5, abs=0.01)
@@ -94,7 +94,7 @@ def test_together_does_what_its_parts_do_alone(network: Small) -> None:
     twin.load_state_dict(network.state_dict())
     together = divided(network.named_parameters())
     parts = divided(twin.named_parameters())
-    assert isinstance(parts, Together)
+    assert isinstance(parts, ChainedOptimizer)
     for images, labels in batches(4):
         for each in (network, twin):
             each.zero_grad()
@@ -146,7 +146,7 @@ def test_together_keeps_no_state_that_a_checkpoint_does_not_have(network: Small)
 
 def test_together_has_the_state_with_which_a_part_begins(network: Small) -> None:
     part = Adagrad(network.parameters())
-    assert set(Together(part).state) == set(network.parameters())
+    assert set(ChainedOptimizer(part).state) == set(network.parameters())
 
 
 def test_a_rate_set_on_together_reaches_its_parts(network: Small) -> None:
@@ -162,7 +162,7 @@ def test_a_rate_set_on_together_reaches_its_parts(network: Small) -> None:
     assert not torch.equal(after["layers.4.weight"], before["layers.4.weight"])
 
 
-def learner_of(network: nn.Module, optimizer: Any) -> Learner:
+def learner_of(network: nn.Module, optimizer: Any) -> TrainState:
     return prepare(network, replace(plain, optimizer=optimizer), Accelerator(cpu=True))
 
 

@@ -16,19 +16,19 @@ from launcher.config.recipe import Recipe
 from launcher.config.slots import Draws, Score
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
-from launcher.training.loop import normalisation
-from launcher.training.preflight import rehearse
+from launcher.training.loop import normalization
+from launcher.training.preflight import preflight
 from launcher.training.state import build, prepare
 from launcher.training.step import Job
 from tests.support.helpers import Tiny, refused, tiny_recipe
 
 
-def rehearsed(recipe: Recipe) -> nn.Module:
+def preflighted(recipe: Recipe) -> nn.Module:
     data, accelerator = sources.load(recipe.data), create_accelerator("fp32")
     sizes = {"train_images": len(data.train), "test_images": len(data.test)}
     job = Job(recipe, make_plan(recipe, world_size=1, **sizes), accelerator)
     learner = prepare(build(recipe, data.train), recipe, accelerator)
-    rehearse(job, learner.evaluated, data.test, normalisation(job, learner, data))
+    preflight(job, learner.evaluated, data.test, normalization(job, learner, data))
     return learner.network
 
 
@@ -50,9 +50,9 @@ def weighted(logits: Tensor, targets: Tensor) -> Tensor:
 def test_class_weights_are_refused_where_pieces_would_not_add_up() -> None:
     by_torch = partial(cross_entropy, weight=WEIGHTS)
     with refused("cross_entropy over 2 pieces", "reduction='none'"):
-        rehearsed(tiny_recipe(loss=by_torch, accumulate=2))
-    rehearsed(tiny_recipe(loss=weighted, accumulate=2))
-    rehearsed(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
+        preflighted(tiny_recipe(loss=by_torch, accumulate=2))
+    preflighted(tiny_recipe(loss=weighted, accumulate=2))
+    preflighted(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
 
 
 def unscored(score: Score, images: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def unscored(score: Score, images: Tensor) -> Tensor:
 )
 def test_a_loss_that_no_evaluation_can_use_is_refused(loss: Any, message: str) -> None:
     with refused(message):
-        rehearsed(tiny_recipe(loss=loss, data={"mix": mixup}))
+        preflighted(tiny_recipe(loss=loss, data={"mix": mixup}))
 
 
 def in_half(images: Tensor, draws: Draws) -> Tensor:
@@ -91,13 +91,13 @@ def in_half(images: Tensor, draws: Draws) -> Tensor:
 )
 def test_an_augmentation_that_fits_no_images_is_refused(augmentation: Any, message: str) -> None:
     with refused(message):
-        rehearsed(tiny_recipe(data={"augment": (augmentation,)}))
+        preflighted(tiny_recipe(data={"augment": (augmentation,)}))
 
 
 @pytest.mark.parametrize("mix", [partial(mixup, alpha=0.0), flip])
 def test_a_mixing_that_fails_is_refused(mix: Any) -> None:
     with refused("fails on two images"):
-        rehearsed(tiny_recipe(data={"mix": mix}))
+        preflighted(tiny_recipe(data={"mix": mix}))
 
 
 def in_place(images: Tensor, draws: Draws) -> Tensor:
@@ -105,13 +105,13 @@ def in_place(images: Tensor, draws: Draws) -> Tensor:
 
 
 def test_an_augmentation_may_write_where_it_reads() -> None:
-    rehearsed(tiny_recipe(data={"augment": (in_place,)}))
+    preflighted(tiny_recipe(data={"augment": (in_place,)}))
 
 
 @pytest.mark.parametrize(("views", "message"), [(flip, "flip fails"), (unscored, "a score")])
 def test_views_that_are_no_scores_are_refused(views: Any, message: str) -> None:
     with refused(message):
-        rehearsed(tiny_recipe(views=views))
+        preflighted(tiny_recipe(views=views))
 
 
 class Normed(Tiny):
@@ -127,15 +127,15 @@ def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
     """It would be met at the end of the first epoch."""
     images = {"source": partial(Synthetic, count=count)}
     with refused(f"a last batch of {count - 100} image(s) over {accumulate} rank(s)"):
-        rehearsed(tiny_recipe(model=Normed, data=images, accumulate=accumulate))
-    rehearsed(tiny_recipe(data=images, accumulate=accumulate))
-    rehearsed(tiny_recipe(model=Normed, accumulate=accumulate))
+        preflighted(tiny_recipe(model=Normed, data=images, accumulate=accumulate))
+    preflighted(tiny_recipe(data=images, accumulate=accumulate))
+    preflighted(tiny_recipe(model=Normed, accumulate=accumulate))
 
 
 def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
     loaded = Loaded(tiny_recipe(loss=in_a_row), "mine", "", "")
     with refused("one number"):
-        run.train(loaded, run.Occasion(runs=tmp_path / "runs", wandb="off"))
+        run.train(loaded, run.RunOptions(runs=tmp_path / "runs", wandb="off"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -144,6 +144,6 @@ def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
 )
 def test_a_rehearsal_leaves_the_network_as_it_is(loss: Any) -> None:
     recipe = tiny_recipe(loss=loss, views=mirrored, average=ema)
-    network = rehearsed(recipe)
+    network = preflighted(recipe)
     fresh = build(recipe, sources.load(recipe.data).train).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())
