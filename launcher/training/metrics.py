@@ -125,7 +125,7 @@ def sample_indices(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a `LossTracker` measured since its last reading. `loss` is None if all steps were skipped."""
+    """What was measured since the last reading. `loss` is None if all steps were skipped."""
 
     loss: float | None
     images_per_second: float

@@ -8,7 +8,8 @@ in a recipe can divide them and give each group its own rate and schedule:
         named = list(parameters)
         filters = [pair for pair in named if pair[1].ndim == 4]
         others = [pair for pair in named if pair[1].ndim != 4]
-        return ChainedOptimizer(Muon(filters, lr=lr), SGD([{"params": others, "schedule": cosine}], lr=lr))
+        sgd = SGD([{"params": others, "schedule": cosine}], lr=lr)
+        return ChainedOptimizer(Muon(filters, lr=lr), sgd)
 
 The schedule of a group stands in for the recipe's. While it is exactly zero, no gradient of the
 group is computed (on several ranks it is, and has no effect).
