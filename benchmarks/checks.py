@@ -88,7 +88,7 @@ def equal_runs_are_equal() -> Figures:
     for _ in range(2):
         trainer = Trainer(recipe, data)
         list(trainer.epochs(last=1))
-        ends.append([p.detach().clone() for p in trainer.learner.network.parameters()])
+        ends.append([p.detach().clone() for p in trainer.ctx.state.network.parameters()])
     torch.use_deterministic_algorithms(False)
     return {"passed": all(map(torch.equal, *ends))}
 
@@ -192,12 +192,12 @@ def rank(output: Path) -> None:
         epochs=1,
         sync_batch_norm=torch.cuda.is_available() and world.size > 1,
     )
-    train = sources.load(images).train
+    data = sources.load(images)
     accelerator = create_accelerator("fp32")
-    launched = Launched(replace(recipe, seed=1), train, accelerator)
-    network = launched.learner.network
+    launched = Launched(replace(recipe, seed=1), data, accelerator)
+    network = launched.ctx.state.network
     before = {f"initial {n}": p.detach().clone().cpu() for n, p in network.named_parameters()}
-    launched.epoch(train.to(accelerator.device))
+    launched.epoch(data.train.to(accelerator.device))
     if world.is_main:
         torch.save({n: v.cpu() for n, v in network.state_dict().items()} | before, output)
     if world.size > 1:

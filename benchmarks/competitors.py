@@ -1,6 +1,7 @@
 """The three ways to train an epoch that epoch.py compares: see there."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +14,11 @@ from torchvision.datasets import CIFAR10
 
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
-from launcher.data.batches import Batches, Normalize
-from launcher.data.sources import ImageSet
-from launcher.distributed.process_group import PATIENT
-from launcher.nearby import average_nearby
-from launcher.training import state
-from launcher.training.loop import train_epoch
+from launcher.data.sources import Data, ImageSet
+from launcher.training.loop import make_batches, train_epoch
 from launcher.training.metrics import StepReport
-from launcher.training.step import Job
+from launcher.training.model import build_network
+from launcher.training.state import make_context
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types
@@ -121,11 +119,17 @@ class Bare:
 class Launched:
     """The launcher, put together as its command line does it."""
 
-    def __init__(self, recipe: Recipe, images: ImageSet, accelerator: Accelerator) -> None:
-        self.recipe, self.accelerator, self.epochs = recipe, accelerator, 0
-        self.learner = state.prepare(state.build(recipe, images), recipe, accelerator)
-        average_nearby(self.learner.wrapped, PATIENT.of_collectives)
-        self.learner.network.train()
+    def __init__(self, recipe: Recipe, data: Data, accelerator: Accelerator) -> None:
+        plan = make_plan(
+            recipe,
+            world_size=accelerator.num_processes,
+            train_images=len(data.train),
+            test_images=len(data.test),
+        )
+        network = build_network(recipe, data.train)
+        self.ctx = make_context(network, recipe, plan, accelerator, data)
+        self.ctx.state.network.train()
+        self.epochs = 0
 
     def epoch(self, images: ImageSet) -> None:
         """Train on the images once, in a new order."""
@@ -140,16 +144,15 @@ class Launched:
     def reports(self, images: ImageSet, log_every: int | None = None) -> Iterator[StepReport]:
         """Train on the images once and yield what the launcher measures."""
         self.epochs += 1
-        like = state.first_parameter(self.learner.network)
-        normalize = Normalize(self.recipe.data, images.images.shape[1:], like, False)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        count = len(images)
         plan = make_plan(
-            self.recipe, world_size=world, train_images=count, test_images=0, log_every=log_every
+            self.ctx.recipe,
+            world_size=self.ctx.plan.world_size,
+            train_images=len(images),
+            test_images=0,
+            log_every=log_every,
         )
-        batches = Batches(images, self.recipe, plan, normalize, rank)
-        job = Job(self.recipe, plan, self.accelerator)
-        events = train_epoch(job, self.learner, batches, self.epochs)
+        ctx = replace(self.ctx, plan=plan, data=replace(self.ctx.data, train=images))
+        events = train_epoch(ctx, make_batches(ctx), self.epochs)
         return (event for event in events if isinstance(event, StepReport))
 
 

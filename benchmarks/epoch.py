@@ -57,7 +57,7 @@ TURN = 39  # steps
 
 def largest_difference(bare: Bare, launched: Launched, images: ImageSet) -> float:
     """Train both from their first weights in the same order; the largest gap between losses."""
-    order = epoch_order(launched.recipe.seed, 1, len(images))
+    order = epoch_order(launched.ctx.recipe.seed, 1, len(images))
     losses = [float(loss.detach()) for loss in bare.losses(images, order)]
     pairs = zip(losses, launched.reports(images, log_every=1), strict=True)
     return max(abs(loss - report.loss) for loss, report in pairs)
@@ -85,7 +85,7 @@ def measure(recipe: Recipe, data: Data, rounds: int, accelerator: Accelerator) -
     """All figures of one precision."""
     device = accelerator.device
     tutorial, bare = Tutorial(recipe, device), Bare(recipe, device)
-    launched = Launched(recipe, data.train, accelerator)
+    launched = Launched(recipe, data, accelerator)
     compared = first_steps(data.train, recipe, COMPARED_STEPS).to(device)
     difference = largest_difference(bare, launched, compared)
 

@@ -37,8 +37,7 @@ from benchmarks.trainer import (
     timed,
     work_of_step,
 )
-from launcher.data.batches import Batches
-from launcher.training.loop import train_epoch
+from launcher.training.loop import make_batches, train_epoch
 
 FOLDER = Path(__file__).resolve().parent
 CASES = {
@@ -52,22 +51,22 @@ EPOCHS = 5  # measured, after one to warm up
 
 def bytes_of_step(trainer: Trainer, kept: int) -> int:
     """See the top of the file; `kept` are the bytes kept for the backward pass."""
-    weights = sum(p.nbytes for p in trainer.learner.network.parameters())
-    states = trainer.learner.optimizer.state_dict()["state"].values()
+    weights = sum(p.nbytes for p in trainer.ctx.state.network.parameters())
+    states = trainer.ctx.state.optimizer.state_dict()["state"].values()
     state = sum(v.nbytes for each in states for v in each.values() if isinstance(v, torch.Tensor))
     return 2 * (kept + 3 * weights + state)
 
 
 def seconds_of_step(trainer: Trainer) -> float:
     """The median over epochs; the first one warms up."""
-    job, normalize = trainer.job(), trainer.normalize()
-    batches = Batches(trainer.train, trainer.recipe, job.plan, normalize, rank=0)
+    ctx = trainer.reporting()
+    batches = make_batches(ctx)
 
     def train(epoch: int) -> list[object]:
-        return list(train_epoch(job, trainer.learner, batches, epoch))
+        return list(train_epoch(ctx, batches, epoch))
 
     epochs = [timed(partial(train, epoch))[0] for epoch in range(1, EPOCHS + 2)]
-    return statistics.median(epochs[1:]) / job.plan.steps_per_epoch
+    return statistics.median(epochs[1:]) / ctx.plan.steps_per_epoch
 
 
 def copy_rate(device: torch.device) -> float:

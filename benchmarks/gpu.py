@@ -110,7 +110,7 @@ def beside_bare(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
     if not words.preflight:
         modes |= {"launcher compiled": True, "launcher with CUDA graphs": "reduce-overhead"}
     for name, mode in modes.items():
-        racers[name] = Launched(replace(recipe, compile=mode), data.train, accelerator)
+        racers[name] = Launched(replace(recipe, compile=mode), data, accelerator)
     for racer in racers.values():
         racer.epoch(first_steps(images, recipe, 50))
         racer.epoch(images)  # also the shape of the last batch
@@ -186,7 +186,7 @@ def trainings(name: str, words: argparse.Namespace, deadline: float) -> Figures:
     return {
         "settings": words.set,
         "first_epoch_seconds": compile_seconds,
-        "images_per_second": len(trainer.train) / seconds,
+        "images_per_second": len(trainer.ctx.data.train) / seconds,
         "use_of_device": use_of_device(trainer, seconds * recipe.epochs),
         "epochs": recipe.epochs,
         "runs": runs,

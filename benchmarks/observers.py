@@ -71,9 +71,9 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     """The launcher's command, with a timer around those who watch."""
     from rich.console import Console as RichConsole
 
-    from launcher import cli, run, watching
+    from launcher import cli, run
     from launcher.checkpoint import checkpoint
-    from launcher.checkpoint.run_dir import RunFolder
+    from launcher.checkpoint.run_dir import RunDir
     from launcher.loggers.console import Console, LiveConsole
     from launcher.loggers.wandb import WandbLogger
 
@@ -84,9 +84,9 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     timer.around(type(console), "console", "say", "step", "epoch")
     timer.around(WandbLogger, "W&B steps", "log_step")
     timer.around(WandbLogger, "W&B epochs", "log_epoch")
-    timer.around(RunFolder, "files", "record")
+    timer.around(RunDir, "files", "record")
     timer.around(checkpoint, "files", "save_weights")
-    timer.around(watching, "checkpoints", "_save")
+    timer.around(run, "checkpoints", "save_checkpoint")
     whole.around(run, "training", "run_loop")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])
     output.write_text(json.dumps({**timer.seconds, **whole.seconds}))

@@ -184,7 +184,7 @@ def racers(
         "accelerate": Accelerated(recipe, accelerator, workers).epoch,
         "torchvision": Referenced(recipe, device, workers).epoch,
         "lightning": Lightning(recipe, workers).epoch,
-        "launcher": Launched(recipe, data.train, accelerator).epoch,
+        "launcher": Launched(recipe, data, accelerator).epoch,
     }
 
 

@@ -64,10 +64,11 @@ def child(words: argparse.Namespace) -> None:
     recipe = override(recipe, [*overrides, f"data.root={words.root}"])
     recipe = replace(recipe, epochs=EPOCHS)
     size = recipe.data.batch_size
-    images = first_steps(sources.load(recipe.data).train, recipe, STEPS)
+    data = sources.load(recipe.data)
+    images = first_steps(data.train, recipe, STEPS)
     accelerator = create_accelerator(recipe.precision or "fp32")
     assert accelerator.num_processes * torch.get_num_threads() == 2, "two cores, shared or not"
-    launched = Launched(recipe, images, accelerator)
+    launched = Launched(recipe, data, accelerator)
     trained, often = 0, max(1, 640 // size)  # steps between two numbers
     told = os.open(words.output, os.O_WRONLY | os.O_CREAT)  # kept: a new one is empty for a moment
     for _ in range(EPOCHS):

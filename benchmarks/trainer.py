@@ -15,14 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import Recipe
 from launcher.config.plan import make_plan
-from launcher.data.batches import Batches, Normalize
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import create_accelerator
-from launcher.training import state
 from launcher.training.evaluation import evaluate
-from launcher.training.loop import train_epoch
+from launcher.training.loop import make_batches, train_epoch
 from launcher.training.metrics import StepReport
-from launcher.training.step import Job
+from launcher.training.model import build_network, initialize, upcast
+from launcher.training.state import TrainContext, make_context
 
 Figures = dict[str, Any]
 T = TypeVar("T")
@@ -32,51 +31,48 @@ class Trainer:
     """A recipe ready to be trained again and again by one compiled network."""
 
     def __init__(self, recipe: Recipe, data: Data) -> None:
-        self.recipe = recipe
         self.accelerator = fresh_accelerator(recipe.precision or "fp32")
-        device = self.accelerator.device
         self.on_cpu = data.train  # what a fresh network is tried on
-        self.train, self.test = data.train.to(device), data.test.to(device)
-        self.learner = state.prepare(state.build(recipe, data.train), recipe, self.accelerator)
-        self.learner.network.train()
-        self.untrained = self.learner.optimizer.state_dict()
+        plan = make_plan(
+            recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
+        )
+        network = build_network(recipe, data.train)
+        self.ctx = make_context(network, recipe, plan, self.accelerator, data)
+        self.ctx.state.network.train()
+        self.untrained = self.ctx.state.optimizer.state_dict()
+
+    @property
+    def recipe(self) -> Recipe:
+        """With the seed of the last `renew`."""
+        return self.ctx.recipe
 
     def renew(self, seed: int) -> None:
         """Fresh weights of that seed, and an optimizer without a past."""
-        self.recipe = replace(self.recipe, seed=seed)
-        weights = state.build(self.recipe, self.on_cpu).state_dict()
-        self.learner.network.load_state_dict(weights)
-        self.learner.optimizer.load_state_dict(self.untrained)
-        self.learner.network.train()
+        recipe, state = replace(self.recipe, seed=seed), self.ctx.state
+        self.ctx = replace(self.ctx, recipe=recipe)
+        weights = build_network(recipe, self.on_cpu).state_dict()
+        state.network.load_state_dict(weights)
+        state.optimizer.load_state_dict(self.untrained)
+        state.network.train()
 
     def epochs(self, log_every: int | None = None, last: int | None = None) -> Iterator[StepReport]:
         """Initialize and train; `log_every=None` reads the loss once an epoch."""
-        recipe, device = self.recipe, self.accelerator.device
-        state.initialize(self.learner.network, recipe, self.train, device)
-        job, normalize = self.job(log_every), self.normalize()
-        batches = Batches(self.train, recipe, job.plan, normalize, rank=0)
-        for epoch in range(1, (last or recipe.epochs) + 1):
-            for event in train_epoch(job, self.learner, batches, epoch):
+        ctx = self.reporting(log_every)
+        initialize(ctx.state.network, ctx.recipe, ctx.data.train, self.accelerator.device)
+        batches = make_batches(ctx)
+        for epoch in range(1, (last or ctx.recipe.epochs) + 1):
+            for event in train_epoch(ctx, batches, epoch):
                 if isinstance(event, StepReport):
                     yield event
 
-    def job(self, log_every: int | None = None) -> Job:
-        """The plan of a whole training, in this one process."""
-        steps = len(self.train) // self.recipe.data.batch_size + 1
-        sizes = {"train_images": len(self.train), "test_images": len(self.test)}
-        plan = make_plan(self.recipe, world_size=1, **sizes, log_every=log_every or steps)
-        return Job(self.recipe, plan, self.accelerator)
-
-    def normalize(self) -> Normalize:
-        """As the launcher feeds this network."""
-        like = state.first_parameter(self.learner.network)
-        return Normalize(self.recipe.data, self.train.images.shape[1:], like, False)
+    def reporting(self, log_every: int | None = None) -> TrainContext:
+        """The same training with another log interval; None: once an epoch."""
+        plan = self.ctx.plan
+        return replace(self.ctx, plan=replace(plan, log_every=log_every or plan.steps_per_epoch))
 
     def accuracy(self, with_views: bool) -> float:
         """On the test images, with or without the recipe's test-time augmentation."""
-        views = self.recipe.views if with_views else None
-        network = self.learner.evaluated
-        return evaluate(self.job(), network, self.test, self.normalize(), views).accuracy
+        return evaluate(self.ctx, self.recipe.views if with_views else None).accuracy
 
 
 def fresh_accelerator(precision: str) -> Accelerator:
@@ -103,8 +99,9 @@ def synchronize() -> None:
 def work_of_step(trainer: Trainer) -> tuple[int, int]:
     """The arithmetic of a full step, and the bytes that it keeps for its backward pass."""
     recipe = trainer.recipe
-    size = min(recipe.data.batch_size, len(trainer.train))
-    network, images = trainer.learner.network, trainer.train.images[:size]
+    train = trainer.ctx.data.train
+    size = min(recipe.data.batch_size, len(train))
+    network, images = trainer.ctx.state.network, train.images[:size]
     kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in network.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -117,8 +114,8 @@ def work_of_step(trainer: Trainer) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             # `forward` is the network as it was before compiling.
-            logits = state.upcast(network.forward(trainer.normalize()(images)))
-            loss = recipe.loss(logits, trainer.train.labels[:size])
+            logits = upcast(network.forward(trainer.ctx.normalize(images)))
+            loss = recipe.loss(logits, train.labels[:size])
         loss.backward()  # type: ignore[no-untyped-call]
     network.zero_grad()
     return counter.get_total_flops(), sum(kept.values())
@@ -127,9 +124,10 @@ def work_of_step(trainer: Trainer) -> tuple[int, int]:
 def use_of_device(trainer: Trainer, train_seconds: float) -> Figures:
     """MFU: see the top of the file."""
     recipe = trainer.recipe
-    size = min(recipe.data.batch_size, len(trainer.train))
+    images = len(trainer.ctx.data.train)
+    size = min(recipe.data.batch_size, images)
     flops, _ = work_of_step(trainer)
-    step = train_seconds / (recipe.epochs * (len(trainer.train) / size))
+    step = train_seconds / (recipe.epochs * (images / size))
     rate = matmul_rate(trainer.accelerator.device, torch.bfloat16)
     return {
         "flops_per_image": flops / size,
@@ -151,12 +149,12 @@ def matmul_rate(device: torch.device, number: torch.dtype) -> float:
 
 def profiled(trainer: Trainer) -> Figures:
     """Where the second epoch's time goes: the longest kernels, and how long the device is idle."""
-    job, normalize = trainer.job(), trainer.normalize()
-    batches = Batches(trainer.train, trainer.recipe, job.plan, normalize, rank=0)
+    ctx = trainer.reporting()
+    batches = make_batches(ctx)
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as watch:
-        seconds, _ = timed(lambda: list(train_epoch(job, trainer.learner, batches, 2)))
-    steps = job.plan.steps_per_epoch
+        seconds, _ = timed(lambda: list(train_epoch(ctx, batches, 2)))
+    steps = ctx.plan.steps_per_epoch
     events = [e for e in watch.key_averages() if "CUDA" in str(e.device_type) or not on_gpu]
 
     def spent(event: Any) -> float:

@@ -26,8 +26,8 @@ from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from launcher.config.loader import Loaded
+    from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
-    from launcher.run import RunOptions
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
@@ -166,9 +166,10 @@ def _load(path: str, words: list[str]) -> "Loaded":
 
 def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
     from launcher import run
+    from launcher.config.options import RunOptions
     from launcher.distributed.process_group import Timeouts
 
-    options = run.RunOptions(
+    options = RunOptions(
         runs=arguments.runs,
         name=arguments.name,
         max_steps=arguments.max_steps,
@@ -182,12 +183,12 @@ def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, 
         checkpoint_every=_cadence(arguments.checkpoint_every),
         profile=arguments.profile,
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
-        place=place,
+        host_facts=place,
     )
     if arguments.dry_run:
         return _dry_run(loaded, options, arguments.world_size)
-    outcome = run.train(loaded, options)
-    return EXIT_SAVED if outcome.stopped else 0
+    result = run.train_loaded(loaded, options)
+    return EXIT_SAVED if result.stopped else 0
 
 
 def _cadence(text: str) -> "SaveInterval":
@@ -212,23 +213,23 @@ def _cadence(text: str) -> "SaveInterval":
 
 def _dry_run(loaded: "Loaded", options: "RunOptions", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import run, watching
+    from launcher import run
     from launcher.checks import timing
     from launcher.data import sources
-    from launcher.training import state
+    from launcher.training.model import build_network
 
     world = World.from_env()
     data = sources.load(loaded.recipe.data)
     plan = run.plan_for(loaded, data, options, world_size or world.size)
-    network = state.build(loaded.recipe, data.train)
+    network = build_network(loaded.recipe, data.train)
     facts = run.describe(loaded, data, plan, network)
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
-        sys.stdout.write(f"{warning}\n" if (warning := watching.fallback_warning(data)) else "")
+        sys.stdout.write(f"{warning}\n" if (warning := run.fallback_warning(data)) else "")
         sys.stdout.flush()  # what follows takes seconds
     if world_size and world.size == 1:
-        lines = timing.scaling_lines(loaded.recipe, plan, network, data.train)
+        lines = timing.scaling_lines(loaded.recipe, plan, network, data)
         sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0
 

@@ -5,11 +5,11 @@
         average.safetensors      the weight average, if the recipe keeps one
         buffers.safetensors      running statistics of every rank, if there are several
         optimizer.pt             the optimizer's state (tensors and numbers only)
-        state.json               position, best so far, resolved recipe, its hash and source, scaler
+        state.json               progress, best so far, resolved recipe, its hash and source, scaler
         manifest.json            size and SHA-256 of each of the above
 
 A checkpoint is written into a hidden folder, flushed to the disk, and renamed. The order of the
-images, every random draw and the learning rate follow from the position, so they are not saved.
+images, every random draw and the learning rate follow from the progress, so they are not saved.
 Nothing in it runs code when it is loaded.
 """
 
@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from launcher.config.plan import Position
+from launcher.config.plan import Progress
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.training.state import TrainState
+from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write
+from launcher.utils.text import count
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
@@ -48,7 +48,7 @@ class Snapshot:
 
     tensors: Mapping[str, Tensors]  # by the name of their file
     optimizer: dict[str, Any]
-    state: dict[str, Any]
+    details: dict[str, Any]  # state.json
 
 
 class CheckpointError(Exception):
@@ -76,7 +76,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         name = differing[0]
         raise UserError(
             f"{path} has {name} {_shape(saved, name)}, the model {_shape(own, name)}"
-            f" ({len(differing)} such difference(s))",
+            f" ({count(len(differing), 'such difference')})",
             expected="weights of the same model",
             instead="name a run of this model, or change the model's settings to fit",
         )
@@ -88,46 +88,51 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
 
 
-def capture(learner: TrainState, accelerator: Accelerator, state: dict[str, Any]) -> Snapshot:
-    """Copy the state to the host. Every rank calls this: running statistics are gathered."""
-    tensors = {"weights": _on_host(learner.network.state_dict())}
-    if learner.average is not None:
-        tensors["average"] = _on_host(learner.average.state_dict())
-    if accelerator.num_processes > 1 and (buffers := _rank_buffers(learner, accelerator)):
+def capture(ctx: TrainContext, details: dict[str, Any]) -> Snapshot:
+    """Copy the state to the host, with `details` for `state.json`.
+
+    Every rank calls this: running statistics are gathered.
+    """
+    state, accelerator = ctx.state, ctx.accelerator
+    tensors = {"weights": _on_host(state.network.state_dict())}
+    if state.ema_model is not None:
+        tensors["average"] = _on_host(state.ema_model.state_dict())
+    if accelerator.num_processes > 1 and (buffers := _rank_buffers(ctx)):
         tensors["buffers"] = buffers
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    optimizer = _copied(learner.optimizer.state_dict() | {"began": list(learner.options)})
-    return Snapshot(tensors, optimizer, {**state, "scaler": scaler})
+    optimizer = _copied(state.optimizer.state_dict() | {"began": list(state.group_options)})
+    return Snapshot(tensors, optimizer, {**details, "scaler": scaler})
 
 
-def restore(folder: Path, learner: TrainState, accelerator: Accelerator) -> None:
-    """Put a verified checkpoint into a prepared learner, on every rank.
+def restore(folder: Path, ctx: TrainContext) -> None:
+    """Put a verified checkpoint into a training, on every rank.
 
     Settings of the optimizer that the recipe has changed since are the recipe's; what the optimizer
     itself changed in its groups is the checkpoint's. Raises `UserError` where the network or the
     optimizer is another one.
     """
-    load_weights(learner.network, folder / "weights.safetensors")
+    state, scaler = ctx.state, ctx.accelerator.scaler
+    load_weights(state.network, folder / "weights.safetensors")
     average = folder / "average.safetensors"
-    if learner.average is not None and average.is_file():  # a new one begins with these weights
-        learner.average.load_state_dict(load_file(average))
+    if state.ema_model is not None and average.is_file():  # a new one begins with these weights
+        state.ema_model.load_state_dict(load_file(average))
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     began = saved.pop("began")
     try:
-        learner.optimizer.load_state_dict(saved)
+        state.optimizer.load_state_dict(saved)
     except ValueError as error:
         raise UserError(
             f"an optimizer of other groups than the checkpoint's ({error})",
             expected="the optimizer that the run began with",
             instead="type another --name; --init-from RUN begins with the weights of this one",
         ) from None
-    for number, group in enumerate(learner.optimizer.param_groups):
-        group.update(_changed(learner.options[number], began[number]))
-    scaler = read_state(folder)["scaler"]
-    if accelerator.scaler is not None and scaler:
-        accelerator.scaler.load_state_dict(scaler)
+    for number, group in enumerate(state.optimizer.param_groups):
+        group.update(_changed(state.group_options[number], began[number]))
+    saved_scaler = read_state(folder)["scaler"]
+    if scaler is not None and saved_scaler:
+        scaler.load_state_dict(saved_scaler)
     if (folder / "buffers.safetensors").is_file():
-        _take_buffers(load_file(folder / "buffers.safetensors"), learner, accelerator)
+        _take_buffers(load_file(folder / "buffers.safetensors"), ctx)
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,15 +149,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def place_of(folder: Path) -> tuple[Position, Best | None]:
+def progress_of(folder: Path) -> tuple[Progress, Best | None]:
     """Where the training stood, and its best epoch so far."""
     state = read_state(folder)
-    return Position(**state["position"]), Best(**state["best"]) if state["best"] else None
+    return Progress(**state["progress"]), Best(**state["best"]) if state["best"] else None
 
 
 def write(snapshot: Snapshot, root: Path) -> Path:
     """Write a checkpoint below `root` and drop the oldest; an `OSError` leaves all as it was."""
-    name = f"step-{snapshot.state['position']['step']:09d}"
+    name = f"step-{snapshot.details['progress']['step']:09d}"
     temporary, final = root / f".{name}.{os.getpid()}", root / name
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -192,7 +197,7 @@ def _contents(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     optimizer = io.BytesIO()
     torch.save(snapshot.optimizer, optimizer)
     yield "optimizer.pt", optimizer.getvalue()
-    yield "state.json", _json(snapshot.state)
+    yield "state.json", _json(snapshot.details)
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -291,9 +296,9 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _buffers(learner: TrainState) -> dict[str, Tensor]:
+def _buffers(state: TrainState) -> dict[str, Tensor]:
     """The running statistics, which differ between the ranks, under names of their own."""
-    modules = {"network": learner.network, "average": learner.average}
+    modules = {"network": state.network, "average": state.ema_model}
     return {
         f"{owner}.{name}": buffer
         for owner, module in modules.items()
@@ -303,15 +308,15 @@ def _buffers(learner: TrainState) -> dict[str, Tensor]:
     }
 
 
-def _rank_buffers(learner: TrainState, accelerator: Accelerator) -> Tensors:
+def _rank_buffers(ctx: TrainContext) -> Tensors:
     """Each buffer of all ranks: `(ranks, ...)`."""
-    buffers = _buffers(learner).items()
-    return {name: _copy(accelerator.gather(buffer[None])) for name, buffer in buffers}
+    buffers = _buffers(ctx.state).items()
+    return {name: _copy(ctx.accelerator.gather(buffer[None])) for name, buffer in buffers}
 
 
-def _take_buffers(saved: Tensors, learner: TrainState, accelerator: Accelerator) -> None:
+def _take_buffers(saved: Tensors, ctx: TrainContext) -> None:
     """This rank's own statistics; on another number of ranks, the mean of all."""
-    for name, buffer in _buffers(learner).items():
+    for name, buffer in _buffers(ctx.state).items():
         ranks = saved[name]
-        same = len(ranks) == accelerator.num_processes
-        buffer.copy_(ranks[accelerator.process_index] if same else ranks.mean(dim=0))
+        same = len(ranks) == ctx.accelerator.num_processes
+        buffer.copy_(ranks[ctx.accelerator.process_index] if same else ranks.mean(dim=0))

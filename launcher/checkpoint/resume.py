@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import checkpoint, run_dir
-from launcher.checkpoint.run_dir import RunFolder
+from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import Loaded
-from launcher.config.plan import START, Position
+from launcher.config.options import RunOptions
+from launcher.config.plan import START, Progress
 from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.utils.redaction import cleaned, redacted
@@ -17,36 +18,32 @@ _OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """The run folder, the checkpoint to continue from, and lines for the user."""
 
-    folder: RunFolder
+    folder: RunDir
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
-    position: Position = START
+    progress: Progress = START
     best: Best | None = None
     wandb_id: str = ""
 
 
-def new_run(root: Path, name: str | None, loaded: Loaded) -> Start:
+def new_run(options: RunOptions, loaded: Loaded) -> ResumePoint:
     """A folder of its own for a run from the beginning."""
-    return Start(run_dir.create(root, name, loaded.name))
+    return ResumePoint(run_dir.create(options.runs, options.name, loaded.name))
 
 
 def resumed_run(
-    root: Path,
-    name: str | None,
-    loaded: Loaded,
-    data_name: str,
-    steps_per_epoch: int,
-    changed: Sequence[str],
-) -> Start:
+    options: RunOptions, loaded: Loaded, data_name: str, steps_per_epoch: int
+) -> ResumePoint:
     """The newest whole checkpoint of the named, or else of the newest, run of this recipe.
 
     A name that no run has yet begins that run, so a batch script can always say `--resume`. Raises
-    `UserError` where settings differ from the checkpoint's that `changed` does not name. Other
-    changes of the recipe file, which may be of a comment or of the network, are noted.
+    `UserError` where settings differ from the checkpoint's that `--resume-changed` does not name.
+    Other changes of the recipe file, which may be of a comment or of the network, are noted.
     """
+    root, name, changed = options.runs, options.name, options.resume_changed
     folder = run_dir.find(root, name, loaded.name)
     if folder is None:
         if name is None:
@@ -56,22 +53,22 @@ def resumed_run(
                 instead="leave --resume out, or type --name NAME or --runs FOLDER",
             )
         note = f"no run is called {name} yet: it begins now"
-        return Start(run_dir.create(root, name, loaded.name), notes=(note,))
+        return ResumePoint(run_dir.create(root, name, loaded.name), notes=(note,))
     found, complaints = checkpoint.newest(folder.checkpoints)
     if found is None:
         _refuse_finished(folder)
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
-        return Start(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
+        return ResumePoint(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoint.read_state(found)
     refuse_changes(state["config"], loaded.config, changed)
     _refuse_other_optimizer(folder, state["config"], loaded.config)
     _refuse_other_data(state["data"], data_name)
-    position, best = checkpoint.place_of(found)
-    notes = [*complaints, f"resumed after step {position.step}, from {found.name}"]
+    progress, best = checkpoint.progress_of(found)
+    notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
     if state["source"] != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
-    position = _counted_anew(position, state["steps_per_epoch"], steps_per_epoch)
-    return Start(folder, found, tuple(notes), position, best, state["wandb_id"])
+    progress = _counted_anew(progress, state["steps_per_epoch"], steps_per_epoch)
+    return ResumePoint(folder, found, tuple(notes), progress, best, state["wandb_id"])
 
 
 def initial_weights(root: Path, given: str) -> Path:
@@ -127,7 +124,7 @@ def flattened(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for name, item in items for leaf in flattened(item, f"{prefix}{name}.")]
 
 
-def _refuse_finished(folder: RunFolder) -> None:
+def _refuse_finished(folder: RunDir) -> None:
     """A run that ended is not trained again from the beginning, over what it left."""
     if folder.final.is_file():
         raise UserError(
@@ -137,17 +134,17 @@ def _refuse_finished(folder: RunFolder) -> None:
         )
 
 
-def _counted_anew(position: Position, before: int, now: int) -> Position:
-    """The position where an epoch has another number of steps than before."""
+def _counted_anew(progress: Progress, before: int, now: int) -> Progress:
+    """The progress where an epoch has another number of steps than before."""
     if before == now:
-        return position
-    if position.step != position.epochs * before:
+        return progress
+    if progress.step != progress.epochs * before:
         raise UserError(
             f"{now} steps per epoch, where the run stands within an epoch of {before}",
             expected="another number of images or of images per batch after a whole epoch only",
             instead="leave data.batch_size as it was until the next checkpoint after an epoch",
         )
-    return Position(position.epochs * now, position.epochs)
+    return Progress(progress.epochs * now, progress.epochs)
 
 
 def _is_named(name: str, changed: Sequence[str]) -> bool:
@@ -155,7 +152,7 @@ def _is_named(name: str, changed: Sequence[str]) -> bool:
 
 
 def _refuse_other_optimizer(
-    folder: RunFolder, saved: Mapping[str, Any], present: Mapping[str, Any]
+    folder: RunDir, saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> None:
     """The state of one optimizer means nothing to another one."""
     before, now = (config["optimizer"]["call"] for config in (saved, present))

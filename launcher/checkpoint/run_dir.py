@@ -32,7 +32,7 @@ _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safeten
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """A folder of one run, which no other run shares.
 
     `identity` is how `describe` marked it: the id by which W&B knows the run in every attempt.
@@ -43,7 +43,7 @@ class RunFolder:
 
     def describe(
         self, config: Mapping[str, Any], run: Mapping[str, Any], source: str, wandb_id: str = ""
-    ) -> "RunFolder":
+    ) -> "RunDir":
         """Write what is known before the first step; `wandb_id` is the checkpoint's, if it has one.
 
         Returns the folder as that run's. Raises `UserError` where nothing can be written.
@@ -127,7 +127,7 @@ class RunFolder:
         return self.path / "final.safetensors"
 
 
-def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
+def create(runs: Path, name: str | None, recipe_name: str) -> RunDir:
     """Make a new run folder; without a name, one of the recipe's name and the time.
 
     Raises `UserError` for a name that is taken or no file name, and where nothing can be written.
@@ -140,7 +140,7 @@ def create(runs: Path, name: str | None, recipe_name: str) -> RunFolder:
     return _make(next(runs / free for free in taken if not (runs / free).exists()))
 
 
-def find(runs: Path, name: str | None, recipe_name: str) -> RunFolder | None:
+def find(runs: Path, name: str | None, recipe_name: str) -> RunDir | None:
     """The run of that name, or without one the newest run of the recipe; None if there is none.
 
     Raises `UserError` for a name that cannot be one, and for a run folder that is a link, or whose
@@ -168,9 +168,9 @@ def _check_name(name: str) -> None:
         )
 
 
-def _own(path: Path) -> RunFolder:
+def _own(path: Path) -> RunDir:
     """Nothing is written through a link to another place."""
-    folder = RunFolder(path)
+    folder = RunDir(path)
     for place in (path, folder.checkpoints, path / "wandb"):
         if place.is_symlink():
             raise UserError(
@@ -188,13 +188,13 @@ def _epoch_of(line: str) -> float:
         return float("inf")  # a line that a crash cut off
 
 
-def _make(path: Path) -> RunFolder:
+def _make(path: Path) -> RunDir:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     except FileExistsError:
         if _is_unborn(path):
-            return RunFolder(path)
+            return RunDir(path)
         raise UserError(
             f"the run folder {path} exists already",
             expected="a name that no other run has",
@@ -202,7 +202,7 @@ def _make(path: Path) -> RunFolder:
         ) from None
     except OSError as error:
         raise _unwritable(path, error) from None
-    return RunFolder(path)
+    return RunDir(path)
 
 
 def _is_unborn(path: Path) -> bool:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,45 +14,39 @@ from launcher.checks.scaling import Compute
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
-from launcher.data.batches import Normalize
-from launcher.data.sources import ImageSet
-from launcher.distributed.accelerator import choose_precision, create_accelerator, device_name
-from launcher.training import state
-from launcher.training.state import TrainState
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from launcher.data.sources import Data
+from launcher.distributed.accelerator import (
+    choose_precision,
+    create_accelerator,
+    device_name,
+    synchronize,
+)
+from launcher.training.model import upcast
+from launcher.training.state import TrainContext, make_context
 
 STEPS, SECONDS = 20, 2.0  # measured at most, for each number of images
 _DOCUMENT = "docs/scaling.md"
 LEAST_IMAGES = 2  # BatchNorm may refuse a single one, and a second costs little
 
 
-def synchronize() -> None:
-    """Wait for the device, where there is one beside the CPU."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet) -> list[str]:
+def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: Data) -> list[str]:
     """What `--dry-run --world-size` prints: measured compute, assumed links, predicted steps."""
     wanted, _ = choose_precision(recipe.precision, has_gpu=True)
     precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
     accelerator = create_accelerator(precision)
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
     recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
-    learner = state.prepare(network, recipe, accelerator)
+    ctx = make_context(network, recipe, plan, accelerator, data)
     worlds = sorted({*scaling.SHOWN_WORLDS, plan.world_size})
     possible = [world for world in worlds if world * plan.accumulate <= plan.batch_size]
     computes = {
-        world: measure(recipe, replace(plan, world_size=world), learner, data, accelerator)
-        for world in possible
+        world: measure(replace(ctx, plan=replace(plan, world_size=world))) for world in possible
     }
     gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     device = device_name(accelerator)
     note = f" (for {wanted})" if precision != wanted else ""
     lines = [
-        f"scaling predicted from one rank's measured compute and assumed links: {_DOCUMENT}",
+        f"scaling predicted from the measured compute of 1 rank and assumed links: {_DOCUMENT}",
         f"  {gradients / 1e6:.2f} MB of gradients; compute on {device} in {precision}{note},",
         "  not compiled; a faster device has less compute for the links to hide behind",
         *scaling.table(computes, gradients, plan.batch_size),
@@ -63,31 +57,29 @@ def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: ImageSet
     return lines
 
 
-def measure(
-    recipe: Recipe, plan: Plan, learner: TrainState, data: ImageSet, accelerator: "Accelerator"
-) -> Compute:
-    """The compute of one rank in a full step of `plan`: the fastest of a few steps.
+def measure(ctx: TrainContext) -> Compute:
+    """The compute of one rank in a full step of `ctx.plan`: the fastest of a few steps.
 
     Not their mean, since whatever else the machine does only adds to it.
     """
-    count = max(LEAST_IMAGES, -(-plan.batch_size // plan.pieces))
-    like, shape = state.first_parameter(learner.network), data.images.shape[1:]
-    normalize = Normalize(recipe.data, shape, like, recipe.memory_format == "contiguous")
-    pixels, labels = (part[:count].to(accelerator.device) for part in (data.images, data.labels))
+    recipe, plan, state, data = ctx.recipe, ctx.plan, ctx.state, ctx.data.train
+    size = max(LEAST_IMAGES, -(-plan.batch_size // plan.num_micro_batches))
+    pixels, labels = data.images[:size], data.labels[:size]
     # With mixing, a loss is given class probabilities.
+    like = ctx.normalize(pixels[:1])
     targets = one_hot(labels, len(data.classes)).to(like) if recipe.data.mix else labels
-    learner.network.train()
+    state.network.train()
 
     def step() -> tuple[float, ...]:
         losses: list[Tensor] = []
 
         def forward() -> None:
-            logits = state.upcast(learner.wrapped(normalize(pixels)))
+            logits = upcast(state.ddp_model(ctx.normalize(pixels)))
             losses.append(recipe.loss(logits, targets))
 
         def update() -> None:
-            learner.optimizer.step()
-            learner.optimizer.zero_grad()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
 
         def backward() -> None:
             losses[0].backward()  # type: ignore[no-untyped-call]

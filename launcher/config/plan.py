@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from launcher.config.recipe import Recipe
 from launcher.errors import UserError
+from launcher.utils.text import count
 
 
 @dataclass(frozen=True)
-class Position:
+class Progress:
     """Where a training stands between two steps: with the recipe, all that a resume must know."""
 
     step: int = 0  # steps done
@@ -20,12 +21,12 @@ class Position:
     epoch_images: int = 0
 
 
-START = Position()
+START = Progress()
 
 
 @dataclass(frozen=True)
 class SaveInterval:
-    """How often a checkpoint is written; all None: never, but at a signal."""
+    """How often a checkpoint is written; all None: only when a signal stops the run."""
 
     steps: int | None = None
     epochs: int | None = None
@@ -33,6 +34,7 @@ class SaveInterval:
 
 
 EVERY_EPOCH = SaveInterval(epochs=1)
+NEVER = SaveInterval()
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ class Plan:
     steps_per_epoch: int
     last_step: int  # where the run ends: all steps, or --max-steps
     log_every: int
-    save_steps: int | None = None  # a checkpoint after so many steps
-    save_epochs: int | None = None  # or after so many epochs
+    save: SaveInterval = NEVER
 
     @property
     def steps(self) -> int:
@@ -57,7 +58,7 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     @property
-    def pieces(self) -> int:
+    def num_micro_batches(self) -> int:
         """Forward passes of one step over all ranks."""
         return self.world_size * self.accumulate
 
@@ -90,33 +91,34 @@ class Plan:
 
         The evaluation that follows then leaves no trace in it, as it has none in a longer run.
         """
-        due = self.save_steps is not None and step % self.save_steps == 0
-        return due or (self.save_epochs is not None and self._is_cut(step))
+        due = self.save.steps is not None and step % self.save.steps == 0
+        return due or (self.save.epochs is not None and self._is_cut(step))
 
     def is_saved_after_epoch(self, epoch: int) -> bool:
         """Whether a checkpoint is due after the evaluation: always after the last epoch."""
-        if self.save_epochs is None or self._is_cut(self.epoch_steps(epoch)[-1]):
+        if self.save.epochs is None or self._is_cut(self.epoch_steps(epoch)[-1]):
             return False
-        return epoch == self.last_epoch or epoch % self.save_epochs == 0
+        return epoch == self.last_epoch or epoch % self.save.epochs == 0
 
     def _is_cut(self, step: int) -> bool:
         """Whether --max-steps ends the run after this step, within an epoch."""
         return step == self.last_step and step % self.steps_per_epoch != 0
 
-    def position_after(self, epoch: int) -> Position:
+    def progress_after(self, epoch: int) -> Progress:
         """After the evaluation of a whole epoch."""
-        return Position(epoch * self.steps_per_epoch, epoch)
+        return Progress(epoch * self.steps_per_epoch, epoch)
 
-    def progress(self, step: int) -> float:
+    def fraction(self, step: int) -> float:
         """The fraction of the training behind the middle of step `step`, counted from 1."""
         return (step - 0.5) / self.steps
 
     def describe_batch(self) -> str:
         """The global batch as ranks x images per rank (x accumulated passes)."""
-        small, rest = divmod(self.batch_size, self.pieces)
+        small, rest = divmod(self.batch_size, self.num_micro_batches)
         each = f"{small}-{small + 1}" if rest else f"{small}"
         passes = f" x {self.accumulate} passes" if self.accumulate > 1 else ""
-        return f"{self.batch_size} = {self.world_size} rank(s) x {each} image(s){passes}"
+        ranks = count(self.world_size, "rank")
+        return f"{self.batch_size} = {ranks} x {each} image{'s' * (each != '1')}{passes}"
 
 
 def make_plan(
@@ -127,8 +129,7 @@ def make_plan(
     test_images: int,
     max_steps: int | None = None,
     log_every: int | None = None,
-    save_steps: int | None = None,
-    save_epochs: int | None = None,
+    save: SaveInterval = NEVER,
 ) -> Plan:
     """Count the steps. Raises `UserError` for a batch that cannot be divided over the ranks."""
     batch_size = min(recipe.data.batch_size, train_images)
@@ -144,25 +145,25 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         last_step=min(steps, max_steps or steps),
         log_every=log_every or max(1, min(50, steps_per_epoch // 20)),
-        save_steps=save_steps,
-        save_epochs=save_epochs,
+        save=save,
     )
     _check_division(plan, recipe)
     return plan
 
 
 def _check_division(plan: Plan, recipe: Recipe) -> None:
-    parts = f"{plan.world_size} rank(s) x {plan.accumulate} pass(es)"
-    if plan.batch_size < plan.pieces:
+    parts = f"{count(plan.world_size, 'rank')} x {count(plan.accumulate, 'pass')}"
+    needed = plan.num_micro_batches
+    if plan.batch_size < needed:
         raise UserError(
             f"a global batch of {plan.batch_size} images over {parts}",
             expected="at least one image for each",
-            instead=f"type data.batch_size={plan.pieces} or more, or start fewer processes"
-            if plan.pieces <= plan.train_images
+            instead=f"type data.batch_size={needed} or more, or start fewer processes"
+            if needed <= plan.train_images
             else f"start fewer processes: there are {plan.train_images} training images",
         )
     last = plan.step_images(plan.steps_per_epoch)
-    if recipe.sync_batch_norm and last < plan.pieces:
+    if recipe.sync_batch_norm and last < needed:
         sizes = _sizes_that_work(plan)
         raise UserError(
             f"a last batch of {last} images over {parts} with sync_batch_norm",
@@ -172,11 +173,15 @@ def _check_division(plan: Plan, recipe: Recipe) -> None:
 
 
 def _sizes_that_work(plan: Plan) -> str:
-    """The nearest batch sizes, below and above, whose last batch has an image for each piece."""
+    """The nearest batch sizes, below and above, whose last batch is enough for all ranks."""
+    least = plan.num_micro_batches
 
     def works(size: int) -> bool:
-        return size >= plan.pieces and (plan.train_images % size or size) >= plan.pieces
+        return (
+            size >= plan.num_micro_batches
+            and (plan.train_images % size or size) >= plan.num_micro_batches
+        )
 
-    below = next((s for s in range(plan.batch_size, plan.pieces - 1, -1) if works(s)), None)
+    below = next((s for s in range(plan.batch_size, least - 1, -1) if works(s)), None)
     above = next((s for s in range(plan.batch_size, plan.train_images + 1) if works(s)), None)
     return " or ".join(str(size) for size in (below, above) if size is not None)

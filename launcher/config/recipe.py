@@ -91,7 +91,8 @@ class Recipe:
     one update out.
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
-    half precision, all but BatchNorm's; None leaves it to Accelerate's config. `compile` is true
+    half precision, all but BatchNorm's; None leaves it to Accelerate's config. `memory_format` auto
+    is channels_last, the faster one, where the network takes it. `compile` is true
     or one of torch.compile's modes. `deterministic` keeps to torch's deterministic algorithms, so
     that a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused.
     On CPUs a run repeats without it.
@@ -111,7 +112,7 @@ class Recipe:
     views: Views | None = None
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     precision: Precision | None = None
-    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool | CompileMode = False
     sync_batch_norm: bool = False
     deterministic: bool = False

@@ -1,7 +1,7 @@
-"""The order of the images and each rank's piece of it: pure functions of (seed, epoch, step).
+"""The order of the images and each rank's part of it: pure functions of (seed, epoch, step).
 
 Nothing here has state to save. Every rank computes the order of the whole epoch, takes its
-pieces, and uses the draws that belong to its images, so N ranks see what one rank would.
+micro-batches, and uses the draws that belong to its images, so N ranks see what 1 rank would.
 Images stay uint8 on the device; a batch is gathered by index and normalized there.
 """
 
@@ -18,7 +18,7 @@ from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
 from launcher.data.sources import ImageSet
 
-# What a random stream is for. Streams of different purposes never share numbers.
+# What random numbers are for: generators of different purposes never share numbers.
 _ORDER, _FRESH, _FIXED, _MIX, _LAYERS = range(5)
 
 AHEAD_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
@@ -29,17 +29,26 @@ class MicroBatch:
     """The images of one forward pass on one rank.
 
     `images` is `(n, c, h, w)`, `targets` is `(n,)` labels or `(n, classes)` probabilities.
-    `share` is n over the images of the whole global batch: the weight of this piece's mean loss
-    in the step's. A rank that has no image left in a small last batch gets one of share 0, since
-    it must still take part in the backward pass.
+    `weight` is n over the images of the global batch: that of this mean loss in the step's. A rank
+    that has no image left in a small last batch gets one image of weight 0, since it must still
+    take part in the backward pass.
     """
 
     images: Tensor
     targets: Tensor
-    share: float
+    weight: float
 
 
-def stream(purpose: int, *numbers: int) -> numpy.random.Generator:
+@dataclass(frozen=True)
+class _Span:
+    """The part of an epoch's order that is one micro-batch: `order[start:stop]`."""
+
+    start: int
+    stop: int
+    weight: float
+
+
+def make_rng(purpose: int, *numbers: int) -> numpy.random.Generator:
     """Random numbers that depend on the purpose and the numbers alone."""
     return numpy.random.default_rng([purpose, *numbers])
 
@@ -52,12 +61,12 @@ def layer_seeds(seed: int, epoch: int, rank: int, steps: int) -> list[int]:
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The order in which epoch `epoch` visits `count` images: int64 `(count,)`."""
-    return torch.from_numpy(stream(_ORDER, seed, epoch).permutation(count))
+    return torch.from_numpy(make_rng(_ORDER, seed, epoch).permutation(count))
 
 
-def shard_bounds(count: int, pieces: int, index: int) -> tuple[int, int]:
-    """Start and stop of piece `index` of `count` things: sizes differ by at most one."""
-    return count * index // pieces, count * (index + 1) // pieces
+def shard_bounds(count: int, shards: int, index: int) -> tuple[int, int]:
+    """Start and stop of shard `index` of `count` images: sizes differ by at most one."""
+    return count * index // shards, count * (index + 1) // shards
 
 
 def mix_partners(order: Tensor, batch_size: int) -> Tensor:
@@ -123,12 +132,12 @@ class Batches:
         """`images` lie on the device already."""
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
-        self._fixed = self._draws(stream(_FIXED, recipe.seed))
+        self._fixed = self._draws(make_rng(_FIXED, recipe.seed))
         self._ahead: _Epoch | None = None
         self._steps_at_once = steps_at_once(plan, normalize.image_bytes, images.images.device)
 
     def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """The steps of an epoch behind step `after`, each with its number and its pieces."""
+        """The steps of an epoch after step `after`, each with its number and its micro-batches."""
         drawn = self._ahead if self._ahead and self._ahead.number == epoch else self._draw(epoch)
         self._ahead = None
         steps = self._plan.epoch_steps(epoch)
@@ -144,7 +153,9 @@ class Batches:
         partners = None
         if self._recipe.data.mix:
             partners = self._send(mix_partners(order, plan.batch_size))
-        return _Epoch(epoch, self._send(order), partners, self._draws(stream(_FRESH, seed, epoch)))
+        return _Epoch(
+            epoch, self._send(order), partners, self._draws(make_rng(_FRESH, seed, epoch))
+        )
 
     def _draws(self, random: numpy.random.Generator) -> Tensor | None:
         """Draws of all images for all augmentations: `(augmentations, images, 4)`."""
@@ -162,45 +173,45 @@ class Batches:
         return table.to(device, non_blocking=True)
 
     def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """Make the pictures of `steps` together; yield each step with its pieces."""
+        """Make the pictures of `steps` together; yield each step with its micro-batches."""
         spans = [span for step in steps for span in self._spans(step)]
-        pieces, partners = self._pieces(drawn.order, drawn, spans), None
+        batches, partners = self._micro_batches(drawn.order, drawn, spans), None
         if drawn.partners is not None:
-            partners = self._pieces(drawn.partners, drawn, spans)
+            partners = self._micro_batches(drawn.partners, drawn, spans)
         for number, step in enumerate(steps):
             own = slice(number * self._plan.accumulate, (number + 1) * self._plan.accumulate)
             if partners is None:
-                yield step, pieces[own]
+                yield step, batches[own]
             else:
-                pairs = zip(pieces[own], partners[own], strict=True)
-                yield step, [self._mix(piece, partner, step) for piece, partner in pairs]
+                pairs = zip(batches[own], partners[own], strict=True)
+                yield step, [self._mix(batch, partner, step) for batch, partner in pairs]
 
-    def _pieces(
-        self, order: Tensor, drawn: _Epoch, spans: list[tuple[int, int, float]]
-    ) -> list[MicroBatch]:
+    def _micro_batches(self, order: Tensor, drawn: _Epoch, spans: list[_Span]) -> list[MicroBatch]:
         """The images that `order` names in these spans of the epoch."""
         if len(spans) == 1:  # to join and to part would be 1 % of a small step on a CPU
-            start, stop, share = spans[0]
-            return [MicroBatch(*self._examples(order[start:stop], drawn), share)]
-        indices = torch.cat([order[start:stop] for start, stop, _ in spans])
-        sizes = [stop - start for start, stop, _ in spans]
+            (span,) = spans
+            return [MicroBatch(*self._examples(order[span.start : span.stop], drawn), span.weight)]
+        indices = torch.cat([order[span.start : span.stop] for span in spans])
+        sizes = [span.stop - span.start for span in spans]
         images, targets = (torch.split(part, sizes) for part in self._examples(indices, drawn))
-        shares = [share for _, _, share in spans]
-        return [MicroBatch(*parts) for parts in zip(images, targets, shares, strict=True)]
+        weights = [span.weight for span in spans]
+        return [MicroBatch(*parts) for parts in zip(images, targets, weights, strict=True)]
 
     def _examples(self, indices: Tensor, drawn: _Epoch) -> tuple[Tensor, Tensor]:
         """The pictures and the labels of these images."""
         return self._pictures(indices, drawn), self._images.labels.index_select(0, indices)
 
-    def _spans(self, step: int) -> list[tuple[int, int, float]]:
-        """Start, stop and share of this rank's pieces of a step, in the order of the epoch."""
+    def _spans(self, step: int) -> list[_Span]:
+        """This rank's micro-batches of a step, in the order of the epoch."""
         plan = self._plan
         first = (step - 1) % plan.steps_per_epoch * plan.batch_size
         size = plan.step_images(step)
         spans = []
         for number in range(plan.accumulate):
-            start, stop = shard_bounds(size, plan.pieces, number * plan.world_size + self._rank)
-            spans.append((first + start, first + max(stop, start + 1), (stop - start) / size))
+            shard = number * plan.world_size + self._rank
+            start, stop = shard_bounds(size, plan.num_micro_batches, shard)
+            weight = (stop - start) / size
+            spans.append(_Span(first + start, first + max(stop, start + 1), weight))
         return spans
 
     def _pictures(self, indices: Tensor, drawn: _Epoch) -> Tensor:
@@ -221,8 +232,8 @@ class Batches:
     def _mix(self, own: MicroBatch, other: MicroBatch, step: int) -> MicroBatch:
         mix = self._recipe.data.mix
         assert mix is not None
-        random = stream(_MIX, self._recipe.seed, step)
+        random = make_rng(_MIX, self._recipe.seed, step)
         images, weight = mix(own.images, other.images, random)
         classes = len(self._images.classes)
         mine, others = (one_hot(t, classes).to(images.dtype) for t in (own.targets, other.targets))
-        return MicroBatch(images, mine * weight + others * (1 - weight), own.share)
+        return MicroBatch(images, mine * weight + others * (1 - weight), own.weight)

@@ -26,6 +26,7 @@ from launcher.config.recipe import Images
 from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
 from launcher.errors import UserError
+from launcher.utils.text import count
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
@@ -55,6 +56,10 @@ class Data:
     test: ImageSet
     name: str
     fallback: str | None = None
+
+    def to(self, device: torch.device) -> "Data":
+        """The same images on another device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 class _UnavailableError(Exception):
@@ -123,7 +128,7 @@ def check(loaded: Data, data: Images) -> None:
         if len(values) != channels:
             raise UserError(
                 f"data.{name}={values}",
-                expected=f"{channels} number(s), one per channel of {loaded.name}",
+                expected=f"{count(channels, 'number')}, one per channel of {loaded.name}",
                 instead=f"type data.{name}={'0.5,' * channels}",
             )
 

@@ -179,3 +179,11 @@ def device_name(accelerator: "Accelerator") -> str:
     if accelerator.device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} thread(s)"
     return str(accelerator.device)
+
+
+def synchronize() -> None:
+    """Wait for the device, where there is one beside the CPU."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

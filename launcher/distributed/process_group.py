@@ -114,16 +114,16 @@ class RankGroup:
                 timeout=timeout,
             )
 
-    def explain(self, error: Exception) -> Exception:
-        """What this rank is to say of its failure: all, or nothing if another failed before."""
+    def explain(self, error: Exception, moment: str) -> Exception:
+        """What this rank is to say of its failure at some moment of the training."""
         if self._store is None:
             return error
         try:  # where the link is down, the store would let it wait for ever
-            return in_thread(lambda: self._explain(error)).result(5 * GRACE)
+            return in_thread(lambda: self._explain(error, moment)).result(5 * GRACE)
         except TimeoutError:
             return self._silence()
 
-    def _explain(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception, moment: str) -> Exception:
         assert self._store is not None
         text = "".join(traceback.format_exception(error))
         try:
@@ -131,7 +131,7 @@ class RankGroup:
                 first = self._store.add("failures", 1) == 1
                 time.sleep(GRACE if self._hosts else 0)  # the others still have to ask who failed
                 return RankError(f"{self._name} failed\n{text}" if first else "")
-            return RankError(self._account(text))
+            return RankError(self._account(text, moment))
         except RuntimeError:  # the store is gone
             return self._silence()
 
@@ -141,7 +141,7 @@ class RankGroup:
             f"does not answer any more ({self._name})"
         )
 
-    def _account(self, text: str) -> str:
+    def _account(self, text: str, moment: str) -> str:
         """Who is missing after a collective that failed; empty if another rank says so."""
         assert self._store is not None
         self._store.set(f"alive/{self._world.rank}", "")
@@ -156,7 +156,7 @@ class RankGroup:
         missing = self._without("alive")
         if not missing:
             return f"{self._name} could not reach the others\n{text}"
-        return self._lost(missing, _step_of(text))
+        return self._lost(missing, moment)
 
     def _lost(self, ranks: list[int], moment: str) -> str:
         where = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in ranks)
@@ -296,12 +296,6 @@ def _full_name(world: World) -> str:
 def _attempt() -> str:
     """Which start of the job this is: the keys of an earlier one may still be in the store."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def _step_of(text: str) -> str:
-    """The loop's note on where it was."""
-    notes = [line for line in text.splitlines() if line.startswith("in step ")]
-    return notes[-1] if notes else "outside training"
 
 
 def _ranges(ranks: list[int]) -> str:

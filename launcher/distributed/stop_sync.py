@@ -1,19 +1,31 @@
 """All ranks stop and save at the same step, although a signal reaches them at different times.
 
 A rank that left the loop alone would leave the others waiting in a collective. So the ranks add up
-their wishes, about once a second: often enough for any grace period, and too seldom to be seen in
-the speed. The number of steps between two questions follows from the mean time of a step over all
+their requests, about once a second: often enough for any grace period, and too seldom to cost
+speed. The number of steps between two exchanges follows from the mean time of a step over all
 ranks, which all ranks know alike. An evaluation has larger batches: it asks before each of them.
 """
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SECONDS_BETWEEN = 1.0
 MOST_STEPS_BETWEEN = 1000
+
+
+class Requests(NamedTuple):
+    """What a rank wants, or what all ranks do, after a step."""
+
+    stop: bool = False
+    save: bool = False
+
+
+PollRequests = Callable[[], Requests]
+NO_REQUESTS: PollRequests = Requests  # the defaults: neither
 
 
 class StoppedError(Exception):
@@ -25,36 +37,36 @@ class StopSync:
 
     def __init__(
         self,
-        over_ranks: Callable[[Tensor], Tensor],
+        sum_over_ranks: Callable[[Tensor], Tensor],
         world_size: int,
         device: torch.device,
-        wishes: Callable[[], tuple[bool, bool]],
+        poll_requests: PollRequests,
     ) -> None:
-        """`wishes` says whether this rank wants to stop, and whether it wants to save."""
-        self._over_ranks, self._world_size, self._device = over_ranks, world_size, device
-        self._wishes = wishes
+        """`poll_requests` says what this rank wants."""
+        self._sum_over_ranks, self._world_size = sum_over_ranks, world_size
+        self._device, self._poll_requests = device, poll_requests
         self._steps, self._every = 0, 1
-        self._asked = time.perf_counter()
+        self._exchanged = time.perf_counter()
 
     def stops(self) -> bool:
         """Whether to stop, asked at once and outside the steps. Every rank must ask as often."""
-        mine = self._wishes()[0]
+        mine = self._poll_requests().stop
         if self._world_size == 1:
             return mine
-        return float(self._over_ranks(torch.tensor(float(mine), device=self._device))) > 0
+        return float(self._sum_over_ranks(torch.tensor(float(mine), device=self._device))) > 0
 
-    def after_step(self) -> tuple[bool, bool]:
+    def after_step(self) -> Requests:
         """Whether to stop and whether to save now: the same on every rank. Call it every step."""
         if self._world_size == 1:
-            return self._wishes()
+            return self._poll_requests()
         self._steps += 1
         if self._steps < self._every:
-            return False, False
+            return Requests()
         now = time.perf_counter()
-        mine = [*map(float, self._wishes()), (now - self._asked) / self._steps]
+        mine = [*map(float, self._poll_requests()), (now - self._exchanged) / self._steps]
         values = torch.tensor(mine, device=self._device)
-        stop, save, seconds = self._over_ranks(values).tolist()
+        stop, save, seconds = self._sum_over_ranks(values).tolist()
         mean = max(seconds / self._world_size, SECONDS_BETWEEN / MOST_STEPS_BETWEEN)
         self._every = max(1, int(SECONDS_BETWEEN / mean))
-        self._steps, self._asked = 0, now
-        return stop > 0, save > 0
+        self._steps, self._exchanged = 0, now
+        return Requests(stop > 0, save > 0)

@@ -1,7 +1,7 @@
 """What a run measures: sums that stay on the device, and the frozen reports made of them.
 
-A sum is read, and so waits for the device, once per report. Over ranks the sums are added, never
-the means averaged, so every image counts once, wherever it was.
+Reading a sum waits for the device, so it is read once per report. Over ranks the sums are added,
+never the means averaged, so every image counts once, on whichever rank it was.
 """
 
 import math
@@ -14,6 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launcher.config.plan import START, Progress
+
+SumOverRanks = Callable[[Tensor], Tensor]
 SAMPLES = 36  # test images that every epoch report shows
 
 
@@ -27,7 +30,7 @@ class StepReport:
     learning_rate: float
     images_per_second: float  # over all ranks
     gradient_norm: float | None = None  # of this very step, before clipping
-    skipped: tuple[int, ...] = ()  # steps since the last report whose update was left out
+    skipped: tuple[int, ...] = ()  # steps since the last report whose update was skipped
     first_predictions: tuple[int, ...] = ()  # classes of the first five images; step 1 only
 
 
@@ -65,8 +68,8 @@ class Evaluation:
 class EpochReport:
     """One epoch: `probabilities` are the scores `(36, classes)` of the fixed first test images.
 
-    They are numpy's since a thread of W&B's works with them: from the first operation of torch in
-    a second thread on, OpenMP lets its threads sleep between two operations of the first, and
+    They are numpy arrays because the thread that logs images uses them: once a second thread runs
+    an operation of torch, OpenMP lets its threads sleep between two operations of the first, and
     training on a CPU takes a fifth longer (benchmarks/observers.py).
     """
 
@@ -123,35 +126,22 @@ def sample_indices(count: int) -> list[int]:
     return [index * count // shown for index in range(shown)]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What was measured since the last reading. `loss` is None if all steps were skipped."""
-
-    loss: float | None
-    images_per_second: float
-    gradient_norm: float | None
-    skipped: tuple[int, ...]
-    infinite_step: int | None  # the first step whose loss is not finite on some rank
-
-
 class LossTracker:
-    """The training loss and speed of one epoch. `over_ranks` adds a tensor over all ranks.
+    """The training loss and the speed of one epoch.
 
-    The loop hands it the losses as they are, on the device; all computing waits for a reading.
+    The loop hands it the losses as they are, on the device; all computing waits for a report.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        over_ranks: Callable[[Tensor], Tensor],
-        *,
-        loss_sum: float = 0.0,
-        images: int = 0,
+        self, epoch: int, device: torch.device, sum_over_ranks: SumOverRanks, done: Progress = START
     ) -> None:
-        """Start the clock; `loss_sum` and `images` are what a resumed epoch has behind it."""
-        self._dtype, self._over_ranks = _widest(device), over_ranks
+        """Start the clock; `done` is what a resumed epoch has behind it."""
+        self._epoch, self._sum_over_ranks = epoch, sum_over_ranks
+        self._dtype = _widest(device)
         self._clear()
-        self._before, self.images, self.loss_sum = images, images, loss_sum
+        self._images_before = self.images = done.epoch_images
+        self.loss_sum = done.epoch_loss
+        self.first_infinite_step: int | None = None  # whose loss is not finite on some rank
         self._started = self._interval_started = time.perf_counter()
 
     def _clear(self) -> None:
@@ -163,61 +153,64 @@ class LossTracker:
         self._norm: Tensor | None = None
 
     def add(self, step: int, mean_loss: Tensor, images: float) -> None:
-        """Add the mean loss of a piece of a step, to be weighted by its images on this rank."""
+        """Add the mean loss of a micro-batch, to be weighted by its images on this rank."""
         self._losses.append(mean_loss.detach())
         self._weights.append(images)
         self._steps.append(step)
 
-    def count(self, images: int, gradient_norm: Tensor | None) -> None:
+    def end_step(self, images: int, gradient_norm: Tensor | None) -> None:
         """The step is done: its images over all ranks, and its gradient norm if measured."""
         self._interval_images += images
         self._norm = gradient_norm
 
-    def drop(self, step: int) -> None:
+    def skip_step(self, step: int) -> None:
         """The step's update was skipped: its losses do not count."""
         while self._steps and self._steps[-1] == step:
             for values in (self._losses, self._weights, self._steps):
                 values.pop()
         self._skipped.append(step)
 
-    def read(self) -> Reading:
-        """The means over all ranks since the last reading. Waits for the device."""
-        reading = self._reading() if self._losses else self._nothing()
+    def report(self, step: int, learning_rate: float) -> StepReport:
+        """The means over all ranks since the last report. Waits for the device."""
+        loss, rate, norm = math.nan, 0.0, None
+        if self._losses:  # else all steps were skipped
+            losses = torch.stack(self._losses).to(self._dtype)
+            total = float(self._sum_over_ranks(losses @ losses.new_tensor(self._weights)))
+            rate = self._interval_images / (time.perf_counter() - self._interval_started)
+            self.loss_sum += total
+            self.images += self._interval_images
+            norm = None if self._norm is None else float(self._norm)
+            if not math.isfinite(total):
+                self.first_infinite_step = self._first_infinite(losses)
+            loss = total / self._interval_images
+        report = StepReport(
+            self._epoch, step, loss, learning_rate, rate, norm, tuple(self._skipped)
+        )
         self._clear()
         self._interval_started = time.perf_counter()
-        return reading
-
-    def _reading(self) -> Reading:
-        losses = torch.stack(self._losses).to(self._dtype)
-        total = float(self._over_ranks(losses @ losses.new_tensor(self._weights)))
-        rate = self._interval_images / (time.perf_counter() - self._interval_started)
-        self.loss_sum += total
-        self.images += self._interval_images
-        norm = None if self._norm is None else float(self._norm)
-        infinite = None if math.isfinite(total) else self._first_infinite(losses)
-        loss = total / self._interval_images
-        return Reading(loss, rate, norm, tuple(self._skipped), infinite)
+        return report
 
     def _first_infinite(self, losses: Tensor) -> int:
-        """Every rank has as many pieces, so the places of their losses are those of all ranks."""
-        found = self._over_ranks((~losses.isfinite()).to(self._dtype))
+        """Each rank has as many micro-batches, so the places of their losses are the same."""
+        found = self._sum_over_ranks((~losses.isfinite()).to(self._dtype))
         return self._steps[int(found.nonzero()[0])]
 
-    def _nothing(self) -> Reading:
-        return Reading(None, 0.0, None, tuple(self._skipped), None)
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self._started
 
     def epoch(self) -> tuple[float, float]:
-        """Mean loss and images/s of the epoch up to the last reading."""
+        """Mean loss and images/s of the epoch up to the last report."""
         seconds = self._interval_started - self._started
         loss = self.loss_sum / self.images if self.images else math.nan
-        return loss, (self.images - self._before) / seconds if seconds else 0.0
+        return loss, (self.images - self._images_before) / seconds if seconds else 0.0
 
 
 class ConfusionAccumulator:
     """Running counts of an evaluation on one rank."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        """Start at zero."""
         self._classes = classes
         # One tensor, so that one collective adds it over the ranks:
         # the confusion matrix row by row, images with their class in the top five, loss sum.

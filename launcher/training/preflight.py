@@ -1,7 +1,7 @@
 """What a recipe's own functions refuse is known before training, and before anything is written.
 
 Augmentations, mixing, loss and views are tried on two images. The loss must be a mean: where the
-pieces of a batch do not add up to the whole, N processes would not equal one.
+micro-batches do not add up to the whole batch, N processes would not equal one.
 """
 
 import math
@@ -17,43 +17,43 @@ from launcher.config.overrides import code_name
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
-from launcher.data.batches import Normalize
-from launcher.data.sources import ImageSet
 from launcher.errors import UserError
-from launcher.training.state import evaluating, upcast
-from launcher.training.step import Job
+from launcher.training.model import upcast
+from launcher.training.state import TrainContext, evaluating
+from launcher.utils.text import count
 
 MOST_CLASSES = 100  # whose losses are compared
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
-def preflight(job: Job, network: nn.Module, images: ImageSet, normalize: Normalize) -> None:
+def preflight(ctx: TrainContext) -> None:
     """Try what the recipe does with images; raises `UserError` that names the function."""
-    recipe = job.recipe
-    two = images.images[:1].to(job.accelerator.device).repeat(2, 1, 1, 1)
-    pictures = normalize(two)
+    recipe, images, network = ctx.recipe, ctx.data.test.images, ctx.state.eval_model
+    two = images[:1].repeat(2, 1, 1, 1)
+    pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
     if recipe.data.mix:
         mixed, _ = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
         _refuse_unless(mixed.shape == pictures.shape, recipe.data.mix, "images of the same shape")
-    with evaluating(network), job.accelerator.autocast():
+    with evaluating(network), ctx.accelerator.autocast():
         logits = network.forward(pictures)  # not through a compiled call
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
             _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
-        _try_loss(recipe.loss, upcast(logits[:1]), job.plan.pieces)
-        _try_one_image(job.plan, network, pictures[:1])
+        _try_loss(recipe.loss, upcast(logits[:1]), ctx.plan.num_micro_batches)
+        _try_one_image(ctx.plan, network, pictures[:1])
 
 
 def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:
     """BatchNorm of single values refuses one image, which may be all that the last batch leaves."""
     last = plan.step_images(plan.steps_per_epoch)
-    if last < 2 * plan.pieces:
+    if last < 2 * plan.num_micro_batches:
         try:
             deepcopy(network).train().forward(picture)
         except ValueError as error:
             raise UserError(
-                f"a last batch of {last} image(s) over {plan.pieces} rank(s) or pass(es): {error}",
+                f"a last batch of {count(last, 'image')} over "
+                f"{count(plan.num_micro_batches, 'micro-batch')}: {error}",
                 expected="two images for each, which BatchNorm needs",
                 instead="type another data.batch_size",
             ) from error
@@ -69,24 +69,24 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
         _refuse_unless(fits, augmentation, "images of the same shape and type")
 
 
-def _try_loss(loss: Loss, logits: Tensor, pieces: int) -> None:
+def _try_loss(loss: Loss, logits: Tensor, num_micro_batches: int) -> None:
     """Compare the loss of a batch with those of its images: the scores `(1, classes)` for each."""
     classes = logits.shape[1]
     # Each class, and not as many labels as classes: one could be taken for the other.
-    count = classes + 1 if classes <= MOST_CLASSES else MOST_CLASSES
-    labels = torch.arange(count, device=logits.device) % classes
-    whole = _tried(loss, logits.expand(count, -1), labels)
+    size = classes + 1 if classes <= MOST_CLASSES else MOST_CLASSES
+    labels = torch.arange(size, device=logits.device) % classes
+    whole = _tried(loss, logits.expand(size, -1), labels)
     _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, loss, "one number")
     if not whole.isfinite():
         return  # training stops at it, or skips it, as the recipe says
     each = [_tried(loss, logits, label[None]) for label in labels]
     mean = float(torch.stack(each).mean())
-    is_sum = mean != 0 and math.isclose(whole, mean * count, rel_tol=1e-3)
+    is_sum = mean != 0 and math.isclose(whole, mean * size, rel_tol=1e-3)
     _refuse_unless(not is_sum, loss, "the mean over the images, not the sum")
-    # As class weights in cross_entropy: it divides by their sum, another one in each piece.
-    if pieces > 1 and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6):
+    # As class weights in cross_entropy: it divides by their sum, another one in each micro-batch.
+    if num_micro_batches > 1 and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6):
         raise UserError(
-            f"{code_name(loss)} over {pieces} pieces of a batch, of which it is not the mean",
+            f"{code_name(loss)}, which is not the mean over {num_micro_batches} micro-batches",
             expected="the mean of the losses of single images, which ranks and passes can add up",
             instead="with class weights, multiply them into cross_entropy(..., reduction='none') "
             "and return the mean",

@@ -230,6 +230,6 @@ def test_parameters_without_a_gradient_are_refused_on_several_ranks(tmp_path: Pa
     run = Run(TORCHRUN, tmp_path, *SHORT, recipe=recipe)
     assert run.end() != 0
     ours = run.text().partition("torch/distributed/run.py")[0]
-    line = r"launcher: parameters without a gradient up to step 2, by number on rank .: [\d ]+;"
+    line = r"launcher: parameters without a gradient, found in step 2, by number on rank .: [\d ]+;"
     assert len(re.findall(line, run.text())) == 1
     assert "DistributedDataParallel" not in ours

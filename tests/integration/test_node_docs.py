@@ -41,7 +41,7 @@ def test_the_commands_train_on_two_machines(lines: list[str], tmp_path: Path) ->
         both = lines if len(lines) == 2 else lines * 2
         runs = [start(line, node, tmp_path) for line, node in zip(both, nodes, strict=True)]
         assert [run.end() for run in runs] == [0, 0], runs[0].text() + runs[1].text()
-    assert "2 rank(s)" in runs[0].text() + runs[1].text()
+    assert "2 ranks" in runs[0].text() + runs[1].text()
 
 
 def test_the_page_has_the_ways_that_are_tested() -> None:

@@ -107,7 +107,7 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     if "--help" in command:
         assert "model.width" in output
     elif "--dry-run" in command:
-        assert "256 = 8 rank(s) x 32 image(s)" in output
+        assert "256 = 8 ranks x 32 images" in output
     else:
         assert "best epoch" in output
         assert ("NOT THE REAL DATA" in output) == ("--smoke" not in command)
@@ -126,4 +126,4 @@ def test_the_commands_for_two_nodes_train_together(folder: Path) -> None:
     nodes = [start(command, folder, SHORT) for command in commands]
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "16 = 2 rank(s) x 8 image(s)" in outputs[0][0]
+    assert "16 = 2 ranks x 8 images" in outputs[0][0]

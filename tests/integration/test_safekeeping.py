@@ -21,23 +21,18 @@ from torch.optim import Adam
 from launcher import cli
 from launcher.checkpoint import resume, run_dir
 from launcher.checkpoint.checkpoint import Writer, load_weights, newest, save_weights
-from launcher.checkpoint.resume import Start
-from launcher.checkpoint.run_dir import RunFolder
+from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import Loaded
-from launcher.config.plan import Plan, SaveInterval, make_plan
-from launcher.data import sources
+from launcher.config.plan import Plan
 from launcher.distributed import signals
-from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.loggers.console import Console
 from launcher.loggers.wandb import NullLogger
+from launcher.run import ActiveRun, Loggers, closing_rows, run_loop
 from launcher.training.metrics import Best, EpochReport
-from launcher.training.state import build, prepare
-from launcher.training.step import Job
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
-from launcher.watching import Loggers, RunResult, closing_rows, run_loop
-from tests.support.helpers import Tiny, refused, tiny_recipe
+from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 from tests.support.processes import PYTHON, RESUMABLE, Run, fingerprint
 from tests.support.wandb_server import API_KEY
 
@@ -100,28 +95,21 @@ def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None
 
     signals.stop_at(0, "the end of its time")
     try:
-        outcome, _ = watched(folder, Repairing(None))
+        run, _ = watched(folder, Repairing(None))
     finally:
         signals.stop_at(math.inf, "")
-    assert outcome.stopped
+    assert run.stopped
     assert newest(folder.checkpoints)[0] == folder.checkpoints / "step-000000001"
 
 
-def watched(
-    folder: RunFolder, console: Console, **changes: Any
-) -> tuple[RunResult, dict[str, str]]:
+def watched(folder: RunDir, console: Console, **changes: Any) -> tuple[ActiveRun, dict[str, str]]:
     """What becomes of a tiny run in this process, and its closing rows."""
     loaded = Loaded(tiny_recipe(**changes), "tiny", "", "")
-    data = sources.load(loaded.recipe.data)
-    plan = make_plan(
-        loaded.recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
-    )
-    accelerator = create_accelerator("fp32")
-    learner = prepare(build(loaded.recipe, data.train), loaded.recipe, accelerator)
-    loggers = Loggers(console, NullLogger(), folder, Writer(folder.checkpoints), loaded)
-    job = Job(loaded.recipe, plan, accelerator)
-    outcome = run_loop(job, learner, data, Start(folder), loggers, SaveInterval())
-    return outcome, closing_rows(outcome, loggers, data)
+    loggers = Loggers(console, NullLogger())
+    writer = Writer(folder.checkpoints)
+    run = ActiveRun(context_of(loaded.recipe), loaded, loggers, folder, writer)
+    run_loop(run)
+    return run, closing_rows(run)
 
 
 def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
@@ -135,11 +123,11 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
             (folder.path / f".best.safetensors.{os.getpid()}").mkdir(exist_ok=True)
 
     optimizer = partial(Adam, lr=0.1)
-    outcome, shown = watched(folder, Obstructing(None), epochs=8, optimizer=optimizer)
+    run, shown = watched(folder, Obstructing(None), epochs=8, optimizer=optimizer)
     highest = max(accuracies)
     assert highest > accuracies[0]
     assert marks == [True] + [False] * 7
-    assert outcome.best == Best(1, accuracies[0])
+    assert run.best == Best(1, accuracies[0])
     assert shown["best epoch"] == f"1, test accuracy {accuracies[0]:.2%}"
     epoch = accuracies.index(highest) + 1
     assert shown["not kept"] == (
@@ -192,7 +180,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (outside / "file").write_text("precious")
     for name in ("config.json", "recipe.py", "final.safetensors", "metrics.jsonl"):
         (folder / name).symlink_to(outside / "file")
-    run = RunFolder(folder)
+    run = RunDir(folder)
     run.describe({"epochs": 1}, {"name": "net"}, "source")
     save_weights(Tiny(), run.final)
     with pytest.raises(OSError, match="symbolic"):
@@ -229,7 +217,7 @@ def test_a_run_that_was_removed_writes_nothing_into_another_of_its_name(tmp_path
 def test_half_written_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-000000007.99").mkdir(parents=True)
     (tmp_path / ".best.safetensors.99").write_text("half")
-    RunFolder(tmp_path).tidy()
+    RunDir(tmp_path).tidy()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert list((tmp_path / "checkpoints").iterdir()) == []
 

@@ -85,10 +85,10 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
     wait_for("saved; waiting for attempt 2", folder, "runs/jobs/first-*-1.log")
     wait_for("resumed after step", folder, "runs/jobs/first-*-2.log")
     assert "swept" not in run(sweep)
-    assert "= 4 rank(s) x" in run(by_hand)
+    assert "= 4 ranks x" in run(by_hand)
     number = run(accelerate).split()[-1]
     assert slurm.wait_for_end(number) == "COMPLETED", (folder / f"slurm-{number}.out").read_text()
-    assert "= 4 rank(s) x" in (folder / f"slurm-{number}.out").read_text()
+    assert "= 4 ranks x" in (folder / f"slurm-{number}.out").read_text()
     wait_for("last epoch +40", folder, "runs/jobs/first-*-2.log")
     for index in range(3):
         wait_for("last epoch +2", folder, f"runs/jobs/rates-{index}-*-1.log")

@@ -82,7 +82,7 @@ def job(slurm: Slurm, tmp_path: Path) -> Job:
 
 
 def test_a_job_that_is_requeued_by_hand_goes_on(job: Job, slurm: Slurm, whole: str) -> None:
-    assert "= 4 rank(s) x" in job.log(1).read_text()
+    assert "= 4 ranks x" in job.log(1).read_text()
     slurm.say("scontrol", "requeue", job.number)
     assert job.check(whole, "SIG(TERM|USR1)") == 2
 

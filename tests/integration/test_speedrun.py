@@ -19,9 +19,9 @@ from launcher.distributed.accelerator import choose_precision
 from launcher.errors import UserError
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport
-from launcher.training.state import build, initialize, prepare
-from launcher.training.step import Job
+from launcher.training.model import build_network, initialize
 from recipes.speedrun94 import Block
+from tests.support.helpers import context_of
 from tests.support.world_worker import Small64, plain
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -40,20 +40,15 @@ def speedrun() -> Recipe:
 
 
 def trained(recipe: Recipe) -> tuple[nn.Module, list[EpochReport]]:
-    data = load(recipe.data)
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    plan = make_plan(recipe, world_size=1, train_images=len(data.train), test_images=len(data.test))
-    network = build(recipe, data.train)
-    initialize(network, recipe, data.train, accelerator.device)
-    learner = prepare(network, recipe, accelerator)
-    reports = list(fit(Job(recipe, plan, accelerator), learner, data))
-    return learner.network, [report for report in reports if isinstance(report, EpochReport)]
+    ctx = context_of(recipe, accelerator=Accelerator(cpu=True, mixed_precision="no"))
+    reports = list(fit(ctx))
+    return ctx.state.network, [report for report in reports if isinstance(report, EpochReport)]
 
 
 def test_the_first_layer_whitens_the_images(speedrun: Recipe) -> None:
     recipe = small(speedrun)
     images = load(recipe.data).train
-    network = build(recipe, images)
+    network = build_network(recipe, images)
     initialize(network, recipe, images, torch.device("cpu"))
     layer = network.whitening
     assert isinstance(layer, nn.Conv2d)
@@ -139,7 +134,7 @@ def test_pictures_made_ahead_are_those_made_step_by_step(
         batches = Batches(images, recipe, plan, normalize, rank=1)
         batches._steps_at_once = at_once
         return [
-            (step, [(p.images.sum().item(), p.targets.sum().item(), p.share) for p in pieces])
+            (step, [(p.images.sum().item(), p.targets.sum().item(), p.weight) for p in pieces])
             for epoch in epochs
             for step, pieces in batches.epoch(epoch)
         ]

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from launcher import Images, Recipe, Synthetic
+from launcher.config.plan import make_plan
+from launcher.data import sources
+from launcher.data.sources import Data
+from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
+from launcher.training.model import build_network, initialize
+from launcher.training.state import TrainContext, make_context
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -43,6 +50,22 @@ def tiny_recipe(**changes: Any) -> Recipe:
     data = replace(data, **changes.pop("data", {}))
     recipe = Recipe(model=Tiny, data=data, optimizer=partial(Adam, lr=1e-3), epochs=2)
     return replace(recipe, **changes)
+
+
+def context_of(
+    recipe: Recipe,
+    data: Data | None = None,
+    accelerator: Accelerator | None = None,
+    **plan: Any,
+) -> TrainContext:
+    """A training in this process, put together as the launcher does it; `plan` are its options."""
+    accelerator = accelerator or create_accelerator("fp32")
+    data = data or sources.load(recipe.data)
+    plan = {"train_images": len(data.train), "test_images": len(data.test), **plan}
+    made = make_plan(recipe, world_size=accelerator.num_processes, **plan)
+    network = build_network(recipe, data.train)
+    initialize(network, recipe, data.train, accelerator.device)
+    return make_context(network, recipe, made, accelerator, data)
 
 
 @contextmanager

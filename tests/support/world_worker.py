@@ -5,7 +5,6 @@ Started by torchrun: `world_worker.py FOLDER`. Rank 0 writes FOLDER/NAME.pt for 
 
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,10 @@ from launcher import (
     mirrored_and_shifted,
     mixup,
 )
-from launcher.config.plan import make_plan
-from launcher.data import sources
-from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
-from launcher.nearby import average_nearby
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
-from launcher.training.state import build, initialize, prepare
-from launcher.training.step import Job
+from tests.support.helpers import context_of
 
 # 203 = 6 x 32 + 11: the last batch is uneven, and smaller than 4 ranks x 3 passes.
 IMAGES, BATCH = 203, 32
@@ -116,7 +110,6 @@ plain = Recipe(
 SCENARIOS = {
     "float32": plain,
     "float64": replace(plain, model=Small64),
-    "float32_over_gloo": plain,
     "accumulated": replace(plain, model=Small64, accumulate=3),
     "clipped_and_averaged": replace(
         plain, model=Small64, clip_norm=0.5, average=partial(ema, decay=0.9)
@@ -134,7 +127,7 @@ SCENARIOS = {
         memory_format="contiguous",
         accumulate=2,
     ),
-    "a_group_at_rest": replace(
+    "a_frozen_group": replace(
         plain, model=Small64, optimizer=with_late_bias, clip_norm=0.5, accumulate=2
     ),
     "muon_initialized_views": replace(
@@ -148,25 +141,12 @@ SCENARIOS = {
 }
 
 
-def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
-    accelerator = create_accelerator("fp32")
-    data = sources.load(recipe.data)
-    plan = make_plan(
-        recipe,
-        world_size=accelerator.num_processes,
-        train_images=len(data.train),
-        test_images=len(data.test),
-        log_every=3,
-    )
-    network = build(recipe, data.train)
-    initialize(network, recipe, data.train, accelerator.device)
-    learner = prepare(network, recipe, accelerator)
-    if nearby:
-        average_nearby(learner.wrapped, timedelta(seconds=60))
-    reports = list(fit(Job(recipe, plan, accelerator), learner, data))
+def run(recipe: Recipe) -> dict[str, object]:
+    ctx = context_of(recipe, log_every=3)
+    reports = list(fit(ctx))
     epochs = [report for report in reports if isinstance(report, EpochReport)]
     return {
-        "parameters": learner.evaluated.state_dict(),
+        "parameters": ctx.state.eval_model.state_dict(),
         "losses": [report.loss for report in reports if isinstance(report, StepReport)],
         "train_losses": [report.train_loss for report in epochs],
         "test_losses": [report.test.loss for report in epochs],
@@ -178,7 +158,7 @@ def run(recipe: Recipe, nearby: bool) -> dict[str, object]:
 
 def main(folder: Path) -> None:
     for name, recipe in SCENARIOS.items():
-        result = run(recipe, nearby=name != "float32_over_gloo")
+        result = run(recipe)
         if World.from_env().is_main:
             torch.save(result, folder / f"{name}.pt")
 

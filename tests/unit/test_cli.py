@@ -60,7 +60,7 @@ def test_a_run_tells_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SIMPLECNN, *TINY, "--name", "told"]) == 0
     printed = capsys.readouterr().out
     assert "SimpleCNN, 25,578 parameters" in printed
-    assert "50 = 1 rank(s) x 50 image(s)" in printed
+    assert "50 = 1 rank x 50 images" in printed
     assert "fp32 (default)" in printed
     assert "!!! NOT THE REAL DATA" in printed
     assert "first step: loss" in printed
@@ -111,7 +111,7 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan(
     printed = capsys.readouterr().out
     config, end = json.JSONDecoder().raw_decode(printed)
     assert config["epochs"] == 3
-    assert "64 = 8 rank(s) x 8 image(s)" in printed[end:]
+    assert "64 = 8 ranks x 8 images" in printed[end:]
     rows = [line.split() for line in printed[end:].splitlines()]
     assert [row[0] for row in rows if row[-1:] and row[-1].endswith("%")] == 2 * ["1", "8", "64"]
     assert not Path("runs").exists()
@@ -159,7 +159,7 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, "precision=fp16"], ["fp16", "without a GPU", "precision=bf16"]),
         ([SIMPLECNN, "model.classes=7"], ["(2, 7)", "(2, 10)"]),
         ([SIMPLECNN, "data.fallback=none"], ["cannot be downloaded", "data.root=FOLDER"]),
-        ([SIMPLECNN, "data.mean=(0.5,)"], ["data.mean", "3 number(s)"]),
+        ([SIMPLECNN, "data.mean=(0.5,)"], ["data.mean", "3 numbers"]),
         ([SIMPLECNN, "optimizer.lr=-1"], ["Adam refuses", "-1"]),
         ([SIMPLECNN, "sync_batch_norm=true"], ["sync_batch_norm", "CPU"]),
         ([SIMPLECNN, "--name", "a/b"], ["--name 'a/b'", "without slashes"]),

@@ -1,4 +1,4 @@
-"""Data flows one way: a file of the launcher imports only from files above it in docs/design.md."""
+"""Data flows one way: a room of the launcher imports only from rooms before it."""
 
 import ast
 import re
@@ -6,51 +6,97 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import launcher
+from tests.support.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "launcher"
+# The order of docs/design.md. Rooms of one line do not import each other.
+ORDER = (
+    ("errors", "utils"),
+    ("distributed",),
+    ("config",),
+    ("data",),
+    ("training",),
+    ("checkpoint",),
+    ("loggers",),
+    ("run",),
+    ("checks", "results", "cluster"),
+    ("cli",),
+)
+ENTRANCES = {"__init__", "__main__"}
 
 
-def order() -> list[str]:
-    """The files in the order of the table of the design document."""
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if re.match(r"\| `\w+\.py`", line)]
-    return [name for row in rows for name in re.findall(r"`(\w+)\.py`", row.split("|")[1])]
+def rooms() -> set[str]:
+    """The folders and files of `launcher/`."""
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    return found - ENTRANCES - {"__pycache__", "py"}
 
 
-def imports(name: str) -> set[str]:
-    """The launcher's own modules that a file imports, at its top or in a function."""
+def files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in ENTRANCES]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[tuple[str, str]]:
+    """Modules of the launcher and the names a file takes from them, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "launcher":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("launcher."):
-            found.add((node.module or "").split(".")[1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("launcher"):
+            found |= {(node.module or "", alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {(a.name, "") for a in node.names if a.name.startswith("launcher")}
     return found
 
 
-def test_every_file_is_in_the_table() -> None:
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert set(order()) == files
-    assert len(order()) == len(files)
+def rooms_of_import(module: str, name: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else name
 
 
-def test_files_import_only_from_above() -> None:
-    names = order()
-    for place, name in enumerate(names):
-        below = imports(name) - set(names[:place]) - {"__version__"}
-        assert not below, f"{name}.py imports {below}, which stand below it in docs/design.md"
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert rooms() == {room for line in ORDER for room in line}
 
 
-def test_no_file_is_much_over_300_lines() -> None:
-    for path in PACKAGE.glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path.name
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_rooms_before_it(path: Path) -> None:
+    own = room_of(path)
+    place = next(number for number, line in enumerate(ORDER) if own in line)
+    before = {room for line in ORDER[:place] for room in line} | {own, "__version__"}
+    found = {rooms_of_import(*imported) for imported in imports(path)}
+    assert found <= before, f"{path.name} imports {found - before}, which come later"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_private_name_is_imported(path: Path) -> None:
+    private = {name for _, name in imports(path) if name.startswith("_") and name != "__version__"}
+    assert not private
+
+
+def test_no_file_is_part_of_a_cycle() -> None:
+    """Not even within a room, and not by an import inside a function."""
+    modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files()}
+    graph = {
+        module: {
+            target
+            for imported, name in imports(path)
+            for target in (imported, f"{imported}.{name}")
+            if target in modules.values()
+        }
+        for path, module in modules.items()
+    }
+    while leaves := {module for module, targets in graph.items() if not targets}:
+        graph = {m: targets - leaves for m, targets in graph.items() if m not in leaves}
+    assert not graph, f"these import each other: {sorted(graph)}"
 
 
 def test_only_the_libraries_own_file_imports_it() -> None:
-    for library, owner in (("rich", "console"), ("wandb", "tracking")):
-        for path in PACKAGE.glob("*.py"):
+    for library, owner in (("rich", "console"), ("wandb", "wandb")):
+        for path in files():
             uses = re.search(rf"^\s*(import|from) {library}\b", path.read_text(), re.MULTILINE)
             assert not uses or path.stem == owner, f"{path.name} imports {library}"
 
@@ -61,7 +107,7 @@ def test_the_public_names_are_these() -> None:
         *("Draws", "Folder", "Images", "Recipe", "Synthetic"),
         *("alternating_flip", "crop", "cutmix", "cutout", "flip", "mixup"),
         *("constant", "cosine", "ema", "linear", "steps"),
-        *("Muon", "NamedParameters", "ChainedOptimizer", "mirrored", "mirrored_and_shifted"),
+        *("ChainedOptimizer", "Muon", "NamedParameters", "mirrored", "mirrored_and_shifted"),
     }
     for name in launcher.__all__:
         assert getattr(launcher, name).__name__ in (name, "Iterable")

@@ -14,63 +14,61 @@ from torch.optim import SGD
 
 from launcher.checkpoint import checkpoint, resume
 from launcher.checkpoint.checkpoint import CheckpointError, Writer, capture, newest, restore, write
-from launcher.checkpoint.run_dir import RunFolder
+from launcher.checkpoint.run_dir import RunDir
 from launcher.config import overrides
-from launcher.config.plan import Position
+from launcher.config.plan import Progress
 from launcher.config.recipe import Recipe
-from launcher.data import sources
-from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.training.state import TrainState, build, prepare
+from launcher.training.state import TrainContext
+from tests.support.helpers import context_of
 from tests.support.resumable import recipe
 
 STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}
 
 
-def learner(seed: int = 0, recipe: Recipe = recipe) -> TrainState:
-    recipe = replace(recipe, seed=seed)
-    images = sources.load(recipe.data).train
-    return prepare(build(recipe, images), recipe, create_accelerator("fp32"))
+def untrained(seed: int = 0, recipe: Recipe = recipe) -> TrainContext:
+    return context_of(replace(recipe, seed=seed))
 
 
-def trained(seed: int = 0) -> TrainState:
-    """A learner whose optimizer and average have a past."""
-    result = learner(seed)
-    result.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
-    result.optimizer.step()
-    assert result.average is not None
-    result.average.update_parameters(result.network)
+def trained(seed: int = 0) -> TrainContext:
+    """A training whose optimizer and average have a past."""
+    result = untrained(seed)
+    state = result.state
+    state.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    state.optimizer.step()
+    assert state.ema_model is not None
+    state.ema_model.update_parameters(state.network)
     return result
 
 
 def saved(root: Path, step: int) -> Path:
-    state = STATE | {"position": vars(Position(step))}
-    return write(capture(trained(step), create_accelerator("fp32"), state), root)
+    state = STATE | {"progress": vars(Progress(step))}
+    return write(capture(trained(step), state), root)
 
 
-def test_a_restored_learner_equals_the_saved_one(tmp_path: Path) -> None:
+def test_a_restored_training_equals_the_saved_one(tmp_path: Path) -> None:
     old = trained()
-    state = STATE | {"position": vars(Position(3))}
-    folder = write(capture(old, create_accelerator("fp32"), state), tmp_path)
-    new = learner(seed=1)
-    restore(folder, new, create_accelerator("fp32"))
-    assert old.average is not None
-    assert new.average is not None
+    state = STATE | {"progress": vars(Progress(3))}
+    folder = write(capture(old, state), tmp_path)
+    new = untrained(seed=1)
+    restore(folder, new)
+    assert old.state.ema_model is not None
+    assert new.state.ema_model is not None
     for a, b in (
-        (old.network.state_dict(), new.network.state_dict()),
-        (old.average.state_dict(), new.average.state_dict()),
+        (old.state.network.state_dict(), new.state.network.state_dict()),
+        (old.state.ema_model.state_dict(), new.state.ema_model.state_dict()),
     ):
         assert all(torch.equal(a[key], b[key]) for key in a)
-    before, after = old.optimizer.state_dict()["state"], new.optimizer.state_dict()["state"]
+    before, after = (c.state.optimizer.state_dict()["state"] for c in (old, new))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
 
 
 def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
-    new = learner(recipe=overrides.override(recipe, ["optimizer.weight_decay=0.123"]))
-    restore(folder, new, create_accelerator("fp32"))
-    assert new.optimizer.param_groups[0]["weight_decay"] == 0.123
+    new = untrained(recipe=overrides.override(recipe, ["optimizer.weight_decay=0.123"]))
+    restore(folder, new)
+    assert new.state.optimizer.param_groups[0]["weight_decay"] == 0.123
 
 
 def test_the_last_three_are_kept_and_nothing_half_written(tmp_path: Path) -> None:
@@ -142,8 +140,8 @@ def test_a_disk_that_refuses_costs_a_complaint_and_no_checkpoint(tmp_path: Path)
     folder = saved(tmp_path / "good", 1)
     (tmp_path / "file").write_text("not a folder")
     writer = Writer(tmp_path / "file")
-    state = STATE | {"position": vars(Position(2))}
-    snapshot = capture(trained(), create_accelerator("fp32"), state)
+    state = STATE | {"progress": vars(Progress(2))}
+    snapshot = capture(trained(), state)
     assert writer.submit(snapshot) == ""
     assert "could not be written" in writer.wait()
     assert writer.wait() == ""
@@ -163,7 +161,7 @@ def test_changed_settings_are_named_unless_they_are_intended() -> None:
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     lock = folder.lock()
     with pytest.raises(UserError, match="by another process"):
         folder.lock()
@@ -172,7 +170,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_epochs_that_will_be_repeated_are_forgotten(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.forget_after(0)
     for epoch in (1, 2, 3):
         folder.record({"epoch": epoch})
@@ -194,14 +192,14 @@ class Counting(SGD):
 
 def test_what_an_optimizer_keeps_in_its_groups_is_restored(tmp_path: Path) -> None:
     counting = replace(recipe, optimizer=partial(Counting, lr=0.1), average=None)
-    old = learner(recipe=counting)
-    old.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
-    old.optimizer.step()
-    state = STATE | {"position": vars(Position(1))}
-    folder = write(capture(old, create_accelerator("fp32"), state), tmp_path)
-    new = learner(recipe=replace(counting, optimizer=partial(Counting, lr=0.1, weight_decay=0.5)))
-    restore(folder, new, create_accelerator("fp32"))
-    (group,) = new.optimizer.param_groups
+    old = untrained(recipe=counting)
+    old.state.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    old.state.optimizer.step()
+    state = STATE | {"progress": vars(Progress(1))}
+    folder = write(capture(old, state), tmp_path)
+    new = untrained(recipe=replace(counting, optimizer=partial(Counting, lr=0.1, weight_decay=0.5)))
+    restore(folder, new)
+    (group,) = new.state.optimizer.param_groups
     assert (group["count"], group["weight_decay"]) == (1, 0.5)
 
 

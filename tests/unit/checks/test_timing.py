@@ -1,28 +1,25 @@
 """What a dry run for N ranks measures and prints."""
 
-from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from launcher import Synthetic, cutmix
+from launcher import cutmix
 from launcher.checks.timing import measure, scaling_lines
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
 from launcher.data import sources
-from launcher.distributed.accelerator import create_accelerator
-from launcher.training import state
-from tests.support.helpers import Tiny, tiny_recipe
+from launcher.training.model import build_network
+from tests.support.helpers import Tiny, context_of, tiny_recipe
 
 
 def planned(recipe: Recipe, world_size: int) -> tuple[list[str], int]:
     data = sources.load(recipe.data)
     plan = make_plan(recipe, world_size=world_size, train_images=len(data.train), test_images=1)
-    network = state.build(recipe, data.train)
-    lines = scaling_lines(recipe, plan, network, data.train)
+    network = build_network(recipe, data.train)
+    lines = scaling_lines(recipe, plan, network, data)
     return lines, sum(p.numel() for p in network.parameters())
 
 
@@ -71,13 +68,9 @@ class Counting(Tiny):
 
 
 def test_a_rank_is_measured_with_its_own_images_and_all_its_passes() -> None:
-    recipe = tiny_recipe(model=Counting, accumulate=2)
-    data = sources.load(replace(recipe.data, source=partial(Synthetic, count=100)))
-    accelerator = create_accelerator("fp32")
-    learner = state.prepare(state.build(recipe, data.train), recipe, accelerator)
-    plan = make_plan(recipe, world_size=1, train_images=60, test_images=1)
+    ctx = context_of(tiny_recipe(model=Counting, accumulate=2))
     Counting.sizes.clear()
-    compute = measure(recipe, plan, learner, data.train, accelerator)
+    compute = measure(ctx)
     assert set(Counting.sizes) == {5}
     assert compute.total > 2 * compute.backward > 0
 
@@ -95,8 +88,8 @@ def test_the_measured_network_is_in_training_mode() -> None:
 
     recipe = tiny_recipe(model=build)
     data = sources.load(recipe.data)
-    network = state.build(recipe, data.train)
+    network = build_network(recipe, data.train)
     seen.clear()
     plan = make_plan(recipe, world_size=2, train_images=60, test_images=1)
-    scaling_lines(recipe, plan, network, data.train)
+    scaling_lines(recipe, plan, network, data)
     assert set(seen) == {True}

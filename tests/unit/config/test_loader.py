@@ -8,7 +8,7 @@ import torch
 from launcher import Recipe
 from launcher.config import loader, overrides
 from launcher.errors import UserError
-from launcher.training.state import count_parameters
+from launcher.training.model import count_parameters
 from tests.support.helpers import RECIPES, refused
 
 GOOD = '''\

@@ -61,11 +61,11 @@ def test_a_batch_larger_than_the_data_is_the_data() -> None:
 
 def test_progress_is_that_of_the_middle_of_a_step() -> None:
     plan = plan_of()
-    assert [plan.progress(step) for step in (1, 10, 20)] == pytest.approx([0.025, 0.475, 0.975])
+    assert [plan.fraction(step) for step in (1, 10, 20)] == pytest.approx([0.025, 0.475, 0.975])
 
 
 def test_progress_depends_on_the_whole_training_even_if_it_is_cut_short() -> None:
-    assert plan_of(max_steps=3).progress(3) == plan_of().progress(3)
+    assert plan_of(max_steps=3).fraction(3) == plan_of().fraction(3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -114,9 +114,9 @@ def test_without_a_wish_the_loss_is_read_about_twenty_times_an_epoch(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch_size": 64, "world_size": 4}, "64 = 4 rank(s) x 16 image(s)"),
-        ({"batch_size": 10, "world_size": 4}, "10 = 4 rank(s) x 2-3 image(s)"),
-        ({"batch_size": 64, "accumulate": 2}, "64 = 1 rank(s) x 32 image(s) x 2 passes"),
+        ({"batch_size": 64, "world_size": 4}, "64 = 4 ranks x 16 image(s)"),
+        ({"batch_size": 10, "world_size": 4}, "10 = 4 ranks x 2-3 image(s)"),
+        ({"batch_size": 64, "accumulate": 2}, "64 = 1 rank x 32 image(s) x 2 passes"),
     ],
 )
 def test_the_global_batch_is_described_as_ranks_times_images(
@@ -192,8 +192,11 @@ def test_the_pieces_over_ranks_and_passes_partition_every_global_batch(seed: int
         taken: list[int] = []
         for rank in range(world_size):
             for number in range(accumulate):
-                start, stop = shard_bounds(size, plan.pieces, number * world_size + rank)
+                start, stop = shard_bounds(size, plan.num_micro_batches, number * world_size + rank)
                 taken += range(start, stop)
-                assert stop - start in (size // plan.pieces, -(-size // plan.pieces))
+                assert stop - start in (
+                    size // plan.num_micro_batches,
+                    -(-size // plan.num_micro_batches),
+                )
         assert sorted(taken) == list(range(size))
     assert sum(map(plan.step_images, plan.epoch_steps(1))) == images

@@ -1,4 +1,4 @@
-"""The order of the images and the pieces of the ranks, as pure functions."""
+"""The order of the images and the micro_batches of the ranks, as pure functions."""
 
 from dataclasses import replace
 from functools import partial
@@ -38,7 +38,7 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(model=Small, data=data, optimizer=partial(SGD, lr=0.1), epochs=3)
 
 
-def pieces(recipe: Recipe, world_size: int, rank: int, epoch: int) -> list[list[MicroBatch]]:
+def micro_batches(recipe: Recipe, world_size: int, rank: int, epoch: int) -> list[list[MicroBatch]]:
     plan = make_plan(recipe, world_size=world_size, train_images=COUNT, test_images=10)
     normalize = Normalize(recipe.data, torch.Size((4, 4, 3)), torch.zeros(()), contiguous=False)
     batches = Batches(image_set(), recipe, plan, normalize, rank)
@@ -59,30 +59,34 @@ def test_each_epoch_visits_every_image_once_in_its_own_order() -> None:
 def test_the_ranks_together_see_exactly_the_global_batch(world_size: int, accumulate: int) -> None:
     wanted = torch.split(epoch_order(0, 2, COUNT), 16)
     ranks = [
-        pieces(replace(recipe(), accumulate=accumulate), world_size, rank, epoch=2)
+        micro_batches(replace(recipe(), accumulate=accumulate), world_size, rank, epoch=2)
         for rank in range(world_size)
     ]
     for step, order in enumerate(wanted):
-        parts = [piece for rank in ranks for piece in rank[step]]
-        seen = [piece.images[:, 0, 0, 0].round().int() for piece in parts if piece.share]
+        parts = [micro_batch for rank in ranks for micro_batch in rank[step]]
+        seen = [
+            micro_batch.images[:, 0, 0, 0].round().int()
+            for micro_batch in parts
+            if micro_batch.weight
+        ]
         assert sorted(torch.cat(seen).tolist()) == sorted(order.tolist())
-        assert sum(piece.share for piece in parts) == pytest.approx(1)
-        for piece in parts:
-            if piece.share:
-                assert piece.share == len(piece.images) / len(order)
+        assert sum(micro_batch.weight for micro_batch in parts) == pytest.approx(1)
+        for micro_batch in parts:
+            if micro_batch.weight:
+                assert micro_batch.weight == len(micro_batch.images) / len(order)
 
 
 def test_a_rank_without_an_image_gets_one_that_counts_nothing() -> None:
-    ranks = [pieces(replace(recipe(), accumulate=4), 4, rank, epoch=1) for rank in range(4)]
-    last = [piece for rank in ranks for piece in rank[-1]]
-    assert [len(piece.images) for piece in last] == [1] * 16  # 13 images for 16 pieces
-    assert sum(piece.share == 0 for piece in last) == 3
+    ranks = [micro_batches(replace(recipe(), accumulate=4), 4, rank, epoch=1) for rank in range(4)]
+    last = [micro_batch for rank in ranks for micro_batch in rank[-1]]
+    assert [len(micro_batch.images) for micro_batch in last] == [1] * 16  # for 13 images
+    assert sum(micro_batch.weight == 0 for micro_batch in last) == 3
 
 
 def test_augmentation_belongs_to_the_image_and_not_to_the_rank() -> None:
     augmented = recipe(augment=(flip, partial(crop, padding=1)), mix=cutmix)
-    alone = pieces(augmented, 1, 0, epoch=1)
-    ranks = [pieces(augmented, 3, rank, epoch=1) for rank in range(3)]
+    alone = micro_batches(augmented, 1, 0, epoch=1)
+    ranks = [micro_batches(augmented, 3, rank, epoch=1) for rank in range(3)]
     for step, (whole,) in enumerate(alone):
         parts = [rank[step][0] for rank in ranks]
         assert torch.equal(whole.images, torch.cat([part.images for part in parts]))

@@ -747,7 +747,7 @@ def test_a_mean_for_another_number_of_channels_is_refused(
     tmp_path: Path, name: str, channels: int, given: tuple[float, ...]
 ) -> None:
     data = images_of(partial(SMALL, channels=channels), tmp_path, channels, **{name: given})
-    with refused(f"data.{name}=", f"{channels} number(s), one per channel of Synthetic", "type"):
+    with refused(f"data.{name}=", "one per channel of Synthetic", "type"):
         sources.load(data)
 
 

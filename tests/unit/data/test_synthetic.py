@@ -11,14 +11,9 @@ import torch
 
 from launcher import Recipe, Synthetic
 from launcher.config import loader
-from launcher.config.plan import make_plan
-from launcher.data import sources
-from launcher.distributed.accelerator import create_accelerator
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport
-from launcher.training.state import build, prepare
-from launcher.training.step import Job
-from tests.support.helpers import RECIPES
+from tests.support.helpers import RECIPES, context_of
 
 
 @pytest.mark.parametrize(
@@ -100,18 +95,9 @@ def same_threads() -> Iterator[None]:
 
 def trained(recipe: Recipe) -> list[EpochReport]:
     """Train in this process, as the launcher does, but on one core: others may be busy."""
-    accelerator = create_accelerator("fp32")
+    ctx = context_of(recipe)
     torch.set_num_threads(1)
-    data = sources.load(recipe.data)
-    plan = make_plan(
-        recipe,
-        world_size=accelerator.num_processes,
-        train_images=len(data.train),
-        test_images=len(data.test),
-    )
-    learner = prepare(build(recipe, data.train), recipe, accelerator)
-    reports = list(fit(Job(recipe, plan, accelerator), learner, data))
-    return [report for report in reports if isinstance(report, EpochReport)]
+    return [event for event in fit(ctx) if isinstance(event, EpochReport)]
 
 
 @pytest.mark.usefixtures("same_threads")

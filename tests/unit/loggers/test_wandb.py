@@ -20,6 +20,7 @@ import torch
 
 from launcher import run
 from launcher.config.loader import Loaded
+from launcher.config.options import RunOptions
 from launcher.data.sources import Data, ImageSet
 from launcher.loggers import wandb
 from launcher.loggers.wandb import NullLogger, Samples, Tracker, WandbLogger, start
@@ -264,7 +265,7 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
     for variable, value in own.items():
         monkeypatch.setenv(variable, value)
     loaded = Loaded(tiny_recipe(), "tiny", "", "")
-    run.train(loaded, run.RunOptions(runs=tmp_path, name=name, max_steps=1))
+    run.train_loaded(loaded, RunOptions(runs=tmp_path, name=name, max_steps=1))
     assert (given["name"], given["tags"], given["note"]) == (shown, ["tiny", "a", "b"], "why")
 
 

@@ -49,47 +49,48 @@ def test_two_classes_have_a_top_five_of_two() -> None:
     assert accumulator.evaluation(accumulator.counts).top5 == 1.0
 
 
-def test_the_meter_weighs_losses_by_images_and_adds_over_ranks() -> None:
-    tracker = LossTracker(CPU, over_ranks=lambda values: values * 2)  # another rank with equal sums
+def test_the_loss_tracker_weighs_losses_by_images_and_adds_over_ranks() -> None:
+    tracker = LossTracker(1, CPU, lambda values: values * 2)  # another rank with equal sums
     tracker.add(1, torch.tensor(1.0), 10)
     tracker.add(1, torch.tensor(4.0), 5)
-    tracker.count(30, torch.tensor(0.5))
-    reading = tracker.read()
-    assert reading.loss == pytest.approx(2.0)
-    assert reading.gradient_norm == 0.5
+    tracker.end_step(30, torch.tensor(0.5))
+    report = tracker.report(1, learning_rate=0.1)
+    assert report.loss == pytest.approx(2.0)
+    assert report.gradient_norm == 0.5
     tracker.add(2, torch.tensor(6.0), 5)
-    tracker.count(10, None)
-    assert tracker.read().loss == pytest.approx(6.0)
+    tracker.end_step(10, None)
+    assert tracker.report(2, learning_rate=0.1).loss == pytest.approx(6.0)
     assert tracker.epoch()[0] == pytest.approx(3.0)
 
 
-def test_the_meter_leaves_out_a_skipped_step_and_names_it() -> None:
-    tracker = LossTracker(CPU, over_ranks=lambda values: values)
+def test_the_loss_tracker_leaves_out_a_skipped_step_and_names_it() -> None:
+    tracker = LossTracker(1, CPU, lambda values: values)
     tracker.add(1, torch.tensor(1.0), 10)
-    tracker.count(10, None)
+    tracker.end_step(10, None)
     tracker.add(2, torch.tensor(math.nan), 4)
     tracker.add(2, torch.tensor(2.0), 6)
-    tracker.drop(2)
-    reading = tracker.read()
-    assert (reading.loss, reading.skipped, reading.infinite_step) == (1.0, (2,), None)
+    tracker.skip_step(2)
+    report = tracker.report(2, learning_rate=0.1)
+    assert (report.loss, report.skipped, tracker.first_infinite_step) == (1.0, (2,), None)
     tracker.add(3, torch.tensor(1.0), 10)
-    tracker.drop(3)
-    assert tracker.read().loss is None
+    tracker.skip_step(3)
+    assert math.isnan(tracker.report(3, learning_rate=0.1).loss)
     assert tracker.epoch()[0] == 1.0
     assert tracker.images == 10
 
 
-def test_the_meter_finds_the_first_infinite_step_of_any_rank() -> None:
+def test_the_loss_tracker_finds_the_first_infinite_step_of_any_rank() -> None:
     elsewhere = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)  # another rank's second step
 
-    def over_ranks(values: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
         return values + (elsewhere if values.ndim else math.nan)
 
-    tracker = LossTracker(CPU, over_ranks)
+    tracker = LossTracker(1, CPU, sum_over_ranks)
     for step, loss in enumerate((1.0, 1.0, math.inf), start=7):
         tracker.add(step, torch.tensor(loss), 10)
-        tracker.count(10, None)
-    assert tracker.read().infinite_step == 8
+        tracker.end_step(10, None)
+    tracker.report(9, learning_rate=0.1)
+    assert tracker.first_infinite_step == 8
 
 
 @pytest.mark.parametrize("count", [1, 35, 36, 37, 10_000])
@@ -104,7 +105,8 @@ def test_samples_are_spread_over_the_test_set(count: int) -> None:
 
 def test_metrics_have_the_documented_names() -> None:
     evaluation = Evaluation(loss=0.5, confusion=((1, 1), (0, 2)), in_top5=4)
-    report = EpochReport(2, 20, 0.7, 0.1, 100.0, 3.0, evaluation, torch.zeros(4, 2).numpy())
+    probabilities = torch.zeros(4, 2).numpy()
+    report = EpochReport(2, 20, 0.7, 0.1, 100.0, 3.0, evaluation, probabilities)
     metrics = report.metrics()
     assert metrics["epoch"] == 2
     assert metrics["train/loss"] == 0.7

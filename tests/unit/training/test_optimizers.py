@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, Optimizer
 
 from launcher import ChainedOptimizer, Muon, NamedParameters
 from launcher.training.optimizers import orthogonalize
-from launcher.training.state import TrainState, prepare
+from launcher.training.state import TrainState, make_state
 from tests.support.world_worker import Small, Small64, divided, late, plain
 
 
@@ -162,44 +162,44 @@ def test_a_rate_set_on_together_reaches_its_parts(network: Small) -> None:
     assert not torch.equal(after["layers.4.weight"], before["layers.4.weight"])
 
 
-def learner_of(network: nn.Module, optimizer: Any) -> TrainState:
-    return prepare(network, replace(plain, optimizer=optimizer), Accelerator(cpu=True))
+def state_of(network: nn.Module, optimizer: Any) -> TrainState:
+    return make_state(network, replace(plain, optimizer=optimizer), Accelerator(cpu=True))
 
 
-def test_a_group_has_its_own_schedule_and_rests_at_zero(network: Small) -> None:
-    learner = learner_of(network, divided)
+def test_a_group_has_its_own_schedule_and_is_frozen_at_zero(network: Small) -> None:
+    state = state_of(network, divided)
     bias = network.layers[0].bias
 
-    learner.set_rates(0.25, lambda progress: 1 - progress)
-    rates = [group["lr"] for group in learner.optimizer.param_groups]
+    state.set_learning_rates(0.25, lambda fraction: 1 - fraction)
+    rates = [group["lr"] for group in state.optimizer.param_groups]
     assert rates == pytest.approx([0.05 * 0.75, 0.05 * 0.75, 0.05 * 0.5])
     assert bias.requires_grad
 
-    learner.set_rates(0.75, lambda progress: 1 - progress)
-    rates = [group["lr"] for group in learner.optimizer.param_groups]
+    state.set_learning_rates(0.75, lambda fraction: 1 - fraction)
+    rates = [group["lr"] for group in state.optimizer.param_groups]
     assert rates == pytest.approx([0.05 * 0.25, 0.05 * 0.25, 0.0])
     assert [p.requires_grad for p in network.parameters()] == [True, False, True, True]
-    learner.set_rates(0.25, lambda progress: 1 - progress)
+    state.set_learning_rates(0.25, lambda fraction: 1 - fraction)
     assert bias.requires_grad
 
 
-def test_all_groups_may_rest_at_once(network: Small) -> None:
+def test_all_groups_may_be_frozen_at_once(network: Small) -> None:
     def scheduled(parameters: NamedParameters) -> Optimizer:
         return SGD([{"params": list(parameters), "schedule": late}], lr=0.1)
 
-    learner = learner_of(network, scheduled)
-    learner.set_rates(0.25, late)
+    state = state_of(network, scheduled)
+    state.set_learning_rates(0.25, late)
     before = [parameter.clone() for parameter in network.parameters()]
     images, labels = next(batches(1))
     cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
-    learner.drop_resting_gradients()
-    learner.optimizer.step()
+    state.drop_frozen_gradients()
+    state.optimizer.step()
     assert all(map(torch.equal, before, network.parameters()))
 
 
 def test_torch_optimizers_take_named_parameters(network: Small) -> None:
-    learner = learner_of(network, lambda parameters: SGD(parameters, lr=0.1))
-    names = learner.optimizer.param_groups[0]["param_names"]
+    state = state_of(network, lambda parameters: SGD(parameters, lr=0.1))
+    names = state.optimizer.param_groups[0]["param_names"]
     assert names == [name for name, _ in network.named_parameters()]
 
 

@@ -11,25 +11,19 @@ from torch.nn.functional import cross_entropy
 
 from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, run
 from launcher.config.loader import Loaded
-from launcher.config.plan import make_plan
+from launcher.config.options import RunOptions
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Draws, Score
 from launcher.data import sources
-from launcher.distributed.accelerator import create_accelerator
-from launcher.training.loop import normalization
+from launcher.training.model import build_network
 from launcher.training.preflight import preflight
-from launcher.training.state import build, prepare
-from launcher.training.step import Job
-from tests.support.helpers import Tiny, refused, tiny_recipe
+from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
 
 def preflighted(recipe: Recipe) -> nn.Module:
-    data, accelerator = sources.load(recipe.data), create_accelerator("fp32")
-    sizes = {"train_images": len(data.train), "test_images": len(data.test)}
-    job = Job(recipe, make_plan(recipe, world_size=1, **sizes), accelerator)
-    learner = prepare(build(recipe, data.train), recipe, accelerator)
-    preflight(job, learner.evaluated, data.test, normalization(job, learner, data))
-    return learner.network
+    ctx = context_of(recipe)
+    preflight(ctx)
+    return ctx.state.network
 
 
 def of_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
@@ -47,9 +41,9 @@ def weighted(logits: Tensor, targets: Tensor) -> Tensor:
     return (cross_entropy(logits, targets, reduction="none") * WEIGHTS[targets]).mean()
 
 
-def test_class_weights_are_refused_where_pieces_would_not_add_up() -> None:
+def test_class_weights_are_refused_where_micro_batches_would_not_add_up() -> None:
     by_torch = partial(cross_entropy, weight=WEIGHTS)
-    with refused("cross_entropy over 2 pieces", "reduction='none'"):
+    with refused("cross_entropy, which is not the mean over 2 micro-batches", "'none'"):
         preflighted(tiny_recipe(loss=by_torch, accumulate=2))
     preflighted(tiny_recipe(loss=weighted, accumulate=2))
     preflighted(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
@@ -126,7 +120,8 @@ def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
 ) -> None:
     """It would be met at the end of the first epoch."""
     images = {"source": partial(Synthetic, count=count)}
-    with refused(f"a last batch of {count - 100} image(s) over {accumulate} rank(s)"):
+    last = "1 image over 1 micro-batch:" if accumulate == 1 else "3 images over 2 micro-batches:"
+    with refused(f"a last batch of {last}"):
         preflighted(tiny_recipe(model=Normed, data=images, accumulate=accumulate))
     preflighted(tiny_recipe(data=images, accumulate=accumulate))
     preflighted(tiny_recipe(model=Normed, accumulate=accumulate))
@@ -135,15 +130,15 @@ def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
 def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
     loaded = Loaded(tiny_recipe(loss=in_a_row), "mine", "", "")
     with refused("one number"):
-        run.train(loaded, run.RunOptions(runs=tmp_path / "runs", wandb="off"))
+        run.train_loaded(loaded, RunOptions(runs=tmp_path / "runs", wandb="off"))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "loss", [cross_entropy, partial(cross_entropy, weight=torch.arange(10.0), label_smoothing=0.1)]
 )
-def test_a_rehearsal_leaves_the_network_as_it_is(loss: Any) -> None:
+def test_preflight_leaves_the_network_as_it_is(loss: Any) -> None:
     recipe = tiny_recipe(loss=loss, views=mirrored, average=ema)
     network = preflighted(recipe)
-    fresh = build(recipe, sources.load(recipe.data).train).state_dict()
+    fresh = build_network(recipe, sources.load(recipe.data).train).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())

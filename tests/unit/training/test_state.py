@@ -13,7 +13,9 @@ from launcher import Images, Recipe, Synthetic, ema
 from launcher.data import sources
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.training.state import average_buffers, build, count_parameters, evaluating, prepare
+from launcher.training.model import build_network, count_parameters
+from launcher.training.state import TrainState, average_buffers, evaluating, make_state
+from tests.support.helpers import context_of
 from tests.support.world_worker import Small, Small64
 
 DATA = Images(partial(Synthetic, count=50), 10, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -27,14 +29,18 @@ class Tuple(nn.Module):
         return images, images
 
 
+def state_of(recipe: Recipe) -> TrainState:
+    return context_of(recipe).state
+
+
 @pytest.fixture(scope="module")
 def images() -> sources.ImageSet:
     return sources.load(DATA).train
 
 
 def test_the_seed_alone_decides_the_first_weights(images: sources.ImageSet) -> None:
-    one, same = build(RECIPE, images), build(RECIPE, images)
-    other = build(replace(RECIPE, seed=1), images)
+    one, same = build_network(RECIPE, images), build_network(RECIPE, images)
+    other = build_network(replace(RECIPE, seed=1), images)
     for (name, a), b, c in zip(
         one.named_parameters(), same.parameters(), other.parameters(), strict=True
     ):
@@ -54,25 +60,25 @@ def test_a_model_that_does_not_fit_is_refused(
     model: Any, message: str, images: sources.ImageSet
 ) -> None:
     with pytest.raises(UserError) as caught:
-        build(replace(RECIPE, model=model), images)
+        build_network(replace(RECIPE, model=model), images)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_in_double_precision_is_given_images_in_it(images: sources.ImageSet) -> None:
-    network = build(replace(RECIPE, model=Small64), images)
+    network = build_network(replace(RECIPE, model=Small64), images)
     assert next(network.parameters()).dtype == torch.float64
 
 
 def test_a_lazy_layer_trains_all_of_its_weights(images: sources.ImageSet) -> None:
     lazy = partial(nn.Sequential, nn.Flatten(), nn.LazyLinear(10))
-    network = build(replace(RECIPE, model=lazy), images)
+    network = build_network(replace(RECIPE, model=lazy), images)
     network(torch.ones(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_the_average_follows_its_formula(images: sources.ImageSet) -> None:
-    network = build(RECIPE, images)
+    network = build_network(RECIPE, images)
     average = ema(network, decay=0.75)
     first = [p.detach().clone() for p in network.parameters()]
     average.update_parameters(network)  # the first update copies
@@ -84,26 +90,24 @@ def test_the_average_follows_its_formula(images: sources.ImageSet) -> None:
         torch.testing.assert_close(averaged, start + 0.25)
 
 
-def test_rates_are_scaled_from_the_recipes_own_each_time(images: sources.ImageSet) -> None:
-    learner = prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32"))
+def test_rates_are_scaled_from_the_recipes_own_each_time() -> None:
+    state = state_of(RECIPE)
     for multiplier in (0.5, 0.25):
-        learner.set_rates(multiplier, float)  # a schedule that returns the progress itself
-        assert learner.learning_rate == multiplier
+        state.set_learning_rates(multiplier, float)  # a schedule that returns the fraction itself
+        assert state.learning_rate == multiplier
 
 
-def test_the_average_is_what_is_evaluated(images: sources.ImageSet) -> None:
-    recipe = replace(RECIPE, average=ema)
-    learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
-    assert learner.average is not None
-    assert learner.evaluated is learner.average.module
-    assert prepare(build(RECIPE, images), RECIPE, create_accelerator("fp32")).average is None
+def test_the_average_is_what_is_evaluated() -> None:
+    state = state_of(replace(RECIPE, average=ema))
+    assert state.ema_model is not None
+    assert state.eval_model is state.ema_model.module
+    assert state_of(RECIPE).ema_model is None
 
 
-def test_parameters_lie_in_the_memory_format_of_the_recipe(images: sources.ImageSet) -> None:
+def test_parameters_lie_in_the_memory_format_of_the_recipe() -> None:
     for memory_format in ("channels_last", "contiguous"):
-        recipe = replace(RECIPE, memory_format=memory_format)
-        learner = prepare(build(recipe, images), recipe, create_accelerator("fp32"))
-        weight = next(learner.network.parameters())
+        state = state_of(replace(RECIPE, memory_format=memory_format))
+        weight = next(state.network.parameters())
         assert weight.is_contiguous() == (memory_format == "contiguous")
 
 
@@ -119,13 +123,13 @@ def test_evaluating_restores_training_even_after_an_error() -> None:
 
 
 def test_frozen_parameters_are_neither_counted_nor_optimized(images: sources.ImageSet) -> None:
-    network = build(RECIPE, images)
+    network = build_network(RECIPE, images)
     whole = count_parameters(network)
     frozen = next(network.parameters())
     frozen.requires_grad = False
     assert count_parameters(network) == whole - frozen.numel()
-    learner = prepare(network, RECIPE, create_accelerator("fp32"))
-    optimized = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    state = make_state(network, RECIPE, create_accelerator("fp32"))
+    optimized = [p for group in state.optimizer.param_groups for p in group["params"]]
     assert all(p is not frozen for p in optimized)
 
 

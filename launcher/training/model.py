@@ -1,0 +1,252 @@
+"""From a recipe to its network: built, tried on two images, initialized, placed on the device."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from launcher.config.overrides import code_name, short_name
+from launcher.config.recipe import Recipe
+from launcher.data.batches import Normalize
+from launcher.data.sources import ImageSet
+from launcher.errors import UserError
+
+INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
+_PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)  # what torch raises for wrong shapes
+
+MemoryFormat = Literal["channels_last", "contiguous"]
+
+
+def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
+    """Build the network from the recipe's seed and try it on two images.
+
+    Raises `UserError` where it cannot take the images or its output does not fit the classes.
+    """
+    torch.manual_seed(recipe.seed)
+    network = recipe.model()
+    name = code_name(recipe.model)
+    shape = _output_shape(network, _two_images(network, recipe, data, "contiguous"), name)
+    expected = (2, len(data.classes))
+    if shape != expected:
+        raise UserError(
+            f"{name} turns 2 images into an output of shape {shape}",
+            expected=f"{expected}, one score for each of the {len(data.classes)} classes",
+            instead="change the size of the model's last layer",
+        )
+    return network
+
+
+def _two_images(
+    network: nn.Module, recipe: Recipe, data: ImageSet, memory_format: MemoryFormat
+) -> Tensor:
+    """The first image twice, normalized: `(2, c, h, w)`."""
+    is_contiguous = memory_format == "contiguous"
+    like = first_parameter(network)
+    normalize = Normalize(recipe.data, data.images.shape[1:], like, is_contiguous)
+    return normalize(data.images[:1].to(like.device).expand(2, -1, -1, -1))
+
+
+def _output_shape(network: nn.Module, images: Tensor, name: str) -> tuple[int, ...]:
+    network.eval()
+    try:
+        with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
+            output = network(images)
+    except _REFUSALS as error:
+        raise _refused_images(name, images, error) from error
+    return tuple(output.shape) if isinstance(output, Tensor) else ()
+
+
+def _refused_images(name: str, images: Tensor, error: Exception, mode: str = "") -> UserError:
+    return UserError(
+        f"{name} fails on images of shape {tuple(images.shape)}{mode}: {error}{_place(error)}",
+        expected="a model that takes (n, channels, height, width)",
+        instead="compare the sizes of its layers with the images",
+    )
+
+
+def first_parameter(network: nn.Module) -> Tensor:
+    """The parameter whose type the images are given: so a model in float64 trains in float64."""
+    return next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
+def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: torch.device) -> None:
+    """Move the network to the device and run the recipe's initialization, if it has one."""
+    network.to(device)
+    if recipe.initialize is not None:
+        like = upcast(first_parameter(network))
+        normalize = Normalize(recipe.data, images.images.shape[1:], like, contiguous=False)
+        with torch.no_grad():
+            recipe.initialize(network, normalize(images.images[:INITIAL_IMAGES].to(device)))
+
+
+def upcast(values: Tensor) -> Tensor:
+    """Half precision as float32; wider types as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class PlacedNetwork:
+    """A network on its device; `note` says why its memory format is not the faster one."""
+
+    network: nn.Module
+    memory_format: MemoryFormat
+    note: str = ""
+
+
+def place_network(
+    network: nn.Module, recipe: Recipe, accelerator: Accelerator, data: ImageSet
+) -> PlacedNetwork:
+    """Move the network to the device, in the recipe's precision and memory format.
+
+    Raises `UserError` for SyncBatchNorm on a CPU, and where a pass in training mode fails.
+    """
+    if recipe.sync_batch_norm:
+        network = _with_sync_batch_norm(network, accelerator)
+    network = _in_pure_precision(network.to(accelerator.device), recipe)
+    return _choose_memory_format(network, recipe, accelerator, data)
+
+
+def _with_sync_batch_norm(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if accelerator.device.type == "cpu":
+        raise UserError(
+            "sync_batch_norm=true on a CPU",
+            expected="GPUs: torch synchronizes BatchNorm only there",
+            instead="type sync_batch_norm=false",
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+
+
+def _in_pure_precision(network: nn.Module, recipe: Recipe) -> nn.Module:
+    """All but BatchNorm, whose statistics need float32, in the recipe's pure half precision."""
+    if recipe.precision in _PURE:
+        network.to(_PURE[recipe.precision])
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.float()
+    return network
+
+
+def _choose_memory_format(
+    network: nn.Module, recipe: Recipe, accelerator: Accelerator, data: ImageSet
+) -> PlacedNetwork:
+    """Put the network into the recipe's format, or for auto into channels_last if it takes it.
+
+    A format is tried on two images, forward and backward in training mode; all ranks choose alike.
+    """
+    wanted, note = recipe.memory_format, ""
+    formats: tuple[MemoryFormat, ...] = ("channels_last", "contiguous")
+    if wanted != "auto":
+        formats = (wanted,)
+    for memory_format in formats:
+        network.to(memory_format=_FORMATS[memory_format])
+        images = _two_images(network, recipe, data, memory_format)
+        error = _try_training_pass(network, images, accelerator)
+        failed = torch.tensor(float(error is not None), device=accelerator.device)
+        if not float(accelerator.reduce(failed, reduction="sum")):
+            return PlacedNetwork(network, memory_format, note)
+        refusal = error or RuntimeError("it fails on another rank")
+        note = note or _slower(recipe, refusal)
+    if wanted == "channels_last":
+        raise UserError(
+            f"memory_format=channels_last, which {short_name(recipe.model)} refuses: {refusal}"
+            f"{_place(refusal)}",
+            expected="a model that takes it, forward and backward",
+            instead="write x.flatten(1) for x.view(x.size(0), -1), or type memory_format=auto",
+        )
+    name = code_name(recipe.model)
+    raise _refused_images(name, images, refusal, " in training mode") from refusal
+
+
+def _slower(recipe: Recipe, error: Exception) -> str:
+    """Why a network trains in the contiguous format, and what to write to be faster."""
+    line = _user_line(error)
+    name = short_name(recipe.model)
+    if line is None or ".view(" not in (line.line or ""):
+        return f"{name} refuses channels_last, the faster format{_place(error)}: {error}"
+    return (
+        f"{line.filename}, line {line.lineno}: `{line.line}` refuses channels_last, "
+        "the faster format; write x.flatten(1) or x.reshape(...) there"
+    )
+
+
+def _place(error: Exception) -> str:
+    """` (file, line n)` of the user's code, where it can be told."""
+    line = _user_line(error)
+    return f" ({line.filename}, line {line.lineno})" if line else ""
+
+
+def _user_line(error: Exception) -> traceback.FrameSummary | None:
+    """The innermost line behind an exception that is neither of torch nor of the launcher."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f for f in reversed(frames) if not f.filename.startswith(ours)), None)
+
+
+def _try_training_pass(
+    network: nn.Module, images: Tensor, accelerator: Accelerator
+) -> Exception | None:
+    """Run forward and backward as in training, and leave no trace; returns what torch refuses."""
+    network.train()
+    try:
+        with _unchanged(network, accelerator.device):
+            with accelerator.autocast():
+                output = network(images)
+            if isinstance(output, Tensor) and output.requires_grad:
+                upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        if refusal := torch_refusal(error, "before training"):
+            raise refusal from None
+        return error
+    return None
+
+
+@contextmanager
+def _unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back buffers, gradients and random numbers at the end."""
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        network.zero_grad()
+        with torch.no_grad():
+            for buffer, value in zip(network.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+
+
+def torch_refusal(error: Exception, moment: str) -> UserError | None:
+    """What a user can do about an exception of torch; None where it is no such one.
+
+    torch has no exception types for them, so they are known by its words.
+    """
+    operation, refused, _ = str(error).partition(" does not have a deterministic impl")
+    if refused:
+        return UserError(
+            f"deterministic=true, and {operation} {moment}",
+            expected="operations for which torch has a deterministic algorithm",
+            instead="use another layer, or type deterministic=false",
+        )
+    if "parameters that were not used in producing loss" in str(error):
+        numbers = str(error).partition("did not receive grad for rank ")[2].partition("\n")[0]
+        return UserError(
+            f"parameters without a gradient, found {moment}, by number on rank {numbers}",
+            expected="a gradient for each parameter in each step, for which several ranks wait",
+            instead="leave out what the loss does not need, or call its requires_grad_(False)",
+        )
+    return None
+
+
+def count_parameters(network: nn.Module) -> int:
+    """The number of trained parameters."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
