@@ -1,7 +1,7 @@
 """A distributed multi-GPU training launcher: a recipe says what, Accelerate says where.
 
-These names are what a recipe imports. They are loaded on first use, so that `launcher --help`
-answers without importing torch.
+These names are what a recipe imports, and what a script or a notebook calls. They are loaded on
+first use, so that `launcher --help` answers without importing torch.
 """
 
 import importlib
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
     from launcher.data.image_folder import Folder
     from launcher.data.synthetic import Synthetic
+    from launcher.results.load import TrainedRun, load_run
+    from launcher.run import RunResult, train
     from launcher.training.optimizers import ChainedOptimizer, Muon
     from launcher.training.state import ema
     from launcher.training.tta import mirrored, mirrored_and_shifted
@@ -28,7 +30,9 @@ __all__ = [
     "Muon",
     "NamedParameters",
     "Recipe",
+    "RunResult",
     "Synthetic",
+    "TrainedRun",
     "alternating_flip",
     "constant",
     "cosine",
@@ -38,13 +42,17 @@ __all__ = [
     "ema",
     "flip",
     "linear",
+    "load_run",
     "mirrored",
     "mirrored_and_shifted",
     "mixup",
     "steps",
+    "train",
 ]
 
 _HOMES = {
+    "launcher.run": "RunResult train",
+    "launcher.results.load": "TrainedRun load_run",
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
     "launcher.data.image_folder": "Folder",
     "launcher.training.state": "ema",

@@ -1,1 +1,1 @@
-"""TODO checks."""
+"""Before a launch: what a training would take."""

@@ -1,1 +1,1 @@
-"""TODO cluster."""
+"""Batch systems: Slurm, Kubernetes, several nodes. An optional outer layer."""

@@ -1,1 +1,1 @@
-"""TODO data."""
+"""From images on disk to batches on the device."""

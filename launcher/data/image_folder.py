@@ -101,10 +101,19 @@ def _split(files: list[tuple[Path, int]], train: bool) -> list[tuple[Path, int]]
 def _read(file: Path, size: int) -> Any:
     try:
         with Image.open(file) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            return numpy.asarray(ImageOps.fit(_in_colour(upright), (size, size)))
+            return fitted(picture, (size, size))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _not_a_picture(file, str(error)) from None
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], mode: str = "RGB") -> Any:
+    """Upright, scaled and cropped around the middle: uint8 `(height, width[, 3])`.
+
+    `size` is width and height; `mode` is RGB, or L for one channel. Raises `ValueError` for a
+    picture whose values do not say what is white.
+    """
+    upright = ImageOps.exif_transpose(picture)
+    return numpy.asarray(ImageOps.fit(_in_colour(upright), size).convert(mode))
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

@@ -1,1 +1,1 @@
-"""TODO distributed."""
+"""Ranks: how they find each other, stop together, and who failed first."""

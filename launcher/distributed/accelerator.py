@@ -187,3 +187,10 @@ def synchronize() -> None:
 
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def reset_accelerator() -> None:
+    """Let the next training of this process choose its precision: Accelerate keeps the first."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,1 +1,1 @@
-"""TODO loggers."""
+"""Who is shown what is measured: the console, W&B, the profiler."""

@@ -9,7 +9,7 @@ for gradients of other ranks is found by some more steps after the run, in which
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,18 +90,25 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.waits_for_device = False
+        self.waits_for_device = self.marks_trace = False
         self._phase: str | None = None
         self._since = 0.0
+        self._mark: record_function | None = None
 
     def enter(self, phase: str | None) -> None:
         """End the present phase and begin another; None: the time is not the loop's."""
+        if self._mark is not None:
+            self._mark.__exit__(None, None, None)
+            self._mark = None
         if self.waits_for_device:
             synchronize()
         now = time.perf_counter()
         if self._phase is not None:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
+        if self.marks_trace and phase is not None:
+            self._mark = record_function(phase)
+            self._mark.__enter__()  # type: ignore[no-untyped-call]
 
     def take(self) -> dict[str, float]:
         """The seconds of each phase since the last call."""
@@ -136,8 +143,7 @@ class StepTimer:
         if name == "data":
             self._open_window()
         self._clock.enter(name)
-        with record_function(name) if self._profile else nullcontext():
-            yield
+        yield
         if name == "update":
             self._steps_done += 1
 
@@ -163,12 +169,13 @@ class StepTimer:
         if self._profile is not None:
             self._end_trace(self._profile)
         self._window = name
-        self._clock.waits_for_device = name == "split"
+        self._clock.waits_for_device, self._clock.marks_trace = name == "split", False
         if name == "trace" and self.trace is not None:
             gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
             # There is one cycle to keep events of; without acc_events torch 2.11 warns of others.
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
             self._profile.start()
+            self._clock.marks_trace = True
 
     def _end_trace(self, profile: profile) -> None:
         profile.stop()

@@ -1,1 +1,1 @@
-"""TODO training."""
+"""How it trains: read `loop.py`, then `step.py`."""

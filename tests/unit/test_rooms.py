@@ -107,6 +107,7 @@ def test_the_public_names_are_these() -> None:
         *("Draws", "Folder", "Images", "Recipe", "Synthetic"),
         *("alternating_flip", "crop", "cutmix", "cutout", "flip", "mixup"),
         *("constant", "cosine", "ema", "linear", "steps"),
+        *("RunResult", "TrainedRun", "load_run", "train"),
         *("ChainedOptimizer", "Muon", "NamedParameters", "mirrored", "mirrored_and_shifted"),
     }
     for name in launcher.__all__:

@@ -114,9 +114,9 @@ def test_without_a_wish_the_loss_is_read_about_twenty_times_an_epoch(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch_size": 64, "world_size": 4}, "64 = 4 ranks x 16 image(s)"),
-        ({"batch_size": 10, "world_size": 4}, "10 = 4 ranks x 2-3 image(s)"),
-        ({"batch_size": 64, "accumulate": 2}, "64 = 1 rank x 32 image(s) x 2 passes"),
+        ({"batch_size": 64, "world_size": 4}, "64 = 4 ranks x 16 images"),
+        ({"batch_size": 10, "world_size": 4}, "10 = 4 ranks x 2-3 images"),
+        ({"batch_size": 64, "accumulate": 2}, "64 = 1 rank x 32 images x 2 passes"),
     ],
 )
 def test_the_global_batch_is_described_as_ranks_times_images(
@@ -136,7 +136,7 @@ def test_a_batch_with_less_than_an_image_for_each_pass_is_refused(
 
 
 def test_a_batch_with_exactly_one_image_for_each_rank_is_accepted() -> None:
-    assert plan_of(world_size=10).describe_batch() == "10 = 10 rank(s) x 1 image(s)"
+    assert plan_of(world_size=10).describe_batch() == "10 = 10 ranks x 1 image"
 
 
 def test_more_ranks_than_training_images_are_refused_without_naming_a_batch_size() -> None:

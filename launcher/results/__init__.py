@@ -1,0 +1,1 @@
+"""After a run: what was trained, to look at and to use."""

@@ -1,0 +1,132 @@
+"""A finished run as a model to use: its network with its weights, its classes, its input."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from launcher.checkpoint.checkpoint import load_weights
+from launcher.config import loader
+from launcher.config.overrides import as_text, override
+from launcher.config.recipe import Recipe
+from launcher.data.batches import Normalize
+from launcher.data.image_folder import fitted
+from launcher.data.sources import ImageSet
+from launcher.errors import UserError
+from launcher.training.model import build_network, first_parameter
+
+Picture = str | Path | Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run has trained: `model` in evaluation mode, on the CPU, and its `classes`."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    recipe: Recipe
+    image_shape: tuple[int, int, int]  # height, width, channels
+
+    def prepare(self, pictures: Picture | list[Picture]) -> Tensor:
+        """What the model takes: pictures to normalized images `(n, c, h, w)`.
+
+        A picture is a path, a PIL image, or a uint8 tensor `(c, h, w)`. Paths and PIL images are
+        scaled and cropped to the run's size. Raises `UserError` for tensors of another shape.
+        """
+        several = pictures if isinstance(pictures, list) else [pictures]
+        pixels = torch.stack([self._pixels(picture) for picture in several])
+        like, shape = first_parameter(self.model), torch.Size(self.image_shape)
+        return Normalize(self.recipe.data, shape, like, contiguous=True)(pixels)
+
+    def _pixels(self, picture: Picture) -> Tensor:
+        """uint8 `(h, w, c)`."""
+        height, width, channels = self.image_shape
+        if isinstance(picture, Tensor):
+            wanted = (channels, height, width)
+            if picture.dtype != torch.uint8 or tuple(picture.shape) != wanted:
+                raise UserError(
+                    f"a picture of {picture.dtype} {tuple(picture.shape)}",
+                    expected=f"torch.uint8 {wanted}",
+                    instead="give its path or a PIL image, which are scaled",
+                )
+            return picture.permute(1, 2, 0)
+        mode = "L" if channels == 1 else "RGB"
+        if isinstance(picture, Image.Image):
+            pixels = fitted(picture, (width, height), mode)
+        else:
+            with Image.open(picture) as opened:
+                pixels = fitted(opened, (width, height), mode)
+        return torch.from_numpy(numpy.array(pixels)).reshape(self.image_shape)
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    weights: Literal["best", "final"] = "best",
+    recipe: Recipe | None = None,
+) -> TrainedRun:
+    """The model of a run folder such as `runs/first`, with its best or its final weights.
+
+    The network is built by the copy of the recipe file in the folder, with the settings that the
+    run had; a run of a `Recipe` value needs that `recipe` again. Runs the recipe's code: load only
+    runs that you trust. Raises `UserError` for a folder without a run or its weights.
+    """
+    path = Path(folder)
+    config, about = _read(path / "config.json"), _read(path / "run.json")
+    if recipe is None:
+        recipe = _recipe_of(path, config)
+    shape = tuple(about["image_shape"])
+    blank = ImageSet(
+        torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), tuple(about["classes"])
+    )
+    network = build_network(recipe, blank)
+    load_weights(network, _weights_of(path, weights))
+    return TrainedRun(network.eval(), blank.classes, recipe, shape)
+
+
+def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
+    """The recipe in the folder with the settings of the run that concern the model's input."""
+    source = path / "recipe.py"
+    if not source.is_file() or not source.read_text(encoding="utf-8").strip():
+        raise UserError(
+            f"{path}, a run without a recipe file",
+            expected="the recipe that was trained",
+            instead="write load_run(FOLDER, recipe=THE_RECIPE)",
+        )
+    recipe = loader.load(source).recipe
+    own = {f"model.{name}": value for name, value in config["model"].items() if name != "call"}
+    own |= {f"data.{name}": config["data"][name] for name in ("mean", "std")}
+    plain = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
+    return override(recipe, [f"{name}={_as_word(value)}" for name, value in plain.items()])
+
+
+def _as_word(value: Any) -> str:
+    return as_text(value).strip("'\"") if not isinstance(value, str) else value
+
+
+def _weights_of(path: Path, which: str) -> Path:
+    for name in (which, "final", "best"):
+        if (path / f"{name}.safetensors").is_file():
+            return path / f"{name}.safetensors"
+    raise UserError(
+        f"{path} has no weights yet",
+        expected="best.safetensors or final.safetensors",
+        instead="wait for the first epoch of the run, or name another folder",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path.parent}, which is no run folder ({error})",
+            expected="the folder of a run, such as runs/first",
+            instead="see which runs there are: ls runs",
+        ) from None

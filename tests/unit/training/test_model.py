@@ -1,0 +1,126 @@
+"""The memory format that a network is trained in: the faster one where the network takes it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from launcher import Images, Recipe, Synthetic
+from launcher.training.state import TrainContext
+from tests.support.helpers import context_of, refused
+
+DATA = Images(partial(Synthetic, count=50), 10, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+class Viewing(nn.Module):
+    """As most tutorials write it: `view` refuses what comes of channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 16 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2), 0.1, self.training)
+        x = x.view(x.size(0), -1)
+        return self.fc(x)
+
+
+class Flattening(Viewing):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
+
+
+class ViewingInTraining(Flattening):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.conv(x))), 2)
+        return self.fc(x.view(x.size(0), -1) if self.training else x.flatten(1))
+
+
+class _ViewBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.view(-1).view(gradient.shape)
+
+
+class ViewingBackward(Flattening):
+    def forward(self, x: Tensor) -> Tensor:
+        x = _ViewBackward.apply(self.conv(x))
+        return self.fc(F.max_pool2d(x, 2).flatten(1))
+
+
+class FailingInTraining(Flattening):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x[:, :2])
+        return super().forward(x)
+
+
+def placed(model: Callable[[], nn.Module], memory_format: str = "auto") -> TrainContext:
+    recipe = Recipe(model=model, data=DATA, optimizer=partial(SGD, lr=0.1), epochs=1)
+    return context_of(replace(recipe, memory_format=memory_format))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [Viewing, ViewingInTraining, ViewingBackward])
+def test_a_network_that_views_trains_in_contiguous_memory(model: type[nn.Module]) -> None:
+    ctx = placed(model)
+    assert ctx.recipe.memory_format == "contiguous"
+    assert next(ctx.state.network.parameters()).is_contiguous()
+    images = ctx.normalize(ctx.data.train.images[:2])
+    assert images.is_contiguous()
+    assert len(ctx.notes) == 1
+
+
+def test_a_network_that_flattens_trains_in_channels_last() -> None:
+    ctx = placed(Flattening)
+    assert (ctx.recipe.memory_format, ctx.notes) == ("channels_last", ())
+    weight = next(ctx.state.network.parameters())
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_line_that_refuses_is_named_with_what_to_write() -> None:
+    (note,) = placed(Viewing).notes
+    source, first = inspect.getsourcelines(Viewing)
+    number = first + next(i for i, line in enumerate(source) if "x.view(" in line)
+    assert f"{__file__}, line {number}: `x = x.view(x.size(0), -1)` refuses" in note
+    assert "write x.flatten(1)" in note
+    assert "\n" not in note
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    random = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    fresh = Viewing().state_dict()
+    network = placed(Viewing).state.network
+    assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    torch.manual_seed(0)
+    Viewing()
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    placed(Viewing)
+    assert torch.equal(torch.rand(1), expected)
+    torch.random.set_rng_state(random)
+
+
+def test_a_format_that_the_network_refuses_is_answered_in_one_line() -> None:
+    with refused("memory_format=channels_last", "Viewing", "x.flatten(1)", "memory_format=auto"):
+        placed(Viewing, "channels_last")
+    assert placed(Viewing, "contiguous").notes == ()
+    assert placed(Flattening, "contiguous").recipe.memory_format == "contiguous"
+
+
+def test_a_network_that_fails_in_training_mode_alone_is_answered_in_one_line() -> None:
+    with refused("FailingInTraining fails on images of shape (2, 3, 32, 32) in training mode"):
+        placed(FailingInTraining)
