@@ -46,7 +46,7 @@ class ViewingInTraining(Flattening):
 
 class _ViewBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: object, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
