@@ -1,0 +1,71 @@
+"""The Python API as people use it: in a plain script, and in a notebook's kernel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support.helpers import ROOT
+
+TRAIN = f"""
+from launcher import train
+
+result = train(
+    "{ROOT}/recipes/simplecnn.py",
+    "data.root=nowhere", "data.fallback.count=640", "epochs=2", name="first", wandb="off",
+)
+"""
+USE = """
+from PIL import Image
+from launcher import load_run
+
+run = load_run("runs/first")
+logits = run.model(run.prepare(Image.new("RGB", (48, 32), "red")))
+print(result.last.epoch, tuple(logits.shape), run.classes[0])
+"""
+EXPECTED = "2 (1, 10) disk"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a user works: the launcher is installed, or its checkout on the path."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return tmp_path
+
+
+def test_in_a_script(folder: Path) -> None:
+    (folder / "script.py").write_text(TRAIN + USE)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == EXPECTED
+
+
+# Of the notebook's own libraries, on some versions of Python.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_in_a_notebook_and_again_in_another_precision(folder: Path) -> None:
+    again = TRAIN.replace('name="first"', 'name="second"').replace("epochs=2", "precision=bf16")
+    cells = [cell(code) for code in (TRAIN, USE, again)]
+    notebook = nbformat.reads(json.dumps(NOTEBOOK | {"cells": cells}), as_version=4)  # type: ignore[no-untyped-call]
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    first, used, second = ("".join(o.get("text", "") for o in c.outputs) for c in notebook.cells)
+    assert "epoch 2/2" in first
+    assert used.strip() == EXPECTED
+    assert "bf16 (recipe)" in second
+
+
+NOTEBOOK = {"nbformat": 4, "nbformat_minor": 4, "metadata": {}}
+
+
+def cell(code: str) -> dict[str, Any]:
+    empty: dict[str, Any] = {"metadata": {}, "outputs": [], "execution_count": None}
+    return {"cell_type": "code", "source": code} | empty

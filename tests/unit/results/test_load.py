@@ -1,0 +1,106 @@
+"""`load_run`: the model of a run folder, which computes what the run computed."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from launcher import RunResult, Synthetic, load_run, train
+from launcher.data import sources
+from tests.support.helpers import Tiny, refused, tiny_recipe
+
+RECIPE = '''
+"""A recipe with a setting of its own."""
+from functools import partial
+from torch import nn
+from torch.optim import SGD
+from launcher import Images, Recipe, Synthetic, ema
+
+def network(widths: tuple[int, ...] = (4,), act=nn.ReLU) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d({channels}, widths[0], 3), nn.BatchNorm2d(widths[0]), act(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10)
+    )
+
+recipe = Recipe(
+    model=network,
+    data=Images(partial(Synthetic, count=60, size=20, channels={channels}), batch_size=20,
+                mean=(0.5,) * {channels}, std=(0.25,) * {channels}),
+    optimizer=partial(SGD, lr=0.5),
+    average=partial(ema, decay=0.5),
+    epochs=2,
+)
+'''
+
+
+def trained(folder: Path, *overrides: str, channels: int = 3) -> RunResult:
+    path = folder / "mine.py"
+    path.write_text(RECIPE.replace("{channels}", str(channels)))
+    return train(path, *overrides, name="first", runs=folder / "runs", wandb="off")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_loaded_model_has_the_accuracy_of_the_run(tmp_path: Path, channels: int) -> None:
+    result = trained(
+        tmp_path, "model.widths=(6,)", "data.std=" + "0.3," * channels, channels=channels
+    )
+    assert result.last is not None
+    run = load_run(tmp_path / "runs" / "first", weights="final")
+    assert not run.model.training
+    data = sources.load(run.recipe.data).test
+    assert run.classes == data.classes
+    with torch.no_grad():
+        logits = run.model(run.prepare(list(data.images.permute(0, 3, 1, 2))))
+    accuracy = (logits.argmax(1) == data.labels).float().mean()
+    assert float(accuracy) == pytest.approx(result.last.accuracy)
+
+
+def test_paths_pictures_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
+    trained(tmp_path)
+    run = load_run(tmp_path / "runs" / "first")
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=numpy.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "picture.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    images = run.prepare([tmp_path / "picture.png", str(tmp_path / "picture.png"), picture, tensor])
+    assert images.shape == (4, 3, 20, 20)
+    expected = (tensor / 255 - 0.5) / 0.25
+    for image in images:
+        torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
+    assert run.prepare(picture.resize((77, 41))).shape == (1, 3, 20, 20)
+    assert run.prepare(picture.convert("L")).shape == (1, 3, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "picture", [torch.zeros(3, 20, 20), torch.zeros(20, 20, 3, dtype=torch.uint8)]
+)
+def test_a_tensor_of_another_kind_is_refused(tmp_path: Path, picture: Tensor) -> None:
+    trained(tmp_path)
+    run = load_run(tmp_path / "runs" / "first")
+    with refused("a picture of torch.", "torch.uint8 (3, 20, 20)"):
+        run.prepare(picture)
+
+
+def test_a_run_of_a_recipe_value_needs_it_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(data={"source": partial(Synthetic, count=20)})
+    result = train(recipe, "model.width=3", runs=tmp_path, wandb="off")
+    assert result.folder is not None
+    assert result.folder.name.startswith("tiny-")
+    with refused("a run without a recipe file", "recipe="):
+        load_run(result.folder)
+    run = load_run(result.folder, recipe=tiny_recipe(model=partial(Tiny, width=3)))
+    assert run.model(run.prepare(Image.new("RGB", (32, 32)))).shape == (1, 10)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with refused("no run folder", "runs/first"):
+        load_run(tmp_path)
+    trained(tmp_path)
+    for name in ("best", "final"):
+        (tmp_path / "runs" / "first" / f"{name}.safetensors").unlink()
+    with refused("has no weights yet"):
+        load_run(tmp_path / "runs" / "first")
