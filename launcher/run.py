@@ -85,7 +85,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Loggers:
-    """Who is shown what is measured. On ranks other than 0 both are silent."""
+    """Where measurements go. On ranks other than 0 both do nothing."""
 
     console: Console
     wandb: Tracker

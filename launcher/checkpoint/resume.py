@@ -67,7 +67,7 @@ def resumed_run(
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
     if state["source"] != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
-    progress = _counted_anew(progress, state["steps_per_epoch"], steps_per_epoch)
+    progress = _with_other_steps(progress, state["steps_per_epoch"], steps_per_epoch)
     return ResumePoint(folder, found, tuple(notes), progress, best, state["wandb_id"])
 
 
@@ -134,7 +134,7 @@ def _refuse_finished(folder: RunDir) -> None:
         )
 
 
-def _counted_anew(progress: Progress, before: int, now: int) -> Progress:
+def _with_other_steps(progress: Progress, before: int, now: int) -> Progress:
     """The progress where an epoch has another number of steps than before."""
     if before == now:
         return progress

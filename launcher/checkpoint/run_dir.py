@@ -193,7 +193,7 @@ def _make(path: Path) -> RunDir:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     except FileExistsError:
-        if _is_unborn(path):
+        if _never_began(path):
             return RunDir(path)
         raise UserError(
             f"the run folder {path} exists already",
@@ -205,8 +205,8 @@ def _make(path: Path) -> RunDir:
     return RunDir(path)
 
 
-def _is_unborn(path: Path) -> bool:
-    """Whether a run was to begin here, but ended before `describe` did."""
+def _never_began(path: Path) -> bool:
+    """Whether a run was to begin here, but ended before `describe` wrote what it is."""
     if path.is_symlink() or not path.is_dir():
         return False
     return all(part.name.startswith(".") or part.name == "config.json" for part in path.iterdir())

@@ -82,7 +82,7 @@ class ChainedOptimizer(Optimizer):
         self.parts = parts
         for part in parts:
             self.state.update(part.state)
-        self._share()
+        self._use_common_state()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every part."""
@@ -92,9 +92,9 @@ class ChainedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over groups and state as `state_dict()` gave them."""
         super().load_state_dict(state_dict)
-        self._share()
+        self._use_common_state()
 
-    def _share(self) -> None:
+    def _use_common_state(self) -> None:
         """Let the parts use these very groups and this state."""
         groups = iter(self.param_groups)
         for part in self.parts:

@@ -68,7 +68,7 @@ def train_step(
 def clip_gradients(ctx: TrainContext, step: int) -> Tensor | None:
     """Clip the gradient to the recipe's norm; returns its norm before that, equal on all ranks.
 
-    It is also measured where the step is reported; None where nobody asks for it.
+    It is also measured where the step is reported; None elsewhere.
     """
     clip_norm, skips = ctx.recipe.clip_norm, ctx.recipe.on_nan == "skip"
     if clip_norm is None and not skips and not ctx.plan.is_reported(step):
