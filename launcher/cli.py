@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
-Train a recipe: a Python file that says what to train. How many processes train it, and on which
-devices, is Accelerate's to say:
+Train a recipe: a Python file that says what to train. How many processes train
+it, and on which devices, is Accelerate's to say:
 
   accelerate launch -m launcher recipes/simplecnn.py
-  accelerate launch --multi_gpu --num_processes 4 -m launcher recipes/simplecnn.py epochs=20
+  accelerate launch --multi_gpu --num_processes 4 \\
+      -m launcher recipes/simplecnn.py epochs=20
 
-Words of the form name=value (or --name=value) change settings of the recipe for this run;
-`launcher RECIPE --help` lists them. `launcher submit --help` tells how to train in a Slurm job."""
+Words of the form name=value (or --name=value) change settings of the recipe for
+this run; `launcher RECIPE --help` lists them. `launcher submit --help` says how
+to train in a Slurm job."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     add("--help", "-h", action="store_true", help="this text, and a named recipe's settings")
+    more = "... and what torch calls internal: foreach, capturable, ..."
+    add("--help-all", dest="help", action="store_const", const="all", help=more)
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
     add("--name", help="the name of the run and its folder")
     add("--max-steps", type=_positive, metavar="N", help="stop after N steps")
@@ -143,7 +147,10 @@ def _run(words: list[str]) -> int:
         parser.error("--profile goes with neither --smoke nor --resume")
     loaded = _load(named[0], [*named[1:], *unknown])
     if arguments.help:
-        sys.stdout.write(parser.format_help() + redacted(_settings_table(loaded)))
+        from launcher.config.help import describe_settings
+
+        settings = describe_settings(loaded.recipe, with_internals=arguments.help == "all")
+        sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
         return 0
     return _train(loaded, arguments, place)
 
@@ -232,16 +239,3 @@ def _dry_run(loaded: "Loaded", options: "RunOptions", world_size: int | None) ->
         lines = timing.scaling_lines(loaded.recipe, plan, network, data)
         sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0
-
-
-def _settings_table(loaded: "Loaded") -> str:
-    """The recipe's settings, one a line: name, type, value."""
-    from launcher.config import overrides
-
-    rows = [
-        (setting.name, setting.type_name, overrides.as_text(setting.value))
-        for setting in overrides.list_settings(loaded.recipe)
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines = [f"  {name:<{widths[0]}}  {kind:<{widths[1]}}  {value}" for name, kind, value in rows]
-    return "\n".join([f"\nsettings of {loaded.name}:", *lines, ""])

@@ -24,9 +24,10 @@ from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, re
 from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import Loaded, load
 from launcher.config.options import RunOptions
-from launcher.config.overrides import override, short_name
+from launcher.config.overrides import override
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
 from launcher.config.recipe import Recipe
+from launcher.config.serialize import short_name
 from launcher.data import cache, sources
 from launcher.data.sources import Data
 from launcher.distributed import process_group, signals

@@ -10,6 +10,7 @@ from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import Loaded
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
+from launcher.config.serialize import flatten
 from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.utils.redaction import cleaned, redacted
@@ -97,7 +98,7 @@ def refuse_changes(
 ) -> None:
     """Raise `UserError` for settings that differ, unless `changed` names them as intended."""
     # Hidden once more: what is secret follows from the present environment too.
-    before, now = dict(flattened(cleaned(saved))), dict(flattened(present))
+    before, now = dict(flatten(cleaned(saved))), dict(flatten(present))
     differing = [
         name
         for name in sorted({*before, *now})
@@ -111,17 +112,6 @@ def refuse_changes(
             expected="the settings that the run began with",
             instead=f"type --resume-changed {','.join(surprising)} if that is intended",
         )
-
-
-def flattened(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of a nested JSON form under dotted names."""
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return [(prefix.removesuffix("."), value)]
-    return [leaf for name, item in items for leaf in flattened(item, f"{prefix}{name}.")]
 
 
 def _refuse_finished(folder: RunDir) -> None:

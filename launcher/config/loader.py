@@ -3,20 +3,18 @@
 A recipe is Python code and is run: load only files that you trust.
 """
 
-import collections.abc
 import importlib.util
 import sys
 import traceback
 import types
-import typing
 from dataclasses import dataclass
-from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from launcher.config import overrides
-from launcher.config.recipe import Images, Recipe
+from launcher.config import annotations
+from launcher.config.recipe import Recipe
+from launcher.config.serialize import resolve
+from launcher.config.settings import children
 from launcher.errors import UserError
 from launcher.utils.redaction import cleaned
 
@@ -33,7 +31,7 @@ class Loaded:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved recipe in its JSON form, without secrets."""
-        return cleaned(overrides.as_dict(self.recipe))
+        return cleaned(resolve(self.recipe))
 
 
 def load(path: Path) -> Loaded:
@@ -49,37 +47,19 @@ def load(path: Path) -> Loaded:
             instead="see recipes/simplecnn.py for an example",
         )
     _refuse_ill_typed(recipe, path)
-    overrides.as_dict(recipe)  # refuses what has no name
+    resolve(recipe)  # refuses what has no name
     return Loaded(recipe, path.stem, source, module.__doc__ or "")
 
 
 def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:
     """Refuse a misspelt word or a fraction in the file as an override of it would be refused."""
-    for part, kind, prefix in ((recipe, Recipe, ""), (recipe.data, Images, "data.")):
-        for name, annotation in typing.get_type_hints(kind).items():
-            value = getattr(part, name)
-            if not _fits(value, annotation):
-                setting = overrides.Setting(prefix + name, annotation, value)
-                raise UserError(
-                    f"{path}: {setting.name}={value!r}",
-                    expected=f"a value of type {setting.type_name}",
-                    instead="mend it in the recipe file",
-                )
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value of a recipe file is of the annotated type; of code, only that it is code."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple | list) and all(_fits(v, arguments[0]) for v in value)
-    if origin is collections.abc.Callable:
-        return callable(value)
-    kinds = {int: Integral, float: Real, str: str | PathLike}  # numpy's numbers are some, too
-    if annotation in kinds:
-        return isinstance(value, kinds[annotation]) and not isinstance(value, bool)
-    return value in arguments if origin is typing.Literal else isinstance(value, annotation)
+    for setting in (*children(recipe), *children(recipe.data, "data.")):
+        if not annotations.convert(setting.value, setting.annotation)[0]:
+            raise UserError(
+                f"{path}: {setting.name}={setting.value!r}",
+                expected=f"a value of type {setting.type_name}",
+                instead="mend it in the recipe file",
+            )
 
 
 def _read(path: Path) -> str:

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from launcher.cluster import slurm_env
-from launcher.config import overrides
 from launcher.config.recipe import Images
+from launcher.config.serialize import resolve
 from launcher.data import sources
 from launcher.data.sources import Data, ImageSet
 from launcher.distributed import signals
@@ -115,7 +115,7 @@ def _launch_folder(data: Images, environ: Mapping[str, str]) -> Path:
     parent, attempt = _starter(environ), environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     mine = _private(Path(tempfile.gettempdir(), f"launcher-{os.getuid()}"))
     _sweep(mine)
-    source = overrides.as_dict(replace(data, root=str(Path(data.root).resolve())))
+    source = resolve(replace(data, root=str(Path(data.root).resolve())))
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
     folder = mine / f"{parent.pid}-{parent.create_time()}-{attempt}-{digest}"
     folder.mkdir(exist_ok=True)

@@ -21,8 +21,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from launcher.config.overrides import short_name
 from launcher.config.recipe import Images
+from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
 from launcher.errors import UserError

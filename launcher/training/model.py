@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from launcher.config.overrides import code_name, short_name
 from launcher.config.recipe import Recipe
+from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError

@@ -13,9 +13,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from launcher.config.overrides import code_name
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
+from launcher.config.serialize import code_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
 from launcher.errors import UserError
 from launcher.training.model import upcast

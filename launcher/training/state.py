@@ -18,9 +18,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from launcher.config.overrides import code_name
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
+from launcher.config.serialize import code_name
 from launcher.config.slots import Schedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data

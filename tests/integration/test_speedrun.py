@@ -13,6 +13,7 @@ from launcher import Images, Recipe, Synthetic, cutmix
 from launcher.config import loader, overrides
 from launcher.config.plan import make_plan
 from launcher.config.schedules import linear
+from launcher.config.serialize import resolve
 from launcher.data.batches import Batches, Normalize
 from launcher.data.sources import load
 from launcher.distributed.accelerator import choose_precision
@@ -91,7 +92,7 @@ def test_every_parameter_has_one_group(speedrun: Recipe) -> None:
 
 def test_its_settings_can_be_changed_and_written_down(speedrun: Recipe) -> None:
     words = ["optimizer.filter_rate=0.1", "initialize.floor=0.001", "compile=reduce-overhead"]
-    changed = overrides.as_dict(overrides.override(speedrun, words))
+    changed = resolve(overrides.override(speedrun, words))
     assert changed["optimizer"]["filter_rate"] == 0.1
     assert changed["initialize"]["floor"] == 0.001
     assert changed["compile"] == "reduce-overhead"

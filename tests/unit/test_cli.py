@@ -127,7 +127,12 @@ def test_help_lists_the_settings_of_a_recipe(capsys: pytest.CaptureFixture[str])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["epochs", "int", "10"] in lines
     assert ["data.batch_size", "int", "64"] in lines
-    assert any(line[:1] == ["optimizer.lr"] and line[-1] == "0.001" for line in lines)
+    assert ["optimizer.lr", "float", "0.001"] in lines
+    assert not any(line[:1] == ["optimizer.foreach"] for line in lines)
+    assert main([SIMPLECNN, "--help-all"]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    assert max(map(len, everything)) <= 80
+    assert any(line.split()[:1] == ["optimizer.foreach"] for line in everything)
 
 
 def test_smoke_passes_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:

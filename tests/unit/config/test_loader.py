@@ -7,6 +7,7 @@ import torch
 
 from launcher import Recipe
 from launcher.config import loader, overrides
+from launcher.config.serialize import code_name, short_name
 from launcher.errors import UserError
 from launcher.training.model import count_parameters
 from tests.support.helpers import RECIPES, refused
@@ -84,7 +85,7 @@ def test_a_path_with_spaces_and_a_relative_path_load(
 
 def test_the_recipes_own_classes_can_be_named_and_found_again(tmp_path: Path) -> None:
     loaded = loader.load(written(tmp_path, GOOD))
-    assert overrides.code_name(loaded.recipe.model) == "recipes.mine:Net"
+    assert code_name(loaded.recipe.model) == "recipes.mine:Net"
     assert overrides.override(loaded.recipe, ["model.width=7"]).model().in_features == 7
 
 
@@ -258,7 +259,7 @@ def test_simplecnn_is_the_network_of_the_tutorials() -> None:
     network = loaded.recipe.model()
     assert count_parameters(network) == 25_578
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert overrides.short_name(loaded.recipe.data.source) == "CIFAR10"
+    assert short_name(loaded.recipe.data.source) == "CIFAR10"
     assert loaded.recipe.data.fallback is not None
     assert "accelerate launch -m launcher recipes/simplecnn.py" in loaded.note
 

@@ -1,60 +1,36 @@
 """Settings by dotted names: override, list, and the resolved form."""
 
 import copy
-import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD
 from torchvision.datasets import CIFAR10
 from torchvision.models import resnet18
 
-from launcher import Draws, Recipe, Synthetic, crop, cutout, ema, flip, linear
-from launcher.config import loader, overrides
+from launcher import Recipe, flip
+from launcher.config import overrides
+from launcher.config.serialize import resolve, short_name
+from launcher.config.settings import list_settings
 from launcher.errors import UserError
-from tests.support.helpers import RECIPES, Tiny, refused, tiny_recipe
+from tests.support.helpers import Tiny, refused, tiny_recipe
 
 
 def value_of(recipe: Recipe, name: str) -> Any:
     """The setting `name` in the resolved form."""
-    value = overrides.as_dict(recipe)
+    value = resolve(recipe)
     for part in name.split("."):
         if isinstance(value, list):
             value = next(item for item in value if item["call"].endswith(f":{part}"))
         else:
             value = value[part]
     return value
-
-
-def varied(  # type: ignore[no-untyped-def]
-    images: Tensor,
-    draws: Draws,
-    *,
-    flag: bool = False,
-    count: int = 3,
-    strength: float = 0.5,
-    mode: Literal["near", "far"] = "near",
-    limit: Optional[int] = None,  # noqa: UP045 - the older spelling is what many recipes have
-    box: tuple[int, int] = (1, 2),
-    label: str = "x",
-    untyped=None,
-) -> Tensor:
-    return images
-
-
-@pytest.fixture
-def recipe() -> Recipe:
-    return tiny_recipe(
-        data={"source": partial(Synthetic, count=100), "augment": (flip, crop, varied)},
-        schedule=partial(linear, warmup=0.1),
-        average=partial(ema, decay=0.9),
-    )
 
 
 # Overrides
@@ -112,8 +88,8 @@ def test_an_override_sets_the_named_setting_and_no_other(
     value = value_of(changed, name)
     assert value == expected
     assert type(value) is type(expected)
-    before = dict(flat(overrides.as_dict(recipe)))
-    after = dict(flat(overrides.as_dict(changed)))
+    before = dict(flat(resolve(recipe)))
+    after = dict(flat(resolve(changed)))
     odd = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     last = name.rpartition(".")[2]
     assert all(last in key for key in odd), odd
@@ -154,7 +130,7 @@ def test_an_overridden_partial_keeps_its_other_keywords(recipe: Recipe) -> None:
 
 def test_an_overridden_augmentation_keeps_its_place_among_the_others(recipe: Recipe) -> None:
     changed = overrides.override(recipe, ["data.augment.crop.padding=2"])
-    assert [overrides.short_name(item) for item in changed.data.augment] == [
+    assert [short_name(item) for item in changed.data.augment] == [
         "flip",
         "crop",
         "varied",
@@ -197,16 +173,16 @@ def test_a_keyword_that_a_partial_passes_through_is_a_setting(recipe: Recipe) ->
     assert value_of(recipe, "model.num_classes") == 10
     changed = overrides.override(recipe, ["model.num_classes=5"])
     assert value_of(changed, "model.num_classes") == 5
-    assert "model.num_classes" in [setting.name for setting in overrides.list_settings(recipe)]
+    assert "model.num_classes" in [setting.name for setting in list_settings(recipe)]
 
 
 @pytest.mark.parametrize(
     "word", ["epochs=3", "optimizer.lr=0.5", "data.augment.crop.padding=1", "model.width=2"]
 )
 def test_an_override_never_changes_the_original(recipe: Recipe, word: str) -> None:
-    before = copy.deepcopy(overrides.as_dict(recipe))
+    before = copy.deepcopy(resolve(recipe))
     overrides.override(recipe, [word])
-    assert overrides.as_dict(recipe) == before
+    assert resolve(recipe) == before
 
 
 # Refusals
@@ -396,165 +372,3 @@ def test_a_shell_passes_on_a_value_that_is_typed_as_it_is_shown(value: object) -
     word = f"x={overrides.as_text(value)}"
     passed = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, text=True)
     assert overrides.parse(passed.stdout.removeprefix("x="), type(value), "x") == value
-
-
-# The resolved form
-
-
-def test_the_resolved_form_is_plain_json_with_defaults_filled_in(recipe: Recipe) -> None:
-    form = overrides.as_dict(recipe)
-    assert json.loads(json.dumps(form)) == form
-    assert form["optimizer"]["call"] == "torch.optim.adam:Adam"
-    assert form["optimizer"]["lr"] == 1e-3
-    assert form["optimizer"]["eps"] == 1e-8
-    assert form["model"] == {"call": "tests.support.helpers:Tiny", "width": 4, "dropout": 0.0}
-    assert form["data"]["augment"][1] == {
-        "call": "launcher.data.augment:crop",
-        "padding": 4,
-        "fill": "reflect",
-    }
-    assert form["average"] == {"call": "launcher.training.state:ema", "decay": 0.9}
-    assert form["precision"] is None
-    assert form["seed"] == 0
-
-
-def test_two_separately_built_equal_recipes_have_equal_forms() -> None:
-    one, two = tiny_recipe(), tiny_recipe()
-    assert one != two, "partials compare unequal: that is why there is a resolved form"
-    assert overrides.as_dict(one) == overrides.as_dict(two)
-
-
-def test_a_default_written_out_changes_nothing() -> None:
-    written = tiny_recipe(optimizer=partial(Adam, lr=1e-3, eps=1e-8), model=partial(Tiny, width=4))
-    assert overrides.as_dict(written) == overrides.as_dict(tiny_recipe())
-
-
-def test_a_keyword_and_a_position_have_the_same_form() -> None:
-    one, two = partial(Tiny, 8), partial(Tiny, width=8)
-    assert overrides.as_dict(one) == overrides.as_dict(two)
-
-
-CHANGES: list[Callable[[], Recipe]] = [
-    lambda: tiny_recipe(epochs=3),
-    lambda: tiny_recipe(seed=1),
-    lambda: tiny_recipe(model=partial(Tiny, width=5)),
-    lambda: tiny_recipe(optimizer=partial(Adam, lr=2e-3)),
-    lambda: tiny_recipe(optimizer=partial(SGD, lr=1e-3)),
-    lambda: tiny_recipe(data={"augment": (flip,)}),
-    lambda: tiny_recipe(data={"source": partial(Synthetic, count=101)}),
-    lambda: tiny_recipe(loss=partial(nn.functional.cross_entropy, weight=torch.ones(10))),
-    lambda: tiny_recipe(compile=True),
-]
-
-
-@pytest.mark.parametrize("build", CHANGES)
-def test_the_form_changes_when_a_setting_changes(build: Callable[[], Recipe]) -> None:
-    assert overrides.as_dict(build()) != overrides.as_dict(tiny_recipe())
-    assert overrides.as_dict(build()) == overrides.as_dict(build())
-
-
-def test_the_order_of_augmentations_is_part_of_the_form() -> None:
-    one = tiny_recipe(data={"augment": (flip, cutout)})
-    two = tiny_recipe(data={"augment": (cutout, flip)})
-    assert overrides.as_dict(one) != overrides.as_dict(two)
-
-
-def test_class_weights_appear_as_numbers() -> None:
-    loss = partial(nn.functional.cross_entropy, weight=torch.tensor([1.0, 2.0]))
-    assert overrides.as_dict(loss)["weight"] == [1.0, 2.0]
-
-
-def activated(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
-    return activation()
-
-
-def test_code_as_a_setting_appears_with_its_own_settings() -> None:
-    form = overrides.as_dict(partial(activated, activation=nn.GELU))
-    assert form["activation"] == {
-        "call": "torch.nn.modules.activation:GELU",
-        "approximate": "none",
-    }
-
-
-NAMELESS: dict[str, Callable[[], Recipe]] = {
-    "model": lambda: tiny_recipe(model=lambda: Tiny()),
-    "schedule": lambda: tiny_recipe(schedule=lambda progress: 1 - progress),
-    "augment": lambda: tiny_recipe(data={"augment": (lambda images, draws: images,)}),
-    "in a partial": lambda: tiny_recipe(model=partial(lambda width=3: Tiny(width))),
-}
-
-
-@pytest.mark.parametrize("place", NAMELESS)
-def test_a_lambda_is_refused_since_a_run_could_not_say_what_it_ran(place: str) -> None:
-    with refused("lambda", "with def"):
-        overrides.as_dict(NAMELESS[place]())
-
-
-# The list
-
-
-@pytest.mark.parametrize("name", ["simplecnn", "pictures64"])
-def test_the_list_of_a_shipped_recipe_has_what_a_user_expects(name: str) -> None:
-    recipe = loader.load(RECIPES / f"{name}.py").recipe
-    listed = [setting.name for setting in overrides.list_settings(recipe)]
-    expected = {
-        "model.classes",
-        "data.batch_size",
-        "data.mean",
-        "data.std",
-        "data.root",
-        "data.fallback.count",
-        "optimizer.lr",
-        "optimizer.weight_decay",
-        "epochs",
-        "accumulate",
-        "clip_norm",
-        "precision",
-        "memory_format",
-        "compile",
-        "sync_batch_norm",
-        "seed",
-        "loss.label_smoothing",
-    }
-    expected.add("model.width" if name == "simplecnn" else "data.source.size")
-    assert expected <= set(listed)
-    assert len(listed) == len(set(listed))
-    filled_in = ("root", "train", "split", "download", "transform", "target_transform", "loader")
-    for part in ("data.source", "data.fallback"):
-        assert not {f"{part}.{word}" for word in filled_in} & set(listed)
-    last_words = {setting.rpartition(".")[2] for setting in listed}
-    assert not last_words & {"params", "download", "reduction", "reduce", "size_average"}
-
-
-@pytest.mark.parametrize("name", ["simplecnn", "pictures64"])
-def test_every_listed_setting_can_be_typed_back_as_it_is_shown(name: str) -> None:
-    recipe = loader.load(RECIPES / f"{name}.py").recipe
-    listed = overrides.list_settings(recipe)
-    words = [f"{setting.name}={overrides.as_text(setting.value)}" for setting in listed]
-    assert overrides.as_dict(overrides.override(recipe, words)) == overrides.as_dict(recipe)
-
-
-def test_the_list_follows_the_order_of_the_recipes_fields(recipe: Recipe) -> None:
-    tops = [setting.name.split(".")[0] for setting in overrides.list_settings(recipe)]
-    order = list(dict.fromkeys(tops))
-    assert order == sorted(order, key=list(overrides.as_dict(recipe)).index)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("epochs", "int"),
-        ("data.root", "str"),
-        ("data.mean", "tuple[float, ...]"),
-        ("clip_norm", "float | None"),
-        ("sync_batch_norm", "bool"),
-    ],
-)
-def test_types_are_listed_as_people_write_them(recipe: Recipe, name: str, kind: str) -> None:
-    found = {setting.name: setting.type_name for setting in overrides.list_settings(recipe)}
-    assert found[name] == kind
-
-
-def test_short_names_leave_the_module_out() -> None:
-    assert overrides.short_name(partial(Tiny, width=3)) == "Tiny"
-    assert overrides.code_name(Tiny) == "tests.support.helpers:Tiny"

@@ -1,0 +1,72 @@
+"""A recipe as plain JSON: what a run writes down, and what a resumed run compares."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from launcher.config.settings import children, function_of
+from launcher.errors import UserError
+
+
+def resolve(value: Any) -> Any:
+    """A recipe or a part of it in JSON's own types.
+
+    A callable becomes `{"call": "module:name", setting: value, ...}` with all of its settings,
+    defaults included, so two equal recipes have equal forms. Raises `UserError` for a lambda.
+    """
+    if isinstance(value, tuple | list):
+        return [resolve(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {child.name: resolve(child.value) for child in children(value)}
+    if callable(value):
+        settings = {child.name: resolve(child.value) for child in children(value)}
+        return {"call": code_name(value), **settings}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "tolist"):  # a tensor or an array of class weights
+        return value.tolist()
+    return repr(value)
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """The leaves of a nested JSON form under dotted names."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return [(prefix.removesuffix("."), value)]
+    return [leaf for name, item in items for leaf in flatten(item, f"{prefix}{name}.")]
+
+
+def code_name(value: Callable[..., Any]) -> str:
+    """`module:name` of a callable, seen through its partials.
+
+    Raises `UserError` for what has no name of its own.
+    """
+    function = function_of(value)
+    if isinstance(function, nn.Module):
+        kind = type(function).__name__
+        instead = f"write {kind} without brackets, with settings in partial({kind}, ...)"
+        if kind.endswith("Loss"):
+            instead = "write the function of torch.nn.functional, as in loss=cross_entropy"
+        raise UserError(
+            f"a {kind} that is built already in the recipe",
+            expected="a class or a function, which every process calls for itself",
+            instead=instead,
+        )
+    name = getattr(function, "__qualname__", None)
+    if name is None or "<lambda>" in name:
+        raise UserError(
+            "a lambda in the recipe" if name else f"{function!r} in the recipe",
+            expected="code with a name, so that a run can say what it ran",
+            instead="write it with def, at the top of the recipe file",
+        )
+    return f"{function.__module__}:{name}"
+
+
+def short_name(value: Callable[..., Any]) -> str:
+    """The name of a callable without its module."""
+    return code_name(value).split(":")[1]
