@@ -1,7 +1,5 @@
 # The launcher in a container, as an ordinary user:
 #   docker build -t registry.example.com/launcher .
-# Without CUDA, 4 GB smaller:
-#   docker build --build-arg TORCH=https://download.pytorch.org/whl/cpu -t registry.example.com/launcher .
 FROM python:3.12-slim
 
 # torch.compile needs a C++ compiler.
@@ -11,9 +9,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ \
     && useradd --uid 1000 --create-home trainer
 
 # Largest and rarest to change first: a new version of the launcher is a layer of a few kilobytes.
-ARG TORCH=https://pypi.org/simple
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir --index-url "$TORCH" torch torchvision
+RUN pip install --no-cache-dir torch torchvision
 
 COPY pyproject.toml README.md LICENSE /source/
 COPY launcher /source/launcher

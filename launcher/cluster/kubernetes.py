@@ -59,14 +59,14 @@ def _check(name: str, value: object, pattern: re.Pattern[str], expected: str) ->
 
 
 def read_site(path: Path) -> Site:
-    """Read a site's YAML file, such as `accelerate_config/kubernetes.yaml`."""
+    """Read a site's YAML file, such as `deploy/kubernetes.yaml`."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"{path} ({error})",
             expected="a YAML file that says what the cluster offers",
-            instead="begin with accelerate_config/kubernetes.yaml of the launcher",
+            instead="begin with deploy/kubernetes.yaml of the launcher",
         ) from None
     known = [field.name for field in fields(Site)]
     given: dict[str, Any] = values if isinstance(values, dict) else {}

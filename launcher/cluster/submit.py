@@ -15,8 +15,8 @@ from launcher.cluster import kubernetes, sbatch, status
 from launcher.cluster.job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
 
-SITE = Path("accelerate_config") / "slurm_site.sh"
-CLUSTER = Path("accelerate_config") / "kubernetes.yaml"
+SITE = Path("deploy") / "slurm_site.sh"
+CLUSTER = Path("deploy") / "kubernetes.yaml"
 _USAGE = "launcher submit RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
 Train a recipe as a Slurm job, which comes back by itself after pre-emption and after its time

@@ -32,7 +32,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "recipes").mkdir()
     text = (ROOT / "recipes" / "simplecnn.py").read_text(encoding="utf-8")
     (tmp_path / "recipes" / "simplecnn.py").write_text(offline(text))
-    (tmp_path / "accelerate_config").symlink_to(ROOT / "accelerate_config")
+    for name in ("accelerate_config", "deploy"):
+        (tmp_path / name).symlink_to(ROOT / name)
     programs = tmp_path / "bin"
     programs.mkdir()
     lines = {"launcher": "launcher", "accelerate": "accelerate.commands.accelerate_cli"}

@@ -213,7 +213,7 @@ def test_different_runs_have_different_names() -> None:
 
 
 def test_the_shipped_file_of_a_site_is_read() -> None:
-    site = read_site(ROOT / "accelerate_config" / "kubernetes.yaml")
+    site = read_site(ROOT / "deploy" / "kubernetes.yaml")
     assert site == Site(image="registry.example.com/launcher:latest", claim="runs")
 
 
@@ -238,7 +238,7 @@ def test_a_wrong_file_of_a_site_is_refused(
 
 
 def test_a_missing_file_of_a_site_is_refused(tmp_path: Path) -> None:
-    with refused("no.yaml", "accelerate_config/kubernetes.yaml"):
+    with refused("no.yaml", "deploy/kubernetes.yaml"):
         read_site(tmp_path / "no.yaml")
 
 

@@ -137,7 +137,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("accelerate_config").mkdir()
+    Path("deploy").mkdir()
     submit.SITE.write_text("#SBATCH --partition=usual\n")
     Path("other.sh").write_text("#SBATCH --partition=other\nmodule load x\n")
     assert "--partition=usual" in script(capsys)
@@ -216,7 +216,7 @@ def test_the_queue_as_squeue_prints_it(tmp_path: Path) -> None:
 
 
 def test_manifests_for_kubernetes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    site = ROOT / "accelerate_config" / "kubernetes.yaml"
+    site = ROOT / "deploy" / "kubernetes.yaml"
     words = ("--nodes", "2", "--gpus", "8", "--name", "first", "--site", str(site), "--kubernetes")
     service, batch = yaml.safe_load_all(script(capsys, *words))
     assert (service["kind"], batch["kind"]) == ("Service", "Job")

@@ -1,6 +1,6 @@
 #!/bin/bash
 # A Slurm job through `accelerate launch`, which starts the processes of each node:
-#   sbatch --nodes=2 --gpus-per-node=8 accelerate_config/slurm_accelerate.sh recipes/simplecnn.py
+#   sbatch --nodes=2 --gpus-per-node=8 deploy/slurm_accelerate.sh recipes/simplecnn.py
 # `launcher submit` needs none of this, and comes back after pre-emption; see docs/slurm.md.
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=1:00:00
