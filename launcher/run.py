@@ -52,7 +52,7 @@ from launcher.errors import (
 from launcher.loggers import wandb
 from launcher.loggers.console import Console, first_step_line, make_console, tta_note
 from launcher.loggers.profiler import Profiler
-from launcher.loggers.wandb import NullLogger, Tracker
+from launcher.loggers.wandb import NullLogger
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.training.model import build_network, count_parameters, initialize
@@ -89,7 +89,7 @@ class Loggers:
     """Where measurements go. On ranks other than 0 both do nothing."""
 
     console: Console
-    wandb: Tracker
+    wandb: NullLogger
 
 
 @dataclass
@@ -421,29 +421,27 @@ def make_loggers(
         return Loggers(console, NullLogger())
     data = ctx.data.to(torch.device("cpu"))
     own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
-    tracker = wandb.start(
-        options.wandb,
+    shown = wandb.WandbRun(
         folder=start.folder.path,
         # What is given here, W&B does not take from the environment, so that is done here, too.
         project=options.project or os.environ.get("WANDB_PROJECT", "launcher"),
         name=options.name or os.environ.get("WANDB_NAME", start.folder.path.name),
         config=loaded.config,
         tags=[loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])],
-        data=data,
         note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
         run_id=start.folder.identity,
     )
-    return Loggers(console, tracker)
+    return Loggers(console, wandb.start(options.wandb, shown, data))
 
 
 def show_header(run: ActiveRun, start: ResumePoint | None, facts: dict[str, str]) -> None:
     """What is about to run, and what the user should know about its beginning."""
-    console, tracker, data = run.loggers.console, run.loggers.wandb, run.ctx.data
+    console, wandb, data = run.loggers.console, run.loggers.wandb, run.ctx.data
     rows = {name: fact for name, fact in facts.items() if name != "fallback"}
-    rows |= {"W&B": f"{tracker.mode} {tracker.where}".strip()}
+    rows |= {"W&B": f"{wandb.mode} {wandb.where}".strip()}
     rows |= {"run folder": str(run.folder.path)} if run.folder else {}
     console.header(f"launcher: {run.loaded.name}", rows, fallback_warning(data))
-    for note in (*run.ctx.notes, tracker.notice, *(start.notes if start else ())):
+    for note in (*run.ctx.notes, wandb.notice, *(start.notes if start else ())):
         if note:
             console.say(note)
 

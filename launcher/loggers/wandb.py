@@ -1,14 +1,16 @@
-"""Weights & Biases: the only importer of wandb, on the main process and only where it is wanted.
+"""Weights & Biases: the only file that imports wandb, on rank 0 and only where it is wanted.
 
-Three promises: it never asks a question, it never makes training wait for a network, and a failure
-of W&B is a line of warning, never an exception in the training.
+Three promises: no question is ever asked, training never waits for a network, and a failure of W&B
+is a line of warning, never an exception in the training.
 """
 
+import json
 import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,7 +24,7 @@ from launcher.loggers.wandb_history import (
     Row,
     WandbHistory,
     epoch_scalars,
-    last_row_on_disk,
+    log_records,
     step_scalars,
 )
 from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
@@ -30,13 +32,13 @@ from launcher.training.metrics import Best, EpochReport, StepReport, sample_indi
 if TYPE_CHECKING:
     import wandb
 
-# What W&B is told unless the user's environment says otherwise.
+# What is set for W&B where the user's environment says nothing else.
 ENVIRONMENT = {
     "WANDB_HTTP_TIMEOUT": "5",  # seconds; login, tables and artifacts wait for a silent server
     "WANDB_INIT_TIMEOUT": "30",  # seconds until a run that cannot begin online begins offline
     "WANDB_FINISH_TIMEOUT": "30",  # seconds to upload the rest; what is left stays on disk
     "WANDB_ERROR_REPORTING": "false",  # its own retries hold up the end by 12 s without a network
-    "WANDB_SILENT": "true",  # the launcher says itself where the run is
+    "WANDB_SILENT": "true",  # the launcher's own header names the run
 }
 GRAPHQL_RETRIES = 2  # the client's default goes on for minutes, and `finish` waits for it
 MOST_WAITING = 16  # epochs whose images and tables may wait for the network
@@ -45,24 +47,40 @@ MOST_TABLE_CLASSES = 100  # W&B takes at most 10,000 rows: the confusion matrix 
 _log = logging.getLogger("launcher")
 
 
+@dataclass(frozen=True)
+class WandbRun:
+    """How a run appears in W&B, and the launcher's own run folder, in which its files lie.
+
+    With `run_id` the run of that id is continued, or begun under it.
+    """
+
+    folder: Path
+    project: str
+    name: str
+    config: dict[str, Any]
+    tags: Sequence[str] = ()
+    note: str = ""
+    run_id: str | None = None
+
+
 class NullLogger:
-    """Tracks nothing: when W&B is off, and on all ranks but the first."""
+    """Without W&B: where it is off, and on all ranks but 0. `notice` says why it is off."""
 
     def __init__(self, notice: str = "") -> None:
-        """Say why, where it was not asked for."""
+        """`notice` is empty where nobody expected W&B."""
         self.mode, self.where, self.notice = "off", "", notice
 
     def log_step(self, report: StepReport) -> None:
-        """Do nothing."""
+        """The training since the last report."""
 
     def log_epoch(self, report: EpochReport, best: Best | None) -> None:
-        """Do nothing."""
+        """An epoch, and the best one so far."""
 
     def finish(self, exit_code: int) -> None:
-        """Do nothing."""
+        """The end of the run."""
 
 
-class WandbLogger:
+class WandbLogger(NullLogger):
     """A run of W&B: `mode` is online or offline, `where` its address or its folder.
 
     `notice` says why it is not the mode that was asked for. Images and tables are made and sent by
@@ -70,31 +88,31 @@ class WandbLogger:
     """
 
     def __init__(self, run: "wandb.Run", samples: "Samples", notice: str, folder: Path) -> None:
-        """Record into a run that has begun; `folder` is the launcher's own run folder."""
+        """Log into a run that has begun; `folder` is the launcher's own run folder."""
         self._run, self._samples, self._warned = run, samples, False
         self._folder = Path(run.dir).parent
         self.mode = "offline" if run.offline else "online"
         self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
-        self._journal = WandbHistory(folder)
+        self._history = WandbHistory(folder)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_images, name="images", daemon=True)
         self._thread.start()
         with self._only_warning():
             _define_axes(run)
-            for row in self._journal.rows[self._last_row_there() :]:
-                run.log(row)  # without its pictures, which went with the process
+            for row in self._history.rows[self._last_row_kept() :]:
+                run.log(row)  # its images are lost with the process that was killed
 
     def log_step(self, report: StepReport) -> None:
-        """Record the training since the last report."""
+        """Log the training since the last report."""
         with self._only_warning():
-            if self._journal.is_new("step", report.step):  # else replayed after a resume
+            if self._history.is_new("step", report.step):  # else trained again after a resume
                 self._log(step_scalars(report))
 
     def log_epoch(self, report: EpochReport, best: Best | None) -> None:
-        """Record an epoch, the best one so far, and later the sample images and the tables."""
+        """Log an epoch, the best one so far, and later the sample images and the tables."""
         with self._only_warning():
-            if not self._journal.is_new("epoch", report.epoch):
+            if not self._history.is_new("epoch", report.epoch):
                 return
             self._log(epoch_scalars(report, best, self._samples.classes))
             if self._waiting.qsize() >= MOST_WAITING:
@@ -111,19 +129,20 @@ class WandbLogger:
             _log.warning("W&B lacks a part of the run (%s): wandb sync %s", error, self._folder)
 
     def _log(self, scalars: Row) -> None:
-        """One row, which the journal has numbered."""
-        self._run.log(self._journal.add(scalars))
+        self._run.log(self._history.add(scalars))
 
-    def _last_row_there(self) -> int:
-        """The number of the last row that W&B has from earlier attempts, or may get by a sync."""
-        if not self._journal.rows:
+    def _last_row_kept(self) -> int:
+        """The number of the last row that W&B has from earlier attempts, or may get by a sync.
+
+        Online the summary of the continued run holds it; offline the logs on disk do.
+        """
+        if not self._history.rows:
             return 0
         kinds = ("offline-run-*", "run-*") if self._run.offline else ("offline-run-*",)
-        parts = (part for kind in kinds for part in self._folder.parent.glob(kind))
-        found = last_row_on_disk(part for part in parts if part != self._folder)
-        if self._run.offline:
-            return found
-        return max(found, dict(self._run.summary).get(ROW, 0))
+        parts = {part for kind in kinds for part in self._folder.parent.glob(kind)}
+        logs = (log for part in parts - {self._folder} for log in part.glob("*.wandb"))
+        found = max(map(last_row, logs), default=0)
+        return found if self._run.offline else max(found, dict(self._run.summary).get(ROW, 0))
 
     def _log_images(self) -> None:
         while (report := self._waiting.get()) is not None:
@@ -133,7 +152,7 @@ class WandbLogger:
 
     @contextmanager
     def _only_warning(self) -> Iterator[None]:
-        """Turn the first exception into a warning and hide those that follow it."""
+        """Turn the first exception into a warning and leave out those that follow it."""
         try:
             yield
         except Exception as error:
@@ -142,7 +161,15 @@ class WandbLogger:
                 _log.warning("W&B misses something (training goes on): %s", _one_line(error))
 
 
-Tracker = NullLogger | WandbLogger
+def last_row(log: Path) -> int:
+    """The number of the last row in one of W&B's own logs; 0 where there is none."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    records = map(Record.FromString, log_records(log.read_bytes()))
+    items = (item for record in records for item in record.history.item)
+    return max(
+        (json.loads(i.value_json) for i in items if ROW in (i.key, *i.nested_key)), default=0
+    )
 
 
 class Samples:
@@ -193,54 +220,42 @@ class Samples:
         return zip(self._pictures, self._truths, guesses, confidences, strict=True)
 
 
-def start(
-    mode: str | None,
-    *,
-    folder: Path,
-    project: str,
-    name: str,
-    config: dict[str, Any],
-    tags: Sequence[str],
-    data: Data,
-    note: str,
-    run_id: str | None = None,
-) -> Tracker:
-    """Begin to track a run: `mode` is online, offline, off, or None for whatever is possible.
+def start(mode: str | None, run: WandbRun, data: Data) -> NullLogger:
+    """Begin to log a run: `mode` is online, offline, off, or None for whatever is possible.
 
-    Call it on the main process only. Never raises and never asks: where W&B cannot do what was
-    wanted, the tracker does less and its `notice` says why. With `run_id` the run of that id is
-    continued, or begun under it; rows that it has already are left out.
+    Call it on rank 0 only. Never raises and never asks: where W&B cannot do what was wanted, the
+    logger does less and its `notice` says why. Rows that a continued run has are left out.
     """
     if (mode or os.environ.get("WANDB_MODE")) in ("off", "disabled"):
         return NullLogger()
     try:
-        _prepare_environment(folder)
+        _prepare_environment(run.folder)
         import wandb
 
         samples = Samples(data)
         begin = partial(
             wandb.init,
-            dir=folder,
-            project=project,
-            name=name,
-            config={**config, "data_fallback": data.fallback},
-            tags=list(tags),
-            notes=note or None,
-            id=run_id,
-            resume="allow" if run_id else None,
+            dir=run.folder,
+            project=run.project,
+            name=run.name,
+            config={**run.config, "data_fallback": data.fallback},
+            tags=list(run.tags),
+            notes=run.note or None,
+            id=run.run_id,
+            resume="allow" if run.run_id else None,
             settings=_settings(),
         )
         mode, notice = _choose(mode)
         if mode == "online":
             try:
-                return WandbLogger(begin(mode="online"), samples, notice, folder)
+                return WandbLogger(begin(mode="online"), samples, notice, run.folder)
             except Exception as error:
                 notice = f"W&B keeps the run offline: {_one_line(error)}"
                 wandb.teardown()  # or the same id is refused
         if mode == "off":
             return NullLogger()
-        return WandbLogger(begin(mode="offline"), samples, notice, folder)
-    except Exception as error:  # whatever is wrong with W&B, training can do without it
+        return WandbLogger(begin(mode="offline"), samples, notice, run.folder)
+    except Exception as error:  # whatever is wrong with W&B, training works without it
         return NullLogger(f"W&B is off: {_one_line(error)}")
 
 

@@ -1,14 +1,12 @@
-"""The rows that W&B is given: what is in them, and which it was given already.
+"""The rows of a run in W&B: what is in them, and which of them W&B has.
 
-Every row is noted, so that a resumed run neither repeats one nor loses one. It trains some steps
-again, whose rows W&B has already; and a killed process takes the last rows with it, which W&B's own
-process had not sent or written yet.
+Every row is kept in a file of the launcher's own, so that a resumed run neither repeats one nor
+loses one. It trains some steps again, whose rows W&B has already; and when a process is killed, the
+last rows are lost that W&B's own process had not sent or written yet.
 """
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from launcher.utils import atomic_write
 # The figures that make a row that of a step, or of an epoch, and where their number stands.
 _KINDS = {"step": ("train/loss", "train/step"), "epoch": ("test/accuracy", "epoch")}
 ROW = "row"  # each row's own number, by which a resumed run sees what W&B has; tables have none
-INSPECTION_SECONDS = 60
+BLOCK, PART_HEADER = 32 * 1024, 7  # bytes
+WHOLE, LAST = 1, 4  # kinds of parts that end a record
 
 Row = dict[str, Any]
 MOST_CLASS_CURVES = 20
@@ -54,7 +53,7 @@ def epoch_scalars(
 
 
 class WandbHistory:
-    """The scalars of all rows of a run, in their order, one JSON object a line."""
+    """The scalars of all rows of a run, in their order, as lines of JSON in the run folder."""
 
     def __init__(self, folder: Path) -> None:
         """Read what earlier attempts have logged; drop a line that a kill cut off."""
@@ -76,7 +75,7 @@ class WandbHistory:
         return number > self._last[kind]
 
     def add(self, scalars: Row) -> Row:
-        """Note a row, before W&B gets it; returns it with its number, counted from 1."""
+        """Keep a row, before W&B gets it; returns it with its number, counted from 1."""
         row = {**scalars, ROW: len(self.rows) + 1}
         atomic_write.append(self._path, json.dumps(row))
         self.rows.append(row)
@@ -86,15 +85,24 @@ class WandbHistory:
         return row
 
 
-def last_row_on_disk(parts: Iterable[Path]) -> int:
-    """The number of the last row in W&B's own logs of earlier attempts; 0 if none can be read."""
-    return max((row for part in parts for row in _rows_of(part)), default=0)
+def log_records(log: bytes) -> Iterator[bytes]:
+    """The whole records of one of W&B's own logs; what a kill has cut off at its end is left out.
 
-
-def _rows_of(part: Path) -> list[int]:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
-        done = subprocess.run(command, capture_output=True, timeout=INSPECTION_SECONDS, check=False)
-        records = map(json.loads, done.stdout.splitlines())
-        return [record.get("history", {}).get("item", {}).get(ROW, 0) for record in records]
-    return []
+    The format is LevelDB's: blocks of 32 KiB, in them parts of records, before each its checksum
+    (4 bytes), size (2) and kind (1): a record is whole (1), or a first, middle or last part (4).
+    The first block begins with W&B's own 7 bytes.
+    """
+    position, record = PART_HEADER, b""
+    while position + PART_HEADER <= len(log):
+        left = BLOCK - position % BLOCK
+        if left < PART_HEADER:  # no room for another part in this block
+            position += left
+            continue
+        size, kind = int.from_bytes(log[position + 4 : position + 6], "little"), log[position + 6]
+        begin, position = position + PART_HEADER, position + PART_HEADER + size
+        if position > len(log):
+            return
+        record += log[begin:position]
+        if kind in (WHOLE, LAST):
+            yield record
+            record = b""

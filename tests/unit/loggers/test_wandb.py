@@ -23,7 +23,7 @@ from launcher.config.loader import Loaded
 from launcher.config.options import RunOptions
 from launcher.data.sources import Data, ImageSet
 from launcher.loggers import wandb
-from launcher.loggers.wandb import NullLogger, Samples, Tracker, WandbLogger, start
+from launcher.loggers.wandb import NullLogger, Samples, WandbLogger, WandbRun, start
 from launcher.loggers.wandb_history import epoch_scalars
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
 from tests.support.helpers import tiny_recipe
@@ -53,25 +53,24 @@ def epoch_report(epoch: int, classes: int = 3) -> EpochReport:
     return EpochReport(epoch, epoch * 10, 0.5, 0.1, 100.0, 2.0, test, probabilities)
 
 
-def begin(mode: str | None, folder: Path, data: Data | None = None) -> Tracker:
-    return start(
-        mode,
+def begin(mode: str | None, folder: Path, data: Data | None = None) -> NullLogger:
+    run = WandbRun(
         folder=folder,
         project="pictures",
         name="first",
         config={"optimizer": {"lr": 0.1}},
         tags=["synthetic-data"],
-        data=data or images(),
         note="a try",
     )
+    return start(mode, run, data or images())
 
 
-def train(tracker: Tracker, epochs: range) -> None:
+def train(logger: NullLogger, epochs: range) -> None:
     """Log two steps and an epoch, as often as asked; the first epoch stays the best."""
     for epoch in epochs:
         for step in (epoch * 10 - 5, epoch * 10):
-            tracker.log_step(step_report(epoch, step))
-        tracker.log_epoch(epoch_report(epoch), Best.of(epoch_report(1)))
+            logger.log_step(step_report(epoch, step))
+        logger.log_epoch(epoch_report(epoch), Best.of(epoch_report(1)))
 
 
 @contextmanager
@@ -153,12 +152,12 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
     home = tmp_path_factory.mktemp("home")
     folder = home / "runs" / "first run"
     with own_world(home):
-        tracker = begin("offline", folder)
-        train(tracker, range(1, 3))
+        logger = begin("offline", folder)
+        train(logger, range(1, 3))
         logging.getLogger("launcher").warning("the disk is nearly full")
-        tracker.finish(3)
-    where = Path(tracker.where)
-    return Offline(folder, tracker.mode, where, tracker.notice, inspect(where))
+        logger.finish(3)
+    where = Path(logger.where)
+    return Offline(folder, logger.mode, where, logger.notice, inspect(where))
 
 
 def test_an_offline_run_lies_in_the_run_folder_with_all_that_a_later_upload_needs(
@@ -254,10 +253,10 @@ def test_a_run_carries_its_recipe_name_note_tags_log_and_exit_code(offline: Offl
 def test_name_tags_and_notes_of_the_environment_are_taken(
     name: str | None, shown: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given: dict[str, Any] = {}
+    given: list[WandbRun] = []
 
-    def began(mode: str | None, **words: Any) -> NullLogger:
-        given.update(words)
+    def began(mode: str | None, run: WandbRun, data: Data) -> NullLogger:
+        given.append(run)
         return NullLogger()
 
     monkeypatch.setattr(wandb, "start", began)
@@ -266,17 +265,18 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
         monkeypatch.setenv(variable, value)
     loaded = Loaded(tiny_recipe(), "tiny", "", "")
     run.train_loaded(loaded, RunOptions(runs=tmp_path, name=name, max_steps=1))
-    assert (given["name"], given["tags"], given["note"]) == (shown, ["tiny", "a", "b"], "why")
+    (its,) = given
+    assert (its.name, its.tags, its.note) == (shown, ["tiny", "a", "b"], "why")
 
 
 def test_an_online_run_arrives_at_the_server(world: pytest.MonkeyPatch, tmp_path: Path) -> None:
     world.setenv("WANDB_MODE", "offline")  # what is asked for comes first
     with serving(world) as server:
-        tracker = begin("online", tmp_path)
-        assert (tracker.mode, tracker.notice) == ("online", "")
-        assert tracker.where.startswith(f"{server.url}/someone/pictures/runs/")
-        train(tracker, range(1, 3))
-        tracker.finish(3)
+        logger = begin("online", tmp_path)
+        assert (logger.mode, logger.notice) == ("online", "")
+        assert logger.where.startswith(f"{server.url}/someone/pictures/runs/")
+        train(logger, range(1, 3))
+        logger.finish(3)
         got = server.received
     assert [row["train/loss"] for row in got.history if "train/loss" in row] == [
         pytest.approx(1 / step) for step in (5, 10, 15, 20)
@@ -303,14 +303,14 @@ def test_a_network_that_goes_away_costs_a_warning_but_no_training(
 ) -> None:
     world.setenv("WANDB_FINISH_TIMEOUT", "3")
     with serving(world) as server:
-        tracker = begin(None, tmp_path)
-        assert tracker.mode == "online"
-        train(tracker, range(1, 2))
+        logger = begin(None, tmp_path)
+        assert logger.mode == "online"
+        train(logger, range(1, 2))
         server.stop()
         began = time.monotonic()
-        train(tracker, range(2, 12))
+        train(logger, range(2, 12))
         assert time.monotonic() - began < 10
-        tracker.finish(0)
+        logger.finish(0)
         assert time.monotonic() - began < 30
     assert "wandb sync" in lines(caplog)[-1]
     (folder,) = tmp_path.glob("wandb/run-*")
@@ -323,54 +323,54 @@ def test_a_key_that_the_server_refuses_leads_to_an_offline_run(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with serving(world, refused="Viewer"):
-        tracker = begin(None, tmp_path)
-    assert tracker.mode == "offline"
-    assert "AuthenticationError" in tracker.notice
-    assert API_KEY not in tracker.notice
-    tracker.finish(0)
+        logger = begin(None, tmp_path)
+    assert logger.mode == "offline"
+    assert "AuthenticationError" in logger.notice
+    assert API_KEY not in logger.notice
+    logger.finish(0)
 
 
 def test_a_run_that_cannot_begin_online_begins_offline(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with serving(world, refused="UpsertBucket") as server:
-        tracker = begin("online", tmp_path)
+        logger = begin("online", tmp_path)
         assert "UpsertBucket" in server.received.operations
-    assert tracker.mode == "offline"
-    assert "refused" in tracker.notice
-    train(tracker, range(1, 2))
-    tracker.finish(0)
-    assert any(record["type"] == "exit" for record in inspect(Path(tracker.where)))
+    assert logger.mode == "offline"
+    assert "refused" in logger.notice
+    train(logger, range(1, 2))
+    logger.finish(0)
+    assert any(record["type"] == "exit" for record in inspect(Path(logger.where)))
 
 
 def test_a_mode_that_the_user_has_set_needs_no_notice(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     world.setenv("WANDB_MODE", "offline")
-    tracker = begin(None, tmp_path)
-    tracker.finish(0)
-    assert (tracker.mode, tracker.notice) == ("offline", "")
+    logger = begin(None, tmp_path)
+    logger.finish(0)
+    assert (logger.mode, logger.notice) == ("offline", "")
 
 
 def test_what_goes_wrong_in_wandb_is_one_warning(
     world: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = begin("offline", tmp_path)
-    tracker.finish(0)
+    logger = begin("offline", tmp_path)
+    logger.finish(0)
     assert not lines(caplog)
-    train(tracker, range(1, 3))  # after its end
-    tracker.finish(0)
+    train(logger, range(1, 3))  # after its end
+    logger.finish(0)
     (line,) = lines(caplog)
     assert "training goes on" in line
 
 
-def test_a_mode_that_does_not_exist_tracks_nothing_and_says_so(
+def test_a_mode_that_does_not_exist_logs_nothing_and_says_so(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     world.setenv("WANDB_MODE", "sometimes")
-    tracker = begin(None, tmp_path)
-    assert tracker.mode == "off"
-    assert "sometimes" in tracker.notice
+    logger = begin(None, tmp_path)
+    assert logger.mode == "off"
+    assert "sometimes" in logger.notice
 
 
 CHILD = """
@@ -379,13 +379,13 @@ from pathlib import Path
 from tests.unit.loggers.test_wandb import begin, train
 
 def report(mode):
-    tracker = begin(mode, Path(sys.argv[1]))
-    train(tracker, range(1, 2))
-    tracker.finish(0)
-    print(tracker.mode, bool(sys.modules.get("wandb")), tracker.notice, sep="|")
+    logger = begin(mode, Path(sys.argv[1]))
+    train(logger, range(1, 2))
+    logger.finish(0)
+    print(logger.mode, bool(sys.modules.get("wandb")), logger.notice, sep="|")
 
 """
-UNTRACKED = """
+UNLOGGED = """
 report("off")
 os.environ["WANDB_MODE"] = "disabled"
 report(None)
@@ -400,20 +400,20 @@ def child(code: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def untracked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def unlogged(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What three runs say: switched off, switched off by WANDB_MODE, and without wandb."""
-    folder = tmp_path_factory.mktemp("untracked")
+    folder = tmp_path_factory.mktemp("unlogged")
     with own_world(folder):
-        line = child(UNTRACKED, folder)
+        line = child(UNLOGGED, folder)
         return subprocess.check_output(line, cwd=ROOT, text=True, timeout=60).splitlines()
 
 
-def test_wandb_is_not_even_imported_when_it_is_off(untracked: list[str]) -> None:
-    assert untracked[:2] == ["off|False|", "off|False|"]
+def test_wandb_is_not_even_imported_when_it_is_off(unlogged: list[str]) -> None:
+    assert unlogged[:2] == ["off|False|", "off|False|"]
 
 
-def test_without_wandb_installed_training_goes_on_untracked(untracked: list[str]) -> None:
-    assert untracked[2].startswith("off|False|W&B is off: ModuleNotFoundError")
+def test_without_wandb_installed_training_goes_on_unlogged(unlogged: list[str]) -> None:
+    assert unlogged[2].startswith("off|False|W&B is off: ModuleNotFoundError")
 
 
 def test_without_an_account_a_terminal_is_not_asked_anything(
@@ -460,12 +460,12 @@ def test_a_class_without_test_images_has_no_curve() -> None:
     assert "test/class_accuracy/dog" not in names
 
 
-def test_the_null_tracker_takes_everything_and_does_nothing() -> None:
-    tracker = NullLogger()
-    train(tracker, range(1, 2))
-    tracker.finish(0)
-    assert (tracker.mode, tracker.where, tracker.notice) == ("off", "", "")
-    assert not isinstance(tracker, WandbLogger)
+def test_the_null_logger_takes_everything() -> None:
+    logger = NullLogger()
+    train(logger, range(1, 2))
+    logger.finish(0)
+    assert (logger.mode, logger.where, logger.notice) == ("off", "", "")
+    assert not isinstance(logger, WandbLogger)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
