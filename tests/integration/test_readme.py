@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from launcher.cli import main
 
@@ -39,6 +40,7 @@ TRAINS = [line for line in COMMANDS if "-m launcher" in line and "nodes.yaml" no
 NODES = [line for line in COMMANDS if "nodes.yaml" in line]
 INSTALLS = [line for line in COMMANDS if line.startswith("python3 -m venv")]
 TESTS = [line for line in COMMANDS if line == "pytest"]
+RECIPE, SCRIPT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MAKES = [line for line in COMMANDS if line.startswith("make ")]
 # Ways of starting that differ little from others, and take a while.
 LONG = ("gpu.yaml", "torchrun")
@@ -57,8 +59,7 @@ def folder(tmp_path: Path) -> Path:
     for path in (ROOT / "recipes").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         (tmp_path / "recipes" / path.name).write_text(offline(text))
-    mine, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "recipes" / "mine.py").write_text(offline(mine))
+    (tmp_path / "recipes" / "mine.py").write_text(offline(RECIPE))
     (tmp_path / "accelerate_config").symlink_to(ROOT / "accelerate_config")
     return tmp_path
 
@@ -149,6 +150,17 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
         assert ("NOT THE REAL DATA" in output) == ("--smoke" not in command)
         finals = len(list(folder.glob("runs/*/final.safetensors")))
         assert finals == ("--smoke" not in command) + ("--init-from" in command)
+
+
+def test_the_script_trains_and_uses_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Image.new("RGB", (48, 32), "red").save("picture.png")
+    exec(SCRIPT, {})
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"Best\(epoch=[12], .*\) [a-z]+", shown), shown
 
 
 @pytest.mark.slow
