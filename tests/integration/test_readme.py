@@ -1,4 +1,7 @@
-"""Every command of the README is run, made short; its recipe is run as printed."""
+"""Every command of the README and of docs/ is run, made short; the README's recipe as printed.
+
+docs/slurm.md and docs/nodes.md have tests of their own, beside this file.
+"""
 
 import io
 import os
@@ -11,20 +14,34 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from launcher.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.strip().splitlines()
-]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+PAGES["README.md"] = README
+ELSEWHERE = {
+    "slurm.md": "test_slurm_docs.py",
+    "nodes.md": "test_node_docs.py",
+    "kubernetes.md": "test_node_docs.py",
+}
+COMMANDS = sorted(
+    {
+        line
+        for name, text in PAGES.items()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.strip().splitlines()
+        if name not in ELSEWHERE
+    }
+)
 TRAINS = [line for line in COMMANDS if "-m launcher" in line and "nodes.yaml" not in line]
 NODES = [line for line in COMMANDS if "nodes.yaml" in line]
-INSTALLS = [line for line in COMMANDS if line.startswith("python -m venv")]
+INSTALLS = [line for line in COMMANDS if line.startswith("python3 -m venv")]
 TESTS = [line for line in COMMANDS if line == "pytest"]
+RECIPE, SCRIPT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MAKES = [line for line in COMMANDS if line.startswith("make ")]
 # Ways of starting that differ little from others, and take a while.
 LONG = ("gpu.yaml", "torchrun")
 SHORT = ["--max-steps", "2", "data.batch_size=16"]
@@ -42,8 +59,7 @@ def folder(tmp_path: Path) -> Path:
     for path in (ROOT / "recipes").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         (tmp_path / "recipes" / path.name).write_text(offline(text))
-    (mine,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "recipes" / "mine.py").write_text(offline(mine))
+    (tmp_path / "recipes" / "mine.py").write_text(offline(RECIPE))
     (tmp_path / "accelerate_config").symlink_to(ROOT / "accelerate_config")
     return tmp_path
 
@@ -70,8 +86,29 @@ def start(command: str, folder: Path, extra: list[str]) -> "subprocess.Popen[str
 
 def test_every_command_belongs_to_a_test() -> None:
     assert COMMANDS
-    assert sorted(TRAINS + NODES + INSTALLS + TESTS) == sorted(COMMANDS)
+    assert sorted(TRAINS + NODES + INSTALLS + TESTS + MAKES) == COMMANDS
     assert len(INSTALLS) == len(TESTS) == 1  # run by .ci/run, and by whoever reads this
+    assert MAKES == ["make test", "make train"]  # test_make.py
+    assert all((Path(__file__).parent / name).is_file() for name in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_names_is_there(name: str) -> None:
+    """Linked files and headings; files of this repository; the options of a benchmark."""
+    text, folder = PAGES[name], ROOT if name == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, heading = link.partition("#")
+        assert path.startswith("https://") or (folder / path).exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", (folder / path).read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w -]", "", title).lower() for title in titles]
+            assert heading in [anchor.replace(" ", "-") for anchor in anchors], link
+    for path in re.findall(r"`((?:tests|benchmarks|launcher|recipes|deploy)/[\w/.*-]+)`", text):
+        assert list(ROOT.glob(path)) or path == "recipes/mine.py", path
+    for benchmark, options in re.findall(r"`python\s(benchmarks/\w+\.py)([^`]*)`", text):
+        source = (ROOT / benchmark).read_text(encoding="utf-8")
+        for option in re.findall(r"--[\w-]+", options):
+            assert f'"{option}"' in source, (benchmark, option)
 
 
 def run(command: str, folder: Path, extra: list[str]) -> tuple[int, str, str]:
@@ -113,6 +150,17 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
         assert ("NOT THE REAL DATA" in output) == ("--smoke" not in command)
         finals = len(list(folder.glob("runs/*/final.safetensors")))
         assert finals == ("--smoke" not in command) + ("--init-from" in command)
+
+
+def test_the_script_trains_and_uses_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Image.new("RGB", (48, 32), "red").save("picture.png")
+    exec(SCRIPT, {})
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"Best\(epoch=[12], .*\) [a-z]+", shown), shown
 
 
 @pytest.mark.slow
