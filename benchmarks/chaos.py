@@ -4,7 +4,7 @@
 
 Each time one random process of the run is sent SIGKILL at a random moment after its beginning. In
 the end the final weights must have the SHA-256 of the uninterrupted run's. `--ranks 2` trains on
-two processes under torchrun. The recipe is tests/support/resumable.py: dropout, augmentation,
+two processes. The recipe is tests/support/resumable.py: dropout, augmentation,
 CutMix, clipping, weight average.
 """
 
@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from tests.support.processes import PYTHON, TORCHRUN, Run, fingerprint, ranks_of
+from tests.support.processes import Run, fingerprint
 
 
 def main() -> None:
@@ -49,21 +48,19 @@ def main() -> None:
 
 def torment(folder: Path, kills: int, ranks: int, chance: random.Random) -> dict[str, object]:
     """The kills, and whether the weights are those of a run that was left in peace."""
-    launch = PYTHON if ranks == 1 else TORCHRUN
     settings = (f"epochs={max(8, 6 * kills)}", "--checkpoint-every", "7")
-    whole = Run(launch, folder, "--name", "whole", *settings)
-    assert whole.process.wait() == 0, whole.text()
+    whole = Run(ranks, folder, "--name", "whole", *settings)
+    assert whole.end() == 0, whole.text()
     done = 0
     while True:
-        run = Run(launch, folder, "--name", "cut", "--resume", *settings)
+        run = Run(ranks, folder, "--name", "cut", "--resume", *settings)
         if done == kills:
-            assert run.process.wait() == 0, run.text()
+            assert run.end() == 0, run.text()
             break
         run.wait_for("run folder")
         time.sleep(chance.uniform(0, 1.5))
-        victims = ranks_of(run) if ranks > 1 else []
-        chance.choice(victims or [psutil.Process(run.process.pid)]).kill()
-        run.process.wait()
+        chance.choice(run.processes).kill()
+        run.end()
         done += 1
         print(f"kill {done} of {kills}", flush=True)
     whole_print, cut_print = (fingerprint(folder / "runs" / name) for name in ("whole", "cut"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from launcher.distributed.process_group import GRACE
 from tests.support.node_network import Node, needs_networks, network
-from tests.support.processes import ACCELERATE, PYTHON, ROOT, Run, ranks_of, write_double
+from tests.support.processes import ACCELERATE, ROOT, Run, write_double
 
 pytestmark = [pytest.mark.slow, needs_networks]
 
@@ -45,7 +45,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """One process, without interruption."""
     folder = tmp_path_factory.mktemp("alone")
-    run = Run(PYTHON, folder, "--name", "run", EPOCHS, recipe=recipe)
+    run = Run(1, folder, "--name", "run", EPOCHS, recipe=recipe)
     assert run.end() == 0, run.text()
     return folder / "runs" / "run"
 
@@ -225,7 +225,7 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(
     again = ("--max_restarts" if way == "accelerate" else "--max-restarts", "1")
     runs = [start(by(way, pair, place, *again), tmp_path, recipe) for place in range(2)]
     runs[0].wait_for("epoch 1/4")
-    ranks_of(runs[1])[0].kill()
+    runs[1].ranks()[0].kill()
     assert [run.end() for run in runs] == [0, 0], runs[0].text() + runs[1].text()
     assert "resumed after step" in runs[0].text()
     same_weights(tmp_path, alone)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import PYTHON, RESUMABLE, Run
+from tests.support.processes import RESUMABLE, Run, places_of
 
 HOST = re.escape(socket.gethostname())
 FAILING = "os.kill(os.getpid(), signal.{})"
@@ -25,16 +25,10 @@ def two_ranks(folder: Path, odd: int, does: str, *words: str) -> Iterator[list[R
     here = '        super().__init__()\n        print("prepares", flush=True)\n'
     recipe = folder / "preparing.py"
     recipe.write_text(source.replace("        super().__init__()\n", here + hook))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    runs = []
+    words = ("--name", "run", "--timeout", "3", "--max-steps", "2", *words)
+    places = places_of(2)
+    runs = [Run(1, folder, *words, recipe=recipe, environment=place) for place in places]
     try:
-        for rank in ("0", "1"):
-            place = world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            words = ("--name", "run", "--timeout", "3", "--max-steps", "2", *words)
-            runs.append(Run(PYTHON, folder, *words, recipe=recipe, environment=place))
         yield runs
     finally:
         for run in runs:

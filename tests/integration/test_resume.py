@@ -15,13 +15,9 @@ from tests.support.processes import (
     ACCELERATE,
     ACCELERATE_2,
     PATIENCE,
-    PYTHON,
-    TORCHRUN,
     TORCHRUN_1,
-    TORCHRUN_4,
     Run,
     fingerprint,
-    ranks_of,
     write_double,
 )
 
@@ -32,7 +28,7 @@ SHORT = ("epochs=12", "--checkpoint-every", "7")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on one process."""
     folder = tmp_path_factory.mktemp("whole")
-    run = Run(PYTHON, folder, "--name", "whole", *SHORT)
+    run = Run(1, folder, "--name", "whole", *SHORT)
     assert run.end() == 0, run.text()
     return folder / "runs" / "whole"
 
@@ -41,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("whole_of_two")
-    run = Run(TORCHRUN, folder, "--name", "whole", *SHORT)
+    run = Run(2, folder, "--name", "whole", *SHORT)
     assert run.end() == 0, run.text()
     return folder / "runs" / "whole"
 
@@ -53,8 +49,8 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [{name: x[name] for name in x.keys() - clock} for x in lines]
 
 
-def resume(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON) -> Run:
-    run = Run(launch, folder, "--name", "cut", "--resume", *SHORT, *words)
+def resume(folder: Path, *, ranks: int = 1, fresh: bool = False) -> Run:
+    run = Run(ranks, folder, "--name", "cut", "--resume", *SHORT, fresh=fresh)
     assert run.end() == 0, run.text()
     return run
 
@@ -65,13 +61,14 @@ def resume(folder: Path, *words: str, launch: tuple[str, ...] = PYTHON) -> Run:
 def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     name: str, whole: Path, tmp_path: Path
 ) -> None:
-    run = Run(PYTHON, tmp_path, "--name", "cut", *SHORT)
+    fresh = name == "SIGTERM"  # else both would have one seed for Python's hashes
+    run = Run(1, tmp_path, "--name", "cut", *SHORT, fresh=fresh)
     run.wait_for("epoch  3/12")
     run.process.send_signal(signal.Signals[name])
     assert run.end() == 75, run.text()
     assert f"by {name}" in run.text()
     assert "Traceback" not in run.text()
-    assert "resumed after step" in resume(tmp_path).text()
+    assert "resumed after step" in resume(tmp_path, fresh=fresh).text()
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
     assert rows(tmp_path / "runs" / "cut") == rows(whole)
 
@@ -80,7 +77,7 @@ INTERRUPTED = """
 import os, signal
 from dataclasses import replace
 from launcher.training import evaluation
-from tests import resumable
+from tests.support import resumable
 
 evaluation.EVALUATION_BATCH_ON_CPU = 50
 signalling = int(os.environ.get("AT", 0)) if os.environ.get("RANK", "0") == "0" else 0
@@ -99,23 +96,22 @@ recipe = replace(resumable.recipe, model=Interrupted, epochs=3)
 
 
 @pytest.mark.parametrize(
-    ("launch", "passes"),  # of an epoch's evaluation on one rank, with that of the samples
-    [(PYTHON, 6), pytest.param(TORCHRUN, 4, marks=pytest.mark.slow)],
-    ids=["one", "two"],
+    ("ranks", "passes"),  # of an epoch's evaluation on one rank, with that of the samples
+    [(1, 6), pytest.param(2, 4, marks=pytest.mark.slow)],
 )
 def test_a_signal_within_an_evaluation_leaves_it_to_the_resumed_run(
-    launch: tuple[str, ...], passes: int, tmp_path: Path
+    ranks: int, passes: int, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "interrupted.py"
     recipe.write_text(INTERRUPTED)
-    plain = Run(launch, tmp_path, "--name", "whole", recipe=recipe)
+    plain = Run(ranks, tmp_path, "--name", "whole", recipe=recipe)
     assert plain.end() == 0, plain.text()
     second = {"AT": str(1 + passes + 2)}  # pass of the second epoch's; the first tries the network
-    cut = Run(launch, tmp_path, "--name", "cut", recipe=recipe, environment=second)
+    cut = Run(ranks, tmp_path, "--name", "cut", recipe=recipe, environment=second)
     cut.end()
     assert "goes on from here" in cut.text()
     assert "epoch 2/3" not in cut.text()
-    resumed = Run(launch, tmp_path, "--name", "cut", "--resume", recipe=recipe)
+    resumed = Run(ranks, tmp_path, "--name", "cut", "--resume", recipe=recipe)
     assert resumed.end() == 0, resumed.text()
     assert "resumed after step 50" in resumed.text()
     folders = [tmp_path / "runs" / name for name in ("whole", "cut")]
@@ -128,7 +124,7 @@ def test_a_signal_within_an_evaluation_leaves_it_to_the_resumed_run(
 def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> None:
     chance = random.Random(int(time.time()))
     for _ in range(3):
-        run = Run(PYTHON, tmp_path, "--name", "cut", "--resume", *SHORT)
+        run = Run(1, tmp_path, "--name", "cut", "--resume", *SHORT)
         run.wait_for("run folder")
         time.sleep(chance.uniform(0, 1.0))
         run.process.kill()
@@ -142,16 +138,16 @@ def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> 
 def test_several_ranks_stop_together_and_resume_bit_identical(
     whole_of_two: Path, tmp_path: Path
 ) -> None:
-    run = Run(TORCHRUN, tmp_path, "--name", "cut", *SHORT)
+    run = Run(2, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch  3/12")
-    first, second = ranks_of(run)
+    first, second = run.ranks()
     os.kill(first.pid, signal.SIGTERM)
     time.sleep(0.7)  # as seen on clusters; a rank that left alone would hang the other
     if second.is_running():
         os.kill(second.pid, signal.SIGTERM)
     assert run.end() != 0
     assert "goes on from here" in run.text()
-    resume(tmp_path, launch=TORCHRUN)
+    resume(tmp_path, ranks=2)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
 
 
@@ -161,7 +157,7 @@ def test_sums_over_four_ranks_are_rounded_the_same_after_a_resume(tmp_path: Path
     for name, parts in {"whole": ("60",), "cut": ("10", "55", "60")}.items():
         for steps in parts:
             words = ("--name", name, "epochs=4", "--resume", "--max-steps", steps)
-            run = Run(TORCHRUN_4, tmp_path, *words)
+            run = Run(4, tmp_path, *words)
             assert run.end() == 0, run.text()
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(tmp_path / "runs" / "whole")
     assert rows(tmp_path / "runs" / "cut") == rows(tmp_path / "runs" / "whole")
@@ -169,28 +165,33 @@ def test_sums_over_four_ranks_are_rounded_the_same_after_a_resume(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_path: Path) -> None:
-    run = Run(TORCHRUN, tmp_path, "--name", "cut", *SHORT)
+    run = Run(2, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch  3/12")
-    ranks_of(run)[1].kill()
+    run.ranks()[1].kill()
     assert run.end() != 0
-    resume(tmp_path, launch=TORCHRUN)
+    resume(tmp_path, ranks=2)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize(
-    "launch", [ACCELERATE, ACCELERATE_2, TORCHRUN_1], ids=["accelerate", "accelerate_2", "torchrun"]
+    ("launch", "name"),
+    [
+        pytest.param(ACCELERATE, "SIGTERM", id="dies-of-it"),
+        pytest.param(ACCELERATE, "SIGINT", id="a-terminal-tells-both"),
+        pytest.param(ACCELERATE_2, "SIGTERM", id="passes-it-on"),
+        pytest.param(TORCHRUN_1, "SIGUSR1", id="an-agent-dies-of-it"),
+    ],
 )
 def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
     launch: tuple[str, ...], name: str, whole: Path, whole_of_two: Path, tmp_path: Path
 ) -> None:
     """Some launchers pass a signal on, some die of it: then the ranks notice that it is gone."""
-    run = Run(launch, tmp_path, "--name", "cut", *SHORT)
+    run = Run(launch, tmp_path, "--name", "cut", *SHORT, fresh=True)
     run.wait_for("epoch  3/12")
-    ranks = ranks_of(run)
+    ranks = run.ranks()
     run.process.send_signal(signal.Signals[name])
-    if launch == ACCELERATE and name == "SIGINT":  # a terminal tells both: they are one group
+    if name == "SIGINT":  # a terminal tells both: they are one group
         ranks[0].send_signal(signal.SIGINT)
     run.end()
     for rank in ranks:
@@ -199,9 +200,9 @@ def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
     folder = tmp_path / "runs" / "cut"
     stopped = json.loads(newest_state(folder).read_text())["position"]["step"]
     assert "goes on from here" in run.text(), run.text()
-    resumed = resume(tmp_path, launch=launch)
+    resumed = resume(tmp_path, ranks=len(ranks))
     assert f"resumed after step {stopped}" in resumed.text()
-    assert fingerprint(folder) == fingerprint(whole_of_two if launch == ACCELERATE_2 else whole)
+    assert fingerprint(folder) == fingerprint(whole if len(ranks) == 1 else whole_of_two)
 
 
 def newest_state(folder: Path) -> Path:
@@ -215,19 +216,19 @@ def test_ten_kills_of_a_random_rank_at_random_moments_change_nothing(
     seed = int(time.time())
     chance = random.Random(seed)
     for _ in range(10):
-        run = Run(TORCHRUN, tmp_path, "--name", "cut", "--resume", *SHORT)
+        run = Run(2, tmp_path, "--name", "cut", "--resume", *SHORT)
         run.wait_for("run folder")
         time.sleep(chance.uniform(0, 1.0))
-        if ranks := ranks_of(run):
+        if ranks := run.ranks():
             chance.choice(ranks).kill()
         run.end()
-    resume(tmp_path, launch=TORCHRUN)
+    resume(tmp_path, ranks=2)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two), seed
     assert rows(tmp_path / "runs" / "cut") == rows(whole_of_two), seed
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    run = Run(PYTHON, tmp_path, "--name", "cut", "epochs=4000")
+    run = Run(1, tmp_path, "--name", "cut", "epochs=4000")
     run.wait_for("first step")
     while run.process.poll() is None:
         run.process.send_signal(signal.SIGINT)
@@ -240,13 +241,13 @@ def test_other_numbers_of_ranks_follow_the_same_trajectory(tmp_path: Path) -> No
     """1 -> 2 -> 4 -> 1 processes, without what is each rank's own: dropout and BatchNorm."""
     recipe = write_double(tmp_path / "double.py")
     weights = {}
-    for name, parts in {"one": (PYTHON,), "many": (PYTHON, TORCHRUN, TORCHRUN_4, PYTHON)}.items():
+    for name, parts in {"one": (1,), "many": (1, 2, 4, 1)}.items():
         folder = tmp_path / name
         folder.mkdir()
-        for number, launch in enumerate(parts, start=1):
+        for number, ranks in enumerate(parts, start=1):
             steps = str(88 * number // len(parts))
             words = ("--name", "cut", "epochs=4", "--resume", "--max-steps", steps)
-            run = Run(launch, folder, *words, recipe=recipe)
+            run = Run(ranks, folder, *words, recipe=recipe)
             assert run.end() == 0, run.text()
         weights[name] = load_file(folder / "runs" / "cut" / "final.safetensors")
     assert weights["one"]["layers.0.weight"].dtype == torch.float64

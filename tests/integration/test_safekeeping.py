@@ -33,7 +33,7 @@ from launcher.training.metrics import Best, EpochReport
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
-from tests.support.processes import PYTHON, RESUMABLE, Run, fingerprint
+from tests.support.processes import RESUMABLE, Run, fingerprint
 from tests.support.wandb_server import API_KEY
 
 SHORT = ("epochs=6", "--name", "run", "--checkpoint-every", "7")
@@ -47,7 +47,7 @@ def checkpoints_of(run: Path) -> list[str]:
 def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
     """Files that grow beyond a limit are refused by the kernel, as on a full disk."""
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # coverage would leave a broken file behind
-    run = Run(PYTHON, tmp_path, *SHORT, environment=unmeasured)
+    run = Run(1, tmp_path, *SHORT, environment=unmeasured)
     run.wait_for("epoch 2/6")
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     assert run.end() == 1
@@ -60,7 +60,7 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
     names = checkpoints_of(folder)
     assert names
     assert all(name.startswith("step-") for name in names)
-    assert Run(PYTHON, tmp_path, *SHORT, "--resume").end() == 0
+    assert Run(1, tmp_path, *SHORT, "--resume").end() == 0
     assert fingerprint(folder) == fingerprint(whole(tmp_path))
 
 
@@ -69,14 +69,14 @@ def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
     every: str, tmp_path: Path
 ) -> None:
     words = ("epochs=400", "--name", "run", "--checkpoint-every", every)
-    run = Run(PYTHON, tmp_path, *words, environment={"COVERAGE_PROCESS_CONFIG": ""})
+    run = Run(1, tmp_path, *words, environment={"COVERAGE_PROCESS_CONFIG": ""})
     run.wait_for("epoch   2/400")
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     run.wait_for("could not be written")  # of the best weights, if of nothing else
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 1
     assert "goes on from here" not in run.text()
-    resumed = Run(PYTHON, tmp_path, *words, "--resume", "--max-steps", "1")
+    resumed = Run(1, tmp_path, *words, "--resume", "--max-steps", "1")
     resumed.end()
     found = re.search(r"resumed after (step \d+)|from (the beginning)", resumed.text())
     assert found, resumed.text()
@@ -136,14 +136,14 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
 
 
 def whole(folder: Path) -> Path:
-    run = Run(PYTHON, folder, *SHORT, "--name", "whole")
+    run = Run(1, folder, *SHORT, "--name", "whole")
     assert run.end() == 0, run.text()
     return folder / "runs" / "whole"
 
 
 @pytest.mark.slow
 def test_a_run_folder_that_is_deleted_meanwhile_ends_no_training(tmp_path: Path) -> None:
-    run = Run(PYTHON, tmp_path, *SHORT)
+    run = Run(1, tmp_path, *SHORT)
     run.wait_for("epoch 2/6")
     run.process.send_signal(signal.SIGSTOP)
     shutil.rmtree(tmp_path / "runs")
@@ -156,7 +156,7 @@ def test_a_run_folder_that_is_deleted_meanwhile_ends_no_training(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_file_in_the_place_of_the_checkpoints_costs_lines_only(tmp_path: Path) -> None:
-    run = Run(PYTHON, tmp_path, *SHORT)
+    run = Run(1, tmp_path, *SHORT)
     run.wait_for("epoch 2/6")
     run.process.send_signal(signal.SIGSTOP)
     shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
@@ -198,11 +198,11 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 def test_a_run_that_was_removed_writes_nothing_into_another_of_its_name(tmp_path: Path) -> None:
     words = ("--name", "mine", "--checkpoint-every", "5")
-    old = Run(PYTHON, tmp_path, *words, "epochs=2000")
+    old = Run(1, tmp_path, *words, "epochs=2000")
     old.wait_for("epoch    1/2000")
     old.process.send_signal(signal.SIGSTOP)
     shutil.rmtree(tmp_path / "runs" / "mine")
-    new = Run(PYTHON, tmp_path, *words, "epochs=1")
+    new = Run(1, tmp_path, *words, "epochs=1")
     assert new.end() == 0, new.text()
     before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     old.process.send_signal(signal.SIGCONT)
@@ -285,15 +285,15 @@ def test_no_output_of_a_run_holds_a_planted_secret(tmp_path: Path) -> None:
     recipe.write_text(source)
     word = f"model.note=https://h/x?token=planted-parameter&also={SECRETS['HF_TOKEN']}"
     words = ("epochs=1", "--name", "run", "--wandb", "offline", word)
-    run = Run(PYTHON, tmp_path, *words, recipe=recipe, environment=SECRETS)
+    run = Run(1, tmp_path, *words, recipe=recipe, environment=SECRETS)
     assert run.end() == 0, run.text()
-    again = Run(PYTHON, tmp_path, *words, "--resume", recipe=recipe, environment=SECRETS)
+    again = Run(1, tmp_path, *words, "--resume", recipe=recipe, environment=SECRETS)
     assert again.end() == 0, again.text()
     wrong = f"optimizer.lr={SECRETS['DB_PASSWORD']}"
-    bad = Run(PYTHON, tmp_path, wrong, recipe=recipe, environment=SECRETS)
+    bad = Run(1, tmp_path, wrong, recipe=recipe, environment=SECRETS)
     assert bad.end() == 2
     for shown in ("--dry-run", "--help"):
-        showing = Run(PYTHON, tmp_path, *words, shown, recipe=recipe, environment=SECRETS)
+        showing = Run(1, tmp_path, *words, shown, recipe=recipe, environment=SECRETS)
         assert showing.end() == 0, showing.text()
     recipe.unlink()
     places = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -306,10 +306,10 @@ def test_no_output_of_a_run_holds_a_planted_secret(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
-    first = Run(PYTHON, tmp_path, "epochs=1", "--name", "first")
+    first = Run(1, tmp_path, "epochs=1", "--name", "first")
     assert first.end() == 0, first.text()
     words = ("epochs=1", "--name", "second", "--init-from", "first", "--max-steps", "1")
-    second = Run(PYTHON, tmp_path, *words, "optimizer.lr=0.0")
+    second = Run(1, tmp_path, *words, "optimizer.lr=0.0")
     assert second.end() == 0, second.text()
     assert "from runs/first/final.safetensors" in second.text()
     weights = [
@@ -319,9 +319,9 @@ def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
     assert torch.equal(weights[0][key], weights[1][key])
     shutil.rmtree(tmp_path / "runs" / "first")  # from now on the checkpoint has all
     again = ("epochs=1", "--init-from", "first", "--resume", "optimizer.lr=0.0")
-    resumed = Run(PYTHON, tmp_path, *again, "--name", "second")
+    resumed = Run(1, tmp_path, *again, "--name", "second")
     assert resumed.end() == 0, resumed.text()
-    assert Run(PYTHON, tmp_path, *again, "--name", "third").end() == 2
+    assert Run(1, tmp_path, *again, "--name", "third").end() == 2
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.processes import RESUMABLE, TORCHRUN_4, Run, fingerprint
+from tests.support.processes import RESUMABLE, Run, fingerprint
 from tests.support.slurm_cluster import Slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -25,7 +25,7 @@ _WAIT = "time.sleep(float(os.environ['SLEEP'])) or self.layers(images)"
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of an uninterrupted run of four ranks, without Slurm."""
     folder = tmp_path_factory.mktemp("whole")
-    run = Run(TORCHRUN_4, folder, "--name", "whole", f"epochs={EPOCHS}")
+    run = Run(4, folder, "--name", "whole", f"epochs={EPOCHS}")
     assert run.end() == 0, run.text()
     return fingerprint(folder / "runs" / "whole")
 

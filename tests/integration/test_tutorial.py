@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import PYTHON, TORCHRUN, Run, fingerprint
+from tests.support.processes import Run, fingerprint
 
 CIFAR = """
 import torch.nn as nn
@@ -62,7 +62,7 @@ recipe = Recipe(
 """
 
 
-@pytest.mark.parametrize("launch", [PYTHON, TORCHRUN], ids=["1 rank", "2 ranks"])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("text", "model", "source"),
     [
@@ -72,11 +72,11 @@ recipe = Recipe(
     ids=["CIFAR-10", "own pictures"],
 )
 def test_the_tutorials_class_trains_and_resumes(
-    launch: tuple[str, ...], text: str, model: str, source: str, tmp_path: Path
+    ranks: int, text: str, model: str, source: str, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(text + RECIPE.format(model=model, source=source))
-    whole = Run(launch, tmp_path, "--name", "whole", recipe=recipe)
+    whole = Run(ranks, tmp_path, "--name", "whole", recipe=recipe)
     assert whole.end() == 0, whole.text()
     line = 1 + (text + RECIPE).splitlines().index("        x = x.view(x.size(0), -1)")
     note = f"mine.py, line {line}: `x = x.view(x.size(0), -1)` refuses channels_last"
@@ -85,6 +85,6 @@ def test_the_tutorials_class_trains_and_resumes(
     config = json.loads((tmp_path / "runs" / "whole" / "config.json").read_text())
     assert config["memory_format"] == "contiguous"
     for options in (("--max-steps", "3"), ()):  # cut within the epoch, and resumed
-        run = Run(launch, tmp_path, "--name", "cut", "--resume", *options, recipe=recipe)
+        run = Run(ranks, tmp_path, "--name", "cut", "--resume", *options, recipe=recipe)
         assert run.end() == 0, run.text()
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(tmp_path / "runs" / "whole")

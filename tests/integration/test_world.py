@@ -1,7 +1,6 @@
 """N processes compute what one process computes: real processes, real gradients over gloo."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import forked
 from tests.support.helpers import ROOT
+from tests.support.processes import places_of
 from tests.support.world_worker import IMAGES, SCENARIOS
 
 WORKER = ROOT / "tests" / "support" / "world_worker.py"
@@ -23,17 +24,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def train(size: int, folder: Path) -> dict[str, Any]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    several = torchrun if size > 1 else []  # one of torchrun's has DDP around its network as well
-    command = [sys.executable, *several, str(WORKER), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    fixed = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(WORKER), str(folder)]
+    with (folder / "output").open("w+") as file:
+        ranks = [
+            forked.Popen(command, cwd=folder, env={**fixed, **place}, stdout=file, stderr=file)
+            for place in places_of(size)
+        ]
+        assert [rank.wait(200) for rank in ranks] == [0] * size, (folder / "output").read_text()
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in SCENARIOS}
 
 

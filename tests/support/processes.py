@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from types import MappingProxyType
 
 import psutil
 
+from tests.support import forked
+
 ROOT = Path(__file__).parents[2]
 PYTHON = (sys.executable,)
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
@@ -18,32 +21,40 @@ _TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--n
 ACCELERATE_2 = (*ACCELERATE, "--multi_gpu", "--num_processes", "2")
 TORCHRUN_1 = (*_TORCHRUN, "1")
 TORCHRUN = (*_TORCHRUN, "2")
-TORCHRUN_4 = (*_TORCHRUN, "4")
 RESUMABLE = ROOT / "tests" / "support" / "resumable.py"
 PATIENCE = 90.0  # seconds on a busy machine
 
 
 class Run:
-    """A running launcher; its output goes into a file, which may be read while it runs."""
+    """A running launcher; its output goes into a file, which may be read while it runs.
+
+    `launch` is a number of ranks, each of which is told its place by its environment, as under
+    srun, or a command that starts them. Unless it is to be `fresh`, its process is forked from one
+    that has imported torch (forked.py).
+    """
 
     def __init__(
         self,
-        launch: tuple[str, ...],
+        launch: int | tuple[str, ...],
         folder: Path,
         *words: str,
         recipe: Path = RESUMABLE,
         environment: Mapping[str, str] = MappingProxyType({}),
+        fresh: bool = False,
     ) -> None:
         self.output = folder / f"output-{time.monotonic_ns()}"
+        self._is_agent = not isinstance(launch, int)
+        command, places = (PYTHON, places_of(launch)) if isinstance(launch, int) else (launch, [{}])
+        command = (*command, "-m", "launcher", str(recipe), "--wandb", "off", *words)
         fixed = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        fixed = {**os.environ, **fixed, "HF_HOME": str(folder), **environment}
+        start = subprocess.Popen if fresh or command[0] != sys.executable else forked.Popen
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                [*launch, "-m", "launcher", str(recipe), "--wandb", "off", *words],
-                cwd=folder,
-                env={**os.environ, **fixed, "HF_HOME": str(folder), **environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+            self.processes = [
+                start(command, cwd=folder, env={**fixed, **place}, stdout=file, stderr=file)
+                for place in places
+            ]
+        self.process = self.processes[0]
 
     def text(self) -> str:
         return self.output.read_text(errors="replace")
@@ -52,18 +63,36 @@ class Run:
         """Until the output contains `text`."""
         until = time.monotonic() + PATIENCE
         while text not in self.text():
-            assert self.process.poll() is None, self.text()
+            assert any(process.poll() is None for process in self.processes), self.text()
             assert time.monotonic() < until, self.text()
             time.sleep(0.02)
 
     def end(self) -> int:
-        return self.process.wait(timeout=PATIENCE)
+        """The exit code; of several ranks, that of the first which failed."""
+        codes = [process.wait(timeout=PATIENCE) for process in self.processes]
+        return next((code for code in codes if code), 0)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train: these, or those below torchrun or `accelerate launch`."""
+        own = [psutil.Process(process.pid) for process in self.processes]
+        if not self._is_agent:
+            return own
+        return [child for child in own[0].children() if "-m launcher" in " ".join(child.cmdline())]
 
 
-def ranks_of(run: Run) -> list[psutil.Process]:
-    """The processes that train, below torchrun or `accelerate launch`."""
-    children = psutil.Process(run.process.pid).children()
-    return [child for child in children if "-m launcher" in " ".join(child.cmdline())]
+def places_of(size: int) -> list[dict[str, str]]:
+    """What srun tells each of so many ranks on this machine; nothing where there is one."""
+    if size == 1:
+        return [{}]
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(free_port())
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def fingerprint(run: Path) -> str:

@@ -1,6 +1,7 @@
 """One rank of the equivalence test: train every scenario, write parameters and evaluations.
 
-Started by torchrun: `world_worker.py FOLDER`. Rank 0 writes FOLDER/NAME.pt for each scenario.
+`world_worker.py FOLDER`, with its place in the environment. Rank 0 writes FOLDER/NAME.pt for each
+scenario.
 """
 
 import sys

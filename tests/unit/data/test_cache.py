@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from launcher.data import cache, sources
+from tests.support import forked
 from tests.unit.cluster.test_slurm_env import TASK
 from tests.unit.data.test_sources import Cifar, images_of
 
@@ -30,7 +31,7 @@ def crowd(root: Path, processes: int, *words: str) -> dict[str, Any]:
     """What tests/support/crowd.py says of that many processes."""
     environment = os.environ | {"TMPDIR": str(root.parent / "node"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.support.crowd", str(root), str(processes), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = forked.run(command, cwd=root.parent, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout), "errors": done.stderr}
 
