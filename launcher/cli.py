@@ -25,7 +25,7 @@ from launcher.errors import (
 from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
-    from launcher.config.loader import Loaded
+    from launcher.config.loader import LoadedRecipe
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
 
@@ -155,7 +155,7 @@ def _run(words: list[str]) -> int:
     return _train(loaded, arguments, place)
 
 
-def _load(path: str, words: list[str]) -> "Loaded":
+def _load(path: str, words: list[str]) -> "LoadedRecipe":
     from dataclasses import replace
 
     from launcher.config import loader
@@ -171,7 +171,7 @@ def _load(path: str, words: list[str]) -> "Loaded":
     return replace(loaded, recipe=override(loaded.recipe, words))
 
 
-def _train(loaded: "Loaded", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
+def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
     from launcher import run
     from launcher.config.options import RunOptions
     from launcher.distributed.process_group import Timeouts
@@ -218,7 +218,7 @@ def _cadence(text: str) -> "SaveInterval":
     )
 
 
-def _dry_run(loaded: "Loaded", options: "RunOptions", world_size: int | None) -> int:
+def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world_size: int | None) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
     from launcher import run
     from launcher.checks import timing

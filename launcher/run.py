@@ -22,7 +22,7 @@ from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
 from launcher.checkpoint.run_dir import RunDir
-from launcher.config.loader import Loaded, load
+from launcher.config.loader import LoadedRecipe, load
 from launcher.config.options import RunOptions
 from launcher.config.overrides import override
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
@@ -101,7 +101,7 @@ class ActiveRun:
     """
 
     ctx: TrainContext
-    loaded: Loaded
+    loaded: LoadedRecipe
     loggers: Loggers
     folder: RunDir | None = None
     writer: Writer | None = None
@@ -141,7 +141,7 @@ def train(
     anything is written, and `TrainingError` where training fails.
     """
     if isinstance(recipe, Recipe):
-        loaded = Loaded(recipe, short_name(recipe.model).rpartition(".")[2].lower(), "", "")
+        loaded = LoadedRecipe(recipe, short_name(recipe.model).rpartition(".")[2].lower(), "", "")
     else:
         loaded = load(Path(recipe))
     loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
@@ -155,7 +155,7 @@ def train(
             reset_accelerator()
 
 
-def train_loaded(loaded: Loaded, options: RunOptions) -> RunResult:
+def train_loaded(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     """Train a recipe; every rank calls this.
 
     Raises `UserError` before anything is written, `TrainingError` for a loss that is not finite
@@ -190,7 +190,7 @@ def attributed(group: RankGroup, moment: Callable[[], str]) -> Iterator[None]:
         raise explained from None
 
 
-def prepare_and_run(loaded: Loaded, options: RunOptions, group: RankGroup) -> RunResult:
+def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     prepared = prepare_on_all_ranks(loaded, options, group)
     recipe, data = loaded.recipe, prepared.data
@@ -233,7 +233,7 @@ class Prepared:
     facts: dict[str, str]
 
 
-def prepare_on_all_ranks(loaded: Loaded, options: RunOptions, group: RankGroup) -> Prepared:
+def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Prepare here, and go on when all ranks have; a `UserError` of one ends all."""
     patience = options.timeouts.of_collectives
     try:
@@ -246,7 +246,7 @@ def prepare_on_all_ranks(loaded: Loaded, options: RunOptions, group: RankGroup) 
     return prepared
 
 
-def prepare(loaded: Loaded, options: RunOptions) -> Prepared:
+def prepare(loaded: LoadedRecipe, options: RunOptions) -> Prepared:
     """Open the images, count the steps, build the network."""
     recipe = loaded.recipe
     precision, origin = choose_precision(recipe.precision, torch.cuda.is_available())
@@ -260,7 +260,7 @@ def prepare(loaded: Loaded, options: RunOptions) -> Prepared:
     return Prepared(data, plan, network, precision, facts)
 
 
-def given_weights(loaded: Loaded, options: RunOptions) -> Path | None:
+def given_weights(loaded: LoadedRecipe, options: RunOptions) -> Path | None:
     """What to begin with; a file that is gone is not missed where a checkpoint takes its place."""
     if options.init_from is None:
         return None
@@ -274,7 +274,7 @@ def given_weights(loaded: Loaded, options: RunOptions) -> Path | None:
         return None
 
 
-def plan_for(loaded: Loaded, data: Data, options: RunOptions, world_size: int) -> Plan:
+def plan_for(loaded: LoadedRecipe, data: Data, options: RunOptions, world_size: int) -> Plan:
     """The plan of a recipe for these images on that many ranks."""
     save = options.checkpoint_every
     if save.steps or save.minutes:  # also after the last epoch, so that more can follow
@@ -290,7 +290,7 @@ def plan_for(loaded: Loaded, data: Data, options: RunOptions, world_size: int) -
     )
 
 
-def describe(loaded: Loaded, data: Data, plan: Plan, network: nn.Module) -> dict[str, str]:
+def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -> dict[str, str]:
     """What is trained, in words: for the header, `--dry-run` and `run.json`."""
     note = loaded.note.strip().splitlines()[:1]
     name = short_name(loaded.recipe.model)
@@ -313,7 +313,7 @@ def fallback_warning(data: Data) -> str:
 # Smoke tests
 
 
-def smoke_version(loaded: Loaded, options: RunOptions) -> tuple[Loaded, RunOptions]:
+def smoke_version(loaded: LoadedRecipe, options: RunOptions) -> tuple[LoadedRecipe, RunOptions]:
     """One epoch of a few batches of embedded images; W&B off, nothing written."""
     data, accumulate = loaded.recipe.data, min(loaded.recipe.accumulate, SMOKE_PASSES)
     smallest = World.from_env().size * accumulate
@@ -342,7 +342,7 @@ def check_smoke(losses: tuple[float, ...]) -> None:
 
 def log_and_run(
     ctx: TrainContext,
-    loaded: Loaded,
+    loaded: LoadedRecipe,
     options: RunOptions,
     facts: dict[str, str],
     profiler: Profiler | None = None,
@@ -378,7 +378,7 @@ def log_and_run(
 
 
 def open_run(
-    ctx: TrainContext, loaded: Loaded, options: RunOptions, held: ExitStack
+    ctx: TrainContext, loaded: LoadedRecipe, options: RunOptions, held: ExitStack
 ) -> ResumePoint:
     """Choose the run folder and the checkpoint on rank 0, for all ranks, and hold its lock."""
 
@@ -396,7 +396,7 @@ def open_run(
 
 
 def describe_run(
-    ctx: TrainContext, start: ResumePoint, loaded: Loaded, facts: dict[str, str]
+    ctx: TrainContext, start: ResumePoint, loaded: LoadedRecipe, facts: dict[str, str]
 ) -> ResumePoint:
     """Write on rank 0 what the run is, for all ranks."""
 
@@ -412,7 +412,7 @@ def describe_run(
 
 
 def make_loggers(
-    ctx: TrainContext, start: ResumePoint | None, loaded: Loaded, options: RunOptions
+    ctx: TrainContext, start: ResumePoint | None, loaded: LoadedRecipe, options: RunOptions
 ) -> Loggers:
     """The console and W&B, on rank 0."""
     is_main = ctx.accelerator.is_main_process

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.run_dir import RunDir
-from launcher.config.loader import Loaded
+from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
 from launcher.config.serialize import flatten
@@ -30,13 +30,13 @@ class ResumePoint:
     wandb_id: str = ""
 
 
-def new_run(options: RunOptions, loaded: Loaded) -> ResumePoint:
+def new_run(options: RunOptions, loaded: LoadedRecipe) -> ResumePoint:
     """A folder of its own for a run from the beginning."""
     return ResumePoint(run_dir.create(options.runs, options.name, loaded.name))
 
 
 def resumed_run(
-    options: RunOptions, loaded: Loaded, data_name: str, steps_per_epoch: int
+    options: RunOptions, loaded: LoadedRecipe, data_name: str, steps_per_epoch: int
 ) -> ResumePoint:
     """The newest whole checkpoint of the named, or else of the newest, run of this recipe.
 

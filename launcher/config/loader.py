@@ -20,7 +20,7 @@ from launcher.utils.redaction import cleaned
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRecipe:
     """A recipe and where it came from."""
 
     recipe: Recipe
@@ -34,7 +34,7 @@ class Loaded:
         return cleaned(resolve(self.recipe))
 
 
-def load(path: Path) -> Loaded:
+def load(path: Path) -> LoadedRecipe:
     """Run a recipe file and return its `recipe`. Raises `UserError` where there is none."""
     source = _read(path)
     module = _run(path, source)
@@ -48,7 +48,7 @@ def load(path: Path) -> Loaded:
         )
     _refuse_ill_typed(recipe, path)
     resolve(recipe)  # refuses what has no name
-    return Loaded(recipe, path.stem, source, module.__doc__ or "")
+    return LoadedRecipe(recipe, path.stem, source, module.__doc__ or "")
 
 
 def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a person sees: a header, a bar over the epoch, a line per epoch, a closing table.
+"""Output to the terminal: a header, a progress bar, a line per epoch, a closing table.
 
 On a terminal with rich; into a file or a batch job's log as plain lines without escapes. Only
-rank 0 speaks.
+rank 0 writes.
 """
 
 import re
@@ -20,34 +20,34 @@ from launcher.training.metrics import EpochReport, StepReport
 
 
 class Console:
-    """Plain lines; the base of the live console and, with no stream, silence."""
+    """Plain lines; also the base of `LiveConsole`."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        """Write to `stream`; None keeps silent."""
+        """Write to `stream`; with None, write nothing."""
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """One line, at once."""
+        """Write one line, and flush."""
         if self._stream is not None:
             self._stream.write(text + "\n")
             self._stream.flush()
 
     def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
-        """What is about to run. `warning` is something no reader may miss."""
+        """What is about to run; `warning` stands out."""
         self.say(title)
         self._rows(rows)
         if warning:
             self.say(f"!!! {warning} !!!")
 
     def step(self, report: StepReport, plan: Plan) -> None:
-        """Training has come to a log interval."""
+        """The training since the last report."""
 
     def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
         """An epoch is complete."""
         self.say(epoch_line(report, plan, is_best))
 
     def closing(self, rows: Mapping[str, str]) -> None:
-        """What was reached and where it lies."""
+        """The results, and where they are."""
         self.say("")
         self._rows(rows)
 
@@ -61,10 +61,10 @@ class Console:
 
 
 class LiveConsole(Console):
-    """The same on a terminal, with colour and a bar over the present epoch."""
+    """On a terminal: panels, colour and a progress bar of the epoch."""
 
     def __init__(self, rich: RichConsole) -> None:
-        """Draw on `rich`."""
+        """Write to `rich`."""
         super().__init__(None)
         self._rich = rich
         self._bar = Progress(
@@ -116,17 +116,17 @@ class LiveConsole(Console):
         self._rich.print(Text(fitting, style="green" if is_best else ""))
 
     def closing(self, rows: Mapping[str, str]) -> None:
-        """A panel with what was reached."""
+        """A panel with the results."""
         self.close()
         self._rich.print(Panel(_grid(rows), title="[bold]done", border_style="green"))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 def make_console(is_main: bool) -> Console:
-    """The console that fits: live on a terminal, plain into a file, silent on other ranks."""
+    """A `LiveConsole` on a terminal, plain lines into a file, nothing on ranks other than 0."""
     stream = sys.stdout
     if not is_main:
         return Console(None)
@@ -164,7 +164,7 @@ def _tta(report: EpochReport) -> str:
 
 
 def first_step_line(report: StepReport, classes: tuple[str, ...]) -> str:
-    """The loss after the first step and what the model took the first images for."""
+    """The loss of the first step, and the classes predicted for the first images."""
     names = ", ".join(classes[index] for index in report.first_predictions)
     return f"first step: loss {report.loss:.4f}; the first five images look like: {names}"
 

@@ -1,7 +1,7 @@
-"""No secret in what a run leaves: config, logs, reports and checkpoints pass through here.
+"""Hides secrets in everything a run writes: config, logs, reports and checkpoints.
 
-A secret is the value of an environment variable with a telling name, whatever stands before the @
-of an address, and a telling parameter behind its question mark.
+A secret is the value of an environment variable whose name says so (such as `API_KEY`), the user
+and password of an address (before its @), and a query parameter whose name says so.
 """
 
 import os
@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-SHORTEST = 8  # characters; a shorter value is no secret, and would be found everywhere
+SHORTEST = 8  # characters; hiding a shorter value would garble ordinary text
 
-_TELLING = "key|token|secret|password|passwd|passphrase|signature|credential"
-_TELLING_ALONE = "auth|oauth|pass|pat|pwd|sig"  # as whole words: PATH and design are no secrets
-_NAME = re.compile(rf"{_TELLING}|(?<![^\W_])(?:{_TELLING_ALONE})\d*$", re.IGNORECASE)
+_SECRET_PARTS = "key|token|secret|password|passwd|passphrase|signature|credential"
+_SECRET_WORDS = "auth|oauth|pass|pat|pwd|sig"  # whole words only: not PATH, not design
+_NAME = re.compile(rf"{_SECRET_PARTS}|(?<![^\W_])(?:{_SECRET_WORDS})\d*$", re.IGNORECASE)
 _LOGIN = re.compile(r"(\w[\w+.-]*://)[^\s/'\"]+@")  # a password may have an @ of its own
 _PARAMETER = re.compile(
-    rf"([?&](?:[^=&\s]*(?:{_TELLING})[^=&\s]*|(?:[^=&\s]*[^=&a-z\s])?(?:{_TELLING_ALONE}))=)"
+    rf"([?&](?:[^=&\s]*(?:{_SECRET_PARTS})[^=&\s]*|(?:[^=&\s]*[^=&a-z\s])?(?:{_SECRET_WORDS}))=)"
     r"[^&\s'\"]+",
     re.IGNORECASE,
 )
-_FOLDER = "PWD"  # where the shell is, and no password
+_FOLDER = "PWD"  # the present folder, not a password
 
 
 def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -32,7 +32,7 @@ def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def cleaned(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
-    """A JSON form with the secrets in its texts hidden."""
+    """A JSON value with the secrets in its strings hidden."""
     if isinstance(value, str):
         return redacted(value, environ)
     if isinstance(value, Mapping):
@@ -43,7 +43,7 @@ def cleaned(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:
-    """The longest first: one may be a part of another."""
+    """Longest first: a secret may be part of another one."""
     named = (v for name, v in environ.items() if _NAME.search(name) and name != _FOLDER)
     found = (value for value in named if len(value) >= SHORTEST)
     return sorted(found, key=len, reverse=True)

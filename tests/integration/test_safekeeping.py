@@ -22,7 +22,7 @@ from launcher import cli
 from launcher.checkpoint import resume, run_dir
 from launcher.checkpoint.checkpoint import Writer, load_weights, newest, save_weights
 from launcher.checkpoint.run_dir import RunDir
-from launcher.config.loader import Loaded
+from launcher.config.loader import LoadedRecipe
 from launcher.config.plan import Plan
 from launcher.distributed import signals
 from launcher.errors import UserError
@@ -104,7 +104,7 @@ def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None
 
 def watched(folder: RunDir, console: Console, **changes: Any) -> tuple[ActiveRun, dict[str, str]]:
     """What becomes of a tiny run in this process, and its closing rows."""
-    loaded = Loaded(tiny_recipe(**changes), "tiny", "", "")
+    loaded = LoadedRecipe(tiny_recipe(**changes), "tiny", "", "")
     loggers = Loggers(console, NullLogger())
     writer = Writer(folder.checkpoints)
     run = ActiveRun(context_of(loaded.recipe), loaded, loggers, folder, writer)

@@ -1,4 +1,4 @@
-"""What people see: on a terminal, in a log file, on other ranks."""
+"""The console: on a terminal, in a log file, on other ranks."""
 
 import io
 import os

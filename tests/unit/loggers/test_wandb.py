@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from launcher import run
-from launcher.config.loader import Loaded
+from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.data.sources import Data, ImageSet
 from launcher.loggers import wandb
@@ -263,7 +263,7 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
     own = {"WANDB_NAME": "mine", "WANDB_TAGS": "a,b", "WANDB_NOTES": "why"}
     for variable, value in own.items():
         monkeypatch.setenv(variable, value)
-    loaded = Loaded(tiny_recipe(), "tiny", "", "")
+    loaded = LoadedRecipe(tiny_recipe(), "tiny", "", "")
     run.train_loaded(loaded, RunOptions(runs=tmp_path, name=name, max_steps=1))
     (its,) = given
     assert (its.name, its.tags, its.note) == (shown, ["tiny", "a", "b"], "why")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, run
-from launcher.config.loader import Loaded
+from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Draws, Score
@@ -128,7 +128,7 @@ def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
 
 
 def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
-    loaded = Loaded(tiny_recipe(loss=in_a_row), "mine", "", "")
+    loaded = LoadedRecipe(tiny_recipe(loss=in_a_row), "mine", "", "")
     with refused("one number"):
         run.train_loaded(loaded, RunOptions(runs=tmp_path / "runs", wandb="off"))
     assert not (tmp_path / "runs").exists()
