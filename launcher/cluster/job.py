@@ -1,4 +1,4 @@
-"""A training as a batch system is to start it: what its scripts and manifests are written from."""
+"""A training as a batch system starts it; its scripts and manifests are made from this value."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from launcher.errors import UserError
 
-JOBS_FOLDER = "jobs"  # in the folder of the runs: scripts, job numbers and logs
+JOBS_FOLDER = "jobs"  # beside the run folders: records of the jobs, and their logs
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL | re.ASCII)
 
@@ -33,11 +33,11 @@ class BatchJob:
     """One training (or one per value of `sweep`) on `nodes` machines with `gpus` each.
 
     One process per GPU; with `gpus=0`, `processes` of them per machine on its CPUs, each with
-    `cpus` cores. `overrides` are settings of the recipe (`name=value`), `options` other words for
-    the launcher. `save_before` is how long before the end of `time` a run saves and stops, so that
-    the next attempt can go on.
+    `cpus` cores. `runs` is the folder of the run folders, `overrides` are settings of the recipe
+    (`name=value`), `options` the launcher's own (`--wandb=off`). `save_before` is how long before
+    the end of `time` a run saves and stops, so that the next attempt can go on.
 
-    All text but the names may hold any character but NUL: whoever renders it has to quote it.
+    All text but the names may hold any character: scripts and manifests have to quote it.
     """
 
     recipe: str
@@ -65,9 +65,6 @@ class BatchJob:
                 expected="one process per GPU",
                 instead="leave --processes out, or type --gpus 0 for a job on CPUs",
             )
-        self._check_words()
-
-    def _check_words(self) -> None:
         if self.recipe.startswith("-") or "=" in self.recipe or not self.recipe:
             raise UserError(
                 f"the recipe {self.recipe!r}",
@@ -83,9 +80,6 @@ class BatchJob:
                     expected="settings as name=value",
                     instead="see launcher submit --help for the options",
                 )
-        for text in (self.recipe, self.runs, *self.overrides, *self.options):
-            if "\0" in text:
-                raise UserError(repr(text), expected="text without NUL", instead="leave it out")
 
     @property
     def processes_per_node(self) -> int:
@@ -94,17 +88,17 @@ class BatchJob:
 
     @property
     def run_names(self) -> tuple[str, ...]:
-        """The name of each run: the job's, or for a sweep the job's with the place of the value."""
+        """The name of each run: the job's; of a sweep, followed by the number of the value."""
         if self.sweep is None:
             return (self.name,)
         return tuple(f"{self.name}-{index}" for index in range(len(self.sweep.values)))
 
-    def words(self, index: int = 0) -> tuple[str, ...]:
-        """The words behind `python -m launcher` for one run; the same for each attempt of it."""
+    def arguments(self, index: int = 0) -> tuple[str, ...]:
+        """What follows `python -m launcher` for one run; the same for each attempt of it."""
         swept = (f"{self.sweep.setting}={self.sweep.values[index]}",) if self.sweep else ()
+        save_before = f"--save-before={int(self.save_before.total_seconds())}"
         run = (f"--runs={self.runs}", f"--name={self.run_names[index]}", "--resume")
-        saves = f"--save-before={int(self.save_before.total_seconds())}"
-        return ("train", self.recipe, *self.overrides, *swept, *self.options, saves, *run)
+        return ("train", self.recipe, *self.overrides, *swept, *self.options, save_before, *run)
 
 
 def safe_name(text: str) -> str:

@@ -1,9 +1,9 @@
-"""A batch job as Kubernetes manifests: pure functions from a job and a site to YAML.
+"""A batch job as Kubernetes manifests: pure functions from a `BatchJob` and a `Site` to YAML.
 
 One pod per machine, in an Indexed Job behind a headless Service, or the same Job in a JobSet, which
-restarts all pods together. The pod's index is the machine's rank, and pod 0 has a stable name in
-DNS. A pod that saved its state before it ended (exit code 75), or that the cluster moved away, is
-run again and does not count as a failure; wrong input (2) is not tried twice.
+restarts all pods together. The pod's index is the rank of the machine, and pod 0 has a fixed name
+in DNS. A pod that saved its state before it ended (exit code 75), or that the cluster evicted, is
+run again and does not count as a failure; after wrong input (2) nothing is run again.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ WORKSPACE = "/workspace"  # the Dockerfile's WORKDIR
 USER = 1000  # the Dockerfile's USER
 PORT = 29500
 RENDEZVOUS_TIMEOUT = 900  # seconds for all pods to be scheduled and their image pulled
-RESTARTS = 10  # of all pods together; those that were saved are not counted
-_GRACE = 30  # seconds beyond `save_before` until a pod that does not end is killed
-_TERMINATED = 128 + 15  # torchrun was told to stop; its ranks saved
+RESTARTS = 10  # per machine, or of all pods of a JobSet; saved stops are not counted
+_GRACE = 30  # seconds beyond `save_before` after which a pod that does not end is killed
+_TERMINATED = 128 + 15  # torchrun was told to stop, and its ranks have saved
 _LABEL = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _OBJECT = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][\w./:@-]*", re.ASCII)
@@ -45,17 +45,20 @@ class Site:
 
     def __post_init__(self) -> None:
         """Refuse names that Kubernetes does not take."""
-        _check("image", self.image, _IMAGE, "the name of a container image")
-        _check("claim", self.claim, _OBJECT, "the name of a PersistentVolumeClaim")
-        if self.data_claim is not None:
-            _check("data_claim", self.data_claim, _OBJECT, "the name of a PersistentVolumeClaim")
-        _check("shared_memory", self.shared_memory, _QUANTITY, "a size such as 8Gi")
-        _check("wandb_secret", self.wandb_secret, _OBJECT, "the name of a Secret")
-
-
-def _check(name: str, value: object, pattern: re.Pattern[str], expected: str) -> None:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise UserError(f"{name}: {value!r}", expected=expected, instead="mend the site's file")
+        claim = "the name of a PersistentVolumeClaim"
+        for name, pattern, expected in (
+            ("image", _IMAGE, "the name of a container image"),
+            ("claim", _OBJECT, claim),
+            ("data_claim", _OBJECT, claim),
+            ("shared_memory", _QUANTITY, "a size such as 8Gi"),
+            ("wandb_secret", _OBJECT, "the name of a Secret"),
+        ):
+            value = getattr(self, name)
+            if name == "data_claim" and value is None:
+                continue
+            if not isinstance(value, str) or not pattern.fullmatch(value):
+                instead = "correct it in the site's file"
+                raise UserError(f"{name}: {value!r}", expected=expected, instead=instead)
 
 
 def read_site(path: Path) -> Site:
@@ -75,7 +78,7 @@ def read_site(path: Path) -> Site:
             raise UserError(
                 f"{name!r} in {path}",
                 expected=f"one of {', '.join(known)}",
-                instead="mend its name or remove the line",
+                instead="correct its name or remove the line",
             )
     return Site(**{"image": None, "claim": None, **given})
 
@@ -88,15 +91,14 @@ def render(job: BatchJob, site: Site, kind: Kind = "job") -> str:
             expected="the run folders on the claim of the site's file",
             instead="leave --runs out",
         )
-    build = _jobset if kind == "jobset" else _job_and_service
-    documents = [
-        manifest for index in range(len(job.run_names)) for manifest in build(job, site, index)
-    ]
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, explicit_start=True)
+    runs = [_Run(job, site, index) for index in range(len(job.run_names))]
+    build = _jobset if kind == "jobset" else _service_and_job
+    manifests = [manifest for run in runs for manifest in build(run)]
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, explicit_start=True)
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
-    """Quotes all text that another YAML reader could take for a number or a truth value."""
+    """Quotes all text that another reader of YAML could take for a number or a truth value."""
 
 
 def _text(dumper: _Dumper, text: str) -> Any:
@@ -115,34 +117,52 @@ def object_name(run: str) -> str:
     return f"run-{words}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 
 
-def _job_and_service(job: BatchJob, site: Site, index: int) -> list[Manifest]:
-    name = object_name(job.run_names[index])
+@dataclass(frozen=True)
+class _Run:
+    """One run of a job (a sweep has several), at a site."""
+
+    job: BatchJob
+    site: Site
+    index: int
+
+    @property
+    def name(self) -> str:
+        return object_name(self.job.run_names[self.index])
+
+    @property
+    def metadata(self) -> Manifest:
+        run = self.job.run_names[self.index]
+        return {
+            "name": self.name,
+            "labels": {
+                "app.kubernetes.io/name": "launcher",
+                "app.kubernetes.io/instance": self.name,
+            },
+            "annotations": {"launcher/run": run, "launcher/recipe": self.job.recipe},
+        }
+
+
+def _service_and_job(run: _Run) -> list[Manifest]:
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(job, index),
+        "metadata": run.metadata,
         "spec": {
             "clusterIP": "None",  # headless: no address of its own, a name for each pod
             "publishNotReadyAddresses": True,  # the pods meet before they are ready
-            "selector": {"batch.kubernetes.io/job-name": name},
+            "selector": {"batch.kubernetes.io/job-name": run.name},
             "ports": [{"name": "rendezvous", "port": PORT}],
         },
     }
-    spec = _job_spec(job, site, index, first=f"{name}-0.{name}", restarts=RESTARTS * job.nodes)
-    spec["template"]["spec"]["subdomain"] = name
-    batch = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": _metadata(job, index),
-        "spec": spec,
-    }
-    return [service, batch]
+    spec = _job_spec(run, f"{run.name}-0.{run.name}", restarts=RESTARTS * run.job.nodes)
+    spec["template"]["spec"]["subdomain"] = run.name
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": run.metadata, "spec": spec}
+    return [service, job]
 
 
-def _jobset(job: BatchJob, site: Site, index: int) -> list[Manifest]:
+def _jobset(run: _Run) -> list[Manifest]:
     """The Job in a JobSet: any failure but wrong input restarts all pods, at the same time."""
-    name = object_name(job.run_names[index])
-    spec = _job_spec(job, site, index, first=f"{name}-node-0-0.{name}", restarts=0)
+    spec = _job_spec(run, f"{run.name}-node-0-0.{run.name}", restarts=0)
     wrong_input = {
         "name": "wrong-input",
         "action": "FailJobSet",
@@ -152,7 +172,7 @@ def _jobset(job: BatchJob, site: Site, index: int) -> list[Manifest]:
         {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
-            "metadata": _metadata(job, index),
+            "metadata": run.metadata,
             "spec": {
                 "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
                 "failurePolicy": {"maxRestarts": RESTARTS, "rules": [wrong_input]},
@@ -162,31 +182,24 @@ def _jobset(job: BatchJob, site: Site, index: int) -> list[Manifest]:
     ]
 
 
-def _metadata(job: BatchJob, index: int) -> Manifest:
-    name = object_name(job.run_names[index])
-    return {
-        "name": name,
-        "labels": {"app.kubernetes.io/name": "launcher", "app.kubernetes.io/instance": name},
-        "annotations": {"launcher/run": job.run_names[index], "launcher/recipe": job.recipe},
-    }
-
-
-def _job_spec(job: BatchJob, site: Site, index: int, first: str, restarts: int) -> Manifest:
-    moved = {"type": "DisruptionTarget", "status": "True"}
+def _job_spec(run: _Run, first_pod: str, restarts: int) -> Manifest:
+    evicted = {"type": "DisruptionTarget", "status": "True"}
     return {
         "completionMode": "Indexed",
-        "completions": job.nodes,
-        "parallelism": job.nodes,
+        "completions": run.job.nodes,
+        "parallelism": run.job.nodes,
         "backoffLimit": restarts,
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": _exit_codes(EXIT_USER)},
-                {"action": "Ignore", "onPodConditions": [moved]},
+                {"action": "Ignore", "onPodConditions": [evicted]},
                 {"action": "Ignore", "onExitCodes": _exit_codes(EXIT_SAVED, _TERMINATED)},
             ]
         },
-        "template": {"metadata": {"labels": _metadata(job, index)["labels"]}}
-        | {"spec": _pod(job, site, index, first)},
+        "template": {
+            "metadata": {"labels": run.metadata["labels"]},
+            "spec": _pod(run, first_pod),
+        },
     }
 
 
@@ -194,10 +207,10 @@ def _exit_codes(*codes: int) -> Manifest:
     return {"containerName": "train", "operator": "In", "values": list(codes)}
 
 
-def _pod(job: BatchJob, site: Site, index: int, first: str) -> Manifest:
+def _pod(run: _Run, first_pod: str) -> Manifest:
     return {
         "restartPolicy": "Never",  # the Job decides, by the exit code
-        "terminationGracePeriodSeconds": int(job.save_before.total_seconds()) + _GRACE,
+        "terminationGracePeriodSeconds": _save_seconds(run.job) + _GRACE,
         "automountServiceAccountToken": False,
         "securityContext": {
             "runAsNonRoot": True,
@@ -206,24 +219,26 @@ def _pod(job: BatchJob, site: Site, index: int, first: str) -> Manifest:
             "fsGroup": USER,  # the volumes are this group's, so that an ordinary user can write
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(job, site, index, first)],
-        "volumes": _volumes(site),
+        "containers": [_container(run, first_pod)],
+        "volumes": _volumes(run.site),
     }
 
 
-def _container(job: BatchJob, site: Site, index: int, first: str) -> Manifest:
+def _container(run: _Run, first_pod: str) -> Manifest:
+    job = run.job
     mounts = {"runs": f"{WORKSPACE}/runs", "data": f"{WORKSPACE}/data"}
     mounts |= {"shared-memory": "/dev/shm", "temporary": "/tmp"}
     resources: Manifest = {"requests": {"cpu": str(job.processes_per_node * job.cpus)}}
     if job.gpus:
         resources["limits"] = {"nvidia.com/gpu": str(job.gpus)}
+    launched = map(_literal, job.arguments(run.index))
     return {
         "name": "train",
-        "image": site.image,
+        "image": run.site.image,
         "workingDir": WORKSPACE,
         "command": ["python", "-m", "launcher.cluster.torchrun"],
-        "args": [*_rendezvous(job, first), "-m", "launcher", *map(_literal, job.words(index))],
-        "env": _environment(job, site),
+        "args": [*_torchrun_options(job, first_pod), "-m", "launcher", *launched],
+        "env": _environment(run),
         "resources": resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -233,32 +248,35 @@ def _container(job: BatchJob, site: Site, index: int, first: str) -> Manifest:
     }
 
 
+def _save_seconds(job: BatchJob) -> int:
+    return int(job.save_before.total_seconds())
+
+
 def _literal(word: str) -> str:
-    """Keep a word as it is: Kubernetes replaces `$(NAME)` in it, and torchrun then `${name}`."""
+    """Quote the dollar signs: Kubernetes replaces `$(NAME)`, and torchrun then `${name}`."""
     return word.replace("$", "$$$$")
 
 
-def _rendezvous(job: BatchJob, first: str) -> list[str]:
+def _torchrun_options(job: BatchJob, first_pod: str) -> list[str]:
     return [
         f"--nnodes={job.nodes}",
         f"--nproc-per-node={job.processes_per_node}",
         "--node-rank=$(JOB_COMPLETION_INDEX)",
-        f"--master-addr={first}",
+        f"--master-addr={first_pod}",
         f"--master-port={PORT}",
         f"--rdzv-conf=timeout={RENDEZVOUS_TIMEOUT}",
     ]
 
 
-def _environment(job: BatchJob, site: Site) -> list[Manifest]:
+def _environment(run: _Run) -> list[Manifest]:
     index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
-    key = {"name": site.wandb_secret, "key": "WANDB_API_KEY", "optional": True}
-    seconds = int(job.save_before.total_seconds())
-    on_cpu = [] if job.gpus else [{"name": "ACCELERATE_USE_CPU", "value": "true"}]
+    key = {"name": run.site.wandb_secret, "key": "WANDB_API_KEY", "optional": True}
+    on_cpu = [] if run.job.gpus else [{"name": "ACCELERATE_USE_CPU", "value": "true"}]
     return [
         {"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": index}},
         {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": key}},
-        {"name": "OMP_NUM_THREADS", "value": str(job.cpus)},
-        {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(seconds)},
+        {"name": "OMP_NUM_THREADS", "value": str(run.job.cpus)},
+        {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(_save_seconds(run.job))},
         *on_cpu,
     ]
 

@@ -1,9 +1,9 @@
-"""A job -> the text of its sbatch script: a pure function.
+"""A job as an sbatch script: a pure function from a `BatchJob` to text.
 
 The script starts one task per process and passes USR1 (before the time limit) and TERM (at
-pre-emption or a requeue) on to them. What happens then is decided by their exit code alone: 75 says
-that the run stopped with its state saved, so the job goes back into the queue and its next attempt
-resumes the run of the same name. Every text of the user's is one quoted word of the shell.
+pre-emption or a requeue) on to them. Their exit code alone decides what follows: 75 says that the
+run stopped with its state saved, so the job goes back into the queue and its next attempt resumes
+the run of the same name. All text of the user is quoted for the shell.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from datetime import timedelta
 from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import EXIT_SAVED
 
-_AFTER_FIRST = 60  # seconds that the other tasks have when the first has ended
+_WAIT = 60  # seconds that the other tasks have to end after the first has
 
 _HEAD = """\
 jobs={jobs}
@@ -55,20 +55,29 @@ exit "$code"
 """
 
 
-def render(job: BatchJob, site: str = "") -> str:
-    """The script. `site` is the site's own: `#SBATCH` lines, and commands before the training."""
-    lines = site.splitlines()
-    directives = [line for line in lines if line.startswith("#SBATCH")]
-    commands = [line for line in lines if not line.startswith("#")]
-    own = [f"#SBATCH {option}" for option in _options(job)]  # later lines win over the site's
-    # The log is open before the commands of the site run, so that what they say is in it; what is
-    # needed behind them has names that they do not use.
-    return "\n".join(["#!/bin/bash", *directives, *own, "", _head(job), *commands, _body(job)])
+def render(job: BatchJob, site_lines: str = "") -> str:
+    """The script. `site_lines` are `#SBATCH` lines, and commands to run before the training."""
+    lines = site_lines.splitlines()
+    site_directives = [line for line in lines if line.startswith("#SBATCH")]
+    site_commands = [line for line in lines if not line.startswith("#")]
+    directives = [f"#SBATCH {option}" for option in _sbatch_options(job)]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *site_directives,
+            *directives,  # after the site's: the later of two equal options counts
+            "",
+            _head(job),  # opens the log, in which what the site's commands print belongs
+            *site_commands,
+            _body(job),  # reads variables of the head, whose names no site uses
+        ]
+    )
 
 
-def _options(job: BatchJob) -> list[str]:
-    # The launcher knows the end of its time. If it cannot ask, this warns it; up to 60 s early.
-    warning = max(1, int(job.save_before.total_seconds()) // 2)
+def _sbatch_options(job: BatchJob) -> list[str]:
+    # The launcher knows the end of its time limit where Slurm tells it. This signal is for where
+    # Slurm does not; it may come up to 60 s early.
+    signal_before = max(1, int(job.save_before.total_seconds()) // 2)
     return [
         f"--job-name={job.name}",
         f"--nodes={job.nodes}",
@@ -79,7 +88,7 @@ def _options(job: BatchJob) -> list[str]:
         *([f"--array=0-{len(job.sweep.values) - 1}"] if job.sweep else []),
         "--requeue",
         "--open-mode=append",
-        f"--signal=B:USR1@{warning}",
+        f"--signal=B:USR1@{signal_before}",
         "--output=/dev/null",  # the script opens a log for each attempt
     ]
 
@@ -104,11 +113,11 @@ def _body(job: BatchJob) -> str:
         device="" if job.gpus else "export ACCELERATE_USE_CPU=true\n",
         nodes=job.nodes,
         tasks=job.processes_per_node,
-        wait=_AFTER_FIRST,
+        wait=_WAIT,
         saved=EXIT_SAVED,
     )
 
 
 def _case(job: BatchJob, index: int) -> str:
-    words = " ".join(shlex.quote(word) for word in job.words(index))
-    return f"{index})\n  run={job.run_names[index]}\n  launcher_words=({words})\n  ;;"
+    arguments = " ".join(map(shlex.quote, job.arguments(index)))
+    return f"{index})\n  run={job.run_names[index]}\n  launcher_words=({arguments})\n  ;;"

@@ -1,12 +1,14 @@
-"""What has become of submitted jobs: from the queue, and from the folders of their runs.
+"""The state of submitted jobs: from Slurm's queue, and from the run folders.
 
 No accounting database is needed: the queue forgets a job minutes after its end, but its logs, one
-for each attempt, and its run folders stay.
+per attempt, and its run folders stay.
 """
 
 import json
+import re
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,106 +17,146 @@ from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
 from launcher.utils import atomic_write
 
+_HEADINGS = ("run", "job", "state", "attempt", "epoch", "best accuracy", "setting")
+_NAME = re.compile(r"[\w.-]+", re.ASCII)
+
 
 @dataclass(frozen=True)
-class Submitted:
-    """One run of a job, as it was submitted; `number` is Slurm's, `17_2` in an array."""
+class SubmittedRun:
+    """One run of a job as it was submitted; `number` is Slurm's job number, `17_2` in an array."""
 
     run: str
     number: str
-    setting: str = ""  # the value of a sweep
+    setting: str = ""  # of a sweep, with its value
 
-    @property
-    def logs(self) -> str:
-        """The names of its logs, as a pattern."""
-        return f"{self.run}-{self.number.partition('_')[0]}-*.log"
+    def __post_init__(self) -> None:
+        """Raise ValueError for what `record` did not write: a record may be damaged."""
+        if not (_NAME.fullmatch(self.run) and _NAME.fullmatch(self.number)):
+            raise ValueError(f"{self.run!r}, {self.number!r}")
 
 
-def remember(job: BatchJob, number: str) -> None:
+def record(job: BatchJob, number: str) -> None:
     """Write down which runs belong to job `number`."""
     path = Path(job.runs) / JOBS_FOLDER / f"{job.name}-{number}.json"
-    text = json.dumps([asdict(run) for run in _runs(job, number)], indent=2)
+    text = json.dumps([asdict(run) for run in _submitted_runs(job, number)], indent=2)
     atomic_write.replace(path, f"{text}\n".encode())
 
 
-def _runs(job: BatchJob, number: str) -> Iterator[Submitted]:
+def _submitted_runs(job: BatchJob, number: str) -> Iterator[SubmittedRun]:
     if job.sweep is None:
-        yield Submitted(job.name, number)
+        yield SubmittedRun(job.name, number)
         return
     for index, (run, value) in enumerate(zip(job.run_names, job.sweep.values, strict=True)):
-        yield Submitted(run, f"{number}_{index}", f"{job.sweep.setting}={value}")
+        yield SubmittedRun(run, f"{number}_{index}", f"{job.sweep.setting}={value}")
 
 
-def table(runs: Path, ask: Callable[[], dict[str, str] | None]) -> str:
-    """One line per submitted run: state, attempt, epoch, best figure.
-
-    `ask` gives the state of each job that is known, or None where nobody could be asked.
-    """
-    known = sorted((runs / JOBS_FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    submitted = [Submitted(**run) for path in known for run in json.loads(path.read_text())]
-    if not submitted:
+def show(runs: Path) -> None:
+    """Print a line per submitted run: a table on a terminal, else aligned text."""
+    records = sorted((runs / JOBS_FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not records:
         raise UserError(
             f"no job was submitted for runs in {runs}",
             expected="a folder of runs that launcher submit has started",
             instead="type launcher submit RECIPE first, or name the folder with --runs FOLDER",
         )
-    queue = ask()
-    heads = ("run", "job", "state", "attempt", "epoch", "best accuracy", "setting")
-    rows = [heads, *(_row(runs, run, queue) for run in submitted)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "".join(f"{line.rstrip()}\n" for line in lines)
+    queue = ask_queue()
+    rows = [tuple(map(_printable, row)) for path in records for row in _rows(path, runs, queue)]
+    if sys.stdout.isatty():
+        _print_table(rows)
+    else:
+        _print_aligned([_HEADINGS, *rows])
 
 
-def _row(runs: Path, run: Submitted, queue: dict[str, str] | None) -> tuple[str, ...]:
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*_HEADINGS)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as Text: brackets are no markup
+    Console().print(table)
+
+
+def _print_aligned(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
+        sys.stdout.write(f"{line.rstrip()}\n")
+
+
+def _rows(path: Path, runs: Path, queue: dict[str, str] | None) -> list[tuple[str, ...]]:
+    """The rows of one job, from its record at `path`."""
+    try:
+        submitted = [SubmittedRun(**run) for run in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return [(path.stem, "-", "damaged record", "-", "-", "-", "")]
+    return [_row(run, runs, queue) for run in submitted]
+
+
+def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[str, ...]:
     folder = runs / run.run
-    epochs = [row for row in map(_parsed, _lines(folder / "metrics.jsonl")) if row]
+    epochs = _epochs(folder / "metrics.jsonl")
     done = (folder / "final.safetensors").is_file()
-    attempts = len(list((runs / JOBS_FOLDER).glob(run.logs)))
+    job = run.number.partition("_")[0]
+    attempts = len(list((runs / JOBS_FOLDER).glob(f"{run.run}-{job}-*.log")))
     best = max((row["test/accuracy"] for row in epochs), default=None)
     return (
         run.run,
         run.number,
         "unknown" if queue is None else queue.get(run.number, "done" if done else "ended"),
         str(attempts) if attempts else "-",
-        f"{epochs[-1]['epoch'] if epochs else 0}/{_planned(folder)}",
+        f"{epochs[-1]['epoch'] if epochs else 0}/{_planned_epochs(folder)}",
         "-" if best is None else f"{best:.2%}",
-        run.setting,
+        str(run.setting),  # in a damaged record it may be anything
     )
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _epochs(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole: the last one may be being written."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows = map(_parsed, text.splitlines())
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict)
+        and "epoch" in row
+        and isinstance(row.get("test/accuracy"), int | float)
+    ]
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:  # being written
-        return {}
+    except ValueError:
+        return None
 
 
-def _planned(folder: Path) -> str:
+def _planned_epochs(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["epochs"])
-    except (OSError, ValueError, KeyError):
+        return str(json.loads((folder / "config.json").read_bytes())["epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "-"
 
 
-def queue() -> dict[str, str] | None:
+def ask_queue() -> dict[str, str] | None:
     """The state of each job of this user that Slurm still knows, by its number.
 
     None where Slurm does not answer.
     """
-    words = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T %r")
+    command = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T %r")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if done.returncode else dict(_states(done.stdout))
 
 
-def _states(shown: str) -> Iterator[tuple[str, str]]:
-    for line in shown.splitlines():
+def _states(output: str) -> Iterator[tuple[str, str]]:
+    for line in output.splitlines():
         number, state, reason = line.split(maxsplit=2)
         yield number, f"{state} ({reason})" if state == "PENDING" else state

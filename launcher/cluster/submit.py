@@ -1,4 +1,4 @@
-"""`launcher submit`: a training goes into the queue of a batch system. Imports nothing heavy."""
+"""`launcher submit`: a training for Slurm, or manifests for Kubernetes. Imports nothing heavy."""
 
 import argparse
 import difflib
@@ -15,8 +15,8 @@ from launcher.cluster import kubernetes, sbatch, status
 from launcher.cluster.job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
 
-SITE = Path("deploy") / "slurm_site.sh"
-CLUSTER = Path("deploy") / "kubernetes.yaml"
+SLURM_SITE = Path("deploy") / "slurm_site.sh"
+KUBERNETES_SITE = Path("deploy") / "kubernetes.yaml"
 _USAGE = "launcher submit RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
 Train a recipe as a Slurm job, which comes back by itself after pre-emption and after its time
@@ -29,8 +29,12 @@ limit and then resumes:
 Or print the manifests of the same job for Kubernetes:
 
   launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --kubernetes --dry-run"""
+_PASSED_ON = (  # options of the launcher itself
+    *("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
+    *("init-from", "timeout", "join-timeout"),
+)
 _TIME = re.compile(r"(?:(\d{1,8})-)?(\d{1,8}(?::\d{1,8}){0,2})")
-_BETWEEN_VALUES = re.compile(r",(?![^(\[]*[)\]])")  # not within the brackets of a tuple
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of the brackets of a tuple
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,20 +48,22 @@ def main(words: Sequence[str]) -> int:
     arguments, unknown = parser.parse_known_intermixed_args(words)
     if arguments.help:
         sys.stdout.write(parser.format_help())
-        return 0
-    if unknown:
-        raise _unknown(unknown[0], parser)
-    if arguments.status:
-        sys.stdout.write(status.table(Path(arguments.runs), status.queue))
-        return 0
-    job = _job(arguments, parser)
-    if arguments.kubernetes:
-        return _print_manifests(job, arguments)
-    script = sbatch.render(job, _site(arguments.site))
-    if arguments.dry_run:
-        sys.stdout.write(script)
-        return 0
-    return _submit(job, script)
+    elif unknown:
+        raise _unknown_option(unknown[0], parser)
+    elif arguments.status:
+        status.show(Path(arguments.runs))
+    elif not arguments.words:
+        parser.error("no recipe is named")
+    elif arguments.kubernetes:
+        sys.stdout.write(_manifests(arguments))
+    else:
+        job = _batch_job(arguments)
+        script = sbatch.render(job, _site_lines(arguments.site))
+        if arguments.dry_run:
+            sys.stdout.write(script)
+        else:
+            _submit(job, script)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", type=_sweep, metavar="NAME=A,B", help="one run per value, in a job array")
     add("--name", help="of the job and of its run (default: the recipe's and the time)")
     add("--runs", default="runs", metavar="DIR", help="where run folders go (default: runs)")
-    files = f"this site's own lines (default: {SITE}, or {CLUSTER})"
+    files = f"this site's own lines (default: {SLURM_SITE}, or {KUBERNETES_SITE})"
     add("--site", type=Path, metavar="FILE", help=files)
     kinds, manifests = ("job", "jobset"), "print manifests of a Job (the default) or a JobSet"
     add("--kubernetes", nargs="?", const="job", choices=kinds, metavar="KIND", help=manifests)
@@ -93,17 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_PASSED_ON = (
-    *("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
-    *("init-from", "timeout", "join-timeout"),
-)
-
-
-def _job(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> BatchJob:
-    if not arguments.words:
-        parser.error("no recipe is named")
+def _batch_job(arguments: argparse.Namespace) -> BatchJob:
     recipe, *overrides = arguments.words
-    given = {option: getattr(arguments, option.replace("-", "_")) for option in _PASSED_ON}
+    options = {option: getattr(arguments, option.replace("-", "_")) for option in _PASSED_ON}
     return BatchJob(
         recipe=recipe,
         name=arguments.name or f"{safe_name(Path(recipe).stem)}-{datetime.now():%Y%m%d-%H%M%S-%f}",
@@ -115,26 +113,27 @@ def _job(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Batc
         save_before=timedelta(seconds=arguments.save_before),
         runs=arguments.runs,
         overrides=tuple(overrides),
-        options=tuple(f"--{option}={text}" for option, text in given.items() if text is not None),
+        options=tuple(
+            f"--{option}={value}" for option, value in options.items() if value is not None
+        ),
         sweep=arguments.sweep,
     )
 
 
-def _print_manifests(job: BatchJob, arguments: argparse.Namespace) -> int:
-    """Manifests for `kubectl apply -f -`, which knows the cluster and the user's rights."""
+def _manifests(arguments: argparse.Namespace) -> str:
+    """What `kubectl apply -f -` takes: kubectl knows the cluster and the user's rights."""
     if not arguments.dry_run or arguments.time:
         raise UserError(
             f"--kubernetes {'with --time' if arguments.time else 'without --dry-run'}",
             expected="manifests to print, of a job that has as long as it needs",
             instead="type --kubernetes --dry-run | kubectl apply -f -",
         )
-    site = kubernetes.read_site(arguments.site or CLUSTER)
-    sys.stdout.write(kubernetes.render(job, site, arguments.kubernetes))
-    return 0
+    job = _batch_job(arguments)
+    site = kubernetes.read_site(arguments.site or KUBERNETES_SITE)
+    return kubernetes.render(job, site, arguments.kubernetes)
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
-    """Name all options, and the nearest first."""
+def _unknown_option(word: str, parser: argparse.ArgumentParser) -> UserError:
     valid = [text for action in parser._actions for text in action.option_strings]
     option = word.partition("=")[0]
     near = difflib.get_close_matches(option, valid, n=1) if "." not in option else []
@@ -147,7 +146,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
 
 
 def parse_time(text: str) -> timedelta:
-    """A time as Slurm takes it: minutes, [hours:]minutes:seconds, days-hours[:minutes:seconds]."""
+    """A time as in Slurm: minutes, [hours:]minutes:seconds or days-hours[:minutes[:seconds]]."""
     found = _TIME.fullmatch(text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no time like 30 (minutes), 4:00:00 or 1-12")
@@ -164,30 +163,26 @@ def parse_time(text: str) -> timedelta:
 
 def _sweep(text: str) -> Sweep:
     setting, _, values = text.partition("=")
-    return Sweep(setting, tuple(_BETWEEN_VALUES.split(values)) if values else ())
+    return Sweep(setting, tuple(_COMMA.split(values)) if values else ())
 
 
-def _site(path: Path | None) -> str:
-    """The site's own lines: of the file that is named, or else of the usual one if it is there."""
+def _site_lines(path: Path | None) -> str:
+    """The text of the site's file: the named one, or else the usual one if it is there."""
+    if path is None and not SLURM_SITE.exists():
+        return ""
+    path = path or SLURM_SITE
     try:
-        return (path or SITE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if path is None:
-            return ""
-        raise _unreadable(path, "no such file") from None
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path or SITE, getattr(error, "strerror", "not UTF-8")) from None
+        why = {FileNotFoundError: "no such file", UnicodeDecodeError: "not UTF-8"}
+        raise UserError(
+            f"--site {path} ({why.get(type(error)) or getattr(error, 'strerror', error)})",
+            expected="a file with #SBATCH lines and commands",
+            instead=f"name one, or edit {SLURM_SITE}",
+        ) from None
 
 
-def _unreadable(path: Path, why: str) -> UserError:
-    return UserError(
-        f"--site {path} ({why})",
-        expected="a file with #SBATCH lines and commands",
-        instead=f"name one, or edit {SITE}",
-    )
-
-
-def _submit(job: BatchJob, script: str) -> int:
+def _submit(job: BatchJob, script: str) -> None:
     """Hand the script to sbatch, and write down what was submitted."""
     folder = Path(job.runs) / JOBS_FOLDER
     try:
@@ -199,32 +194,20 @@ def _submit(job: BatchJob, script: str) -> int:
             instead="type --runs FOLDER",
         ) from None
     number = _sbatch(script)
-    status.remember(job, number)
+    status.record(job, number)
     for run in job.run_names:
-        sys.stdout.write(
-            f"job {number}: run {Path(job.runs) / run}, log {folder / run}-{number}-1.log\n"
-        )
-    return 0
-
-
-def _environment() -> dict[str, str]:
-    """Without what describes the job from which the user may submit: it would go for the new one's.
-
-    Outside a job, variables of Slurm are the user's own.
-    """
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if "SLURM_JOB_ID" not in os.environ or not name.startswith("SLURM_") or name == "SLURM_CONF"
-    }
+        log = folder / f"{run}-{number}-1.log"
+        sys.stdout.write(f"job {number}: run {Path(job.runs) / run}, log {log}\n")
 
 
 def _sbatch(script: str) -> str:
-    """The number of the job."""
-    data = script.encode(errors="surrogateescape")
+    """Submit the script; returns the number of the job."""
     try:
         done = subprocess.run(
-            ("sbatch", "--parsable"), input=data, capture_output=True, env=_environment()
+            ("sbatch", "--parsable"),
+            input=script.encode(errors="surrogateescape"),
+            capture_output=True,
+            env=_environment(),
         )
     except FileNotFoundError:
         raise UserError(
@@ -236,6 +219,19 @@ def _sbatch(script: str) -> str:
         raise UserError(
             f"sbatch refused the job: {done.stderr.decode(errors='replace').strip()}",
             expected="a job that this cluster can run",
-            instead=f"change the options, or the site's lines in {SITE}",
+            instead=f"change the options, or the site's lines in {SLURM_SITE}",
         )
     return done.stdout.decode().strip().partition(";")[0]
+
+
+def _environment() -> dict[str, str]:
+    """The environment without what describes the job in which the user submits another one.
+
+    Else the new job would inherit it. Outside a job, variables of Slurm are the user's own.
+    """
+    inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not (inside and name.startswith("SLURM_") and name != "SLURM_CONF")
+    }

@@ -175,7 +175,7 @@ def test_300_hostile_jobs_start_the_words_that_were_typed() -> None:
         words = container(documents)["args"]
         seen = [Template(expanded(word, {"HOME": "/root"})) for word in words]
         started = [word.safe_substitute(rank="0", local_rank="0") for word in seen]  # as torchrun
-        assert tuple(started[started.index("launcher") + 1 :]) == given.words()
+        assert tuple(started[started.index("launcher") + 1 :]) == given.arguments()
 
 
 def test_torchrun_hands_hostile_words_on_as_they_were_typed() -> None:

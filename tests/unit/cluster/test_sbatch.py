@@ -146,7 +146,7 @@ def test_a_thousand_hostile_jobs_start_what_they_should_and_nothing_else(stage: 
             found += play(stage / f"part{index}-{start}", part, index)
         for n, words in zip(chosen, found, strict=True):
             behind = words[words.index("-m") :]
-            assert behind == ["-m", "launcher", *jobs[n].words(index)], scripts[n]
+            assert behind == ["-m", "launcher", *jobs[n].arguments(index)], scripts[n]
             assert words[0] == "srun"
     assert not list(stage.rglob("HIT*"))
     for folder in stage.glob("part*/*-*"):  # and nothing was written but the log and the words

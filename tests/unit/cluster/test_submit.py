@@ -22,6 +22,12 @@ def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
+def program(name: str, script: str) -> None:
+    """A program on the path."""
+    Path(name).write_text(f"#!/bin/sh\n{script}\n")
+    Path(name).chmod(0o755)
+
+
 def script(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(["submit", "recipes/a recipe.py", *words, "--dry-run"]) == 0
     return capsys.readouterr().out
@@ -112,10 +118,9 @@ def test_a_tuple_is_one_value_of_a_sweep(words: str, values: tuple[str, ...]) ->
 
 
 def test_a_job_does_not_inherit_what_describes_the_one_it_is_submitted_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "sbatch").write_text("#!/bin/sh\nexport -p >said\necho 18\n")
-    (tmp_path / "sbatch").chmod(0o755)
+    program("sbatch", "export -p >said\necho 18")
     mine = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CPU_BIND": "none", "OTHER": "1"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
@@ -138,7 +143,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_sites_own_lines_are_found_or_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("deploy").mkdir()
-    submit.SITE.write_text("#SBATCH --partition=usual\n")
+    submit.SLURM_SITE.write_text("#SBATCH --partition=usual\n")
     Path("other.sh").write_text("#SBATCH --partition=other\nmodule load x\n")
     assert "--partition=usual" in script(capsys)
     other = script(capsys, "--site", "other.sh")
@@ -154,7 +159,7 @@ def test_a_site_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_the_shipped_lines_of_a_site_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    shipped = str(ROOT / submit.SITE)
+    shipped = str(ROOT / submit.SLURM_SITE)
     assert (
         script(capsys, "--name", "a", "--site", shipped).split()
         == script(capsys, "--name", "a").split()
@@ -162,8 +167,7 @@ def test_the_shipped_lines_of_a_site_do_nothing(capsys: pytest.CaptureFixture[st
 
 
 def test_a_job_that_sbatch_refuses_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid partition: x' >&2\nexit 1\n")
-    (tmp_path / "sbatch").chmod(0o755)
+    program("sbatch", "echo 'invalid partition: x' >&2\nexit 1")
     with refused("sbatch refused the job: invalid partition: x"):
         submit.main(["x.py"])
     assert not list(tmp_path.glob("runs/jobs/*.json"))
@@ -175,44 +179,96 @@ def test_runs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         submit.main(["x.py", "--runs", "file"])
 
 
-def test_the_status_of_each_run(tmp_path: Path) -> None:
-    jobs = tmp_path / "runs" / "jobs"
+def write_metrics(run: str, *lines: str) -> None:
+    folder = Path("runs", run)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"epochs": 9}')
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def metrics(epoch: int, accuracy: float) -> str:
+    return json.dumps({"epoch": epoch, "test/accuracy": accuracy})
+
+
+def status_rows(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    assert main(["submit", "--status"]) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+
+
+def test_the_status_of_each_run(capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = Path("runs", "jobs")
     jobs.mkdir(parents=True)
-    job = BatchJob(recipe="x.py", name="s", runs="runs", sweep=Sweep("lr", ("1", "2", "3")))
-    status.remember(job, "17")
+    status.record(BatchJob(recipe="x.py", name="s", sweep=Sweep("lr", ("1", "2", "3"))), "17")
     for attempt in (1, 2):
         (jobs / f"s-0-17-{attempt}.log").touch()
-    for name, rows in {"s-0": [0.25, 0.5], "s-1": [0.125]}.items():
-        folder = tmp_path / "runs" / name
-        folder.mkdir()
-        (folder / "config.json").write_text('{"epochs": 9}')
-        lines = [json.dumps({"epoch": n, "test/accuracy": x}) for n, x in enumerate(rows, 1)]
-        (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"epo']))  # one being written
-    (tmp_path / "runs" / "s-1" / "final.safetensors").touch()
-    shown = status.table(Path("runs"), lambda: {"17_0": "RUNNING"}).splitlines()
-    assert [line.split() for line in shown[1:]] == [
+    write_metrics("s-0", metrics(1, 0.25), metrics(2, 0.5), '{"epo')  # the last being written
+    write_metrics("s-1", metrics(1, 0.125))
+    Path("runs", "s-1", "final.safetensors").touch()
+    program("squeue", "echo '17_0 RUNNING None'")
+    assert status_rows(capsys) == [
         ["s-0", "17_0", "RUNNING", "2", "2/9", "50.00%", "lr=1"],
         ["s-1", "17_1", "done", "-", "1/9", "12.50%", "lr=2"],
         ["s-2", "17_2", "ended", "-", "0/-", "-", "lr=3"],
     ]
 
 
-def test_without_an_answer_of_slurm_no_state_is_made_up(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "jobs").mkdir(parents=True)
-    status.remember(BatchJob(recipe="x.py", name="first"), "17")
-    assert status.queue() is None  # no Slurm on this machine
-    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "squeue").chmod(0o755)
-    shown = status.table(Path("runs"), status.queue).splitlines()
-    assert shown[1].split()[:3] == ["first", "17", "unknown"]
+@pytest.mark.parametrize("squeue", [None, "exit 1"], ids=["missing", "silent"])
+def test_without_an_answer_of_slurm_the_state_is_unknown(
+    squeue: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs", "jobs").mkdir(parents=True)
+    status.record(BatchJob(recipe="x.py", name="first"), "17")
+    if squeue:
+        program("squeue", squeue)
+    assert [row[:3] for row in status_rows(capsys)] == [["first", "17", "unknown"]]
 
 
-def test_the_queue_as_squeue_prints_it(tmp_path: Path) -> None:
-    (tmp_path / "squeue").write_text(
-        "#!/bin/sh\necho '17 PENDING Resources or so'\necho '18_1 RUNNING None'\n"
-    )
-    (tmp_path / "squeue").chmod(0o755)
-    assert status.queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
+def test_the_queue_as_squeue_prints_it() -> None:
+    program("squeue", "echo '17 PENDING Resources or so'\necho '18_1 RUNNING None'")
+    assert status.ask_queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *("", "[{", "{}x", "[1]", "3", '[{"run": "first"}]', '[{"run": 1, "number": "2"}]'),
+        *('[{"run": "../up", "number": "2"}]', '[{"run": "a\\u001b[2J", "number": "2"}]'),
+    ],
+)
+def test_a_damaged_record_is_one_row(record: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs", "jobs").mkdir(parents=True)
+    Path("runs", "jobs", "bad\x1b[2J-16.json").write_text(record)
+    status.record(BatchJob(recipe="x.py", name="first"), "17")
+    rows = sorted(status_rows(capsys))
+    assert rows[0][:3] == ["bad?[2J-16", "-", "damaged"]
+    assert rows[1][:2] == ["first", "17"]
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "{}", '{"epoch": 3, "test/accuracy": null}', "\x1b"])
+def test_damaged_metrics_are_passed_over(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs", "jobs").mkdir(parents=True)
+    status.record(BatchJob(recipe="x.py", name="first"), "17")
+    write_metrics("first", metrics(1, 0.25), line)
+    Path("runs", "first", "config.json").write_text('["\\u001b"]')
+    assert [row[3:] for row in status_rows(capsys)] == [["-", "1/-", "25.00%"]]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_setting_is_shown_as_typed_without_its_control_characters(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("runs", "jobs").mkdir(parents=True)
+    sweep = Sweep("model.widths", ("[red]", "\x1b[2J\n"))
+    status.record(BatchJob(recipe="x.py", name="s", sweep=sweep), "17")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["submit", "--status"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.widths=[red]" in shown
+    assert "model.widths=?[2J?" in shown
+    assert ("│" in shown) == terminal
+    assert "\x1b[2J" not in shown
 
 
 def test_manifests_for_kubernetes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
