@@ -181,7 +181,7 @@ def _succeed(*processes: "subprocess.Popen[bytes]") -> bool:
 
 def rank(output: Path) -> None:
     """Train as one of the ranks that the environment tells of; rank 0 saves what it learnt."""
-    world = World.from_env()
+    world = World.of_this_process()
     if world.size > 1:  # before Accelerate does, which would take NCCL: one rank per card
         torch.distributed.init_process_group("gloo", rank=world.rank, world_size=world.size)
     images = Images(partial(Synthetic, count=400), batch_size=32, mean=(0.5,) * 3, std=(0.3,) * 3)
@@ -193,7 +193,7 @@ def rank(output: Path) -> None:
         sync_batch_norm=torch.cuda.is_available() and world.size > 1,
     )
     data = sources.load(images)
-    accelerator = create_accelerator("fp32")
+    accelerator = create_accelerator("fp32", world)
     launched = Launched(replace(recipe, seed=1), data, accelerator)
     network = launched.ctx.state.network
     before = {f"initial {n}": p.detach().clone().cpu() for n, p in network.named_parameters()}

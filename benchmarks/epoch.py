@@ -46,6 +46,7 @@ from launcher.data import sources
 from launcher.data.batches import epoch_order
 from launcher.data.sources import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator, device_name
+from launcher.distributed.world import World
 from launcher.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent
@@ -106,7 +107,7 @@ def measure_all(recipe: Recipe, data: Data, rounds: int) -> Figures:
     """The figures of every precision, and of the machine. Accelerate knows one precision a time."""
     figures: Figures = {}
     for precision in PRECISIONS:
-        accelerator = create_accelerator(precision)
+        accelerator = create_accelerator(precision, World.of_this_process())
         chosen = replace(recipe, precision=precision, epochs=rounds + 2)
         figures.setdefault("machine", machine(accelerator))  # before any load of our own
         figures[precision] = measure(chosen, data, rounds, accelerator)

@@ -47,6 +47,7 @@ from benchmarks.turns import Figures, whole_epochs
 from launcher import Recipe
 from launcher.data.sources import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator
+from launcher.distributed.world import World
 
 FOLDER = Path(__file__).resolve().parent
 PRINT_EVERY = 50  # steps, as far as a peer prints
@@ -192,7 +193,7 @@ def measure_all(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
     """Both precisions. Accelerate knows one at a time."""
     figures: Figures = {}
     for precision in ("fp32", "bf16"):
-        accelerator = create_accelerator(precision)
+        accelerator = create_accelerator(precision, World.of_this_process())
         figures.setdefault("machine", machine(accelerator))
         chosen = replace(recipe, precision=precision, epochs=words.rounds + 2)
         runs = racers(chosen, data, accelerator, words.workers)

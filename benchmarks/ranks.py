@@ -58,6 +58,7 @@ def child(words: argparse.Namespace) -> None:
     from benchmarks.competitors import Launched
     from benchmarks.epoch import first_steps
     from launcher.distributed.accelerator import create_accelerator
+    from launcher.distributed.world import World
 
     name, *overrides = CASES[words.child]
     recipe = loader.load(SELF.parent.parent / "recipes" / f"{name}.py").recipe
@@ -66,7 +67,7 @@ def child(words: argparse.Namespace) -> None:
     size = recipe.data.batch_size
     data = sources.load(recipe.data)
     images = first_steps(data.train, recipe, STEPS)
-    accelerator = create_accelerator(recipe.precision or "fp32")
+    accelerator = create_accelerator(recipe.precision or "fp32", World.of_this_process())
     assert accelerator.num_processes * torch.get_num_threads() == 2, "two cores, shared or not"
     launched = Launched(recipe, data, accelerator)
     trained, often = 0, max(1, 640 // size)  # steps between two numbers

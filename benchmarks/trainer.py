@@ -17,6 +17,7 @@ from launcher import Recipe
 from launcher.config.plan import make_plan
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import create_accelerator
+from launcher.distributed.world import World
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import make_batches, train_epoch
 from launcher.training.metrics import StepReport
@@ -78,7 +79,7 @@ class Trainer:
 def fresh_accelerator(precision: str) -> Accelerator:
     """Accelerate knows one precision at a time."""
     Accelerator(cpu=not torch.cuda.is_available()).state._reset_state(reset_partial_state=True)
-    return create_accelerator(precision)
+    return create_accelerator(precision, World.of_this_process())
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

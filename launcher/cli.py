@@ -3,9 +3,10 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
-from launcher.distributed.world import World, refuse_misplaced
+from launcher.distributed.world import ALONE, World, refuse_misplaced
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_SAVED,
     LauncherError,
+    OtherRankError,
     RankError,
     UserError,
 )
@@ -55,14 +57,19 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="launcher: %(message)s")
     words = sys.argv[1:] if words is None else list(words)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B keeps the command line with the run
+    world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         with signals.listening():  # before torch is imported: that takes seconds
-            return _run(words)
+            world = slurm_env.world_of_task(os.environ, World.of_this_process())
+            if world.is_launched:
+                signals.watch_launcher()
+            return _run(words, world)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except OtherRankError as error:
+        return error.exit_code
     except LauncherError as error:
-        own = isinstance(error, RankError)  # else all ranks have it, and one says it
-        if f"{error}" and (own or World.from_env().is_main):
+        if world.is_main or isinstance(error, RankError):  # all ranks raise any other one
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
     except Exception:
@@ -125,7 +132,7 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], world: World) -> int:
     if words[:1] == ["submit"]:
         from launcher.cluster import submit
 
@@ -142,7 +149,9 @@ def _run(words: list[str]) -> int:
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run")
     shows = arguments.help or arguments.dry_run
-    place = {} if shows else slurm_env.enter(timedelta(seconds=arguments.save_before))
+    save_before = timedelta(seconds=arguments.save_before)
+    job = slurm_env.Allocation(world) if shows else slurm_env.enter(os.environ, world, save_before)
+    signals.stop_at(job.stops_at, job.stop_reason)
     if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
         parser.error("--profile goes with neither --smoke nor --resume")
     loaded = _load(named[0], [*named[1:], *unknown])
@@ -152,7 +161,7 @@ def _run(words: list[str]) -> int:
         settings = describe_settings(loaded.recipe, with_internals=arguments.help == "all")
         sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
         return 0
-    return _train(loaded, arguments, place)
+    return _train(loaded, arguments, job)
 
 
 def _load(path: str, words: list[str]) -> "LoadedRecipe":
@@ -171,7 +180,7 @@ def _load(path: str, words: list[str]) -> "LoadedRecipe":
     return replace(loaded, recipe=override(loaded.recipe, words))
 
 
-def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, place: Mapping[str, str]) -> int:
+def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env.Allocation) -> int:
     from launcher import run
     from launcher.config.options import RunOptions
     from launcher.distributed.process_group import Timeouts
@@ -190,11 +199,11 @@ def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, place: Mapping
         checkpoint_every=_cadence(arguments.checkpoint_every),
         profile=arguments.profile,
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
-        host_facts=place,
+        host_facts=job.facts,
     )
     if arguments.dry_run:
-        return _dry_run(loaded, options, arguments.world_size)
-    result = run.train_loaded(loaded, options)
+        return _dry_run(loaded, options, job.world, arguments.world_size)
+    result = run.train_loaded(loaded, options, job.world)
     return EXIT_SAVED if result.stopped else 0
 
 
@@ -218,14 +227,15 @@ def _cadence(text: str) -> "SaveInterval":
     )
 
 
-def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world_size: int | None) -> int:
+def _dry_run(
+    loaded: "LoadedRecipe", options: "RunOptions", world: World, world_size: int | None
+) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
     from launcher import run
     from launcher.checks import timing
     from launcher.data import sources
     from launcher.training.model import build_network
 
-    world = World.from_env()
     data = sources.load(loaded.recipe.data)
     plan = run.plan_for(loaded, data, options, world_size or world.size)
     network = build_network(loaded.recipe, data.train)
@@ -236,6 +246,6 @@ def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world_size: int | No
         sys.stdout.write(f"{warning}\n" if (warning := run.fallback_warning(data)) else "")
         sys.stdout.flush()  # what follows takes seconds
     if world_size and world.size == 1:
-        lines = timing.scaling_lines(loaded.recipe, plan, network, data)
+        lines = timing.scaling_lines(loaded.recipe, plan, network, data, world)
         sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0

@@ -3,10 +3,13 @@
     LauncherError          the run did not succeed                              exit code 1
     ├── TrainingError      training itself went wrong                           exit code 1
     │   └── NotFiniteError     that is: the loss or a parameter is not finite
-    ├── RankError          one rank failed: it speaks, whichever it is          exit code 1
+    ├── RankError          one rank failed: it prints why, whichever it is      exit code 1
+    │   └── StoppedBeforeTrainingError  by a signal                             exit code 75
+    ├── OtherRankError     another rank prints why: this one prints nothing     that rank's
     └── UserError          what was typed or given cannot be trained            exit code 2
 
-A `LauncherError` is shown as one line without a traceback. Every other exception is a fault of
+A `LauncherError` is shown as one line without a traceback; rank 0 prints it, since all ranks raise
+it alike, unless it says otherwise. Every other exception is a fault of
 the launcher or of the recipe's own code and keeps its traceback. Exit code 75 says that a signal
 stopped the run with its state saved, or before it began; 130, that a second Ctrl-C ended it at
 once.
@@ -39,7 +42,25 @@ class NotFiniteError(TrainingError):
 
 
 class RankError(LauncherError):
-    """What this rank has to say, be it the first or not; empty where another rank says it."""
+    """A failure that only this rank knows of, and prints."""
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        self.exit_code = self.exit_code if exit_code is None else exit_code
+        super().__init__(message)
+
+
+class StoppedBeforeTrainingError(RankError):
+    """A signal came before all ranks were ready; a resume begins where this run was to."""
+
+    exit_code = EXIT_SAVED
+
+
+class OtherRankError(LauncherError):
+    """The run ends because of what another rank prints."""
+
+    def __init__(self, exit_code: int = EXIT_FAULT) -> None:
+        self.exit_code = exit_code
+        super().__init__("another rank failed")
 
 
 class UserError(LauncherError):

@@ -40,7 +40,7 @@ from launcher.distributed.accelerator import (
 )
 from launcher.distributed.process_group import RankGroup
 from launcher.distributed.stop_sync import Requests
-from launcher.distributed.world import World
+from launcher.distributed.world import ALONE, World
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_SAVED,
@@ -148,22 +148,25 @@ def train(
     options = RunOptions(
         runs=Path(runs), name=name, resume=resume, wandb=wandb, max_steps=max_steps
     )
+    world = World.of_this_process()
     with signals.listening():
+        if world.is_launched:
+            signals.watch_launcher()
         try:
-            return train_loaded(loaded, options)
+            return train_loaded(loaded, options, world)
         finally:
             reset_accelerator()
 
 
-def train_loaded(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
+def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE) -> RunResult:
     """Train a recipe; every rank calls this.
 
     Raises `UserError` before anything is written, `TrainingError` for a loss that is not finite
     or a failed smoke test, and `RankError` where the ranks lose each other.
     """
     if options.smoke:
-        loaded, options = smoke_version(loaded, options)
-    group = process_group.meet(World.from_env(), options.timeouts)
+        loaded, options = smoke_version(loaded, options, world.size)
+    group = process_group.rendezvous(world, options.timeouts)
     try:
         with attributed(group, lambda: "outside training"):
             result = prepare_and_run(loaded, options, group)
@@ -184,17 +187,17 @@ def attributed(group: RankGroup, moment: Callable[[], str]) -> Iterator[None]:
     except LauncherError:
         raise
     except Exception as error:
-        explained = group.explain(error, moment())
-        if explained is error:
+        attributed_error = group.attribute_failure(error, moment())
+        if attributed_error is error:
             raise
-        raise explained from None
+        raise attributed_error from None
 
 
 def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     prepared = prepare_on_all_ranks(loaded, options, group)
     recipe, data = loaded.recipe, prepared.data
-    accelerator = create_accelerator(prepared.precision, recipe.deterministic)
+    accelerator = create_accelerator(prepared.precision, group.world, recipe.deterministic)
     if options.init_from is None:
         initialize(prepared.network, recipe, data.train, accelerator.device)
     ctx = make_context(prepared.network, recipe, prepared.plan, accelerator, data)
@@ -235,23 +238,19 @@ class Prepared:
 
 def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Prepare here, and go on when all ranks have; a `UserError` of one ends all."""
-    patience = options.timeouts.of_collectives
-    try:
-        prepared = prepare(loaded, options)
-    except UserError as error:
-        group.agree(error, patience)
-        raise
-    group.agree(None, patience)
-    group.found(patience)
+    with group.sync_errors():
+        prepared = prepare(loaded, options, group)
+    group.init_process_group()
     return prepared
 
 
-def prepare(loaded: LoadedRecipe, options: RunOptions) -> Prepared:
+def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Open the images, count the steps, build the network."""
     recipe = loaded.recipe
-    precision, origin = choose_precision(recipe.precision, torch.cuda.is_available())
-    data = cache.load(recipe.data)
-    plan = plan_for(loaded, data, options, World.from_env().size)
+    world, has_gpu = group.world, torch.cuda.is_available()
+    precision, origin = choose_precision(recipe.precision, has_gpu, world.mixed_precision)
+    data = cache.load(recipe.data, group)
+    plan = plan_for(loaded, data, options, world.size)
     network = build_network(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
     if weights := given_weights(loaded, options):
@@ -313,10 +312,12 @@ def fallback_warning(data: Data) -> str:
 # Smoke tests
 
 
-def smoke_version(loaded: LoadedRecipe, options: RunOptions) -> tuple[LoadedRecipe, RunOptions]:
+def smoke_version(
+    loaded: LoadedRecipe, options: RunOptions, world_size: int
+) -> tuple[LoadedRecipe, RunOptions]:
     """One epoch of a few batches of embedded images; W&B off, nothing written."""
     data, accumulate = loaded.recipe.data, min(loaded.recipe.accumulate, SMOKE_PASSES)
-    smallest = World.from_env().size * accumulate
+    smallest = world_size * accumulate
     images = replace(
         data,
         source=sources.smoke_source(data),

@@ -21,6 +21,7 @@ from launcher.distributed.accelerator import (
     device_name,
     synchronize,
 )
+from launcher.distributed.world import ALONE, World
 from launcher.training.model import upcast
 from launcher.training.state import TrainContext, make_context
 
@@ -29,11 +30,13 @@ _DOCUMENT = "docs/scaling.md"
 LEAST_IMAGES = 2  # BatchNorm may refuse a single one, and a second costs little
 
 
-def scaling_lines(recipe: Recipe, plan: Plan, network: nn.Module, data: Data) -> list[str]:
+def scaling_lines(
+    recipe: Recipe, plan: Plan, network: nn.Module, data: Data, world: World = ALONE
+) -> list[str]:
     """What `--dry-run --world-size` prints: measured compute, assumed links, predicted steps."""
     wanted, _ = choose_precision(recipe.precision, has_gpu=True)
     precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
-    accelerator = create_accelerator(precision)
+    accelerator = create_accelerator(precision, world)
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
     recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
     ctx = make_context(network, recipe, plan, accelerator, data)

@@ -1,12 +1,12 @@
-"""The machines of a run find each other, and those that do not come are named.
+"""The nodes of a run find each other, and those that do not come are named.
 
-torchrun, and Accelerate with it, waits for a missing machine without a word and gives up without a
-name. They find `handler` by the entry point of this package and meet here instead when they are
+torchrun, and Accelerate with it, waits for a missing node without a message, and its error names no
+node. They find `handler` by the entry point of this package, and use this rendezvous when they are
 started with
 
     --rdzv_backend launcher --rdzv_endpoint 10.0.0.1:29500 --rdzv_conf rank=0,timeout=300
 
-where `rank` is the number of the machine, and machine 0 the one at that address.
+where `rank` is the number of the node, and node 0 the one at that address.
 """
 
 import math
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 BACKEND = "launcher"
 PORT = 29500  # torchrun's, where none is given
-TIMEOUT = 300.0  # seconds for all machines to come, unless they are told otherwise
-_NEWS = 10.0  # seconds of waiting until it is said for whom
+TIMEOUT = 300.0  # seconds for all nodes to come, where no other time is given
+_REPORT_AFTER = 10.0  # seconds of waiting
 
 
 def handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
-    """What torch asks of an entry point in the group torchrun.handlers."""
-    return _create  # torch is still being imported
+    """The entry point in torch's group torchrun.handlers."""
+    return _create  # it imports torch, which is still being imported now
 
 
 def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
-    """Torch's own rendezvous of numbered machines, once all of them are here."""
+    """Torch's own rendezvous of numbered nodes, once all of them are here."""
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
     class Rendezvous(StaticTCPRendezvous):
@@ -42,35 +42,35 @@ def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
             return BACKEND
 
     try:
-        address, port, machine = _place(parameters)
-        machines = parameters.max_nodes
-        timeout = seconds_in(parameters.config, f"rank={machine},timeout={TIMEOUT:g}")
-        store = meet_machines(address, port, machine, machines, timeout)
+        address, port, node = _endpoint_and_node(parameters)
+        nodes = parameters.max_nodes
+        timeout = seconds_in(parameters.config, f"rank={node},timeout={TIMEOUT:g}")
+        store = wait_for_nodes((address, port), node, nodes, timeout)
     except LauncherError as error:
-        say(str(error))
+        print_line(str(error))
         raise SystemExit(error.exit_code) from None  # an exception would get torchrun's traceback
-    made = Rendezvous(address, port, machine, machines, parameters.run_id, int(timeout))
-    made._store = store  # else machine 0 would close it, and open another at the same port
-    return made
+    rendezvous = Rendezvous(address, port, node, nodes, parameters.run_id, int(timeout))
+    rendezvous._store = store  # else node 0 would close it, and open another at the same port
+    return rendezvous
 
 
-def _place(parameters: "RendezvousParameters") -> tuple[str, int, int]:
-    """Address and port of machine 0, and the number of this one."""
+def _endpoint_and_node(parameters: "RendezvousParameters") -> tuple[str, int, int]:
+    """Address and port of node 0, and the number of this one."""
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-    given, machines = parameters.config.get("rank"), parameters.max_nodes
-    if not (isinstance(given, str) and given.isdecimal() and int(given) < machines):
+    given, nodes = parameters.config.get("rank"), parameters.max_nodes
+    if not (isinstance(given, str) and given.isdecimal() and int(given) < nodes):
         raise UserError(
             f"--rdzv_conf with rank={given}" if given else "--rdzv_conf without a rank",
-            expected=f"this machine's number, 0 to {machines - 1}",
-            instead=f"type --rdzv_conf rank={machines - 1} on the last machine",
+            expected=f"this node's number, 0 to {nodes - 1}",
+            instead=f"type --rdzv_conf rank={nodes - 1} on the last node",
         )
     address, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
     return address, port, int(given)
 
 
 def seconds_in(config: Mapping[str, Any], instead: str) -> float:
-    """How long to wait for the other machines; `instead` is what to type if that is no time."""
+    """How long to wait for the other nodes; `instead` is what to type if that is no time."""
     given = config.get("timeout", TIMEOUT)
     try:
         if 0 < float(given) < math.inf:
@@ -84,38 +84,40 @@ def seconds_in(config: Mapping[str, Any], instead: str) -> float:
     )
 
 
-def meet_machines(address: str, port: int, machine: int, machines: int, timeout: float) -> "Store":
-    """The store that machine 0 keeps, once all machines have said there that they are here.
+def wait_for_nodes(endpoint: tuple[str, int], node: int, nodes: int, timeout: float) -> "Store":
+    """The store that node 0 hosts at `endpoint`, once all nodes have registered there.
 
     Raises `RankError` that names those that do not come within so many seconds.
     """
     from launcher.distributed.store import open_store
 
-    host = "machine 0" if machine else None
-    store = open_store(address, port, timeout, f"machine {machine}", host)
-    store.set(f"machine/{machine}", socket.gethostname())
-    began, said = time.monotonic(), False
-    while missing := [n for n in range(machines) if not store.check([f"machine/{n}"])]:
+    host = "node 0" if node else None
+    store = open_store(*endpoint, timeout, f"node {node}", host)
+    store.set(f"node/{node}", socket.gethostname())
+    began, is_reported = time.monotonic(), False
+    while missing := [n for n in range(nodes) if not store.check([f"node/{n}"])]:
         waited = time.monotonic() - began
         if waited > timeout:
-            raise RankError(f"{_absence(store, machines, missing)} within {timeout:g} s")
-        if waited > _NEWS and not said:
-            say(f"{_absence(store, machines, missing)} yet; waiting until {timeout:g} s are over")
-            said = True
+            raise RankError(f"{_missing_nodes(store, nodes, missing)} within {timeout:g} s")
+        if waited > _REPORT_AFTER and not is_reported:
+            about = _missing_nodes(store, nodes, missing)
+            print_line(f"{about} yet; waiting until {timeout:g} s are over")
+            is_reported = True
         time.sleep(0.2)
     return store
 
 
-def _absence(store: "Store", machines: int, missing: list[int]) -> str:
-    here = [
-        f"{n} ({store.get(f'machine/{n}').decode()})" for n in range(machines) if n not in missing
-    ]
+def _missing_nodes(store: "Store", nodes: int, missing: list[int]) -> str:
+    """`nodes 0 (gpu7), 2 (gpu9) of 3 are here; node 1 did not come`."""
+    here = [f"{n} ({store.get(f'node/{n}').decode()})" for n in range(nodes) if n not in missing]
+    noun, verb = ("node", "is") if len(here) == 1 else ("nodes", "are")
+    absent = "node" if len(missing) == 1 else "nodes"
     return (
-        f"machine(s) {', '.join(here)} of {machines} are here; "
-        f"machine(s) {', '.join(map(str, missing))} did not come"
+        f"{noun} {', '.join(here)} of {nodes} {verb} here; "
+        f"{absent} {', '.join(map(str, missing))} did not come"
     )
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """One line to whoever started the launch."""
     sys.stderr.write(f"launcher: {text}\n")

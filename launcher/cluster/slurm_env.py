@@ -1,21 +1,23 @@
 """Inside a Slurm job: ranks, first host and port from Slurm's environment, and the time left.
 
-With `srun python -m launcher`, one task per GPU (or per process on CPUs), Slurm is the launcher:
-its variables become those that torch and Accelerate read. With `srun accelerate launch`, one task
-per node, nothing is changed. Combinations that would train something else than meant are refused.
+With `srun python -m launcher`, one task per GPU (or per process on CPUs), Slurm is the launcher,
+and the `World` follows from its variables. With `srun accelerate launch`, one task per node, it is
+the one that Accelerate announces. Combinations that would train something else than meant are
+refused.
 """
 
-import os
+import math
 import re
 import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from launcher.distributed import signals
-from launcher.errors import UserError
+from launcher.distributed.world import Launcher, World, is_true
+from launcher.errors import OtherRankError, RankError, UserError
+from launcher.utils.text import count
 
 # Below the ports that systems hand out by themselves (32768 and up), above those of most services.
 FIRST_PORT, PORTS = 12_000, 20_000
@@ -32,6 +34,7 @@ class Step:
     rank: int
     tasks: int
     local_rank: int
+    node: int
     tasks_here: int
     cpus_here: int
     cpus_per_task: int
@@ -60,6 +63,7 @@ def step_of(environ: Mapping[str, str]) -> Step | None:
         rank=int(environ["SLURM_PROCID"]),
         tasks=int(environ["SLURM_STEP_NUM_TASKS"]),
         local_rank=int(environ["SLURM_LOCALID"]),
+        node=int(environ["SLURM_NODEID"]),
         tasks_here=tasks_here,
         cpus_here=int(environ.get("SLURM_CPUS_ON_NODE", tasks_here)),
         cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", 0)),
@@ -79,43 +83,47 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found.group() if found else nodes)
 
 
-def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """What torch and Accelerate are to find in the environment, beside what is there.
+def world_of_task(environ: Mapping[str, str], world: World) -> World:
+    """This process as a task of srun; elsewhere, and under another launcher, the given `world`.
 
-    Raises `UserError` where what would run is not what was asked of Slurm.
+    Address, port and threads that the user's script has set stay. A step of one task is no
+    distributed run, but has its share of the cores all the same.
     """
     step = step_of(environ)
-    if signals.is_launched(environ):
+    if step is None or world.is_launched:
+        return world
+    sees_own_gpu_only = _gpus(environ) == 1  # each task calls it number 0
+    return replace(
+        world,
+        rank=step.rank,
+        size=step.tasks,
+        local_rank=step.local_rank,
+        local_size=step.tasks_here,
+        node=step.node,
+        device=0 if sees_own_gpu_only else step.local_rank,
+        address=world.address or first_host(step.nodes),
+        port=world.port or step.port,
+        launcher=Launcher.SRUN,
+        threads=None if "OMP_NUM_THREADS" in environ else step.threads,
+    )
+
+
+def check(environ: Mapping[str, str], world: World) -> None:
+    """Raise `UserError` where what would run is not what was asked of Slurm."""
+    step = step_of(environ)
+    if world.is_launched:
         _check_launched(environ, step)
-        return {}
-    if step is None:
+    elif step is None:
         _check_batch(environ)
-        return {}
-    gpus = _gpus(environ)
-    ranks = _ranks(step, alone=gpus == 1)
-    _check_leftovers(environ, step, ranks)
-    _check_gpus(step, gpus, int(environ.get("SLURM_GPUS_ON_NODE", gpus)))
-    found = {"OMP_NUM_THREADS": str(step.threads)}
-    if step.tasks > 1:
-        found |= ranks
-    return {name: value for name, value in found.items() if name not in environ}
-
-
-def _ranks(step: Step, alone: bool) -> dict[str, str]:
-    """Ranks and meeting point; a task that sees only its own GPU is a node of its own to torch."""
-    return {
-        "RANK": str(step.rank),
-        "WORLD_SIZE": str(step.tasks),
-        "LOCAL_RANK": "0" if alone else str(step.local_rank),
-        "LOCAL_WORLD_SIZE": "1" if alone else str(step.tasks_here),
-        "MASTER_ADDR": first_host(step.nodes),
-        "MASTER_PORT": str(step.port),
-    }
+    else:
+        gpus = _gpus(environ)
+        _check_leftovers(environ, step, world)
+        _check_gpus(step, gpus, int(environ.get("SLURM_GPUS_ON_NODE", gpus)))
 
 
 def _gpus(environ: Mapping[str, str]) -> int:
     """How many of the GPUs that Slurm gave can be seen from here; 0 for a job on CPUs."""
-    if environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if is_true(environ.get("ACCELERATE_USE_CPU", "")):
         return 0
     given = int(environ.get("SLURM_GPUS_ON_NODE", 0))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -137,7 +145,7 @@ def _check_batch(environ: Mapping[str, str]) -> None:
 
 def _idle(gpus: int, tasks: int) -> UserError:
     return UserError(
-        f"{tasks} task(s) on a node of which Slurm gave {gpus} GPUs",
+        f"{count(tasks, 'task')} on a node of which Slurm gave {gpus} GPUs",
         expected="one task per GPU",
         instead=f"type srun --ntasks-per-node={gpus} python -m launcher RECIPE ..., "
         "or set CUDA_VISIBLE_DEVICES=0 to use one of them",
@@ -148,7 +156,7 @@ def _check_gpus(step: Step, visible: int, on_node: int) -> None:
     bound = visible == 1 and on_node >= step.tasks_here  # srun --gpus-per-task=1
     if visible and not bound and step.tasks_here > visible:
         raise UserError(
-            f"{step.tasks_here} tasks on a node of which Slurm gave {visible} GPU(s)",
+            f"{step.tasks_here} tasks on a node of which Slurm gave {count(visible, 'GPU')}",
             expected="at most one task per GPU",
             instead=f"type srun --ntasks-per-node={visible} python -m launcher RECIPE ...",
         )
@@ -156,17 +164,38 @@ def _check_gpus(step: Step, visible: int, on_node: int) -> None:
         raise _idle(visible, step.tasks_here)
 
 
-def _check_leftovers(environ: Mapping[str, str], step: Step, ranks: Mapping[str, str]) -> None:
-    """Ranks may be set by the user's script, but not to something else."""
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        ours = ranks[name]
-        if environ.get(name, ours) != ours:
-            raise UserError(
-                f"{name}={environ[name]} in the environment, in task {step.rank} of {step.tasks}",
-                expected=f"{name}={ours}, which follows from Slurm",
-                instead="type unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR "
-                "MASTER_PORT before srun",
-            )
+class _LeftoverError(UserError):
+    """RANK and the like are set to something else than what follows from Slurm.
+
+    Rank 0 finds RANK=0 right, so rank 1 is the first that finds it wrong.
+    """
+
+    def __init__(self, name: str, value: str, expected: int, step: Step) -> None:
+        self.first_rank = 1 if value == "0" else 0
+        super().__init__(
+            f"{name}={value} in the environment, in task {step.rank} of {step.tasks}",
+            expected=f"{name}={expected}, which follows from Slurm",
+            instead="type unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR "
+            "MASTER_PORT before srun",
+        )
+
+
+def _check_leftovers(environ: Mapping[str, str], step: Step, world: World) -> None:
+    """Ranks may be set by the user's script, but not to something else.
+
+    With a GPU of its own, a task is a node of its own to torch.
+    """
+    is_alone = _gpus(environ) == 1
+    ours = {
+        "WORLD_SIZE": world.size,
+        "LOCAL_WORLD_SIZE": 1 if is_alone else world.local_size,
+        "RANK": world.rank,
+        "LOCAL_RANK": world.device,
+    }
+    for name, expected in ours.items():
+        value = environ.get(name, f"{expected}")
+        if value != f"{expected}":
+            raise _LeftoverError(name, value, expected, step)
 
 
 def _check_launched(environ: Mapping[str, str], step: Step | None) -> None:
@@ -182,49 +211,54 @@ def _check_launched(environ: Mapping[str, str], step: Step | None) -> None:
         )
     if groups != wanted:
         raise UserError(
-            f"a training of {groups} node(s) in {'a step' if step else 'a job'} of {wanted}",
+            f"a training of {count(groups, 'node')} in {'a step' if step else 'a job'} of {wanted}",
             expected="one training of all nodes",
             instead="type srun --ntasks-per-node=1 accelerate launch --num_machines $SLURM_NNODES "
             "--machine_rank $SLURM_NODEID ..., or srun python -m launcher",
         )
 
 
-def enter(save_before: timedelta) -> dict[str, str]:
-    """Take over what Slurm says; returns what a user should know about it, none outside a job.
+@dataclass(frozen=True)
+class Allocation:
+    """What a process of a batch job knows of it.
 
-    A stop is asked for `save_before` the end of the job's time, but not before half of it is over.
+    `facts` are for the header. `stops_at`, in seconds since 1970, is when the run is to save and
+    stop, and `stop_reason` why.
     """
-    if "SLURM_JOB_ID" not in os.environ:
-        return {}
+
+    world: World
+    facts: Mapping[str, str] = field(default_factory=dict)
+    stops_at: float = math.inf
+    stop_reason: str = ""
+
+
+def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> Allocation:
+    """Check this process of a job, and ask Slurm what the environment does not say.
+
+    The run stops `save_before` the end of the job's time, but not before half of it is over. What
+    is wrong is printed by one task alone: that raises `RankError`, the others `OtherRankError`.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return Allocation(world)
     try:
-        found = variables(os.environ)
-    except UserError:
-        _speak_once()
-        raise
-    if "MASTER_ADDR" in found:
-        found["MASTER_ADDR"] = _address(found["MASTER_ADDR"])
-    os.environ.update(found)
-    attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
-    about = f"Slurm {os.environ['SLURM_JOB_ID']}, attempt {attempt}"
-    end = _end_of_job() if os.environ.get("RANK", "0") == "0" else None
+        check(environ, world)
+    except UserError as error:
+        first = error.first_rank if isinstance(error, _LeftoverError) else 0
+        # Under accelerate launch, each task has a rank 0; but only one is of the first task.
+        if int(environ.get("SLURM_PROCID", 0)) != first or (world.is_launched and world.rank > 0):
+            raise OtherRankError(error.exit_code) from None
+        raise RankError(f"{error}", error.exit_code) from None
+    if world.launcher is Launcher.SRUN and world.size > 1 and "MASTER_ADDR" not in environ:
+        world = replace(world, address=_address(world.address))
+    attempt = int(environ.get("SLURM_RESTART_COUNT", 0)) + 1
+    about = f"Slurm {environ['SLURM_JOB_ID']}, attempt {attempt}"
+    end = _end_of_job(environ) if world.is_main else None
     if end is None:
-        return {"batch job": about}
+        return Allocation(world, {"batch job": about})
     saves = stop_time(time.time(), end, save_before)
-    signals.stop_at(saves, f"the time limit of the job at {_clock(end)}")
-    return {"batch job": f"{about}, ends {_clock(end)}; saves and stops by itself {_clock(saves)}"}
-
-
-def _speak_once() -> None:
-    """Let the first task alone say what is wrong, whatever RANK says.
-
-    Or the second one, where what another launcher has left happens to be right for the first.
-    """
-    task, local = os.environ.get("SLURM_PROCID", "0"), os.environ.get("SLURM_LOCALID")
-    is_first = os.environ.get("RANK") == "0" or (os.environ.get("LOCAL_RANK") == "0" != local)
-    if task == "1" and is_first and not signals.is_launched():
-        os.environ["RANK"] = "0"
-    elif task != "0" or not signals.is_launched():
-        os.environ["RANK"] = task
+    about += f", ends {_clock(end)}; saves and stops by itself {_clock(saves)}"
+    reason = f"the time limit of the job at {_clock(end)}"
+    return Allocation(world, {"batch job": about}, saves, reason)
 
 
 def stop_time(now: float, end: float, save_before: timedelta) -> float:
@@ -246,11 +280,11 @@ def _address(host: str) -> str:
     return host
 
 
-def _end_of_job() -> float | None:
+def _end_of_job(environ: Mapping[str, str]) -> float | None:
     """When Slurm will end this job, in seconds since 1970; None if it never will."""
-    if "SLURM_JOB_END_TIME" in os.environ:
-        return float(os.environ["SLURM_JOB_END_TIME"])
-    return end_time(_scontrol("show", "job", os.environ["SLURM_JOB_ID"]))
+    if "SLURM_JOB_END_TIME" in environ:
+        return float(environ["SLURM_JOB_END_TIME"])
+    return end_time(_scontrol("show", "job", environ["SLURM_JOB_ID"]))
 
 
 def end_time(shown: str) -> float | None:

@@ -3,12 +3,12 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher.distributed.signals import is_launched
-from launcher.distributed.world import World, asked_processes, check_world
-from launcher.errors import LauncherError, RankError, UserError
+from launcher.distributed.world import ALONE, Launcher, World, check_world
+from launcher.errors import LauncherError, OtherRankError, UserError
+from launcher.utils.text import count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,14 +21,15 @@ _WITHOUT_AUTOCAST = ("fp32", "pure_bf16", "pure_fp16")
 
 
 def choose_precision(
-    recipe_precision: str | None, has_gpu: bool, environ: Mapping[str, str] = os.environ
+    recipe_precision: str | None, has_gpu: bool, configured: str = ""
 ) -> tuple[str, str]:
     """The precision and where it came from: the recipe, else Accelerate's config, else fp32.
+
+    `configured` is `World.mixed_precision`.
 
     Raises `UserError` for fp16 without a GPU, which Accelerate would silently ignore, and for a
     precision in Accelerate's config that the launcher does not have.
     """
-    configured = environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     origin = "recipe" if recipe_precision else "accelerate config" if configured else "default"
     precision = recipe_precision or _ACCELERATE_NAMES.get(configured or "no")
     if precision is None:
@@ -46,7 +47,9 @@ def choose_precision(
     return precision, origin
 
 
-def create_accelerator(precision: str, deterministic: bool = False) -> "Accelerator":
+def create_accelerator(
+    precision: str, world: World = ALONE, deterministic: bool = False
+) -> "Accelerator":
     """The Accelerator with its device, in the process group that there is.
 
     What `deterministic` sets is set for the whole process. Raises `UserError` where the number of
@@ -55,10 +58,12 @@ def create_accelerator(precision: str, deterministic: bool = False) -> "Accelera
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    world = World.from_env()
-    _check_gpus(world, torch.cuda.device_count())
-    set_threads()
-    keep_freed_memory()
+    use_cpu = runs_on_cpu(world)
+    if not use_cpu:
+        _check_gpus(world, torch.cuda.device_count())
+    set_threads(world)
+    if use_cpu:
+        keep_freed_memory()
     if deterministic:
         be_deterministic()
     # The sizes of batches hardly change; but the fastest algorithm is not always the same one.
@@ -67,13 +72,31 @@ def create_accelerator(precision: str, deterministic: bool = False) -> "Accelera
         # Running statistics are averaged before each evaluation instead of broadcast each step.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
+    _tell_torch(world)
     accelerator = Accelerator(
-        cpu=runs_on_cpu(),
+        cpu=use_cpu,
         mixed_precision="no" if precision in _WITHOUT_AUTOCAST else precision,
         kwargs_handlers=handlers,
     )
-    check_world(world.size, accelerator.num_processes, asked_processes())
+    check_world(world, accelerator.num_processes)
     return accelerator
+
+
+def _tell_torch(world: World) -> None:
+    """Set the variables from which torch and Accelerate read what `world` says.
+
+    They take it from nowhere else. A launcher has set them itself, but srun sets only its own. A
+    single process gets none: with LOCAL_RANK, Accelerate would look for others.
+    """
+    if world.launcher is Launcher.SRUN and world.size > 1:
+        os.environ |= {
+            "RANK": str(world.rank),
+            "WORLD_SIZE": str(world.size),
+            "LOCAL_RANK": str(world.device),  # to them the number of the GPU
+            "LOCAL_WORLD_SIZE": str(world.local_size),
+            "MASTER_ADDR": world.address,
+            "MASTER_PORT": str(world.port),
+        }
 
 
 def be_deterministic() -> None:
@@ -86,42 +109,43 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def runs_on_cpu() -> bool:
-    """Whether training is to run on the CPU: as the user said, or for want of anything else."""
+def runs_on_cpu(world: World) -> bool:
+    """Whether training runs on the CPU: because the user said so, or there is nothing else."""
     import torch
 
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return use_cpu or not torch.accelerator.is_available()
+    return world.use_cpu or not torch.accelerator.is_available()
 
 
 def _check_gpus(world: World, gpus: int) -> None:
-    if not runs_on_cpu() and gpus and world.local_rank >= gpus:
+    if gpus and world.device >= gpus:
         raise UserError(
-            f"process {world.local_rank + 1} of this machine, which has {gpus} GPU(s)",
+            f"process {world.device + 1} of this machine, which has {count(gpus, 'GPU')}",
             expected="at most one process per GPU",
             instead=f"type --num_processes {gpus} before -m launcher",
         )
 
 
-def set_threads(environ: Mapping[str, str] = os.environ) -> None:
-    """On a CPU, share the cores among the processes of this machine, unless the user chose.
+def set_threads(world: World) -> None:
+    """On a CPU, share the cores among the processes of this node, unless the user chose.
 
     `accelerate launch` and torchrun give each process one thread, even where it is alone.
     """
     import torch
 
-    if runs_on_cpu() and environ.get("OMP_NUM_THREADS", "1") == "1" and not _chose_threads():
-        torch.set_num_threads(max(1, usable_cores() // int(environ.get("LOCAL_WORLD_SIZE", 1))))
+    if world.threads is not None:
+        torch.set_num_threads(world.threads)
+    elif world.shares_cores and runs_on_cpu(world):
+        torch.set_num_threads(max(1, usable_cores() // world.local_size))
 
 
 def keep_freed_memory() -> None:
-    """On a CPU, let the C library keep the memory of one step for the next.
+    """Let the C library keep the memory of one step for the next.
 
     glibc gives large blocks back to the kernel, which has to clear each of their pages again:
     a quarter of the time of a step with large activations (benchmarks/memory.py).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and runs_on_cpu():  # not with musl
+    if mallopt is not None:  # not with musl
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -131,24 +155,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _chose_threads() -> bool:
-    """Whether OMP_NUM_THREADS is the user's: whether the launching parent was given it as well."""
-    import psutil
-
-    if not is_launched():
-        return True
-    try:
-        parent = psutil.Process(os.getppid())
-        flags = [word.partition("=")[0] for word in parent.cmdline()]
-        return "OMP_NUM_THREADS" in parent.environ() or "--num_cpu_threads_per_process" in flags
-    except psutil.Error:
-        return True
-
-
 def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank.
 
-    A `UserError` reaches all; of any other exception the others only learn that there was one.
+    A `UserError` is raised on all; for any other exception, the others raise `OtherRankError`.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -160,7 +170,7 @@ def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
         except UserError as error:
             outcome = [error]
         except Exception as error:
-            fault, outcome = error, [RankError("")]
+            fault, outcome = error, [OtherRankError()]
     if accelerator.num_processes > 1:
         outcome = broadcast_object_list(outcome)
     if fault is not None:
@@ -171,13 +181,13 @@ def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
 
 
 def device_name(accelerator: "Accelerator") -> str:
-    """The device as people call it: `NVIDIA H100 80GB HBM3`, `CPU, 2 threads`."""
+    """The device by its usual name: `NVIDIA H100 80GB HBM3`, `CPU, 2 threads`."""
     import torch
 
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device)
     if accelerator.device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} thread(s)"
+        return f"CPU, {count(torch.get_num_threads(), 'thread')}"
     return str(accelerator.device)
 
 

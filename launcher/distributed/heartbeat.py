@@ -1,6 +1,8 @@
-"""Each rank says through the store that it lives: all the time while it prepares, later if asked.
+"""Each rank counts up a key of its own in the store while it prepares; a stale one has failed.
 
-A rank that loads for long beats on; one that is killed or stopped does not, and is not waited for.
+A rank that loads for a long time keeps counting; one that is killed or stopped does not, and the
+others end instead of waiting for it. During training the collectives notice a rank that does not
+answer, and the thread only replies when a rank asks which of them still run.
 """
 
 import threading
@@ -12,58 +14,62 @@ from launcher.distributed.world import World
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-ATTENTION = 0.5  # seconds between two heartbeats, or two looks at whether somebody asks who lives
+INTERVAL = 0.5  # seconds between two heartbeats, and between two looks for a liveness check
 
 
 class Heartbeat:
-    """What this rank lets the others know of it, and what it knows of them."""
+    """The heartbeat of this rank, and what it has seen of the others'."""
 
     def __init__(self, world: World, store: "Store") -> None:
-        """Nothing is said before `begin`."""
-        self._world, self._store = world, store
-        self._leaves, self._is_prepared = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._attend, name="attendance", daemon=True)
-        # Rank 0 watches all, and all watch rank 0: the store has to bear it with a thousand ranks.
+        """No thread runs before `start`."""
+        self._rank, self._store = world.rank, store
+        self._is_over, self._is_training = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        # Rank 0 watches all, and all watch rank 0: the load of the store grows with the ranks only.
         self._watched = range(world.size) if world.is_main else range(1)
         self._beats: dict[int, bytes] = {}
         self._unchanged: dict[int, int] = {}
 
-    def begin(self) -> None:
-        """Say that this rank lives from now on; all ranks have done a first `beat`."""
+    def start(self) -> None:
+        """Beat from now on, in a thread; all ranks have done a first `beat`."""
         self._thread.start()
 
-    def prepared(self) -> None:
-        """From now on the collectives tell who does not answer."""
-        self._is_prepared.set()
+    def training_begins(self) -> None:
+        """Stop beating; only reply to liveness checks."""
+        self._is_training.set()
 
-    def leave(self, patience: float) -> None:
-        """Say nothing more."""
-        self._leaves.set()
+    def stop(self, timeout: float) -> None:
+        """End the thread."""
+        self._is_over.set()
         if self._thread.is_alive():
-            self._thread.join(patience)  # where the link is down, the store never answers it
+            self._thread.join(timeout)  # where the link is down, the store never answers it
 
     def beat(self) -> None:
-        """Say once that this rank lives."""
-        self._store.add(f"beat/{self._world.rank}", 1)
+        """Count up the key of this rank once."""
+        self._store.add(f"beat/{self._rank}", 1)
 
-    def silent(self, looks: int) -> list[int]:
-        """The ranks whose hearts did not beat between so many calls of this.
+    def stale_ranks(self, polls: int) -> list[int]:
+        """The watched ranks whose key stayed the same in so many calls of this.
 
         Calls and not seconds, since a whole job may have been suspended and continued.
         """
         keys = [f"beat/{rank}" for rank in self._watched]
         for rank, beat in zip(self._watched, self._store.multi_get(keys), strict=True):
-            same = self._beats.get(rank) == beat
-            self._unchanged[rank] = self._unchanged.get(rank, 0) + 1 if same else 0
+            is_same = self._beats.get(rank) == beat
+            self._unchanged[rank] = self._unchanged.get(rank, 0) + 1 if is_same else 0
             self._beats[rank] = beat
-        return [rank for rank, count in self._unchanged.items() if count >= looks]
+        return [rank for rank, unchanged in self._unchanged.items() if unchanged >= polls]
 
-    def _attend(self) -> None:
-        """The main thread may be loading data, or waiting for a dead rank."""
-        with suppress(RuntimeError):  # the store is gone, and with it whoever could ask
-            while not self._leaves.wait(ATTENTION):
-                if not self._is_prepared.is_set():
+    def reply(self) -> None:
+        """Answer a liveness check."""
+        self._store.set(f"alive/{self._rank}", "")
+
+    def _run(self) -> None:
+        """In a thread, since the main one may be loading data, or waiting for a dead rank."""
+        with suppress(RuntimeError):  # the store is gone, and no rank can ask any more
+            while not self._is_over.wait(INTERVAL):
+                if not self._is_training.is_set():
                     self.beat()
-                if self._store.check(["roll"]):
-                    self._store.set(f"alive/{self._world.rank}", "")
+                if self._store.check(["liveness-check"]):
+                    self.reply()
                     return

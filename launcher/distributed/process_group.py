@@ -1,35 +1,45 @@
-"""The processes of a run find each other, and those that do not come or do not answer are named.
+"""The ranks of a run find each other, and a rank that is missing or does not answer is named.
 
-Every rank says its host in a key-value store that all can reach: torchrun's and Accelerate's agent
-keeps it, and rank 0 where there is none. The store outlives a failed collective, so the ranks can
-still agree on who failed first, and only that one speaks.
+All ranks use one key-value store: torchrun's and Accelerate's agent hosts it, and rank 0 where
+there is none. It outlives a failed collective, so through it the ranks still find out which of them
+failed first, and only that one prints why.
 """
 
+import json
 import math
-import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from launcher.distributed import signals
 from launcher.distributed.accelerator import runs_on_cpu
 from launcher.distributed.heartbeat import Heartbeat
 from launcher.distributed.store import in_thread, is_set, open_store
 from launcher.distributed.world import World
-from launcher.errors import EXIT_SAVED, LauncherError, RankError, UserError
+from launcher.errors import (
+    EXIT_SAVED,
+    LauncherError,
+    OtherRankError,
+    RankError,
+    StoppedBeforeTrainingError,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-GRACE = 4.0  # seconds for all who live to say so, after a failure
-POLL = 2.0  # seconds between two looks at whether a rank has failed or fallen silent meanwhile
+T = TypeVar("T")
+GRACE = 4.0  # seconds for all running ranks to reply after a failure
+POLL = 2.0  # seconds between two looks at whether a rank has failed or become stale meanwhile
 PREPARATION = timedelta(minutes=30)  # for data and network to be ready on the slowest rank
 # What gloo says where it is not this rank that failed; NCCL has an exception of its own.
-_OF_OTHERS = ("closed by peer", "reset by peer", "gloo", "timed out", "broken pipe")
+_CONNECTION_ERRORS = ("closed by peer", "reset by peer", "gloo", "timed out", "broken pipe")
+_BEFORE_TRAINING = "before training"
 
 
 @dataclass(frozen=True)
@@ -39,263 +49,360 @@ class Timeouts:
     join: float = 300.0
     collective: float | None = None  # None: 60 on a CPU, 600 on GPUs
 
-    @property
-    def of_collectives(self) -> timedelta:
+    def of_collectives(self, world: World) -> timedelta:
         """For one collective."""
-        return timedelta(seconds=self.collective or (60.0 if runs_on_cpu() else 600.0))
+        return timedelta(seconds=self.collective or (60.0 if runs_on_cpu(world) else 600.0))
 
 
 PATIENT = Timeouts()
 
 
-class RankGroup:
-    """The ranks of a run, this one among them; without a store, this one alone."""
+class _OtherRankGaveUpError(LauncherError):
+    """Another rank has a `UserError`: this one need not finish what it waits for."""
 
-    def __init__(self, world: World, store: "Store | None" = None, *, hosts: bool = False) -> None:
-        """`hosts` says that the store ends with this process."""
-        self._world, self._store, self._hosts = world, store, hosts
-        self._attendance = Heartbeat(world, store) if store is not None else None
-        self._looks = 0  # at the store, while this rank waits for all
+
+def rendezvous(world: World, timeouts: Timeouts = PATIENT) -> "RankGroup":
+    """Find the other ranks of the run.
+
+    Raises `RankError` where they cannot be reached or do not come in time.
+    """
+    name = _full_name(world)
+    if world.size > 1 or world.is_launched:  # a process alone stops after its first step instead
+        _end_if_stopped(name)
+    if world.size == 1:
+        return RankGroup(world, timeouts)
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    host = None if world.hosts_store else "rank 0"
+    try:
+        store = open_store(
+            world.address, world.port, timeouts.join, f"rank {world.rank}", host=host
+        )
+    except RankError:
+        _end_if_stopped(name)  # so was rank 0, probably
+        raise
+    # The keys of an earlier attempt may still be in the store.
+    group = RankGroup(world, timeouts, PrefixStore(f"launcher/{world.attempt}", store))
+    group.wait_for_ranks()
+    return group
+
+
+class RankGroup:
+    """The ranks of a run, this one among them; without a store, this one alone.
+
+    Keys of the store: `host/R` and `beat/R` of each rank R; `failures`, how many ranks failed;
+    `user-errors`, how many ranks have one, and `user-error`, the first; `stopped`, by which signal;
+    `read`, how many ranks know the outcome of `sync_errors`; `liveness-check`, how many ranks ask
+    who still runs, and `alive/R`; `barrier/B`, how many ranks are at barrier B, and `open/B`;
+    `node/N/K` for key K of node N.
+    """
+
+    def __init__(
+        self, world: World, timeouts: Timeouts = PATIENT, store: "Store | None" = None
+    ) -> None:
+        """`rendezvous` makes one."""
+        self.world, self._timeouts, self._optional_store = world, timeouts, store
+        self._heartbeat = Heartbeat(world, store) if store is not None else None
+        self._polls = 0  # of the store, in all waits
         self._first_host = "?"
         self._name = _full_name(world)
 
-    def wait_for_ranks(self, timeout: timedelta) -> None:
+    @property
+    def _store(self) -> "Store":
+        assert self._optional_store is not None, "a process alone has no store"
+        return self._optional_store
+
+    def wait_for_ranks(self) -> None:
         """Wait until all are here; raises `RankError` that names those who are not."""
-        if self._store is not None and self._attendance is not None:
-            self._store.set(f"host/{self._world.rank}", socket.gethostname())
-            self._attendance.beat()
-            if not self._all_at("here", timeout, timeout, lambda: _end_if_stopped(self._name)):
-                raise RankError(self._absence(timeout)) if self._world.is_main else RankError("")
-            self._first_host = self._host(0)
-            self._attendance.begin()
+        if self._heartbeat is None:
+            return
+        timeout = timedelta(seconds=self._timeouts.join)
+        self._store.set(f"host/{self.world.rank}", socket.gethostname())
+        self._heartbeat.beat()
+
+        def arrive_and_wait() -> bool:
+            self._arrive("here", self.world.size)
+            return self._poll("open/here", timeout, lambda: _end_if_stopped(self._name))
+
+        if not self._guard(arrive_and_wait, timeout):
+            if self.world.is_main:
+                raise RankError(self._missing_ranks(timeout))
+            raise OtherRankError
+        self._first_host = self._host(0)
+        self._heartbeat.start()
 
     def leave(self) -> None:
         """The run is over for this rank."""
-        if self._attendance is not None:
-            self._attendance.leave(GRACE)
+        if self._heartbeat is not None:
+            self._heartbeat.stop(GRACE)
 
-    def agree(self, problem: UserError | None, silence: timedelta) -> None:
-        """Raise the first rank's `problem`, if any has one, on every rank.
+    # Preparation
 
-        A rank that is silent for longer than `silence` is given up. If a signal has come to any
-        rank meanwhile, all end before they begin.
+    @contextmanager
+    def sync_errors(self) -> Iterator[None]:
+        """Run a block on all ranks, and continue when all have; a `UserError` of one ends all.
+
+        So does a signal that came to any rank meanwhile, or a rank whose heartbeat is stale.
         """
-        store = self._store
-        if store is None or self._attendance is None:
-            if problem:
-                raise problem
-            return
-        if problem and store.add("problems", 1) == 1:
-            store.set(
-                "problem", f"{problem}" if self._world.is_main else f"{self._name}: {problem}"
-            )
-        if not self._all_at("ready", PREPARATION, silence, lambda: self._look_around(silence)):
-            raise RankError("" if not self._world.is_main else "not all ranks could load the data")
-        self._attendance.prepared()
-        if store.add("problems", 0):
-            raise _ToldError(store.get("problem").decode())
-        if stop := store.get("all-ready").decode():
-            raise _StoppedError(stop if self._world.is_main else "")
+        error = None
+        try:
+            yield
+        except UserError as raised:
+            if self._heartbeat is None:
+                raise
+            error = raised
+        except _OtherRankGaveUpError:
+            pass
+        if self._heartbeat is not None:
+            self._sync(error)
+            self._heartbeat.training_begins()
 
-    def found(self, timeout: timedelta) -> None:
-        """Make the process group, of which Accelerate then makes use."""
-        if self._store is not None:
+    def _sync(self, error: UserError | None) -> None:
+        store = self._store
+        if error and store.add("user-errors", 1) == 1:
+            place = "" if self.world.is_main else f"{self._name}: "
+            text = json.dumps((f"{place}{error.given}", error.expected, error.instead))
+            store.set("user-error", text)
+
+        def arrive_and_wait() -> bool:
+            self._report_signal()
+            self._arrive("ready", self.world.size)
+            return self._poll("open/ready", PREPARATION, self._check_ranks)
+
+        if not self._guard(arrive_and_wait, self._silence):
+            if self.world.is_main:
+                raise RankError("not all ranks could load the data")
+            raise OtherRankError
+        has_error = store.add("user-errors", 0) > 0
+        parts = json.loads(store.get("user-error")) if has_error else None
+        stopped = store.get("open/ready").decode()
+        self._let_all_read()
+        if parts:
+            given, expected, instead = parts
+            raise UserError(given, expected=expected, instead=instead)
+        if stopped:
+            if self.world.is_main:
+                raise StoppedBeforeTrainingError(stopped)
+            raise OtherRankError(EXIT_SAVED)
+
+    def _let_all_read(self) -> None:
+        """Keep the store alive, where this process hosts it, until all have read the outcome."""
+        self._store.add("read", 1)
+        until = time.monotonic() + GRACE
+        while self.world.hosts_store and time.monotonic() < until:
+            if self._store.add("read", 0) == self.world.size:
+                return
+            time.sleep(0.01)
+
+    def broadcast_on_node(self, key: str, value: str | None = None) -> str:
+        """The value that one process of this node gives, on all processes of the node.
+
+        To be called within `sync_errors`, which every rank then reaches: also where another rank
+        has a `UserError` and never gives a value.
+        """
+        key = f"node/{self.world.node}/{key}"
+        if value is not None:
+            self._store.set(key, value)
+            return value
+        self._guard(lambda: self._poll(key, None, self._check_for_user_errors), self._silence)
+        return self._store.get(key).decode()
+
+    def node_barrier(self, name: str) -> None:
+        """Wait for all processes of this node; within `sync_errors`, as `broadcast_on_node`."""
+        name = f"{name}/{self.world.node}"
+
+        def arrive_and_wait() -> bool:
+            self._arrive(name, self.world.local_size)
+            return self._poll(f"open/{name}", None, self._check_for_user_errors)
+
+        self._guard(arrive_and_wait, self._silence)
+
+    def init_process_group(self) -> None:
+        """Make torch's process group, which Accelerate then uses."""
+        if self._optional_store is not None:
             import torch
             from torch import distributed
 
             device = torch.accelerator.current_accelerator()
-            if runs_on_cpu() or device is None:
+            if runs_on_cpu(self.world) or device is None:
                 device = torch.device("cpu")
             distributed.init_process_group(
                 distributed.get_default_backend_for_device(device),
                 store=distributed.PrefixStore("group", self._store),  # type: ignore[attr-defined]
-                rank=self._world.rank,
-                world_size=self._world.size,
-                timeout=timeout,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                timeout=self._silence,
             )
 
-    def explain(self, error: Exception, moment: str) -> Exception:
-        """What this rank is to say of its failure at some moment of the training."""
-        if self._store is None:
-            return error
-        try:  # where the link is down, the store would let it wait for ever
-            return in_thread(lambda: self._explain(error, moment)).result(5 * GRACE)
-        except TimeoutError:
-            return self._silence()
+    # Failures
 
-    def _explain(self, error: Exception, moment: str) -> Exception:
-        assert self._store is not None
+    def attribute_failure(self, error: Exception, moment: str) -> Exception:
+        """What this rank raises after `error`: `OtherRankError` if another failed before.
+
+        `moment` says where the training was: `in step 17 (epoch 2)`.
+        """
+        if self._optional_store is None:
+            return error
+        try:  # where the link is down, the store would never answer
+            return in_thread(lambda: self._attribute(error, moment)).result(5 * GRACE)
+        except TimeoutError:
+            return self._store_lost()
+
+    def _attribute(self, error: Exception, moment: str) -> Exception:
         text = "".join(traceback.format_exception(error))
         try:
-            if not is_of_others(error):
-                first = self._store.add("failures", 1) == 1
-                time.sleep(GRACE if self._hosts else 0)  # the others still have to ask who failed
-                return RankError(f"{self._name} failed\n{text}" if first else "")
-            return RankError(self._account(text, moment))
+            if is_of_other_rank(error):
+                return self._find_failed_rank(text, moment)
+            is_first = self._report_failure()
+            return RankError(f"{self._name} failed\n{text}") if is_first else OtherRankError()
         except RuntimeError:  # the store is gone
-            return self._silence()
+            return self._store_lost()
 
-    def _silence(self) -> RankError:
+    def _report_failure(self) -> bool:
+        """Count a failure; returns whether it is the first of the run."""
+        is_first = self._store.add("failures", 1) == 1
+        time.sleep(GRACE if self.world.hosts_store else 0)  # the others have yet to ask who failed
+        return is_first
+
+    def _find_failed_rank(self, text: str, moment: str) -> Exception:
+        """Which ranks do not reply after a failed collective; one rank alone reports them."""
+        assert self._heartbeat is not None
+        self._heartbeat.reply()
+        reports = self._store.add("liveness-check", 1) == 1
+        until = time.monotonic() + GRACE + (1 if self.world.hosts_store else 0)
+        while (reports or self.world.hosts_store) and time.monotonic() < until:
+            if self._store.add("failures", 0):
+                return OtherRankError()
+            time.sleep(0.1)
+        if not reports:
+            return OtherRankError()
+        missing = self._ranks_without("alive")
+        if not missing:
+            return RankError(f"{self._name} could not reach the others\n{text}")
+        return RankError(self._not_answering(missing, moment))
+
+    def _store_lost(self) -> RankError:
         return RankError(
-            f"rank 0 on {self._first_host}, with which all the others began, "
+            f"rank 0 on {self._first_host}, or the key-value store there, "
             f"does not answer any more ({self._name})"
         )
 
-    def _account(self, text: str, moment: str) -> str:
-        """Who is missing after a collective that failed; empty if another rank says so."""
-        assert self._store is not None
-        self._store.set(f"alive/{self._world.rank}", "")
-        speaks = self._store.add("roll", 1) == 1
-        until = time.monotonic() + GRACE + (1 if self._hosts else 0)
-        while (speaks or self._hosts) and time.monotonic() < until:
-            if self._store.add("failures", 0):
-                return ""
-            time.sleep(0.1)
-        if not speaks:
-            return ""
-        missing = self._without("alive")
-        if not missing:
-            return f"{self._name} could not reach the others\n{text}"
-        return self._lost(missing, moment)
-
-    def _lost(self, ranks: list[int], moment: str) -> str:
+    def _not_answering(self, ranks: list[int], moment: str) -> str:
         where = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in ranks)
         return f"{where} does not answer: killed, stopped or cut off ({self._name}, {moment})"
 
-    def _all_at(
-        self, place: str, timeout: timedelta, silence: timedelta, look: Callable[[], None]
-    ) -> bool:
-        """Whether all ranks come to `place` in time; `look` may raise why they will not."""
-        waiting = in_thread(lambda: self._wait_for_all(place, timeout, look))
-        while True:
-            looks = self._looks
-            try:
-                return waiting.result(silence.total_seconds() + GRACE)
-            except TimeoutError:
-                if looks == self._looks:  # the process that keeps the store is stopped
-                    raise self._gone() from None
-            except RuntimeError:
-                raise self._gone() from None
-
-    def _wait_for_all(self, place: str, timeout: timedelta, look: Callable[[], None]) -> bool:
-        assert self._store is not None
-        until = time.monotonic() + timeout.total_seconds()
-        look()
-        if self._store.add(place, 1) == self._world.size:  # the last one decides for all
-            stopped = self._store.check(["stopped"])
-            self._store.set(f"all-{place}", self._store.get("stopped").decode() if stopped else "")
-        while not is_set(self._store, f"all-{place}", min(POLL, until - time.monotonic())):
-            self._looks += 1
-            if self._store.add("failures", 0):
-                raise RankError("")
-            look()
-            if time.monotonic() >= until:
-                return False
-        return True
-
-    def _look_around(self, silence: timedelta) -> None:
-        """Say that this rank lives, and whether it was stopped; give up those who say nothing."""
-        assert self._store is not None
-        assert self._attendance is not None
-        if reason := signals.stop_reason():
-            self._store.set("stopped", f"{_stopped(self._name, reason)}")
-        self._attendance.beat()
-        silent = self._attendance.silent(2 + math.ceil(silence.total_seconds() / POLL))
-        if silent:
-            first = self._store.add("failures", 1) == 1
-            time.sleep(GRACE if self._hosts else 0)  # the others still have to ask who failed
-            raise RankError(self._lost(silent, "before training") if first else "")
-
-    def _gone(self) -> RankError:
-        """The store is gone; after a signal nobody is to blame."""
-        _end_if_stopped(self._name)
-        return self._silence()
-
-    def _absence(self, timeout: timedelta) -> str:
-        missing = self._without("host")
-        present = [rank for rank in range(self._world.size) if rank not in missing]
+    def _missing_ranks(self, timeout: timedelta) -> str:
+        missing = self._ranks_without("host")
+        present = [rank for rank in range(self.world.size) if rank not in missing]
         hosts = sorted({self._host(rank) for rank in present})
         return (
-            f"{len(missing)} of {self._world.size} processes did not come within "
+            f"{len(missing)} of {self.world.size} processes did not come within "
             f"{timeout.total_seconds():g} s: ranks {_ranges(missing)}; "
             f"ranks {_ranges(present)} are here, on {', '.join(hosts)}; "
             "look for the missing on their machines, or give them longer by --join-timeout"
         )
 
-    def _without(self, key: str) -> list[int]:
-        assert self._store is not None
-        return [r for r in range(self._world.size) if not self._store.check([f"{key}/{r}"])]
+    def _ranks_without(self, key: str) -> list[int]:
+        return [r for r in range(self.world.size) if not self._store.check([f"{key}/{r}"])]
 
     def _host(self, rank: int) -> str:
-        assert self._store is not None
         return self._store.get(f"host/{rank}").decode()
 
+    # Waiting
 
-class _StoppedError(RankError):
-    """A signal came before all were there; a resume begins where this one was to."""
+    @property
+    def _silence(self) -> timedelta:
+        """How long a rank may not answer."""
+        return self._timeouts.of_collectives(self.world)
 
-    exit_code = EXIT_SAVED
+    def _arrive(self, name: str, size: int) -> None:
+        """Count up a barrier; the last of `size` opens it, and says whether the run was stopped."""
+        if self._store.add(f"barrier/{name}", 1) == size:
+            was_stopped = self._store.check(["stopped"])
+            self._store.set(
+                f"open/{name}", self._store.get("stopped").decode() if was_stopped else ""
+            )
+
+    def _poll(self, key: str, timeout: timedelta | None, check: Callable[[], None]) -> bool:
+        """Wait until a key is in the store; returns whether it came in time.
+
+        `check` is called every `POLL` seconds and may raise.
+        """
+        until = time.monotonic() + timeout.total_seconds() if timeout else math.inf
+        while not is_set(self._store, key, min(POLL, until - time.monotonic())):
+            self._polls += 1
+            if self._store.add("failures", 0):
+                raise OtherRankError
+            check()
+            if time.monotonic() >= until:
+                return False
+        return True
+
+    def _guard(self, wait: Callable[[], T], silence: timedelta) -> T:
+        """Run a wait that polls, in a thread: a store that does not answer has no time-out.
+
+        After `silence` without a poll, the process that hosts it has been stopped.
+        """
+        waiting = in_thread(wait)
+        while True:
+            polls = self._polls
+            try:
+                return waiting.result(silence.total_seconds() + GRACE)
+            except TimeoutError:
+                if polls == self._polls:
+                    self._give_up_store()
+            except RuntimeError:
+                self._give_up_store()
+
+    def _check_ranks(self) -> None:
+        """Beat, report a signal, and end the run where another rank's heartbeat is stale."""
+        assert self._heartbeat is not None
+        self._report_signal()
+        self._heartbeat.beat()
+        polls = 2 + math.ceil(self._silence.total_seconds() / POLL)
+        if stale := self._heartbeat.stale_ranks(polls):
+            if self._report_failure():
+                raise RankError(self._not_answering(stale, _BEFORE_TRAINING))
+            raise OtherRankError
+
+    def _report_signal(self) -> None:
+        if reason := signals.stop_reason():
+            self._store.set("stopped", _stopped(self._name, reason))
+
+    def _check_for_user_errors(self) -> None:
+        self._check_ranks()
+        if self._store.add("user-errors", 0):
+            raise _OtherRankGaveUpError
+
+    def _give_up_store(self) -> NoReturn:
+        _end_if_stopped(self._name)  # after a signal no rank has failed
+        raise self._store_lost() from None
 
 
-def _stopped(name: str, reason: str) -> _StoppedError:
-    return _StoppedError(
+def _stopped(name: str, reason: str) -> str:
+    return (
         f"{name} was stopped by {reason} before training began; "
         "nothing is lost: run it again with --resume"
     )
 
 
 def _end_if_stopped(name: str) -> None:
-    """Until all are here, and where nobody is any more, a signal is reason enough to end."""
+    """End after a signal: where not all ranks are here yet, or none is left."""
     if reason := signals.stop_reason():
-        raise _stopped(name, reason)
+        raise StoppedBeforeTrainingError(_stopped(name, reason))
 
 
-class _ToldError(LauncherError):
-    """A `UserError` of some rank, as all of them end with it."""
-
-    exit_code = UserError.exit_code
-
-
-def meet(world: World, timeouts: Timeouts) -> RankGroup:
-    """Find the other ranks of the run.
-
-    Raises `RankError` where they cannot be reached or do not come in time.
-    """
-    name = _full_name(world)
-    if world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # else nobody is to be asked
-        _end_if_stopped(name)
-    if world.size == 1:
-        return RankGroup(world)
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-    hosts = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    try:
-        store = open_store(*place, timeouts.join, f"rank {world.rank}", None if hosts else "rank 0")
-    except RankError:
-        _end_if_stopped(name)  # so was rank 0, probably
-        raise
-    group = RankGroup(world, PrefixStore(f"launcher/{_attempt()}", store), hosts=hosts)
-    group.wait_for_ranks(timedelta(seconds=timeouts.join))
-    return group
-
-
-def is_of_others(error: BaseException) -> bool:
+def is_of_other_rank(error: BaseException) -> bool:
     """Whether a failure of another rank, or of the connection to it, is behind an exception."""
     from torch.distributed import DistError
 
     text = str(error).lower()
-    of_gloo = isinstance(error, RuntimeError) and any(part in text for part in _OF_OTHERS)
+    of_gloo = isinstance(error, RuntimeError) and any(part in text for part in _CONNECTION_ERRORS)
     return isinstance(error, DistError) or of_gloo
 
 
 def _full_name(world: World) -> str:
     return f"rank {world.rank} of {world.size} on {socket.gethostname()}"
-
-
-def _attempt() -> str:
-    """Which start of the job this is: the keys of an earlier one may still be in the store."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _ranges(ranks: list[int]) -> str:

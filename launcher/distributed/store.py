@@ -1,4 +1,4 @@
-"""The key-value store through which ranks and machines find each other."""
+"""The key-value store through which ranks, and nodes, find each other."""
 
 import socket
 import threading
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def open_store(address: str, port: int, seconds: float, name: str, host: str | None) -> "Store":
-    """The key-value store that `host` keeps there, or with None this process, called `name`.
+    """Connect `name` to the store that `host` serves; with None, serve it in this process.
 
-    Raises `RankError` where nobody answers within so many seconds, or the port is taken.
+    Raises `RankError` where nothing answers within so many seconds, or the port is taken.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -49,7 +49,7 @@ def is_set(store: "Store", key: str, seconds: float) -> bool:
 
 
 def in_thread(action: Callable[[], T]) -> "Future[T]":
-    """Begin what asks the store, which may never answer; nobody has to wait for the end of it."""
+    """Run a request to the store, which may never answer, so that its caller can give it up."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,54 +1,166 @@
 """Which process of how many this is, and the guards on the number of processes.
 
-Accelerate and torchrun tell each process its rank and the world size in RANK and WORLD_SIZE. Some
-ways of launching ask for several processes and start one, or start several that each believe to
-be alone; both train wrongly without a word, so both are stopped here.
+`World.of_this_process` reads the environment and the launching process once, in `cli`; everything
+else is handed the value. Some ways of launching ask for several processes and start one, or start
+several of which each trains alone; both train wrongly without a message, so both are stopped here.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.utils.text import count
 
+# What only launching programs set; ACCELERATE_MIXED_PRECISION may be the user's own.
+LAUNCH_MARKS = frozenset(("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID"))
 _SEVERAL_ON_CPU = (
     "type ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {count} "
     "-m launcher RECIPE"
 )
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among all processes of the run, as its launcher announced it."""
+class Launcher(Enum):
+    """What started this process."""
 
-    rank: int
-    local_rank: int
-    size: int
+    NONE = "the user"
+    AGENT = "accelerate launch or torchrun"
+    SRUN = "srun"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The launching process, as far as it may be read."""
+
+    command: tuple[str, ...] = ()
+    variables: frozenset[str] | None = None  # the names in its environment; None: unreadable
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> "World":
-        """Read rank and world size from the environment; 1 process where nothing is set."""
+    def of_this_process(cls) -> "Parent":
+        """Read command line and environment of the parent process."""
+        import psutil
+
+        command: tuple[str, ...] = ()
+        try:
+            parent = psutil.Process(os.getppid())
+            command = tuple(parent.cmdline())
+            return cls(command, frozenset(parent.environ()))
+        except psutil.Error:
+            return cls(command)
+
+    def chose_threads(self) -> bool:
+        """Whether OMP_NUM_THREADS is the choice of a user, who gave it to the launcher as well."""
+        if self.variables is None or "OMP_NUM_THREADS" in self.variables:
+            return True
+        flags = [word.partition("=")[0] for word in self.command]
+        return "--num_cpu_threads_per_process" in flags
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run, and how they reach each other.
+
+    `local_rank` of `local_size` is its place on this node, and `device` the number of its GPU, of
+    those that it can see. The key-value store of all ranks is at `address` and `port`; where
+    `agent_hosts_store` is false, rank 0 hosts it. `attempt` counts restarts of the same job.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+    device: int = 0
+    address: str = ""
+    port: int = 0
+    attempt: int = 0
+    launcher: Launcher = Launcher.NONE
+    agent_hosts_store: bool = False
+    use_cpu: bool = False  # the user said so; else the GPU is used if there is one
+    mixed_precision: str = ""  # of Accelerate's config: "no", "bf16", ...
+    threads: int | None = None  # to be set for torch; None: torch's own choice
+    shares_cores: bool = False  # 1 thread was set by the launcher, which knows nothing of the cores
+    parent: Parent = Parent()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], parent: Parent | None = None) -> "World":
+        """What `accelerate launch`, torchrun or a user has set; 1 process where nothing is."""
+
+        def number(name: str, default: int) -> int:
+            text = environ.get(name) or f"{default}"  # empty where a script names what is not set
+            if not text.isdecimal():
+                raise UserError(
+                    f"{name}={text} in the environment",
+                    expected="a whole number, as set by the program that starts the processes",
+                    instead=f"type unset {name}",
+                )
+            return int(text)
+
+        is_launched = not LAUNCH_MARKS.isdisjoint(environ)
+        rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)
+        local_size = number("LOCAL_WORLD_SIZE", 1)
+        has_default_threads = environ.get("OMP_NUM_THREADS", "1") == "1"
         return cls(
-            rank=int(environ.get("RANK") or 0),  # empty where a batch script names what is not set
-            local_rank=int(environ.get("LOCAL_RANK") or 0),
-            size=int(environ.get("WORLD_SIZE") or 1),
+            rank=rank,
+            size=number("WORLD_SIZE", 1),
+            local_rank=local_rank,
+            local_size=local_size,
+            node=number("GROUP_RANK", max(rank - local_rank, 0) // max(local_size, 1)),
+            device=local_rank,
+            address=environ.get("MASTER_ADDR", ""),
+            port=number("MASTER_PORT", 0),
+            attempt=number("TORCHELASTIC_RESTART_COUNT", number("SLURM_RESTART_COUNT", 0)),
+            launcher=Launcher.AGENT if is_launched else Launcher.NONE,
+            agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            use_cpu=is_true(environ.get("ACCELERATE_USE_CPU", "")),
+            mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION", "").lower(),
+            shares_cores=bool(
+                is_launched and has_default_threads and parent and not parent.chose_threads()
+            ),
+            parent=parent or Parent(),
         )
+
+    @classmethod
+    def of_this_process(cls) -> "World":
+        """Read the environment and the launching process; called once, at the edge."""
+        is_launched = not LAUNCH_MARKS.isdisjoint(os.environ)
+        return cls.from_env(os.environ, Parent.of_this_process() if is_launched else None)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether `accelerate launch` or torchrun stands between the user and this process."""
+        return self.launcher is Launcher.AGENT
 
-def check_world(announced_size: int, running: int, asked: int | None) -> None:
+    @property
+    def hosts_store(self) -> bool:
+        """Whether the store of all ranks ends with this process."""
+        return self.is_main and not self.agent_hosts_store
+
+
+ALONE = World()
+
+
+def is_true(text: str) -> bool:
+    """Whether a variable is set to what Accelerate takes for true."""
+    return text.lower() in ("1", "true", "yes")
+
+
+def check_world(world: World, running: int) -> None:
     """Stop where the processes that were asked for, announced and running are not the same."""
-    if announced_size != running:
+    if world.size != running:
         raise UserError(
-            f"{announced_size} processes were started, but each of them believes to be alone",
+            f"{count(world.size, 'process')} were started, but each of them trains alone",
             expected="one run of all processes together",
-            instead=_SEVERAL_ON_CPU.format(count=announced_size),
+            instead=_SEVERAL_ON_CPU.format(count=world.size),
         )
+    asked = processes_in(world.parent.command) if world.size == 1 else None
     if asked is not None and running < asked:
         raise UserError(
             f"{asked} processes were asked for, but accelerate launch started {running}",
@@ -57,28 +169,15 @@ def check_world(announced_size: int, running: int, asked: int | None) -> None:
         )
 
 
-def asked_processes() -> int | None:
-    """How many processes an `accelerate launch` above this process was told to start in all.
-
-    Its single-process launcher ignores the number and does not pass it on, so it is read from the
-    parent's command line and config file. None where there is no such parent.
-    """
-    import psutil
-
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
-        return None
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return None
-    return processes_in(words)
-
-
 _LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
 
 
-def processes_in(words: list[str]) -> int | None:
-    """The number of processes that an `accelerate launch` command line asks for."""
+def processes_in(words: Sequence[str]) -> int | None:
+    """The number of processes that an `accelerate launch` command line asks for.
+
+    Its single-process launcher ignores the number and does not pass it on. None where the words
+    are no such command line.
+    """
     start = next((i for i, word in enumerate(words) if Path(word).name in _LAUNCHERS), None)
     if start is None:
         return None
@@ -88,7 +187,7 @@ def processes_in(words: list[str]) -> int | None:
     return int(flag) if flag else _processes_in_config(_flag(own, "--config_file"))
 
 
-def _flag(words: list[str], name: str) -> str | None:
+def _flag(words: Sequence[str], name: str) -> str | None:
     """The value of a flag, which Accelerate lets people write with hyphens as well."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, equals, value = word.partition("=")

@@ -130,14 +130,21 @@ def test_a_process_whose_launcher_is_gone_when_it_begins_does_not_train(
     finally:
         if orphan.is_running():
             orphan.kill()
-    assert "the launcher is gone" in orphaned.text()
+    assert "stopped by the end of its launcher" in orphaned.text()
+
+
+STOP_REASON = """
+from launcher.distributed import signals
+with signals.listening():
+    signals.watch_launcher()
+    print([signals.stop_reason()])
+"""
 
 
 @pytest.mark.parametrize("shell", [False, True])
 def test_a_process_that_was_started_by_hand_is_no_orphan(shell: bool, tmp_path: Path) -> None:
     """Nor one with a shell between it and the launcher."""
     marks = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
-    code = "from launcher.distributed import signals; print([signals.stop_reason()])"
-    python = [sys.executable, "-c", code]
+    python = [sys.executable, "-c", STOP_REASON]
     command = ["sh", "-c", f"{shlex.join(python)}; true"] if shell else python
     assert run(command, **marks).stdout == "['']\n"

@@ -20,8 +20,8 @@ EPOCHS = "epochs=4"
 PAUSE = 0.03  # seconds per forward pass: four epochs take at least 4 seconds
 SILENCE = 6.0  # --timeout
 STARTING = 60.0  # seconds at most until a process on a busy machine is under way
-AGENTS = {"torchrun": "torch.distributed.run", "elastic": "launcher.cluster.torchrun"}
-WAYS = ["accelerate", "torchrun", "elastic"]
+AGENTS = {"torchrun": "torch.distributed.run", "ours": "launcher.cluster.torchrun"}
+WAYS = ["accelerate", "torchrun", "ours"]
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_two_machines_compute_what_one_process_does(
 def test_four_machines_compute_what_one_process_does(
     four: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:
-    runs = [start(by("elastic", four, place), tmp_path, recipe) for place in range(4)]
+    runs = [start(by("ours", four, place), tmp_path, recipe) for place in range(4)]
     assert [run.end() for run in runs] == [0] * 4, "\n".join(run.text() for run in runs)
     assert "4 ranks" in runs[0].text()
     same_weights(tmp_path, alone)
@@ -138,8 +138,7 @@ def test_four_machines_compute_what_one_process_does(
 def under_way(nodes: list[Node], folder: Path, recipe: Path) -> list[Run]:
     words = ("--timeout", str(SILENCE))
     runs = [
-        start(by("elastic", nodes, place), folder, recipe, "epochs=4000", *words)
-        for place in range(2)
+        start(by("ours", nodes, place), folder, recipe, "epochs=4000", *words) for place in range(2)
     ]
     runs[0].wait_for("epoch    1/4000")
     return runs
@@ -161,7 +160,7 @@ def test_the_first_machine_that_dies_is_named_and_the_other_ends(
     runs = under_way(pair, tmp_path, recipe)
     pair[0].kill()
     assert seconds_until_end(runs[1]) < SILENCE + 5 * GRACE
-    assert "rank 0 on node1, with which all the others began" in runs[1].text()
+    assert "rank 0 on node1, or the key-value store there, does not answer" in runs[1].text()
     runs[0].end()
 
 
@@ -175,7 +174,7 @@ def test_when_the_link_is_cut_both_sides_end_and_name_each_other(
         seconds_until_end(run)
     assert time.monotonic() - began < 2 * SILENCE + 5 * GRACE + 10
     assert "rank 1 on node2 does not answer" in runs[0].text()
-    assert "rank 0 on node1, with which all the others began" in runs[1].text()
+    assert "rank 0 on node1, or the key-value store there, does not answer" in runs[1].text()
 
 
 # Machines that do not come, or late
@@ -187,7 +186,7 @@ def test_a_machine_that_never_comes_is_named_in_time(
 ) -> None:
     runs = [start(by(way, four, n, timeout=12), tmp_path, recipe) for n in (0, 2, 3)]
     assert [run.end() for run in runs] == [1, 1, 1]
-    missing = "machine(s) 0 (node1), 2 (node3), 3 (node4) of 4 are here; machine(s) 1 did not come"
+    missing = "nodes 0 (node1), 2 (node3), 3 (node4) of 4 are here; node 1 did not come"
     assert f"launcher: {missing} yet; waiting until 12 s are over" in runs[0].text()
     assert f"launcher: {missing} within 12 s" in runs[0].text()
     assert "Traceback" not in runs[0].text()
@@ -199,7 +198,7 @@ def test_a_first_machine_that_never_comes_is_named_in_time(
 ) -> None:
     run = start(by(way, pair, 1, timeout=4), tmp_path, recipe)
     assert run.end() == 1
-    said = "machine 1 on node2 cannot reach machine 0 at 10.0.0.1 port 29500 within 4 s"
+    said = "node 1 on node2 cannot reach node 0 at 10.0.0.1 port 29500 within 4 s"
     assert f"launcher: {said}" in run.text()
     assert "Traceback" not in run.text()
 
@@ -209,7 +208,7 @@ def test_a_machine_that_comes_late_is_waited_for(
     way: str, pair: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:
     first = start(by(way, pair, 0), tmp_path, recipe)
-    first.wait_for("machine(s) 0 (node1) of 2 are here; machine(s) 1 did not come yet")
+    first.wait_for("node 0 (node1) of 2 is here; node 1 did not come yet")
     second = start(by(way, pair, 1), tmp_path, recipe)
     assert (first.end(), second.end()) == (0, 0), first.text() + second.text()
     same_weights(tmp_path, alone)

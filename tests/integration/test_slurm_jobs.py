@@ -178,8 +178,8 @@ def test_a_sweep_is_one_run_per_value_and_status_shows_them(slurm: Slurm, tmp_pa
     ("words", "said"),
     [
         (("-N2",), "a job of 2 nodes in which one process was started"),
-        (("-N1", "--gpus-per-node=2"), "1 task(s) on a node of which Slurm gave 2 GPUs"),
-        (("-N1", "--gpus-per-node=2", "srun"), "1 task(s) on a node of which Slurm gave 2 GPUs"),
+        (("-N1", "--gpus-per-node=2"), "1 task on a node of which Slurm gave 2 GPUs"),
+        (("-N1", "--gpus-per-node=2", "srun"), "1 task on a node of which Slurm gave 2 GPUs"),
         (("-N1", "-n2", "--gpus-per-node=1", "srun"), "2 tasks on a node of which Slurm gave 1"),
     ],
 )

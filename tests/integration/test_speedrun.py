@@ -114,9 +114,9 @@ def test_sum_loss_multiplies_the_gradients_by_the_images() -> None:
 
 
 def test_pure_fp16_needs_a_gpu() -> None:
-    assert choose_precision("pure_fp16", has_gpu=True, environ={}) == ("pure_fp16", "recipe")
+    assert choose_precision("pure_fp16", has_gpu=True) == ("pure_fp16", "recipe")
     with pytest.raises(UserError, match="pure_bf16"):
-        choose_precision("pure_fp16", has_gpu=False, environ={})
+        choose_precision("pure_fp16", has_gpu=False)
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 100])

@@ -30,6 +30,7 @@ from launcher import (
     mirrored_and_shifted,
     mixup,
 )
+from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
@@ -142,8 +143,8 @@ SCENARIOS = {
 }
 
 
-def run(recipe: Recipe) -> dict[str, object]:
-    ctx = context_of(recipe, log_every=3)
+def run(recipe: Recipe, world: World) -> dict[str, object]:
+    ctx = context_of(recipe, accelerator=create_accelerator("fp32", world), log_every=3)
     reports = list(fit(ctx))
     epochs = [report for report in reports if isinstance(report, EpochReport)]
     return {
@@ -158,9 +159,10 @@ def run(recipe: Recipe) -> dict[str, object]:
 
 
 def main(folder: Path) -> None:
+    world = World.of_this_process()
     for name, recipe in SCENARIOS.items():
-        result = run(recipe)
-        if World.from_env().is_main:
+        result = run(recipe, world)
+        if world.is_main:
             torch.save(result, folder / f"{name}.pt")
 
 

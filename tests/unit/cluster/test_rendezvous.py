@@ -29,13 +29,13 @@ def test_torch_knows_it_by_the_entry_point() -> None:
         ({"rank": "one"}, "with rank=one"),
     ],
 )
-def test_a_machine_without_its_number_is_refused_in_one_line(
+def test_a_node_without_its_number_is_refused_in_one_line(
     conf: dict[str, str], given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         handler()(parameters(**conf))
     assert stop.value.code == 2
-    expected = "expected this machine's number, 0 to 1; type --rdzv_conf rank=1 on the last machine"
+    expected = "expected this node's number, 0 to 1; type --rdzv_conf rank=1 on the last node"
     assert capsys.readouterr().err == f"launcher: --rdzv_conf {given}; {expected}\n"
 
 
@@ -53,7 +53,7 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("words", "given"),
     [
-        (("--node-rank", "2"), "--node-rank 2 with --nnodes 2; expected this machine's number"),
+        (("--node-rank", "2"), "--node-rank 2 with --nnodes 2; expected this node's number"),
         (("--rdzv-conf", "timeout=soon"), "--rdzv_conf with timeout=soon; expected a number"),
     ],
 )
@@ -72,15 +72,15 @@ def test_torchruns_words_are_checked_in_one_line(
         (("--rdzv-endpoint", "10.0.0.1:8"), ("10.0.0.1", 8)),
     ],
 )
-def test_machine_0_is_where_torchrun_looks_for_it(
+def test_node_0_is_where_torchrun_looks_for_it(
     words: tuple[str, ...], place: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def meet(address: str, port: int, *others: object) -> None:
-        raise RankError(f"{(address, port)}")
+    def wait(endpoint: tuple[str, int], *others: object) -> None:
+        raise RankError(f"{endpoint}")
 
     said: list[str] = []
-    monkeypatch.setattr(torchrun, "meet_machines", meet)
-    monkeypatch.setattr(torchrun, "say", said.append)
+    monkeypatch.setattr(torchrun, "wait_for_nodes", wait)
+    monkeypatch.setattr(torchrun, "print_line", said.append)
     assert torchrun.main(["--nnodes", "2", *words, "-m", "none"]) == 1
     assert said == [f"{place}"]
 
@@ -90,5 +90,5 @@ def test_accelerate_shows_that_line_and_no_traceback(tmp_path: Path) -> None:
     where = ("--main_process_ip", "127.0.0.1", "--rdzv_backend", "launcher")
     run = Run((*ACCELERATE, *config, *where), tmp_path)
     assert run.end() == 2
-    assert "launcher: --rdzv_conf without a rank; expected this machine's number" in run.text()
+    assert "launcher: --rdzv_conf without a rank; expected this node's number" in run.text()
     assert "Traceback" not in run.text()

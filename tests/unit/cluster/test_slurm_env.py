@@ -2,15 +2,15 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
 
 import pytest
 
 from launcher import cli
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
-from launcher.distributed.world import World
+from launcher.distributed.world import Launcher, World
 from tests.support.helpers import refused
 
 # One of four tasks on two nodes, as srun of Slurm 22.05 starts it.
@@ -38,18 +38,29 @@ BATCH = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0"}
 TWO_GPUS = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
 
 
-def test_a_task_learns_its_rank_and_where_all_meet() -> None:
-    found = slurm_env.variables(TASK)
-    port = found.pop("MASTER_PORT")
-    assert found == {
-        "RANK": "3",
-        "WORLD_SIZE": "4",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "gpu07",
-        "OMP_NUM_THREADS": "4",
-    }
-    assert slurm_env.FIRST_PORT <= int(port) < slurm_env.FIRST_PORT + slurm_env.PORTS < 32_768
+def world_in(environ: dict[str, str]) -> World:
+    """The world of a process with this environment, which nothing refuses."""
+    world = slurm_env.world_of_task(environ, World.from_env(environ))
+    slurm_env.check(environ, world)
+    return world
+
+
+def test_a_task_learns_its_rank_and_where_all_ranks_connect() -> None:
+    world = world_in(TASK)
+    assert world == World(
+        rank=3,
+        size=4,
+        local_rank=1,
+        local_size=2,
+        node=1,
+        device=1,
+        address="gpu07",
+        port=world.port,
+        launcher=Launcher.SRUN,
+        threads=4,
+    )
+    first, ports = slurm_env.FIRST_PORT, slurm_env.PORTS
+    assert first <= world.port < first + ports < 32_768
 
 
 @pytest.mark.parametrize(
@@ -61,45 +72,38 @@ def test_a_task_learns_its_rank_and_where_all_meet() -> None:
         {"SLURM_RESTART_COUNT": "1"},
     ],
 )
-def test_other_jobs_steps_and_attempts_meet_elsewhere(other: dict[str, str]) -> None:
-    one, two = slurm_env.variables(TASK), slurm_env.variables(TASK | other)
-    assert one["MASTER_PORT"] != two["MASTER_PORT"]
+def test_other_jobs_steps_and_attempts_connect_elsewhere(other: dict[str, str]) -> None:
+    assert world_in(TASK).port != world_in(TASK | other).port
 
 
-def test_all_tasks_of_a_step_meet_at_one_place() -> None:
-    places = {
-        (found["MASTER_ADDR"], found["MASTER_PORT"])
-        for rank in range(4)
-        for found in [slurm_env.variables(TASK | {"SLURM_PROCID": str(rank)})]
-    }
-    assert len(places) == 1
+def test_all_tasks_of_a_step_connect_to_one_place() -> None:
+    worlds = [world_in(TASK | {"SLURM_PROCID": str(rank)}) for rank in range(4)]
+    assert len({(world.address, world.port) for world in worlds}) == 1
 
 
 @pytest.mark.parametrize(
     ("environ", "threads"),
     [
-        (TASK | {"SLURM_CPUS_PER_TASK": "3"}, "3"),
-        (TASK | {"SLURM_CPUS_ON_NODE": "1"}, "1"),
-        (ALONE, "8"),
+        (TASK | {"SLURM_CPUS_PER_TASK": "3"}, 3),
+        (TASK | {"SLURM_CPUS_ON_NODE": "1"}, 1),
+        (ALONE, 8),
     ],
 )
-def test_cores_are_shared_among_the_tasks_of_a_node(environ: dict[str, str], threads: str) -> None:
-    assert slurm_env.variables(environ)["OMP_NUM_THREADS"] == threads
+def test_cores_are_shared_among_the_tasks_of_a_node(environ: dict[str, str], threads: int) -> None:
+    assert world_in(environ).threads == threads
 
 
 def test_what_the_users_script_has_set_stays() -> None:
     mine = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "RANK": "3", "OMP_NUM_THREADS": "7"}
-    assert not set(slurm_env.variables(TASK | mine)) & set(mine)
+    world = world_in(TASK | mine)
+    assert (world.address, world.port, world.rank, world.threads) == ("10.0.0.1", 29500, 3, None)
 
 
 def test_a_task_that_sees_only_its_own_gpu_uses_the_first_that_it_sees() -> None:
     """Under `srun --gpus-per-task=1`, every task calls its GPU number 0."""
     bound = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0"}
-    found = slurm_env.variables(TASK | bound)
-    assert (found["RANK"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("3", "0", "1")
-    assert slurm_env.variables(TASK | TWO_GPUS)["LOCAL_RANK"] == "1"
-    users_own = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # of which Accelerate makes use, too
-    assert slurm_env.variables(TASK | users_own) == slurm_env.variables(TASK)
+    assert world_in(TASK | bound) == replace(world_in(TASK), device=0)
+    assert world_in(TASK | TWO_GPUS).device == 1
 
 
 @pytest.mark.parametrize(
@@ -115,8 +119,13 @@ def test_a_task_that_sees_only_its_own_gpu_uses_the_first_that_it_sees() -> None
         PER_NODE | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2"},
     ],
 )
-def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, str]) -> None:
-    assert slurm_env.variables(environ) == {}
+def test_elsewhere_and_under_another_launcher_slurm_plays_no_part(environ: dict[str, str]) -> None:
+    assert world_in(environ) == World.from_env(environ)
+
+
+def test_a_precision_of_the_users_own_is_no_launcher() -> None:
+    users_own = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # of which Accelerate makes use, too
+    assert world_in(TASK | users_own) == replace(world_in(TASK), mixed_precision="bf16")
 
 
 @pytest.mark.parametrize(
@@ -124,17 +133,17 @@ def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, 
     [
         (
             TASK | {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"},
-            "2 tasks on a node of which Slurm gave 1 GPU(s)",
+            "2 tasks on a node of which Slurm gave 1 GPU",
             "srun --ntasks-per-node=1",
         ),
         (
             ALONE | {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
-            "1 task(s) on a node of which Slurm gave 8 GPUs",
+            "1 task on a node of which Slurm gave 8 GPUs",
             "srun --ntasks-per-node=8 python -m launcher",
         ),
         (
             BATCH | {"SLURM_GPUS_ON_NODE": "8"},
-            "1 task(s) on a node of which Slurm gave 8 GPUs",
+            "1 task on a node of which Slurm gave 8 GPUs",
             "srun --ntasks-per-node=8 python -m launcher",
         ),
         (
@@ -149,12 +158,12 @@ def test_elsewhere_and_under_another_launcher_nothing_is_set(environ: dict[str, 
         ),
         (
             BATCH | {"SLURM_JOB_NUM_NODES": "2", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"},
-            "a training of 1 node(s) in a job of 2",
+            "a training of 1 node in a job of 2",
             "--machine_rank $SLURM_NODEID",
         ),
         (
             PER_NODE | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"},
-            "a training of 1 node(s) in a step of 2",
+            "a training of 1 node in a step of 2",
             "--num_machines $SLURM_NNODES",
         ),
         (
@@ -174,7 +183,7 @@ def test_wrong_combinations_are_explained(
     environ: dict[str, str], given: str, instead: str
 ) -> None:
     with refused(given, instead):
-        slurm_env.variables(environ)
+        world_in(environ)
 
 
 @pytest.mark.parametrize(
@@ -223,13 +232,13 @@ def own_handlers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_handlers")
 def test_the_end_of_the_time_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (ALONE | {"SLURM_JOB_END_TIME": "4000000000"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environ = ALONE | {"SLURM_JOB_END_TIME": "4000000000"}
+    world = World.from_env(ALONE)
     with signals.listening():
-        place = slurm_env.enter(timedelta(seconds=60))
+        job = slurm_env.enter(environ, world, timedelta(seconds=60))
+        signals.stop_at(job.stops_at, job.stop_reason)
         ends = f"{datetime.fromtimestamp(4_000_000_000):%Y-%m-%d %H:%M:%S}"
-        assert place["batch job"].startswith(f"Slurm 17, attempt 1, ends {ends}; saves")
+        assert job.facts["batch job"].startswith(f"Slurm 17, attempt 1, ends {ends}; saves")
         assert signals.stop_reason() == ""
         monkeypatch.setattr("time.time", lambda: 4_000_000_000 - 61.0)
         assert signals.stop_reason() == ""
@@ -240,23 +249,56 @@ def test_the_end_of_the_time_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) ->
         assert signals.stop_reason() == ""
 
 
-@pytest.mark.parametrize(("task", "lines"), [("0", 1), ("3", 0)])
-def test_one_task_alone_says_what_is_wrong(
-    task: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    for name, value in (TASK | {"SLURM_PROCID": task, "RANK": "1"}).items():
+def set_environment(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
+    for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(["none.py"]) == 2
-    assert capsys.readouterr().err.count("RANK=1 in the environment") == lines
-    assert World.from_env().rank == int(task)
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
-def test_what_is_right_for_the_first_task_alone_is_explained_by_the_second(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize(
+    ("name", "value", "wrong_in", "printed_by"),
+    [
+        ("RANK", "7", (0, 1, 2, 3), 0),
+        ("WORLD_SIZE", "8", (0, 1, 2, 3), 0),
+        ("RANK", "0", (1, 2, 3), 1),  # the other one waits for these
+        ("LOCAL_RANK", "0", (1, 3), 1),
+    ],
+)
+def test_one_task_alone_prints_what_is_wrong(
+    name: str,
+    value: str,
+    wrong_in: tuple[int, ...],
+    printed_by: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    second = TASK | {"SLURM_PROCID": "1", "SLURM_NODEID": "0"}
-    for variable, value in (second | {name: "0"}).items():
-        monkeypatch.setenv(variable, value)
-    assert cli.main(["none.py"]) == 2
-    assert capsys.readouterr().err.count(f"{name}=0 in the environment, in task 1 of 4") == 1
+    for rank in wrong_in:
+        place = {"SLURM_PROCID": f"{rank}", "SLURM_LOCALID": f"{rank % 2}"}
+        place |= {"SLURM_NODEID": f"{rank // 2}"}
+        set_environment(monkeypatch, TASK | place | {name: value})
+        assert cli.main(["none.py"]) == 2
+        printed = capsys.readouterr().err
+        line = f"launcher: {name}={value} in the environment, in task {rank} of 4"
+        assert printed.count(line) == printed.count("launcher: ") == (rank == printed_by)
+
+
+def test_nodes_with_a_launcher_of_their_own_are_reported_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has a rank 0; that of the first task prints."""
+    set_environment(monkeypatch, PER_NODE | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"})
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        assert cli.main(["none.py"]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("a training of 1 node in a step of 2") == (task == "0")
+
+
+def test_what_is_wrong_for_all_tasks_is_printed_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_env, "_address", lambda host: host)
+    set_environment(monkeypatch, TASK | {"SLURM_JOB_END_TIME": "4000000000"})
+    for task in ("3", "0"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        assert cli.main(["none.py"]) == 2
+        assert capsys.readouterr().err.count("launcher: ") == (task == "0")
