@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from launcher.api import train
     from launcher.config.recipe import Images, Recipe
     from launcher.config.schedules import constant, cosine, linear, steps
     from launcher.config.slots import Draws, NamedParameters
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.data.image_folder import Folder
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
-    from launcher.run import RunResult, train
+    from launcher.run import RunResult
     from launcher.training.optimizers import ChainedOptimizer, Muon
     from launcher.training.state import ema
     from launcher.training.tta import mirrored, mirrored_and_shifted
@@ -51,7 +52,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "launcher.run": "RunResult train",
+    "launcher.api": "train",
+    "launcher.run": "RunResult",
     "launcher.results.load": "TrainedRun load_run",
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
     "launcher.data.image_folder": "Folder",

@@ -22,11 +22,9 @@ from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
 from launcher.checkpoint.run_dir import RunDir
-from launcher.config.loader import LoadedRecipe, load
+from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
-from launcher.config.overrides import override
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
-from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.data import cache, sources
 from launcher.data.sources import Data
@@ -35,7 +33,6 @@ from launcher.distributed.accelerator import (
     choose_precision,
     create_accelerator,
     device_name,
-    reset_accelerator,
     run_on_main,
 )
 from launcher.distributed.process_group import RankGroup
@@ -122,40 +119,6 @@ class ActiveRun:
         folder = self.folder.path if self.folder else None
         losses = tuple(self.losses)
         return RunResult(self.best, self.highest, self.last, losses, self.stopped, folder)
-
-
-def train(
-    recipe: str | Path | Recipe,
-    *overrides: str,
-    name: str | None = None,
-    runs: str | Path = "runs",
-    resume: bool = False,
-    wandb: str | None = None,
-    max_steps: int | None = None,
-) -> RunResult:
-    """Train a recipe from a script or a notebook, as the command line does.
-
-    `recipe` is the path of a recipe file or a `Recipe`; `overrides` are settings of the form
-    `name=value`; the other arguments are the options of the same name. A signal, such as Ctrl-C,
-    saves and stops: `result.stopped`. Raises `UserError` for what cannot be trained, before
-    anything is written, and `TrainingError` where training fails.
-    """
-    if isinstance(recipe, Recipe):
-        loaded = LoadedRecipe(recipe, short_name(recipe.model).rpartition(".")[2].lower(), "", "")
-    else:
-        loaded = load(Path(recipe))
-    loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
-    options = RunOptions(
-        runs=Path(runs), name=name, resume=resume, wandb=wandb, max_steps=max_steps
-    )
-    world = World.of_this_process()
-    with signals.listening():
-        if world.is_launched:
-            signals.watch_launcher()
-        try:
-            return train_loaded(loaded, options, world)
-        finally:
-            reset_accelerator()
 
 
 def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE) -> RunResult:

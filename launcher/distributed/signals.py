@@ -29,11 +29,12 @@ _watches_launcher = False
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def listening(*, ends_process: bool = True) -> Iterator[None]:
     """Record signals instead of being ended by them.
 
-    After a stop, whatever its reason, they are ignored until the end: the state is saved, and a
-    late one must not change the exit code. At a time limit, Slurm's own comes at the same moment.
+    After a stop, whatever its reason, they are ignored until the end of the process, if that
+    follows: the state is saved, and a late one must not change the exit code. At a time limit,
+    Slurm's own comes at the same moment.
     """
     global _end, _watches_launcher
     _received.clear()
@@ -42,7 +43,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        stopped = bool(_received) or time.time() >= _end[0]
+        stopped = ends_process and (bool(_received) or time.time() >= _end[0])
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if stopped else handler)
 

@@ -49,6 +49,34 @@ def test_in_a_script(folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == EXPECTED
 
 
+STOPPED = """
+import os, signal, threading, time
+from pathlib import Path
+
+def interrupt():
+    while not Path("runs/long/run.json").is_file():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+before = signal.getsignal(signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+words = "data.root=nowhere", "data.fallback.count=6400", "epochs=500"
+result = train(RECIPE, *words, name="long", wandb="off")
+print(result.stopped, signal.getsignal(signal.SIGINT) is before)
+train(RECIPE, *words, name="long", wandb="off", resume=True, max_steps=1)
+"""
+
+
+def test_an_interrupt_saves_and_leaves_the_handlers_as_they_were(folder: Path) -> None:
+    recipe = f"RECIPE = {str(ROOT / 'recipes' / 'simplecnn.py')!r}\n"
+    (folder / "script.py").write_text("from launcher import train\n" + recipe + STOPPED)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "\nTrue True\n" in done.stdout
+    assert "resumed after step" in done.stdout
+
+
 # Of the notebook's own libraries, on some versions of Python.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_a_notebook_and_again_in_another_precision(folder: Path) -> None:

@@ -23,6 +23,7 @@ ORDER = (
     ("loggers",),
     ("run",),
     ("checks", "results", "cluster"),
+    ("api",),
     ("cli",),
 )
 ENTRANCES = {"__init__", "__main__"}

@@ -1,0 +1,50 @@
+"""Training from a script or a notebook: what `launcher.train` is."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.cluster import slurm_env
+from launcher.config.loader import LoadedRecipe, load
+from launcher.config.options import RunOptions
+from launcher.config.overrides import override
+from launcher.config.recipe import Recipe
+from launcher.config.serialize import short_name
+from launcher.distributed import signals
+from launcher.distributed.accelerator import reset_accelerator
+from launcher.distributed.world import World
+from launcher.run import RunResult, train_loaded
+
+
+def train(
+    recipe: str | Path | Recipe,
+    *overrides: str,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    resume: bool = False,
+    wandb: str | None = None,
+    max_steps: int | None = None,
+) -> RunResult:
+    """Train a recipe from a script or a notebook, as the command line does.
+
+    `recipe` is the path of a recipe file or a `Recipe`; `overrides` are settings of the form
+    `name=value`; the other arguments are the options of the same name. A signal, such as Ctrl-C,
+    saves and stops: `result.stopped`. Raises `UserError` for what cannot be trained, before
+    anything is written, and `TrainingError` where training fails.
+    """
+    if isinstance(recipe, Recipe):
+        loaded = LoadedRecipe(recipe, short_name(recipe.model).rpartition(".")[2].lower(), "", "")
+    else:
+        loaded = load(Path(recipe))
+    loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
+    options = RunOptions(
+        runs=Path(runs), name=name, resume=resume, wandb=wandb, max_steps=max_steps
+    )
+    world = slurm_env.world_of_task(os.environ, World.of_this_process())
+    with signals.listening(ends_process=False):
+        if world.is_launched:
+            signals.watch_launcher()
+        try:
+            return train_loaded(loaded, options, world)
+        finally:
+            reset_accelerator()
