@@ -1,7 +1,7 @@
 """Every test starts as a fresh process would: no ranks, no Accelerate, no W&B from outside.
 
-And on the CPU, so that the tests are the same on every machine; `pytest -m gpu` runs those that are
-for the GPU.
+And on the CPU, with one thread, so that the tests are the same on every machine and do not wait for
+each other's; `pytest -m gpu` runs those that are for the GPU.
 """
 
 import os
@@ -12,8 +12,17 @@ import pytest
 from tests.support.slurm_cluster import slurm
 
 __all__ = ["slurm"]
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 _FOREIGN = ("ACCELERATE_", "WANDB_", "SLURM_", "MASTER_", "TORCHELASTIC_")
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR", "NO_COLOR")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All tests run in two processes, if pytest-xdist is there; chosen ones in this one."""
+    all_of_them = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if all_of_them and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = 2
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,6 +15,7 @@ from tests.support.processes import (
     ACCELERATE,
     ACCELERATE_2,
     PATIENCE,
+    PYTHON,
     TORCHRUN_1,
     Run,
     fingerprint,
@@ -49,8 +50,8 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [{name: x[name] for name in x.keys() - clock} for x in lines]
 
 
-def resume(folder: Path, *, ranks: int = 1, fresh: bool = False) -> Run:
-    run = Run(ranks, folder, "--name", "cut", "--resume", *SHORT, fresh=fresh)
+def resume(folder: Path, launch: int | tuple[str, ...] = 1) -> Run:
+    run = Run(launch, folder, "--name", "cut", "--resume", *SHORT)
     assert run.end() == 0, run.text()
     return run
 
@@ -61,14 +62,14 @@ def resume(folder: Path, *, ranks: int = 1, fresh: bool = False) -> Run:
 def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     name: str, whole: Path, tmp_path: Path
 ) -> None:
-    fresh = name == "SIGTERM"  # else both would have one seed for Python's hashes
-    run = Run(1, tmp_path, "--name", "cut", *SHORT, fresh=fresh)
+    launch = PYTHON if name == "SIGTERM" else 1  # forked ones have one seed for Python's hashes
+    run = Run(launch, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch  3/12")
     run.process.send_signal(signal.Signals[name])
     assert run.end() == 75, run.text()
     assert f"by {name}" in run.text()
     assert "Traceback" not in run.text()
-    assert "resumed after step" in resume(tmp_path, fresh=fresh).text()
+    assert "resumed after step" in resume(tmp_path, launch).text()
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
     assert rows(tmp_path / "runs" / "cut") == rows(whole)
 
@@ -147,7 +148,7 @@ def test_several_ranks_stop_together_and_resume_bit_identical(
         os.kill(second.pid, signal.SIGTERM)
     assert run.end() != 0
     assert "goes on from here" in run.text()
-    resume(tmp_path, ranks=2)
+    resume(tmp_path, 2)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
 
 
@@ -169,7 +170,7 @@ def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_pa
     run.wait_for("epoch  3/12")
     run.ranks()[1].kill()
     assert run.end() != 0
-    resume(tmp_path, ranks=2)
+    resume(tmp_path, 2)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two)
 
 
@@ -187,7 +188,7 @@ def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
     launch: tuple[str, ...], name: str, whole: Path, whole_of_two: Path, tmp_path: Path
 ) -> None:
     """Some launchers pass a signal on, some die of it: then the ranks notice that it is gone."""
-    run = Run(launch, tmp_path, "--name", "cut", *SHORT, fresh=True)
+    run = Run(launch, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch  3/12")
     ranks = run.ranks()
     run.process.send_signal(signal.Signals[name])
@@ -200,7 +201,7 @@ def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
     folder = tmp_path / "runs" / "cut"
     stopped = json.loads(newest_state(folder).read_text())["position"]["step"]
     assert "goes on from here" in run.text(), run.text()
-    resumed = resume(tmp_path, ranks=len(ranks))
+    resumed = resume(tmp_path, len(ranks))
     assert f"resumed after step {stopped}" in resumed.text()
     assert fingerprint(folder) == fingerprint(whole if len(ranks) == 1 else whole_of_two)
 
@@ -222,7 +223,7 @@ def test_ten_kills_of_a_random_rank_at_random_moments_change_nothing(
         if ranks := run.ranks():
             chance.choice(ranks).kill()
         run.end()
-    resume(tmp_path, ranks=2)
+    resume(tmp_path, 2)
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole_of_two), seed
     assert rows(tmp_path / "runs" / "cut") == rows(whole_of_two), seed
 

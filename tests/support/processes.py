@@ -29,8 +29,8 @@ class Run:
     """A running launcher; its output goes into a file, which may be read while it runs.
 
     `launch` is a number of ranks, each of which is told its place by its environment, as under
-    srun, or a command that starts them. Unless it is to be `fresh`, its process is forked from one
-    that has imported torch (forked.py).
+    srun; they are forked from a process that has imported torch. Or it is a command that starts
+    them, which is a new process.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class Run:
         *words: str,
         recipe: Path = RESUMABLE,
         environment: Mapping[str, str] = MappingProxyType({}),
-        fresh: bool = False,
     ) -> None:
         self.output = folder / f"output-{time.monotonic_ns()}"
         self._is_agent = not isinstance(launch, int)
@@ -48,7 +47,7 @@ class Run:
         command = (*command, "-m", "launcher", str(recipe), "--wandb", "off", *words)
         fixed = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         fixed = {**os.environ, **fixed, "HF_HOME": str(folder), **environment}
-        start = subprocess.Popen if fresh or command[0] != sys.executable else forked.Popen
+        start = subprocess.Popen if self._is_agent else forked.Popen
         with self.output.open("w") as file:
             self.processes = [
                 start(command, cwd=folder, env={**fixed, **place}, stdout=file, stderr=file)
@@ -62,9 +61,12 @@ class Run:
     def wait_for(self, text: str) -> None:
         """Until the output contains `text`."""
         until = time.monotonic() + PATIENCE
-        while text not in self.text():
-            assert any(process.poll() is None for process in self.processes), self.text()
-            assert time.monotonic() < until, self.text()
+        while True:
+            runs = any(process.poll() is None for process in self.processes)
+            if text in (said := self.text()):
+                return
+            assert runs, said
+            assert time.monotonic() < until, said
             time.sleep(0.02)
 
     def end(self) -> int:

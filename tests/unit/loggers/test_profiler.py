@@ -15,7 +15,7 @@ from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.loggers.profiler import Split, advice, windows_for, with_communication
 from tests.support.helpers import context_of, tiny_recipe
-from tests.support.processes import PYTHON, RESUMABLE, TORCHRUN, Run, fingerprint
+from tests.support.processes import RESUMABLE, Run, fingerprint
 
 COMPUTE = {"forward": 0.3, "backward": 0.6, "update": 0.1}
 STEPS = 38  # warm-up, free, split, trace
@@ -28,14 +28,12 @@ def shares(output: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("launch", "extra"),
-    [(PYTHON, set()), pytest.param(TORCHRUN, {"communication"}, marks=pytest.mark.slow)],
+    ("ranks", "extra"),
+    [(1, set()), pytest.param(2, {"communication"}, marks=pytest.mark.slow)],
     ids=["one", "two"],
 )
-def test_the_real_command_splits_an_epoch(
-    launch: tuple[str, ...], extra: set[str], tmp_path: Path
-) -> None:
-    run = Run(launch, tmp_path, "--profile", "--name", "split", "accumulate=2")
+def test_the_real_command_splits_an_epoch(ranks: int, extra: set[str], tmp_path: Path) -> None:
+    run = Run(ranks, tmp_path, "--profile", "--name", "split", "accumulate=2")
     assert run.end() == 0, run.text()
     split = shares(run.text())
     phases = {"data", "forward", "backward", "update", "evaluation", "logging", "checkpoints"}
@@ -67,7 +65,7 @@ def check_trace(path: Path) -> None:
 
 def test_a_profiled_run_trains_as_a_short_one_does(tmp_path: Path) -> None:
     for name, word in (("profiled", "--profile"), ("short", f"--max-steps={STEPS}")):
-        run = Run(PYTHON, tmp_path, "--name", name, word)
+        run = Run(1, tmp_path, "--name", name, word)
         assert run.end() == 0, run.text()
     profiled, short = (tmp_path / "runs" / name for name in ("profiled", "short"))
     assert fingerprint(profiled) == fingerprint(short)
@@ -105,7 +103,7 @@ def profiled(folder: Path, code: str, slots: str, changed: str) -> Run:
     text = RESUMABLE.read_text().replace(slots, changed)
     text = text.replace("class Network", f"{code}\n\nclass Network")
     (folder / "changed.py").write_text(text)
-    run = Run(PYTHON, folder, "--profile", recipe=folder / "changed.py")
+    run = Run(1, folder, "--profile", recipe=folder / "changed.py")
     assert run.end() == 0, run.text()
     return run
 

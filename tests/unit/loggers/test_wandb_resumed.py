@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import PYTHON, Run
+from tests.support.processes import Run
 from tests.support.wandb_server import API_KEY, WandbServer
 
 SHORT = ("epochs=6", "--name", "run", "--checkpoint-every", "7", "--log-every", "5", "--resume")
@@ -28,7 +28,7 @@ def server() -> Iterator[WandbServer]:
 def run(folder: Path, mode: str, url: str = "") -> Run:
     account = {"WANDB_BASE_URL": url, "WANDB_API_KEY": API_KEY} if url else {}
     words = (*SHORT, "--wandb", mode)
-    return Run(PYTHON, folder, *words, environment=account | {"HOME": str(folder)})
+    return Run(1, folder, *words, environment=account | {"HOME": str(folder)})
 
 
 def interrupted_and_resumed(folder: Path, number: signal.Signals, mode: str, url: str = "") -> None:
