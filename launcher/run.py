@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
 from launcher.config.serialize import short_name
+from launcher.config.slots import Precision
 from launcher.data import cache, sources
 from launcher.data.sources import Data
 from launcher.distributed import process_group, signals
@@ -131,7 +132,7 @@ def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE
         loaded, options = smoke_version(loaded, options, world.size)
     group = process_group.rendezvous(world, options.timeouts)
     try:
-        with attributed(group, lambda: "outside training"):
+        with report_first_failure(group, lambda: "outside training"):
             result = prepare_and_run(loaded, options, group)
     finally:
         group.leave()
@@ -143,7 +144,7 @@ def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE
 
 
 @contextmanager
-def attributed(group: RankGroup, moment: Callable[[], str]) -> Iterator[None]:
+def report_first_failure(group: RankGroup, moment: Callable[[], str]) -> Iterator[None]:
     """Find out which rank failed first, where an exception ends the run: only that one reports."""
     try:
         yield
@@ -159,7 +160,9 @@ def attributed(group: RankGroup, moment: Callable[[], str]) -> Iterator[None]:
 def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     prepared = prepare_on_all_ranks(loaded, options, group)
-    recipe, data = loaded.recipe, prepared.data
+    data = prepared.data
+    # What a resumed run is compared with is the precision that it had, whoever chose it.
+    recipe = replace(loaded.recipe, precision=cast(Precision, prepared.precision))
     accelerator = create_accelerator(prepared.precision, group.world, recipe.deterministic)
     if options.init_from is None:
         initialize(prepared.network, recipe, data.train, accelerator.device)
@@ -175,11 +178,11 @@ def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup)
         facts["fallback"] = fallback_warning(data)
     profiler = Profiler(ctx) if options.profile else None
     ctx = profiler.ctx if profiler else ctx
-    with attributed(group, lambda: moment_of(ctx)):
+    with report_first_failure(group, lambda: describe_position(ctx)):
         return log_and_run(ctx, loaded, options, cleaned(facts), profiler)
 
 
-def moment_of(ctx: TrainContext) -> str:
+def describe_position(ctx: TrainContext) -> str:
     """Where the training is, in words."""
     step = ctx.state.current_step
     return f"in step {step} (epoch {ctx.plan.epoch_of(step)})" if step else "outside training"
@@ -295,6 +298,8 @@ def smoke_version(
 
 def check_smoke(losses: tuple[float, ...]) -> None:
     """Raise `TrainingError` unless the second half of the losses is clearly lower."""
+    if len(losses) < 2:
+        raise TrainingError("smoke test: one step shows nothing; start fewer processes")
     half = len(losses) // 2
     first, second = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
     if not second < first * (1 - SMOKE_FALL):
@@ -312,8 +317,8 @@ def log_and_run(
     profiler: Profiler | None = None,
 ) -> RunResult:
     """Begin or continue the run folder, train in front of the loggers, and close them."""
-    with ExitStack() as held:  # the lock of the folder, until this process is done with it
-        start = None if options.smoke else open_run(ctx, loaded, options, held)
+    with ExitStack() as exit_stack:  # the lock of the folder, until this process is done with it
+        start = None if options.smoke else open_run(ctx, loaded, options, exit_stack)
         if start and start.checkpoint:
             warm_up_ddp(ctx)
             checkpoint.restore(start.checkpoint, ctx)
@@ -342,7 +347,7 @@ def log_and_run(
 
 
 def open_run(
-    ctx: TrainContext, loaded: LoadedRecipe, options: RunOptions, held: ExitStack
+    ctx: TrainContext, loaded: LoadedRecipe, options: RunOptions, exit_stack: ExitStack
 ) -> ResumePoint:
     """Choose the run folder and the checkpoint on rank 0, for all ranks, and hold its lock."""
 
@@ -352,7 +357,7 @@ def open_run(
             start = resumed_run(options, loaded, ctx.data.name, steps)
         else:
             start = new_run(options, loaded)
-        held.callback(start.folder.lock().release)
+        exit_stack.callback(start.folder.lock().release)
         start.folder.tidy()
         return start
 

@@ -21,7 +21,8 @@ _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR",
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """All tests run in two processes, if pytest-xdist is there; chosen ones in this one."""
     all_of_them = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if all_of_them and getattr(config.option, "numprocesses", 0) is None:
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which would start workers of its own
+    if all_of_them and not is_worker and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = 2
 
 

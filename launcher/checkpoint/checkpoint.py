@@ -48,7 +48,7 @@ class Snapshot:
 
     tensors: Mapping[str, Tensors]  # by the name of their file
     optimizer: dict[str, Any]
-    details: dict[str, Any]  # state.json
+    details: dict[str, Any]  # state.json: see `checkpoint_details` in run.py
 
 
 class CheckpointError(Exception):
@@ -100,7 +100,9 @@ def capture(ctx: TrainContext, details: dict[str, Any]) -> Snapshot:
     if accelerator.num_processes > 1 and (buffers := _rank_buffers(ctx)):
         tensors["buffers"] = buffers
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    optimizer = _copied(state.optimizer.state_dict() | {"began": list(state.group_options)})
+    optimizer = _copied(
+        state.optimizer.state_dict() | {"initial_options": list(state.group_options)}
+    )
     return Snapshot(tensors, optimizer, {**details, "scaler": scaler})
 
 
@@ -117,7 +119,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
     if state.ema_model is not None and average.is_file():  # a new one begins with these weights
         state.ema_model.load_state_dict(load_file(average))
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    began = saved.pop("began")
+    initial = saved.pop("initial_options")
     try:
         state.optimizer.load_state_dict(saved)
     except ValueError as error:
@@ -127,7 +129,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             instead="type another --name; --init-from RUN begins with the weights of this one",
         ) from None
     for number, group in enumerate(state.optimizer.param_groups):
-        group.update(_changed(state.group_options[number], began[number]))
+        group.update(_changed(state.group_options[number], initial[number]))
     saved_scaler = read_state(folder)["scaler"]
     if scaler is not None and saved_scaler:
         scaler.load_state_dict(saved_scaler)

@@ -17,7 +17,7 @@ class Progress:
 
     step: int = 0  # steps done
     epochs: int = 0  # epochs done, evaluation included
-    epoch_loss: float = 0.0  # sum of the losses of the images counted in the present epoch
+    epoch_loss_sum: float = 0.0  # sum of the losses of the images counted in the present epoch
     epoch_images: int = 0
 
 
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole training, on which progress and so the learning rate depend."""
+        """Steps of the whole training, on which fractions and so the learning rate depend."""
         return self.epochs * self.steps_per_epoch
 
     @property

@@ -78,9 +78,9 @@ class Recipe:
 
     `model` builds the network; `initialize`, if any, then changes it by the first 5,000 normalized
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
-    maps progress in [0, 1] to a multiplier of the learning rate. `loss` takes logits and targets
-    and returns the mean over the batch; with `data.mix` the targets are class probabilities in
-    training, and labels in an evaluation as ever.
+    maps the fraction of the training, in [0, 1], to a multiplier of the learning rate. `loss` takes
+    logits and targets and returns the mean over the batch; with `data.mix` the targets are class
+    probabilities in training, and labels in an evaluation as ever.
     `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
     hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
     batch into that many forward passes. `average` keeps an average of the weights, which is then

@@ -5,7 +5,7 @@ shape and type. Each image uses its own row of draws, so which rank processes an
 beside which others, changes nothing. Any function of this signature can stand in a recipe.
 
 A mixing takes normalized images, their partners (each image's successor in the global batch) and
-a generator seeded by (seed, epoch, step), the same on every rank; it returns the mixed images
+a generator seeded by (seed, step), the same on every rank; it returns the mixed images
 and the weight in [0, 1] that each image's own label keeps.
 """
 

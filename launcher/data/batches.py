@@ -21,7 +21,7 @@ from launcher.data.sources import ImageSet
 # What random numbers are for: generators of different purposes never share numbers.
 _ORDER, _FRESH, _FIXED, _MIX, _LAYERS = range(5)
 
-AHEAD_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
+CHUNK_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def mix_partners(order: Tensor, batch_size: int) -> Tensor:
     return following
 
 
-def steps_at_once(plan: Plan, image_bytes: int, device: torch.device) -> int:
+def steps_per_chunk(plan: Plan, image_bytes: int, device: torch.device) -> int:
     """For how many steps pictures are made together, each of `image_bytes`."""
     step_bytes = image_bytes * (-(-plan.batch_size // plan.world_size))
-    return 1 if device.type == "cpu" else max(1, AHEAD_BYTES // step_bytes)
+    return 1 if device.type == "cpu" else max(1, CHUNK_BYTES // step_bytes)
 
 
 class Normalize:
@@ -121,7 +121,7 @@ class _Epoch:
 class Batches:
     """The training images of one rank, epoch by epoch.
 
-    On a GPU the pictures of several steps are made at once, as many as fit in `AHEAD_BYTES`, since
+    On a GPU the pictures of several steps are made at once, as many as fit in `CHUNK_BYTES`, since
     the launching of kernels would otherwise take longer than their work; on a CPU those of one
     step, which then stay in its cache. The next epoch is drawn while the device is busy.
     """
@@ -133,19 +133,23 @@ class Batches:
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
         self._fixed = self._draws(make_rng(_FIXED, recipe.seed))
-        self._ahead: _Epoch | None = None
-        self._steps_at_once = steps_at_once(plan, normalize.image_bytes, images.images.device)
+        self._next_epoch: _Epoch | None = None
+        self._steps_per_chunk = steps_per_chunk(plan, normalize.image_bytes, images.images.device)
 
     def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps of an epoch after step `after`, each with its number and its micro-batches."""
-        drawn = self._ahead if self._ahead and self._ahead.number == epoch else self._draw(epoch)
-        self._ahead = None
+        drawn = (
+            self._next_epoch
+            if self._next_epoch and self._next_epoch.number == epoch
+            else self._draw(epoch)
+        )
+        self._next_epoch = None
         steps = self._plan.epoch_steps(epoch)
         steps = range(max(steps.start, after + 1), steps.stop)
-        for start in range(0, len(steps), self._steps_at_once):
-            if start + self._steps_at_once >= len(steps) and epoch < self._plan.last_epoch:
-                self._ahead = self._draw(epoch + 1)
-            yield from self._make(drawn, steps[start : start + self._steps_at_once])
+        for start in range(0, len(steps), self._steps_per_chunk):
+            if start + self._steps_per_chunk >= len(steps) and epoch < self._plan.last_epoch:
+                self._next_epoch = self._draw(epoch + 1)
+            yield from self._make(drawn, steps[start : start + self._steps_per_chunk])
 
     def _draw(self, epoch: int) -> _Epoch:
         plan, seed = self._plan, self._recipe.seed

@@ -145,7 +145,7 @@ def smoke_source(data: Images) -> Source:
 
 def _known_shape(data: Images) -> dict[str, int]:
     name = short_name(data.source)
-    if "MNIST" in name:
+    if name in ("MNIST", "FashionMNIST", "KMNIST"):
         return {"size": 28, "channels": 1, "classes": 10}
     if name in ("CIFAR10", "SVHN", "CIFAR100"):
         return {"classes": 100 if name == "CIFAR100" else 10}

@@ -25,7 +25,11 @@ class Requests(NamedTuple):
 
 
 PollRequests = Callable[[], Requests]
-NO_REQUESTS: PollRequests = Requests  # the defaults: neither
+
+
+def no_requests() -> Requests:
+    """Of a caller who neither stops nor saves out of turn."""
+    return Requests()
 
 
 class StoppedError(Exception):

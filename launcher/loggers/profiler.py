@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.checkpoint.run_dir import RunDir
 from launcher.config.plan import Plan, Progress
-from launcher.data.batches import steps_at_once
+from launcher.data.batches import steps_per_chunk
 from launcher.distributed.accelerator import synchronize
 from launcher.errors import UserError
 from launcher.training.loop import Event, SavePoint, fit
@@ -209,7 +209,7 @@ class Profiler:
 
 def windows_for(ctx: TrainContext) -> dict[str, int]:
     """The steps of a profile: whole groups of steps where images are made for several at once."""
-    group = steps_at_once(ctx.plan, ctx.normalize.image_bytes, ctx.accelerator.device)
+    group = steps_per_chunk(ctx.plan, ctx.normalize.image_bytes, ctx.accelerator.device)
     group = min(group, ctx.plan.steps_per_epoch)
     measured = group * -(-MEASURED // group)
     return {"warm-up": WARM_UP, "free": measured, "split": measured, "trace": TRACED}

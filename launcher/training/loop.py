@@ -13,11 +13,11 @@ from torch import Tensor
 
 from launcher.config.plan import START, Progress
 from launcher.data.batches import Batches, MicroBatch, layer_seeds
-from launcher.distributed.stop_sync import NO_REQUESTS, PollRequests, StoppedError, StopSync
+from launcher.distributed.stop_sync import PollRequests, StoppedError, StopSync, no_requests
 from launcher.errors import NotFiniteError
 from launcher.training.evaluation import evaluate, score_samples
 from launcher.training.metrics import EpochReport, LossTracker, StepReport
-from launcher.training.model import torch_refusal, upcast
+from launcher.training.model import explain_torch_error, upcast
 from launcher.training.state import TrainContext, average_buffers
 from launcher.training.step import seed_layers, train_step
 
@@ -37,7 +37,7 @@ Event = StepReport | EpochReport | SavePoint
 
 
 def fit(
-    ctx: TrainContext, start: Progress = START, poll_requests: PollRequests = NO_REQUESTS
+    ctx: TrainContext, start: Progress = START, poll_requests: PollRequests = no_requests
 ) -> Iterator[Event]:
     """Train from `start` on: a `StepReport` at each log interval, an `EpochReport` per epoch.
 
@@ -83,22 +83,20 @@ def train_epoch(
     tracker = LossTracker(epoch, device, ctx.sum_over_ranks, start if is_resumed else START)
     rank = ctx.accelerator.process_index
     seeds = layer_seeds(recipe.seed, epoch, rank, plan.steps_per_epoch)
-    skips_in_a_row = 0
     for step, micro_batches in in_data_phase(ctx, batches.epoch(epoch, after=start.step)):
-        with located(ctx, step):
-            state.set_learning_rates(plan.fraction(step), recipe.schedule)
+        with annotated_errors(ctx, step):
             seed_layers(seeds[(step - 1) % plan.steps_per_epoch], device)
-            logits, is_taken = train_step(ctx, micro_batches, step, tracker)
-            skips_in_a_row = 0 if is_taken else skips_in_a_row + 1
-            stops, saves = stop_sync.after_step() if stop_sync else NO_REQUESTS()
+            logits, updated = train_step(ctx, micro_batches, step, tracker)
+            state.skips_in_a_row = 0 if updated else state.skips_in_a_row + 1
+            stops, saves = stop_sync.after_step() if stop_sync else no_requests()
             saves = saves or stops or plan.is_saved_after_step(step)
             is_reported = saves or plan.is_reported(step)
             report = tracker.report(step, state.learning_rate) if is_reported else None
         if report is not None:
-            refuse_infinite_loss(ctx, tracker, report, skips_in_a_row)
+            refuse_nonfinite_loss(ctx, tracker, report)
         is_last = step == plan.epoch_steps(epoch)[-1]
         if saves or is_last or step <= max(ctx.skip_steps, default=0):
-            refuse_infinite_parameters(ctx, step)
+            refuse_nonfinite_parameters(ctx, step)
         if report is not None:
             yield replace(report, first_predictions=first_classes(logits)) if step == 1 else report
         if saves:
@@ -167,13 +165,13 @@ def warm_up_ddp(ctx: TrainContext) -> None:
 
 
 @contextmanager
-def located(ctx: TrainContext, step: int) -> Iterator[None]:
+def annotated_errors(ctx: TrainContext, step: int) -> Iterator[None]:
     """Note where the training is, for whoever has to explain an exception of this step."""
     ctx.state.current_step = step
     try:
         yield
     except Exception as error:
-        if refusal := torch_refusal(error, f"in step {step}"):
+        if refusal := explain_torch_error(error, f"in step {step}"):
             raise refusal from None
         error.add_note(f"in step {step} (epoch {ctx.plan.epoch_of(step)})")
         raise
@@ -185,11 +183,9 @@ def progress_within(epoch: int, step: int, tracker: LossTracker) -> Progress:
     return Progress(step, epoch - 1, tracker.loss_sum, tracker.images)
 
 
-def refuse_infinite_loss(
-    ctx: TrainContext, tracker: LossTracker, report: StepReport, skips_in_a_row: int
-) -> None:
+def refuse_nonfinite_loss(ctx: TrainContext, tracker: LossTracker, report: StepReport) -> None:
     """Raise `NotFiniteError` before a state that is not finite can replace a good one."""
-    bad, plan = tracker.first_infinite_step, ctx.plan
+    bad, plan = tracker.first_nonfinite_step, ctx.plan
     if bad is not None:
         rate = ctx.state.learning_rate_at(plan.fraction(bad), ctx.recipe.schedule)
         raise NotFiniteError(
@@ -198,15 +194,16 @@ def refuse_infinite_loss(
             "checkpoint is kept; try a lower rate, clip_norm=1, precision=bf16 or on_nan=skip",
             bad,
         )
-    if skips_in_a_row >= MOST_SKIPPED:
+    skips = ctx.state.skips_in_a_row
+    if skips >= MOST_SKIPPED:
         raise NotFiniteError(
-            f"the gradient was not finite in each of the {skips_in_a_row} steps up to "
+            f"the gradient was not finite in each of the {skips} steps up to "
             f"{report.step}; the last checkpoint is kept; try a lower rate or clip_norm=1",
             report.step,
         )
 
 
-def refuse_infinite_parameters(ctx: TrainContext, step: int) -> None:
+def refuse_nonfinite_parameters(ctx: TrainContext, step: int) -> None:
     """Raise `NotFiniteError` where a gradient spoilt the parameters, though its loss was finite.
 
     Called where the device is waited for: before a state is saved or evaluated; and in the steps

@@ -140,8 +140,8 @@ class LossTracker:
         self._dtype = _widest(device)
         self._clear()
         self._images_before = self.images = done.epoch_images
-        self.loss_sum = done.epoch_loss
-        self.first_infinite_step: int | None = None  # whose loss is not finite on some rank
+        self.loss_sum = done.epoch_loss_sum
+        self.first_nonfinite_step: int | None = None  # whose loss is not finite on some rank
         self._started = self._interval_started = time.perf_counter()
 
     def _clear(self) -> None:
@@ -181,7 +181,7 @@ class LossTracker:
             self.images += self._interval_images
             norm = None if self._norm is None else float(self._norm)
             if not math.isfinite(total):
-                self.first_infinite_step = self._first_infinite(losses)
+                self.first_nonfinite_step = self._first_nonfinite(losses)
             loss = total / self._interval_images
         report = StepReport(
             self._epoch, step, loss, learning_rate, rate, norm, tuple(self._skipped)
@@ -190,7 +190,7 @@ class LossTracker:
         self._interval_started = time.perf_counter()
         return report
 
-    def _first_infinite(self, losses: Tensor) -> int:
+    def _first_nonfinite(self, losses: Tensor) -> int:
         """Each rank has as many micro-batches, so the places of their losses are the same."""
         found = self._sum_over_ranks((~losses.isfinite()).to(self._dtype))
         return self._steps[int(found.nonzero()[0])]

@@ -21,7 +21,12 @@ from launcher.errors import UserError
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)  # what torch raises for wrong shapes
+_SHAPE_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+)  # what torch raises for wrong shapes
 
 MemoryFormat = Literal["channels_last", "contiguous"]
 
@@ -60,14 +65,15 @@ def _output_shape(network: nn.Module, images: Tensor, name: str) -> tuple[int, .
     try:
         with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
             output = network(images)
-    except _REFUSALS as error:
+    except _SHAPE_ERRORS as error:
         raise _refused_images(name, images, error) from error
     return tuple(output.shape) if isinstance(output, Tensor) else ()
 
 
 def _refused_images(name: str, images: Tensor, error: Exception, mode: str = "") -> UserError:
+    where = _user_location(error)
     return UserError(
-        f"{name} fails on images of shape {tuple(images.shape)}{mode}: {error}{_place(error)}",
+        f"{name} fails on images of shape {tuple(images.shape)}{mode}: {error}{where}",
         expected="a model that takes (n, channels, height, width)",
         instead="compare the sizes of its layers with the images",
     )
@@ -154,11 +160,11 @@ def _choose_memory_format(
         if not float(accelerator.reduce(failed, reduction="sum")):
             return PlacedNetwork(network, memory_format, note)
         refusal = error or RuntimeError("it fails on another rank")
-        note = note or _slower(recipe, refusal)
+        note = note or _contiguous_note(recipe, refusal)
     if wanted == "channels_last":
         raise UserError(
             f"memory_format=channels_last, which {short_name(recipe.model)} refuses: {refusal}"
-            f"{_place(refusal)}",
+            f"{_user_location(refusal)}",
             expected="a model that takes it, forward and backward",
             instead="write x.flatten(1) for x.view(x.size(0), -1), or type memory_format=auto",
         )
@@ -166,19 +172,19 @@ def _choose_memory_format(
     raise _refused_images(name, images, refusal, " in training mode") from refusal
 
 
-def _slower(recipe: Recipe, error: Exception) -> str:
+def _contiguous_note(recipe: Recipe, error: Exception) -> str:
     """Why a network trains in the contiguous format, and what to write to be faster."""
     line = _user_line(error)
     name = short_name(recipe.model)
     if line is None or ".view(" not in (line.line or ""):
-        return f"{name} refuses channels_last, the faster format{_place(error)}: {error}"
+        return f"{name} refuses channels_last, the faster format{_user_location(error)}: {error}"
     return (
         f"{line.filename}, line {line.lineno}: `{line.line}` refuses channels_last, "
         "the faster format; write x.flatten(1) or x.reshape(...) there"
     )
 
 
-def _place(error: Exception) -> str:
+def _user_location(error: Exception) -> str:
     """` (file, line n)` of the user's code, where it can be told."""
     line = _user_line(error)
     return f" ({line.filename}, line {line.lineno})" if line else ""
@@ -197,22 +203,22 @@ def _try_training_pass(
     """Run forward and backward as in training, and leave no trace; returns what torch refuses."""
     network.train()
     try:
-        with _unchanged(network, accelerator.device):
+        with _restored_afterwards(network, accelerator.device):
             with accelerator.autocast():
                 output = network(images)
             if isinstance(output, Tensor) and output.requires_grad:
                 upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
         raise
-    except _REFUSALS as error:
-        if refusal := torch_refusal(error, "before training"):
+    except _SHAPE_ERRORS as error:
+        if refusal := explain_torch_error(error, "before training"):
             raise refusal from None
         return error
     return None
 
 
 @contextmanager
-def _unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
+def _restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Put back buffers, gradients and random numbers at the end."""
     buffers = [buffer.clone() for buffer in network.buffers()]
     try:
@@ -225,7 +231,7 @@ def _unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def torch_refusal(error: Exception, moment: str) -> UserError | None:
+def explain_torch_error(error: Exception, moment: str) -> UserError | None:
     """What a user can do about an exception of torch; None where it is no such one.
 
     torch has no exception types for them, so they are known by its words.

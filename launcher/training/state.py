@@ -33,7 +33,7 @@ _NOTHING = nullcontext()
 
 
 def no_phase(name: str) -> AbstractContextManager[Any]:
-    """What a step marks its parts with when no profiler asks for them."""
+    """What a step marks its parts with when no profiler does: record_function would cost 5 us."""
     return _NOTHING
 
 
@@ -55,6 +55,7 @@ class TrainState:
     group_schedules: tuple[Schedule | None, ...]
     group_options: tuple[dict[str, Any], ...]
     current_step: int | None = None
+    skips_in_a_row: int = 0  # steps without an update, up to the present one
 
     @property
     def eval_model(self) -> nn.Module:

@@ -21,6 +21,7 @@ def train_step(
 ) -> tuple[Tensor, bool]:
     """One step; returns the logits of its first micro-batch, and whether parameters changed."""
     recipe, accelerator, state = ctx.recipe, ctx.accelerator, ctx.state
+    state.set_learning_rates(ctx.plan.fraction(step), recipe.schedule)
     images = ctx.plan.step_images(step)
     # DDP averages gradients over the ranks; times the world size that is their sum, in which each
     # micro-batch has its weight in the global batch. So N ranks compute what 1 rank computes.
@@ -47,22 +48,26 @@ def train_step(
     with ctx.phase("update"):
         state.drop_frozen_gradients()
         norm = clip_gradients(ctx, step)
-        is_taken = step not in ctx.skip_steps
+        is_skipped = step in ctx.skip_steps
+        has_bad_gradient = False
         if recipe.on_nan == "skip" and norm is not None:
-            is_taken = math.isfinite(float(norm))  # waits for the device
-        if is_taken or accelerator.scaler is not None:  # the scaler skips by itself, and adapts
-            state.optimizer.step()
+            has_bad_gradient = not math.isfinite(float(norm))  # waits for the device
+        if not is_skipped and (not has_bad_gradient or accelerator.scaler is not None):
+            state.optimizer.step()  # the gradient scaler skips a bad gradient itself, and adapts
+        elif accelerator.scaler is not None and norm is not None:
+            accelerator.scaler.update()  # the clipping has unscaled the gradients
         state.optimizer.zero_grad()
-        if is_taken:
-            if state.ema_model is not None and not accelerator.optimizer_step_was_skipped:
-                state.ema_model.update_parameters(state.network)
+        updated = not (is_skipped or has_bad_gradient or accelerator.optimizer_step_was_skipped)
+        if updated and state.ema_model is not None:
+            state.ema_model.update_parameters(state.network)
+        if not (is_skipped or has_bad_gradient):
             tracker.end_step(images, norm)
         else:
             tracker.skip_step(step)
             for buffer, value in zip(state.network.buffers(), buffers_before, strict=True):
                 buffer.copy_(value)  # running statistics saw the bad activations
     assert first_logits is not None
-    return first_logits, is_taken
+    return first_logits, updated
 
 
 def clip_gradients(ctx: TrainContext, step: int) -> Tensor | None:

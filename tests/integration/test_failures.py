@@ -161,8 +161,8 @@ def test_rolling_back_finds_the_step_whose_gradient_was_not_finite(tmp_path: Pat
         run = failing(2, folder, "gradient", f"on_nan={on_nan}", at=at)
         assert run.end() == 0, run.text()
         prints[on_nan] = fingerprint(folder / "runs" / "run")
-    assert "rolled back to step 35; step 39 is left out" in run.text()
-    assert "rolled back to step 35; step 38 is left out" in run.text()
+    assert "rolled back to step 35; step 39 is skipped" in run.text()
+    assert "rolled back to step 35; step 38 is skipped" in run.text()
     assert prints["skip"] == prints["rollback"]
 
 
@@ -200,7 +200,7 @@ def test_skipping_and_rolling_back_leave_out_the_same_update(tmp_path: Path) -> 
         run = nan_run(folder, f"on_nan={on_nan}", ranks=2, rank=1)
         assert run.end() == 0, run.text()
         prints[on_nan] = fingerprint(folder / "runs" / "run")
-        assert ("rolled back to step 35; step 40 is left out" in run.text()) == (on_nan != "skip")
+        assert ("rolled back to step 35; step 40 is skipped" in run.text()) == (on_nan != "skip")
     assert prints["skip"] == prints["rollback"]
 
 

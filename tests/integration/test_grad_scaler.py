@@ -7,6 +7,7 @@ work there all the same, so these tests switch both on in an Accelerator of the 
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from launcher.checkpoint.checkpoint import capture, progress_of, restore, write
 from launcher.config.plan import START, Progress, SaveInterval
 from launcher.data import sources
+from launcher.errors import NotFiniteError
 from launcher.training.loop import SavePoint, fit
 from launcher.training.state import TrainContext
 from tests.support.helpers import context_of
@@ -75,3 +77,21 @@ def test_a_step_that_overflows_changes_neither_weights_nor_average() -> None:
     train(ctx, until=13)
     assert scaler.get_scale() == OVERFLOWING / 2**13
     assert all(map(torch.equal, watched, before))
+
+
+def test_a_step_to_be_skipped_is_skipped_by_the_scaler_too() -> None:
+    """After a rollback; its gradient may be finite all the same."""
+    ctx, scaler = prepared()
+    before = weights_of(ctx)
+    before = {name: value.clone() for name, value in before.items()}
+    train(replace(ctx, skip_steps=frozenset(range(1, 14))), until=13)
+    after = weights_of(ctx)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert scaler.get_scale() > 0
+
+
+def test_a_scale_that_never_fits_stops_the_run() -> None:
+    ctx, scaler = prepared()
+    scaler.load_state_dict(scaler.state_dict() | {"scale": OVERFLOWING})
+    with pytest.raises(NotFiniteError, match="not finite in each of the"):
+        train(ctx)

@@ -133,7 +133,7 @@ def test_pictures_made_ahead_are_those_made_step_by_step(
 
     def steps(at_once: int, epochs: tuple[int, ...]) -> list[tuple[int, list[tuple[float, ...]]]]:
         batches = Batches(images, recipe, plan, normalize, rank=1)
-        batches._steps_at_once = at_once
+        batches._steps_per_chunk = at_once
         return [
             (step, [(p.images.sum().item(), p.targets.sum().item(), p.weight) for p in pieces])
             for epoch in epochs

@@ -71,7 +71,7 @@ def test_the_loss_tracker_leaves_out_a_skipped_step_and_names_it() -> None:
     tracker.add(2, torch.tensor(2.0), 6)
     tracker.skip_step(2)
     report = tracker.report(2, learning_rate=0.1)
-    assert (report.loss, report.skipped, tracker.first_infinite_step) == (1.0, (2,), None)
+    assert (report.loss, report.skipped, tracker.first_nonfinite_step) == (1.0, (2,), None)
     tracker.add(3, torch.tensor(1.0), 10)
     tracker.skip_step(3)
     assert math.isnan(tracker.report(3, learning_rate=0.1).loss)
@@ -90,7 +90,7 @@ def test_the_loss_tracker_finds_the_first_infinite_step_of_any_rank() -> None:
         tracker.add(step, torch.tensor(loss), 10)
         tracker.end_step(10, None)
     tracker.report(9, learning_rate=0.1)
-    assert tracker.first_infinite_step == 8
+    assert tracker.first_nonfinite_step == 8
 
 
 @pytest.mark.parametrize("count", [1, 35, 36, 37, 10_000])
