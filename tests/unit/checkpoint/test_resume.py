@@ -8,7 +8,7 @@ import pytest
 
 from launcher import train
 from launcher.cli import main
-from tests.support.helpers import refused, tiny_recipe
+from tests.support import helpers
 from tests.support.processes import RESUMABLE, fingerprint
 
 RUN = Path("runs", "mine")
@@ -182,11 +182,11 @@ def with_groups(folder: Path, groups: str) -> Path:
 def test_a_precision_of_accelerates_config_is_kept_like_one_of_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_recipe()
+    recipe = helpers.tiny_recipe()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train(recipe, runs=tmp_path, name="run", wandb="off", max_steps=1)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bf16"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    with refused("precision (bf16 -> fp32)", "--resume-changed precision"):
+    with helpers.refused("precision (bf16 -> fp32)", "--resume-changed precision"):
         train(recipe, runs=tmp_path, name="run", wandb="off", resume=True)
     train(recipe, "precision=bf16", runs=tmp_path, name="run", wandb="off", resume=True)
