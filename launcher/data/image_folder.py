@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from launcher.errors import UserError
+from launcher.utils.text import count
 
 TEST_EVERY = 5
 
@@ -63,7 +64,7 @@ def _refuse_few(files: list[tuple[Path, int]], names: list[str]) -> None:
         own = [file for file, number in files if number == label]
         if len(own) < TEST_EVERY:
             raise UserError(
-                f"{own[0].parent} holds {len(own)} picture(s)",
+                f"{own[0].parent} holds {count(len(own), 'picture')}",
                 expected=f"at least {TEST_EVERY}, as every fifth is kept for testing",
                 instead=f"add pictures of {name!r}, or use folders train/CLASS and test/CLASS",
             )
