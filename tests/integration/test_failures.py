@@ -111,15 +111,14 @@ def listens(port: int) -> bool:
 @pytest.mark.slow
 def test_what_one_rank_refuses_ends_all_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "import os\nfrom dataclasses import replace\nfrom functools import partial\n"
-        "from launcher import Folder\nfrom tests.support.resumable import recipe\n"
-        "data = replace(recipe.data, source=Folder, root='nowhere')\n"
-        "recipe = recipe if os.environ['RANK'] == '0' else replace(recipe, data=data)\n"
+        "import os\nfrom dataclasses import replace\n"
+        "from tests.support.resumable import recipe\n"
+        "recipe = recipe if os.environ['RANK'] == '0' else replace(recipe, precision='fp16')\n"
     )
     run = Run(2, tmp_path, recipe=tmp_path / "mine.py")
     assert run.end() == 2
     assert run.text().count("launcher: ") == 1
-    assert re.search(rf"launcher: rank 1 of 2 on {HOST}: .*nowhere", run.text())
+    assert re.search(rf"launcher: rank 1 of 2 on {HOST}: precision fp16", run.text())
     assert not (tmp_path / "runs").exists()
 
 
