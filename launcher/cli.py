@@ -103,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume-changed", metavar="A,B", help="settings that may differ from the checkpoint's")
     every = "20 steps, 2m minutes, 1e epochs (the default) or never"
     add("--checkpoint-every", default="1e", metavar="N", help=every)
-    add("--timeout", type=_seconds, metavar="S", help="seconds until silent ranks end the run")
+    add(
+        "--timeout",
+        type=_seconds,
+        metavar="S",
+        help="seconds until a rank that does not answer ends the run",
+    )
     add(
         "--join-timeout",
         type=_seconds,
