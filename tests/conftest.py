@@ -19,10 +19,11 @@ _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR",
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """All tests run in two processes, if pytest-xdist is there; chosen ones in this one."""
-    all_of_them = config.args_source is not pytest.Config.ArgsSource.ARGS
+    """`pytest` alone runs in two processes; chosen tests, and the slow ones, in this one."""
+    is_alone = config.args_source is not pytest.Config.ArgsSource.ARGS
+    is_default = is_alone and config.option.markexpr == "not slow"
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which would start workers of its own
-    if all_of_them and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+    if is_default and not is_worker and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = 2
 
 

@@ -199,7 +199,7 @@ def test_a_signal_to_the_launcher_above_leaves_no_orphan_and_loses_nothing(
         rank.wait(timeout=PATIENCE)
     assert "epoch 12/12" not in run.text()
     folder = tmp_path / "runs" / "cut"
-    stopped = json.loads(newest_state(folder).read_text())["position"]["step"]
+    stopped = json.loads(newest_state(folder).read_text())["progress"]["step"]
     assert "goes on from here" in run.text(), run.text()
     resumed = resume(tmp_path, len(ranks))
     assert f"resumed after step {stopped}" in resumed.text()
