@@ -19,11 +19,15 @@ _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR",
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """All tests run in two processes, if pytest-xdist is there; chosen ones in this one."""
-    all_of_them = config.args_source is not pytest.Config.ArgsSource.ARGS
+    """All tests run in two processes, a file in one; those of named files run in this one."""
+    option = config.option
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which would start workers of its own
-    if all_of_them and not is_worker and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses = 2
+    if is_worker or option.usepdb or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and option.numprocesses is None:
+        option.numprocesses = 2
+    if option.numprocesses:
+        option.dist, option.loadscopereorder = "loadfile", False  # the files with long tests first
 
 
 def pytest_configure(config: pytest.Config) -> None:

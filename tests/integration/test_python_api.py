@@ -80,7 +80,7 @@ def test_an_interrupt_saves_and_leaves_the_handlers_as_they_were(folder: Path) -
 # Of the notebook's own libraries, on some versions of Python.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_a_notebook_and_again_in_another_precision(folder: Path) -> None:
-    again = TRAIN.replace('name="first"', 'name="second"').replace("epochs=2", "precision=bf16")
+    again = TRAIN.replace('"epochs=2", name="first"', '"epochs=1", "precision=bf16", name="second"')
     cells = [cell(code) for code in (TRAIN, USE, again)]
     notebook = nbformat.reads(json.dumps(NOTEBOOK | {"cells": cells}), as_version=4)  # type: ignore[no-untyped-call]
     client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
