@@ -100,12 +100,9 @@ def begun(launcher: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("python" in psutil.Process(1).name(), reason="may be a launcher itself")
-@pytest.mark.parametrize(
-    "launch",
-    [ACCELERATE, pytest.param(TORCHRUN_1, marks=pytest.mark.slow)],
-    ids=["one", "torchrun"],
-)
+@pytest.mark.parametrize("launch", [ACCELERATE, TORCHRUN_1], ids=["accelerate", "torchrun"])
 def test_a_process_whose_launcher_is_gone_when_it_begins_does_not_train(
     launch: tuple[str, ...], tmp_path: Path
 ) -> None:

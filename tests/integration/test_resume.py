@@ -50,8 +50,8 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [{name: x[name] for name in x.keys() - clock} for x in lines]
 
 
-def resume(folder: Path, launch: int | tuple[str, ...] = 1) -> Run:
-    run = Run(launch, folder, "--name", "cut", "--resume", *SHORT)
+def resume(folder: Path, ranks: int = 1) -> Run:
+    run = Run(ranks, folder, "--name", "cut", "--resume", *SHORT)
     assert run.end() == 0, run.text()
     return run
 
@@ -62,14 +62,14 @@ def resume(folder: Path, launch: int | tuple[str, ...] = 1) -> Run:
 def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     name: str, whole: Path, tmp_path: Path
 ) -> None:
-    launch = PYTHON if name == "SIGTERM" else 1  # forked ones have one seed for Python's hashes
+    launch = PYTHON if name == "SIGTERM" else 1  # a new process has its own seed for hashes
     run = Run(launch, tmp_path, "--name", "cut", *SHORT)
     run.wait_for("epoch 3/8")
     run.process.send_signal(signal.Signals[name])
     assert run.end() == 75, run.text()
     assert f"by {name}" in run.text()
     assert "Traceback" not in run.text()
-    assert "resumed after step" in resume(tmp_path, launch).text()
+    assert "resumed after step" in resume(tmp_path).text()
     assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(whole)
     assert rows(tmp_path / "runs" / "cut") == rows(whole)
 

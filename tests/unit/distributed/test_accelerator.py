@@ -103,6 +103,7 @@ print("threads", torch.get_num_threads())
 PARENT = "import os, subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], env={env}))"
 
 
+@pytest.mark.slow
 def test_under_accelerate_launch_one_process_uses_all_cores(tmp_path: Path) -> None:
     command = [*ACCELERATE, "--num_processes", "1", script(tmp_path, THREADS)]
     done = run(command, ACCELERATE_USE_CPU="true", HF_HOME=str(tmp_path))
