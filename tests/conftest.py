@@ -19,12 +19,16 @@ _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR",
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest` alone runs in two processes; chosen tests, and the slow ones, in this one."""
-    is_alone = config.args_source is not pytest.Config.ArgsSource.ARGS
-    is_default = is_alone and config.option.markexpr == "not slow"
+    """`pytest` alone runs in two processes, a file in one; named files and slow tests in this one."""
+    option = config.option
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which would start workers of its own
-    if is_default and not is_worker and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses = 2
+    if is_worker or option.usepdb or not config.pluginmanager.hasplugin("xdist"):
+        return
+    is_alone = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if is_alone and option.markexpr == "not slow" and option.numprocesses is None:
+        option.numprocesses = 2
+    if option.numprocesses:
+        option.dist, option.loadscopereorder = "loadfile", False  # the files with long tests first
 
 
 def pytest_configure(config: pytest.Config) -> None:

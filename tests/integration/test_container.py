@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster import kubernetes
+from tests.support import forked
 from tests.support.processes import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -60,12 +61,9 @@ def test_what_is_copied_is_all_that_a_run_needs(tmp_path: Path) -> None:
     project = tomllib.loads((tmp_path / "source" / "pyproject.toml").read_text())["project"]
     for name in (project["readme"], *project["license-files"]):
         assert (tmp_path / "source" / name).is_file(), "the build backend reads it"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "launcher", "recipes/simplecnn.py", "--smoke"],
         cwd=workspace,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "source")},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -43,7 +43,7 @@ TESTS = [line for line in COMMANDS if line == "pytest"]
 RECIPE, SCRIPT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MAKES = [line for line in COMMANDS if line.startswith("make ")]
 # Ways of starting that differ little from others, and take a while.
-LONG = ("gpu.yaml", "torchrun")
+LONG = ("--config_file", "torchrun")
 SHORT = ["--max-steps", "2", "data.batch_size=16"]
 PROGRAMS = {
     "python": [sys.executable],

@@ -13,7 +13,8 @@ from launcher.cli import main
 
 ROOT = Path(__file__).parents[2]
 SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
-TINY = ("data.fallback.count=300", "data.batch_size=50", "epochs=2", "--wandb", "off")
+FEW = "data.fallback.count=300"
+TINY = (FEW, "data.batch_size=50", "epochs=2", "--wandb", "off")
 
 
 @pytest.fixture(autouse=True)
@@ -162,13 +163,13 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, "epochs=none"], ["epochs=none", "int"]),
         ([SIMPLECNN, "optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
         ([SIMPLECNN, "precision=fp16"], ["fp16", "without a GPU", "precision=bf16"]),
-        ([SIMPLECNN, "model.classes=7"], ["(2, 7)", "(2, 10)"]),
+        ([SIMPLECNN, FEW, "model.classes=7"], ["(2, 7)", "(2, 10)"]),
         ([SIMPLECNN, "data.fallback=none"], ["cannot be downloaded", "data.root=FOLDER"]),
-        ([SIMPLECNN, "data.mean=(0.5,)"], ["data.mean", "3 numbers"]),
-        ([SIMPLECNN, "optimizer.lr=-1"], ["Adam refuses", "-1"]),
-        ([SIMPLECNN, "sync_batch_norm=true"], ["sync_batch_norm", "CPU"]),
-        ([SIMPLECNN, "--name", "a/b"], ["--name 'a/b'", "without slashes"]),
-        ([SIMPLECNN, "--runs", "/proc/nothing"], ["/proc/nothing", "--runs FOLDER"]),
+        ([SIMPLECNN, FEW, "data.mean=(0.5,)"], ["data.mean", "3 numbers"]),
+        ([SIMPLECNN, FEW, "optimizer.lr=-1"], ["Adam refuses", "-1"]),
+        ([SIMPLECNN, FEW, "sync_batch_norm=true"], ["sync_batch_norm", "CPU"]),
+        ([SIMPLECNN, FEW, "--name", "a/b"], ["--name 'a/b'", "without slashes"]),
+        ([SIMPLECNN, FEW, "--runs", "/proc/nothing"], ["/proc/nothing", "--runs FOLDER"]),
         ([SIMPLECNN, "--num_processes", "2"], ["--num_processes", "before -m launcher"]),
         ([SIMPLECNN, "--max-steps", "0"], ["--max-steps", "at least 1"]),
         ([SIMPLECNN, "--max-steps", "1.5"], ["--max-steps: '1.5' is no whole number of at least"]),
@@ -192,7 +193,7 @@ def test_a_model_that_cannot_take_the_images_is_explained(
 ) -> None:
     text = Path(SIMPLECNN).read_text().replace("* 8 * 8, classes", "* 7 * 7, classes")
     (tmp_path / "wrong.py").write_text(text)
-    line = complaint(capsys, "wrong.py")
+    line = complaint(capsys, "wrong.py", FEW)
     assert "SimpleCNN fails on images of shape (2, 3, 32, 32)" in line
 
 

@@ -105,7 +105,11 @@ def trained(recipe: Recipe) -> list[EpochReport]:
     ("name", "source"),
     [
         ("simplecnn", partial(Synthetic, count=5000)),
-        ("pictures64", partial(Synthetic, size=64, classes=5, count=2500)),
+        pytest.param(
+            "pictures64",
+            partial(Synthetic, size=64, classes=5, count=2500),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source: Any) -> None:

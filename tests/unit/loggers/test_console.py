@@ -3,7 +3,6 @@
 import io
 import os
 import pty
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.console import Console as RichConsole
 from launcher.config.plan import Plan
 from launcher.loggers.console import Console, LiveConsole, epoch_line, first_step_line
 from launcher.training.metrics import EpochReport, Evaluation, StepReport
+from tests.support import forked
 
 ROOT = Path(__file__).parents[3]
 PLAN = Plan(
@@ -96,16 +96,15 @@ def test_on_80_columns_an_epoch_is_still_one_line_with_every_figure() -> None:
 def test_a_terminal_gets_colour_and_a_log_file_gets_none(tmp_path: Path) -> None:
     """The real program on a real pseudo-terminal, and into a pipe with FORCE_COLOR set."""
     command = [sys.executable, "-m", "launcher", "recipes/simplecnn.py", "--smoke"]
-    controller, terminal = pty.openpty()
-    with subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal) as process:
-        os.close(terminal)
-        seen = _read_all(controller)
-    assert process.returncode == 0, seen
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    controller, number = pty.openpty()
+    with open(number, "wb") as terminal:
+        process = forked.Popen(command, cwd=ROOT, env=environment, stdout=terminal, stderr=terminal)
+    seen = _read_all(controller)
+    assert process.wait(60) == 0, seen
     assert "\x1b[" in seen
     assert "╭" in seen
-    piped = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "FORCE_COLOR": "1"}, capture_output=True, text=True
-    )
+    piped = forked.run(command, cwd=ROOT, env={**environment, "FORCE_COLOR": "1"})
     assert piped.returncode == 0, piped.stderr
     assert "\x1b" not in piped.stdout
     assert "epoch 1/1" in piped.stdout
