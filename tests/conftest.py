@@ -19,7 +19,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORCE_COLOR",
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest` alone runs in two processes, a file in one; named files and slow tests in this one."""
+    """`pytest` alone runs in two processes, each file in one; all else in this one."""
     option = config.option
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which would start workers of its own
     if is_worker or option.usepdb or not config.pluginmanager.hasplugin("xdist"):
