@@ -48,7 +48,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 def ranks(done: subprocess.CompletedProcess[str]) -> int:
     """The number of ranks that the header tells; one header only."""
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = re.findall(r"= (\d+) rank\(s\)", done.stdout)
+    (found,) = re.findall(r"= (\d+) ranks?", done.stdout)
     return int(found)
 
 
