@@ -93,7 +93,7 @@ class Racer:
         self._process = psutil.Popen([sys.executable, *command], env=environment)
         while self.images() < WARM_UP:
             if self._process.poll() is not None:
-                raise SystemExit(f"failed: {case} with {ranks} rank(s)")
+                raise SystemExit(f"failed: {case} with {ranks} ranks")
             time.sleep(0.1)
         self.tell(signal.SIGSTOP)
 
@@ -128,8 +128,8 @@ def measure(case: str, words: argparse.Namespace) -> Figures:
             for racer in racers.values():
                 racer.tell(signal.SIGKILL)
     figures = {
-        "images_per_second": {f"{n} rank(s)": [round(r) for r in rates[n]] for n in rates},
-        "mean": {f"{n} rank(s)": round(statistics.mean(rates[n])) for n in rates},
+        "images_per_second": {f"{n} ranks": [round(r) for r in rates[n]] for n in rates},
+        "mean": {f"{n} ranks": round(statistics.mean(rates[n])) for n in rates},
         # Of the sums: a turn ends in the midst of a step, which only the next one counts.
         "two ranks/one": round(sum(rates["2"]) / sum(rates["1"]), 4),
     }
