@@ -64,7 +64,7 @@ def test_the_first_layer_whitens_the_images(speedrun: Recipe) -> None:
     assert (moments - powers.diag()).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("precision", ["fp32", "pure_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("pure_bf16", marks=pytest.mark.slow)])
 def test_it_learns(speedrun: Recipe, precision: str) -> None:
     words = (f"precision={precision}", "epochs=3", "model.widths=(16,32,32)")
     network, epochs = trained(small(speedrun, words))

@@ -26,6 +26,7 @@ from launcher.loggers import wandb
 from launcher.loggers.wandb import NullLogger, Samples, WandbLogger, WandbRun, start
 from launcher.loggers.wandb_history import epoch_scalars
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
+from tests.support import forked
 from tests.support.helpers import tiny_recipe
 from tests.support.wandb_server import API_KEY, WandbServer
 
@@ -395,17 +396,16 @@ report(None)
 """
 
 
-def child(code: str, folder: Path) -> list[str]:
-    return [sys.executable, "-c", CHILD + code, str(folder)]
-
-
 @pytest.fixture(scope="module")
 def unlogged(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What three runs say: switched off, switched off by WANDB_MODE, and without wandb."""
     folder = tmp_path_factory.mktemp("unlogged")
     with own_world(folder):
-        line = child(UNLOGGED, folder)
-        return subprocess.check_output(line, cwd=ROOT, text=True, timeout=60).splitlines()
+        (folder / "unlogged.py").write_text(CHILD + UNLOGGED)
+        command = [sys.executable, str(folder / "unlogged.py"), str(folder)]
+        done = forked.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_wandb_is_not_even_imported_when_it_is_off(unlogged: list[str]) -> None:
@@ -420,7 +420,7 @@ def test_without_an_account_a_terminal_is_not_asked_anything(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ours, theirs = pty.openpty()
-    line = child("report(None)", tmp_path)
+    line = [sys.executable, "-c", f"{CHILD}report(None)", str(tmp_path)]
     process = subprocess.Popen(line, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     try:
