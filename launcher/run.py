@@ -134,8 +134,10 @@ def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE
     try:
         with report_first_failure(group, lambda: "outside training"):
             result = prepare_and_run(loaded, options, group)
-    finally:
-        group.leave()
+    except BaseException:
+        group.stop_heartbeat()
+        raise
+    group.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if options.smoke and not result.stopped:

@@ -11,7 +11,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -92,7 +92,7 @@ class RankGroup:
 
     Keys of the store: `host/R` and `beat/R` of each rank R; `failures`, how many ranks failed;
     `user-errors`, how many ranks have one, and `user-error`, the first; `stopped`, by which signal;
-    `read`, how many ranks know the outcome of `sync_errors`; `liveness-check`, how many ranks ask
+    `read`, how many ranks know the outcome of `sync_errors`; `left`, how many have ended; `liveness-check`, how many ranks ask
     who still runs, and `alive/R`; `barrier/B`, how many ranks are at barrier B, and `open/B`;
     `node/N/K` for key K of node N.
     """
@@ -132,7 +132,14 @@ class RankGroup:
         self._heartbeat.start()
 
     def leave(self) -> None:
-        """The run is over for this rank."""
+        """The run is over for this rank; rank 0 waits until all have left the store it hosts."""
+        if self._heartbeat is not None:
+            self.stop_heartbeat()
+            with suppress(RuntimeError, TimeoutError):  # the store is gone, or the link is down
+                in_thread(lambda: self._hold_store_until_all("left")).result(5 * GRACE)
+
+    def stop_heartbeat(self) -> None:
+        """Be as silent as a rank that has ended: after a failure, for which nobody waits."""
         if self._heartbeat is not None:
             self._heartbeat.stop(GRACE)
 
@@ -176,7 +183,7 @@ class RankGroup:
         has_error = store.add("user-errors", 0) > 0
         parts = json.loads(store.get("user-error")) if has_error else None
         stopped = store.get("open/ready").decode()
-        self._let_all_read()
+        self._hold_store_until_all("read")
         if parts:
             given, expected, instead = parts
             raise UserError(given, expected=expected, instead=instead)
@@ -185,14 +192,14 @@ class RankGroup:
                 raise StoppedBeforeTrainingError(stopped)
             raise OtherRankError(EXIT_SAVED)
 
-    def _let_all_read(self) -> None:
-        """Keep the store alive, where this process hosts it, until all have read the outcome."""
-        self._store.add("read", 1)
-        until = time.monotonic() + GRACE
-        while self.world.hosts_store and time.monotonic() < until:
-            if self._store.add("read", 0) == self.world.size:
-                return
+    def _hold_store_until_all(self, key: str) -> None:
+        """Count up a key; where this process hosts the store, keep it while others still come."""
+        count, until = self._store.add(key, 1), time.monotonic() + GRACE
+        while self.world.hosts_store and count < self.world.size and time.monotonic() < until:
             time.sleep(0.01)
+            before, count = count, self._store.add(key, 0)
+            if count > before:
+                until = time.monotonic() + GRACE
 
     def broadcast_on_node(self, key: str, value: str | None = None) -> str:
         """The value that one process of this node gives, on all processes of the node.
