@@ -92,9 +92,9 @@ class RankGroup:
 
     Keys of the store: `host/R` and `beat/R` of each rank R; `failures`, how many ranks failed;
     `user-errors`, how many ranks have one, and `user-error`, the first; `stopped`, by which signal;
-    `read`, how many ranks know the outcome of `sync_errors`; `left`, how many have ended; `liveness-check`, how many ranks ask
-    who still runs, and `alive/R`; `barrier/B`, how many ranks are at barrier B, and `open/B`;
-    `node/N/K` for key K of node N.
+    `read`, how many ranks know the outcome of `sync_errors`; `left`, how many have ended;
+    `liveness-check`, how many ranks ask who still runs, and `alive/R`; `barrier/B`, how many ranks
+    are at barrier B, and `open/B`; `node/N/K` for key K of node N.
     """
 
     def __init__(
