@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher.config import loader
 from launcher.config.plan import Plan
 from launcher.loggers.console import Console
-from launcher.training.metrics import EpochReport, StepReport
+from launcher.training.metrics import Best, EpochReport, StepReport
 
 IMAGES, TIMES = 12_500, (1, 4, 16)
 EPOCHS = (1, 10, 100)
@@ -71,7 +71,7 @@ class Notebook(Console):
         """Training has come to a log interval."""
         self.rates.append((report.step, report.images_per_second))
 
-    def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
         """An epoch is complete."""
         present = psutil.Process().memory_info().rss
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

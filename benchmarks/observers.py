@@ -74,6 +74,7 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     from launcher import cli, run
     from launcher.checkpoint import checkpoint
     from launcher.checkpoint.run_dir import RunDir
+    from launcher.checkpoint.saver import Saver
     from launcher.loggers.console import Console, LiveConsole
     from launcher.loggers.wandb import WandbLogger
 
@@ -82,11 +83,11 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     console = LiveConsole(screen) if mode == "watched" else Console(None)
     vars(run)["make_console"] = lambda is_main: console
     timer.around(type(console), "console", "say", "step", "epoch")
-    timer.around(WandbLogger, "W&B steps", "log_step")
-    timer.around(WandbLogger, "W&B epochs", "log_epoch")
+    timer.around(WandbLogger, "W&B steps", "step")
+    timer.around(WandbLogger, "W&B epochs", "epoch")
     timer.around(RunDir, "files", "record")
     timer.around(checkpoint, "files", "save_weights")
-    timer.around(run, "checkpoints", "save_checkpoint")
+    timer.around(Saver, "checkpoints", "checkpoint")
     whole.around(run, "training", "run_loop")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])
     output.write_text(json.dumps({**timer.seconds, **whole.seconds}))

@@ -10,24 +10,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from launcher.checkpoint import checkpoint, run_dir
-from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
 from launcher.checkpoint.run_dir import RunDir
+from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
 from launcher.config.serialize import short_name
 from launcher.config.slots import Precision
-from launcher.data import cache, sources
+from launcher.data import cache
 from launcher.data.sources import Data
 from launcher.distributed import process_group, signals
 from launcher.distributed.accelerator import (
@@ -49,20 +48,18 @@ from launcher.errors import (
 )
 from launcher.loggers import wandb
 from launcher.loggers.console import Console, first_step_line, make_console, tta_note
+from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
-from launcher.loggers.wandb import NullLogger
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.training.model import build_network, count_parameters, initialize
 from launcher.training.preflight import preflight
+from launcher.training.smoke import check_smoke, smoke_version
 from launcher.training.state import TrainContext, make_context
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count
 
 MOST_ROLLBACKS = 10  # a run that needs more does not get better by skipping steps
-SMOKE_BATCH = 64  # images at most: a smoke test is about the code, not about the settings
-SMOKE_PASSES = 4  # of a step, at most
-SMOKE_FALL = 0.01  # of the loss: without learning, chance may still lower it a little
 
 
 @dataclass(frozen=True)
@@ -83,26 +80,39 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Loggers:
-    """Where measurements go. On ranks other than 0 both do nothing."""
+class Loggers(Logger):
+    """All that hear of a run; on ranks other than 0, a console that shows nothing."""
 
     console: Console
-    wandb: NullLogger
+    others: tuple[Logger, ...] = ()
+
+    def step(self, report: StepReport, plan: Plan) -> None:
+        """Tell all."""
+        for logger in (self.console, *self.others):
+            logger.step(report, plan)
+
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
+        """Tell all."""
+        for logger in (self.console, *self.others):
+            logger.epoch(report, plan, best)
+
+    def finish(self, exit_code: int) -> None:
+        """Tell all."""
+        for logger in (self.console, *self.others):
+            logger.finish(exit_code)
 
 
 @dataclass
 class ActiveRun:
     """A training in progress, and what its events have told so far.
 
-    `folder` is None in a smoke test, `writer` also on ranks other than 0. `unsaved` says what it
-    means that the state could not be saved when the run was stopped.
+    `unsaved` says what it means that the state could not be saved when the run was stopped.
     """
 
     ctx: TrainContext
     loaded: LoadedRecipe
     loggers: Loggers
-    folder: RunDir | None = None
-    writer: Writer | None = None
+    saver: Saver
     best: Best | None = None
     highest: Best | None = None
     last: Best | None = None
@@ -111,9 +121,9 @@ class ActiveRun:
     unsaved: str = ""
 
     @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0."""
-        return self.ctx.accelerator.is_main_process
+    def folder(self) -> RunDir | None:
+        """The run folder; None in a smoke test."""
+        return self.saver.folder
 
     def result(self) -> RunResult:
         """What is left of it at its end."""
@@ -277,37 +287,6 @@ def fallback_warning(data: Data) -> str:
     return f"NOT THE REAL DATA: {data.fallback}; using {data.name}" if data.fallback else ""
 
 
-# Smoke tests
-
-
-def smoke_version(
-    loaded: LoadedRecipe, options: RunOptions, world_size: int
-) -> tuple[LoadedRecipe, RunOptions]:
-    """One epoch of a few batches of embedded images; W&B off, nothing written."""
-    data, accumulate = loaded.recipe.data, min(loaded.recipe.accumulate, SMOKE_PASSES)
-    smallest = world_size * accumulate
-    images = replace(
-        data,
-        source=sources.smoke_source(data),
-        batch_size=max(min(data.batch_size, SMOKE_BATCH), smallest),
-        fallback=None,
-    )
-    recipe = replace(loaded.recipe, data=images, epochs=1, accumulate=accumulate, compile=False)
-    return replace(loaded, recipe=recipe), replace(
-        options, wandb="off", log_every=1, checkpoint_every=NEVER, resume=False, max_steps=None
-    )
-
-
-def check_smoke(losses: tuple[float, ...]) -> None:
-    """Raise `TrainingError` unless the second half of the losses is clearly lower."""
-    if len(losses) < 2:
-        raise TrainingError("smoke test: one step shows nothing; start fewer processes")
-    half = len(losses) // 2
-    first, second = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
-    if not second < first * (1 - SMOKE_FALL):
-        raise TrainingError(f"smoke test: the loss did not fall: {first:.4f}, then {second:.4f}")
-
-
 # From the first line of the header to the closing table
 
 
@@ -326,13 +305,13 @@ def log_and_run(
             checkpoint.restore(start.checkpoint, ctx)
         if start:  # what was refused until here has left the folder as it was
             start = describe_run(ctx, start, loaded, facts)
-        run = ActiveRun(ctx, loaded, make_loggers(ctx, start, loaded, options))
+        loggers = make_loggers(ctx, start, loaded, options)
+        is_main, say = ctx.accelerator.is_main_process, loggers.console.say
+        best = start.best if start else None
+        saver = Saver(start.folder if start else None, is_main, say)
+        run = ActiveRun(ctx, loaded, loggers, saver, best=best, highest=best)
         exit_code = EXIT_FAULT
         try:
-            if start:
-                run.folder, run.best, run.highest = start.folder, start.best, start.best
-                if run.is_main:
-                    run.writer = Writer(start.folder.checkpoints, start.folder.check)
             show_header(run, start, facts)
             progress = start.progress if start else START
             through = profiler.through(run.folder) if profiler else iter
@@ -341,10 +320,9 @@ def log_and_run(
             rows = closing_rows(run)
             if profiler and not run.stopped:
                 rows |= profiler.rows(facts["precision"])
-            run.loggers.console.closing(rows)
+            loggers.console.closing(rows)
         finally:
-            run.loggers.console.close()
-            run.loggers.wandb.finish(exit_code)
+            loggers.finish(exit_code)
     return run.result()
 
 
@@ -389,7 +367,7 @@ def make_loggers(
     is_main = ctx.accelerator.is_main_process
     console = make_console(is_main)
     if start is None or not is_main:
-        return Loggers(console, NullLogger())
+        return Loggers(console)
     data = ctx.data.to(torch.device("cpu"))
     own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
     shown = wandb.WandbRun(
@@ -402,17 +380,18 @@ def make_loggers(
         note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
         run_id=start.folder.identity,
     )
-    return Loggers(console, wandb.start(options.wandb, shown, data))
+    return Loggers(console, (wandb.start(options.wandb, shown, data),))
 
 
 def show_header(run: ActiveRun, start: ResumePoint | None, facts: dict[str, str]) -> None:
     """What is about to run, and what the user should know about its beginning."""
-    console, wandb, data = run.loggers.console, run.loggers.wandb, run.ctx.data
+    console, loggers = run.loggers.console, run.loggers.others
     rows = {name: fact for name, fact in facts.items() if name != "fallback"}
-    rows |= {"W&B": f"{wandb.mode} {wandb.where}".strip()}
+    rows |= {logger.name: f"{logger.mode} {logger.where}".strip() for logger in loggers}
     rows |= {"run folder": str(run.folder.path)} if run.folder else {}
-    console.header(f"launcher: {run.loaded.name}", rows, fallback_warning(data))
-    for note in (*run.ctx.notes, wandb.notice, *(start.notes if start else ())):
+    console.header(f"launcher: {run.loaded.name}", rows, fallback_warning(run.ctx.data))
+    notices = [logger.notice for logger in loggers]
+    for note in (*run.ctx.notes, *notices, *(start.notes if start else ())):
         if note:
             console.say(note)
 
@@ -437,8 +416,9 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
             best, final = run.folder.best, run.folder.final
             rows["weights"] = f"{best} and {final.name}" if run.best else f"{final}"
         rows["run folder"] = str(run.folder.path)
-    if run.loggers.wandb.where:
-        rows["W&B"] = f"{run.loggers.wandb.mode} {run.loggers.wandb.where}"
+    for logger in run.loggers.others:
+        if logger.where:
+            rows[logger.name] = f"{logger.mode} {logger.where}"
     return rows
 
 
@@ -482,8 +462,8 @@ def run_loop(
             # Later steps may have been suspected only for what this one did to them.
             before = {step for step in run.ctx.skip_steps if step < error.step}
             run.ctx = replace(run.ctx, skip_steps=frozenset(before | {error.step}))
-    lost = run.unsaved if run.stopped else save_weights(run, "final")
-    wait_for_writer(run)
+    lost = run.unsaved if run.stopped else run.saver.weights(run.ctx.state.eval_model, "final")
+    run.saver.wait()
     accelerator = run.ctx.accelerator
     accelerator.wait_for_everyone()  # no rank ends while the state is being written
     if lost_on_main := run_on_main(accelerator, lambda: lost):
@@ -492,20 +472,26 @@ def run_loop(
 
 def handle_event(run: ActiveRun, event: Event) -> None:
     """Show, log, record and save what the loop has measured."""
+    plan, loggers, saver = run.ctx.plan, run.loggers, run.saver
     if isinstance(event, StepReport):
         run.losses.append(event.loss)
-        show_step(run, event)
+        if event.first_predictions:
+            loggers.console.say(first_step_line(event, run.ctx.data.train.classes))
+        loggers.step(event, plan)
     elif isinstance(event, EpochReport):
         run.last = Best.of(event)
         if is_better(event, run.highest):
             run.highest = run.last
-        is_best = is_better(event, run.best) and not save_weights(run, "best")
-        if is_best:
+        if is_better(event, run.best) and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
-        show_epoch(run, event, is_best)
+        loggers.epoch(event, plan, run.best)
+        saver.epoch(event.metrics() | {"data": run.ctx.data.name})
     else:
         run.stopped = event.stops
-        run.unsaved = save_checkpoint(run, event)
+        details = checkpoint_details(run, event.progress)
+        if not saver.checkpoint(run.ctx, details, event.stops):
+            run.unsaved = f"stopped by {stop_reason()}, not saved: --resume goes on from "
+            run.unsaved += newest_progress(run)
 
 
 def is_better(report: EpochReport, best: Best | None) -> bool:
@@ -514,78 +500,33 @@ def is_better(report: EpochReport, best: Best | None) -> bool:
     return has_more and not math.isnan(report.test.loss)
 
 
-def show_step(run: ActiveRun, report: StepReport) -> None:
-    """One log interval, on the console and in W&B."""
-    console = run.loggers.console
-    if report.first_predictions:
-        console.say(first_step_line(report, run.ctx.data.train.classes))
-    if report.skipped:
-        steps = ", ".join(map(str, report.skipped))
-        console.say(f"no update in step {steps}: the gradient is not finite, or skipped")
-    console.step(report, run.ctx.plan)
-    run.loggers.wandb.log_step(report)
-
-
-def show_epoch(run: ActiveRun, report: EpochReport, is_best: bool) -> None:
-    """One epoch, on the console, in W&B and in metrics.jsonl."""
-    run.loggers.console.epoch(report, run.ctx.plan, is_best)
-    run.loggers.wandb.log_epoch(report, run.best)
-    if run.folder and run.is_main:
-        if not run.folder.is_described:
-            complain(run, f"{run.folder.path} was removed: what is still to come cannot be resumed")
-        row = report.metrics() | {"data": run.ctx.data.name}
-        attempt(run, "metrics.jsonl", partial(run.folder.record, row))
-
-
 def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
     """Restore the newest whole checkpoint on all ranks, which all have met the same error."""
     ctx, folder, skipped = run.ctx, run.folder, run.ctx.skip_steps
     if ctx.recipe.on_nan != "rollback" or folder is None:
         raise error
-    wait_for_writer(run)
+    run.saver.wait()
     found = run_on_main(ctx.accelerator, lambda: checkpoint.newest(folder.checkpoints)[0])
     if found is None or len(skipped) >= MOST_ROLLBACKS or error.step in skipped:
         raise error
     checkpoint.restore(found, ctx)
     progress, best = checkpoint.progress_of(found)
     run.best = run.highest = best
-    if run.is_main:
-        attempt(run, "metrics.jsonl", partial(folder.forget_after, progress.epochs))
+    run.saver.forget_after(progress.epochs)
     run.loggers.console.say(f"{error}")
     run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")
     return progress
 
 
-# Saving: a disk that refuses costs a line, not the training
-
-
-def save_checkpoint(run: ActiveRun, point: SavePoint) -> str:
-    """Save a checkpoint: every rank takes part, rank 0 writes, and waits for it before a stop.
-
-    Returns what it means where that last one could not be written, or an empty text.
-    """
-    if run.folder is None:
-        return ""
-    snapshot = checkpoint.capture(run.ctx, checkpoint_details(run, point, run.folder))
-    if run.writer is None:
-        return ""
-    complain(run, run.writer.submit(snapshot))
-    if not point.stops or is_written(run, run.writer, snapshot):
-        return ""
-    found, _ = checkpoint.newest(run.folder.checkpoints)
-    newest = f"step {checkpoint.progress_of(found)[0].step}" if found else "the beginning"
-    return f"stopped by {stop_reason()}, not saved: --resume goes on from {newest}"
-
-
-def checkpoint_details(run: ActiveRun, point: SavePoint, folder: RunDir) -> dict[str, Any]:
+def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:
     """What state.json of a checkpoint says."""
     config = run.loaded.config
     return {
-        "progress": asdict(point.progress),
+        "progress": asdict(progress),
         "best": asdict(run.best) if run.best else None,
         "world_size": run.ctx.plan.world_size,
         "steps_per_epoch": run.ctx.plan.steps_per_epoch,
-        "wandb_id": folder.identity,
+        "wandb_id": run.folder.identity if run.folder else "",
         "data": run.ctx.data.name,
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
@@ -594,47 +535,10 @@ def checkpoint_details(run: ActiveRun, point: SavePoint, folder: RunDir) -> dict
     }
 
 
-def is_written(run: ActiveRun, writer: Writer, snapshot: Snapshot) -> bool:
-    """Wait for the last checkpoint; where the disk refuses it, try a second time."""
-    complaint = writer.wait()
-    if complaint:
-        complain(run, complaint)
-        complaint = writer.submit(snapshot) or writer.wait()
-    return not complaint
-
-
-def save_weights(run: ActiveRun, which: Literal["best", "final"]) -> str:
-    """Write the present weights, on rank 0; returns what went wrong, or an empty text."""
-    if run.writer is None or run.folder is None:
-        return ""
-    path = run.folder.best if which == "best" else run.folder.final
-    save = partial(checkpoint.save_weights, run.ctx.state.eval_model, path)
-    return attempt(run, f"the {which} weights", save)
-
-
-def wait_for_writer(run: ActiveRun) -> None:
-    """Until the checkpoint that is being written is on the disk."""
-    if run.writer:
-        complain(run, run.writer.wait())
-
-
-def attempt(run: ActiveRun, what: str, action: Callable[[], None]) -> str:
-    """Write something; returns what went wrong, or an empty text."""
-    try:
-        if run.folder:
-            run.folder.check()
-        action()
-    except OSError as error:
-        complaint = f"{what} could not be written ({error})"
-        complain(run, complaint)
-        return complaint
-    return ""
-
-
-def complain(run: ActiveRun, text: str) -> None:
-    """Say what went wrong, if anything did."""
-    if text:
-        run.loggers.console.say(f"!!! {text} !!!")
+def newest_progress(run: ActiveRun) -> str:
+    """Where a resumed run would begin."""
+    found = checkpoint.newest(run.folder.checkpoints)[0] if run.folder else None
+    return f"step {checkpoint.progress_of(found)[0].step}" if found else "the beginning"
 
 
 def stop_reason() -> str:

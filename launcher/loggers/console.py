@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.config.plan import Plan
-from launcher.training.metrics import EpochReport, StepReport
+from launcher.loggers.logger import Logger
+from launcher.training.metrics import Best, EpochReport, StepReport
 
 
-class Console:
+class Console(Logger):
     """Plain lines; also the base of `LiveConsole`."""
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -40,19 +41,19 @@ class Console:
             self.say(f"!!! {warning} !!!")
 
     def step(self, report: StepReport, plan: Plan) -> None:
-        """The training since the last report."""
+        """Steps whose update was skipped; plain lines show no other step."""
+        if report.skipped:
+            steps = ", ".join(map(str, report.skipped))
+            self.say(f"no update in step {steps}: the gradient is not finite, or skipped")
 
-    def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
         """An epoch is complete."""
-        self.say(epoch_line(report, plan, is_best))
+        self.say(epoch_line(report, plan, best))
 
     def closing(self, rows: Mapping[str, str]) -> None:
         """The results, and where they are."""
         self.say("")
         self._rows(rows)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
 
     def _rows(self, rows: Mapping[str, str]) -> None:
         width = max(map(len, rows), default=0)
@@ -94,6 +95,7 @@ class LiveConsole(Console):
 
     def step(self, report: StepReport, plan: Plan) -> None:
         """Move the bar, or start one for a new epoch."""
+        super().step(report, plan)
         if self._task is None or report.epoch != self._epoch:
             self._new_bar(report.epoch, plan)
         assert self._task is not None
@@ -109,19 +111,19 @@ class LiveConsole(Console):
         self._task = self._bar.add_task("", total=total, epoch=name, loss="-", rate="-")
         self._bar.start()
 
-    def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
         """The epoch's line above the bar; the best so far in green."""
-        line = epoch_line(report, plan, is_best)
+        line = epoch_line(report, plan, best)
         fitting = line if len(line) <= self._rich.width else shortened(line)
-        self._rich.print(Text(fitting, style="green" if is_best else ""))
+        self._rich.print(Text(fitting, style="green" if _is_best(report, best) else ""))
 
     def closing(self, rows: Mapping[str, str]) -> None:
         """A panel with the results."""
-        self.close()
+        self._bar.stop()
         self._rich.print(Panel(_grid(rows), title="[bold]done", border_style="green"))
 
-    def close(self) -> None:
-        """Remove the bar."""
+    def finish(self, exit_code: int) -> None:
+        """Remove the bar, and leave the terminal as it was."""
         self._bar.stop()
 
 
@@ -135,7 +137,7 @@ def make_console(is_main: bool) -> Console:
     return Console(stream)
 
 
-def epoch_line(report: EpochReport, plan: Plan, is_best: bool) -> str:
+def epoch_line(report: EpochReport, plan: Plan, best: Best | None) -> str:
     """The figures of one epoch in one line of fixed columns."""
     width = len(str(plan.epochs))
     return (
@@ -144,8 +146,12 @@ def epoch_line(report: EpochReport, plan: Plan, is_best: bool) -> str:
         f"  test loss {report.test.loss:7.4f}"
         f"  test accuracy {report.test.accuracy:7.2%}{_tta(report)}"
         f"  {report.images_per_second:>9,.0f} img/s"
-        f"  {report.seconds:7.1f} s" + ("  best" if is_best else "")
+        f"  {report.seconds:7.1f} s" + ("  best" if _is_best(report, best) else "")
     )
+
+
+def _is_best(report: EpochReport, best: Best | None) -> bool:
+    return best is not None and best.epoch == report.epoch
 
 
 def shortened(line: str) -> str:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from launcher.config.plan import Plan
 from launcher.data.sources import Data
+from launcher.loggers.logger import Logger
 from launcher.loggers.wandb_history import (
     ROW,
     Row,
@@ -63,29 +65,24 @@ class WandbRun:
     run_id: str | None = None
 
 
-class NullLogger:
-    """Without W&B: where it is off, and on all ranks but 0. `notice` says why it is off."""
+class NullLogger(Logger):
+    """Where W&B is off. `notice` says why, if somebody expected it."""
+
+    name, mode = "W&B", "off"
 
     def __init__(self, notice: str = "") -> None:
         """`notice` is empty where nobody expected W&B."""
-        self.mode, self.where, self.notice = "off", "", notice
-
-    def log_step(self, report: StepReport) -> None:
-        """The training since the last report."""
-
-    def log_epoch(self, report: EpochReport, best: Best | None) -> None:
-        """An epoch, and the best one so far."""
-
-    def finish(self, exit_code: int) -> None:
-        """The end of the run."""
+        self.notice = notice
 
 
-class WandbLogger(NullLogger):
+class WandbLogger(Logger):
     """A run of W&B: `mode` is online or offline, `where` its address or its folder.
 
     `notice` says why it is not the mode that was asked for. Images and tables are made and sent by
     a thread of their own: making them takes 30 ms, and sending them may wait for the network.
     """
+
+    name = "W&B"
 
     def __init__(self, run: "wandb.Run", samples: "Samples", notice: str, folder: Path) -> None:
         """Log into a run that has begun; `folder` is the launcher's own run folder."""
@@ -103,13 +100,13 @@ class WandbLogger(NullLogger):
             for row in self._history.rows[self._last_row_kept() :]:
                 run.log(row)  # its images are lost with the process that was killed
 
-    def log_step(self, report: StepReport) -> None:
+    def step(self, report: StepReport, plan: Plan) -> None:
         """Log the training since the last report."""
         with self._only_warning():
             if self._history.is_new("step", report.step):  # else trained again after a resume
                 self._log(step_scalars(report))
 
-    def log_epoch(self, report: EpochReport, best: Best | None) -> None:
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
         """Log an epoch, the best one so far, and later the sample images and the tables."""
         with self._only_warning():
             if not self._history.is_new("epoch", report.epoch):
@@ -220,7 +217,7 @@ class Samples:
         return zip(self._pictures, self._truths, guesses, confidences, strict=True)
 
 
-def start(mode: str | None, run: WandbRun, data: Data) -> NullLogger:
+def start(mode: str | None, run: WandbRun, data: Data) -> Logger:
     """Begin to log a run: `mode` is online, offline, off, or None for whatever is possible.
 
     Call it on rank 0 only. Never raises and never asks: where W&B cannot do what was wanted, the

@@ -20,14 +20,14 @@ from torch.optim import Adam
 
 from launcher import cli
 from launcher.checkpoint import resume, run_dir
-from launcher.checkpoint.checkpoint import Writer, load_weights, newest, save_weights
+from launcher.checkpoint.checkpoint import load_weights, newest, save_weights
 from launcher.checkpoint.run_dir import RunDir
+from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
 from launcher.config.plan import Plan
 from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.loggers.console import Console
-from launcher.loggers.wandb import NullLogger
 from launcher.run import ActiveRun, Loggers, closing_rows, run_loop
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils import atomic_write
@@ -105,9 +105,8 @@ def test_the_checkpoint_of_a_stop_is_tried_a_second_time(tmp_path: Path) -> None
 def watched(folder: RunDir, console: Console, **changes: Any) -> tuple[ActiveRun, dict[str, str]]:
     """What becomes of a tiny run in this process, and its closing rows."""
     loaded = LoadedRecipe(tiny_recipe(**changes), "tiny", "", "")
-    loggers = Loggers(console, NullLogger())
-    writer = Writer(folder.checkpoints)
-    run = ActiveRun(context_of(loaded.recipe), loaded, loggers, folder, writer)
+    saver = Saver(folder, True, console.say)
+    run = ActiveRun(context_of(loaded.recipe), loaded, Loggers(console), saver)
     run_loop(run)
     return run, closing_rows(run)
 
@@ -117,9 +116,9 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
     accuracies, marks = [], []
 
     class Obstructing(Console):
-        def epoch(self, report: EpochReport, plan: Plan, is_best: bool) -> None:
+        def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
             accuracies.append(report.test.accuracy)
-            marks.append(is_best)
+            marks.append(best and best.epoch == report.epoch)
             (folder.path / f".best.safetensors.{os.getpid()}").mkdir(exist_ok=True)
 
     optimizer = partial(Adam, lr=0.1)

@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 
 from launcher.config.plan import Plan
 from launcher.loggers.console import Console, LiveConsole, epoch_line, first_step_line
-from launcher.training.metrics import EpochReport, Evaluation, StepReport
+from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
 from tests.support import forked
 
 ROOT = Path(__file__).parents[3]
@@ -40,10 +40,10 @@ STEP = StepReport(3, 22, 1.25, 0.1, 5000.0, first_predictions=(1, 0))
 
 
 def test_an_epoch_is_one_line_of_fixed_columns() -> None:
-    line = epoch_line(EPOCH, PLAN, is_best=True)
+    line = epoch_line(EPOCH, PLAN, Best.of(EPOCH))
     for part in ("epoch  3/12", "0.5100", "0.4000", "75.00%", "12,346 img/s", "2.5 s", "best"):
         assert part in line
-    assert len(epoch_line(EPOCH, PLAN, is_best=False)) < 120
+    assert len(epoch_line(EPOCH, PLAN, None)) < 120
 
 
 def test_the_first_step_names_the_predicted_classes() -> None:
@@ -55,10 +55,12 @@ def test_plain_lines_are_written_at_once_and_without_escapes() -> None:
     console = Console(stream)
     console.header("launcher: x", {"recipe": "x", "batch": "64"}, "NOT THE REAL DATA")
     console.step(STEP, PLAN)
-    console.epoch(EPOCH, PLAN, is_best=False)
+    console.step(StepReport(3, 24, 1.0, 0.1, 5000.0, skipped=(23, 24)), PLAN)
+    console.epoch(EPOCH, PLAN, None)
     console.closing({"best epoch": "3"})
     text = stream.getvalue()
     assert "!!! NOT THE REAL DATA !!!" in text
+    assert "no update in step 23, 24: the gradient is not finite, or skipped" in text
     assert "\x1b" not in text
     assert "\r" not in text
 
@@ -66,7 +68,7 @@ def test_plain_lines_are_written_at_once_and_without_escapes() -> None:
 def test_other_ranks_are_silent(capsys: object) -> None:
     console = Console(None)
     console.header("launcher: x", {"recipe": "x"}, "warning")
-    console.epoch(EPOCH, PLAN, is_best=True)
+    console.epoch(EPOCH, PLAN, Best.of(EPOCH))
     console.closing({})
 
 
@@ -77,7 +79,7 @@ def test_the_live_console_shows_a_bar_with_loss_rate_and_epoch() -> None:
     console.header("launcher: x", {"recipe": "x"}, "NOT THE REAL DATA")
     console.step(STEP, PLAN)
     console._bar.refresh()
-    console.epoch(EPOCH, PLAN, is_best=True)
+    console.epoch(EPOCH, PLAN, Best.of(EPOCH))
     console.step(StepReport(4, 31, 1.0, 0.1, 5000.0), PLAN)
     console.closing({"best epoch": "3"})
     text = stream.getvalue()
@@ -88,7 +90,7 @@ def test_the_live_console_shows_a_bar_with_loss_rate_and_epoch() -> None:
 def test_on_80_columns_an_epoch_is_still_one_line_with_every_figure() -> None:
     stream = io.StringIO()
     console = LiveConsole(RichConsole(file=stream, width=80))
-    console.epoch(EPOCH, PLAN, is_best=True)
+    console.epoch(EPOCH, PLAN, Best.of(EPOCH))
     line = "epoch 3/12 train 0.5100 test 0.4000 accuracy 75.00% 12,346 img/s 2.5 s best"
     assert stream.getvalue().split("\n") == [line, ""]
 

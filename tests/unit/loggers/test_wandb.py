@@ -21,8 +21,10 @@ import torch
 from launcher import run
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
+from launcher.config.plan import Plan
 from launcher.data.sources import Data, ImageSet
 from launcher.loggers import wandb
+from launcher.loggers.logger import Logger
 from launcher.loggers.wandb import NullLogger, Samples, WandbLogger, WandbRun, start
 from launcher.loggers.wandb_history import epoch_scalars
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
@@ -31,6 +33,7 @@ from tests.support.helpers import tiny_recipe
 from tests.support.wandb_server import API_KEY, WandbServer
 
 ROOT = Path(__file__).parents[3]
+PLAN = Plan(100, 50, 1, 10, 1, epochs=10, steps_per_epoch=10, last_step=100, log_every=5)
 CLASSES = ("cat", "dog", "bird")
 CONFUSION = ((10, 5, 2), (3, 10, 4), (0, 0, 16))
 
@@ -54,7 +57,7 @@ def epoch_report(epoch: int, classes: int = 3) -> EpochReport:
     return EpochReport(epoch, epoch * 10, 0.5, 0.1, 100.0, 2.0, test, probabilities)
 
 
-def begin(mode: str | None, folder: Path, data: Data | None = None) -> NullLogger:
+def begin(mode: str | None, folder: Path, data: Data | None = None) -> Logger:
     run = WandbRun(
         folder=folder,
         project="pictures",
@@ -66,12 +69,12 @@ def begin(mode: str | None, folder: Path, data: Data | None = None) -> NullLogge
     return start(mode, run, data or images())
 
 
-def train(logger: NullLogger, epochs: range) -> None:
+def train(logger: Logger, epochs: range) -> None:
     """Log two steps and an epoch, as often as asked; the first epoch stays the best."""
     for epoch in epochs:
         for step in (epoch * 10 - 5, epoch * 10):
-            logger.log_step(step_report(epoch, step))
-        logger.log_epoch(epoch_report(epoch), Best.of(epoch_report(1)))
+            logger.step(step_report(epoch, step), PLAN)
+        logger.epoch(epoch_report(epoch), PLAN, Best.of(epoch_report(1)))
 
 
 @contextmanager
@@ -256,7 +259,7 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
 ) -> None:
     given: list[WandbRun] = []
 
-    def began(mode: str | None, run: WandbRun, data: Data) -> NullLogger:
+    def began(mode: str | None, run: WandbRun, data: Data) -> Logger:
         given.append(run)
         return NullLogger()
 

@@ -7,7 +7,7 @@ import pytest
 
 from launcher.loggers.wandb import last_row
 from launcher.loggers.wandb_history import BLOCK, WandbHistory, log_records
-from tests.unit.loggers.test_wandb import begin, inspect, own_world, step_report
+from tests.unit.loggers.test_wandb import PLAN, begin, inspect, own_world, step_report
 
 
 def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with own_world(home):
         logger = begin("offline", home / "run")
         for step in range(1, 301):
-            logger.log_step(step_report(1, step))
+            logger.step(step_report(1, step), PLAN)
         logger.finish(0)
     (path,) = Path(logger.where).glob("*.wandb")
     return path.read_bytes()

@@ -1,0 +1,90 @@
+"""What a run writes while it trains: a disk that refuses costs a line, not the training."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from launcher.checkpoint import checkpoint
+from launcher.checkpoint.checkpoint import Snapshot, Writer
+from launcher.checkpoint.run_dir import RunDir
+from launcher.training.state import TrainContext
+
+
+class Saver:
+    """Writes into the folder of one run, on rank 0; without a folder, nothing.
+
+    Each method says on the console what could not be written.
+    """
+
+    def __init__(self, folder: RunDir | None, is_main: bool, say: Callable[[str], None]) -> None:
+        """`say` shows a line to the user."""
+        self.folder, self._say = folder, say
+        self._writer = Writer(folder.checkpoints, folder.check) if folder and is_main else None
+
+    def checkpoint(self, ctx: TrainContext, details: dict[str, Any], is_last: bool) -> bool:
+        """Save the state, with `details` for `state.json`; returns whether it is safe to go on.
+
+        Every rank takes part. Rank 0 writes in the background; for the last one before a stop it
+        waits, tries a second time where the disk refuses, and returns False where that fails, too.
+        """
+        if self.folder is None:
+            return True
+        snapshot = checkpoint.capture(ctx, details)
+        if self._writer is None:
+            return True
+        self.complain(self._writer.submit(snapshot))
+        return not is_last or self._is_written(self._writer, snapshot)
+
+    def _is_written(self, writer: Writer, snapshot: Snapshot) -> bool:
+        complaint = writer.wait()
+        if complaint:
+            self.complain(complaint)
+            complaint = writer.submit(snapshot) or writer.wait()
+        return not complaint
+
+    def weights(self, network: nn.Module, which: Literal["best", "final"]) -> str:
+        """Write weights; returns what went wrong, or an empty text."""
+        if self.folder is None:
+            return ""
+        path = self.folder.best if which == "best" else self.folder.final
+        save = partial(checkpoint.save_weights, network, path)
+        return self._attempt(f"the {which} weights", save)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Append the figures of an epoch to metrics.jsonl."""
+        if self.folder is None or self._writer is None:
+            return
+        if not self.folder.is_described:
+            self.complain(
+                f"{self.folder.path} was removed: what is still to come cannot be resumed"
+            )
+        self._attempt("metrics.jsonl", partial(self.folder.record, row))
+
+    def forget_after(self, epochs: int) -> None:
+        """Drop the figures of later epochs, which will be trained again."""
+        if self.folder is not None:
+            self._attempt("metrics.jsonl", partial(self.folder.forget_after, epochs))
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk."""
+        if self._writer is not None:
+            self.complain(self._writer.wait())
+
+    def complain(self, text: str) -> None:
+        """Say what went wrong, if anything did."""
+        if text:
+            self._say(f"!!! {text} !!!")
+
+    def _attempt(self, what: str, action: Callable[[], None]) -> str:
+        if self.folder is None or self._writer is None:
+            return ""
+        try:
+            self.folder.check()
+            action()
+        except OSError as error:
+            complaint = f"{what} could not be written ({error})"
+            self.complain(complaint)
+            return complaint
+        return ""

@@ -1,0 +1,22 @@
+"""What a logger hears of a run; to add one, write a class and name it in `run.make_loggers`."""
+
+from launcher.config.plan import Plan
+from launcher.training.metrics import Best, EpochReport, StepReport
+
+
+class Logger:
+    """Hears what a run measures, on rank 0; what it does not override, it does not want to know.
+
+    `name`, `mode` and `where` are its row in the header, and `notice` a line below it.
+    """
+
+    name = mode = where = notice = ""
+
+    def step(self, report: StepReport, plan: Plan) -> None:
+        """The training since the last report."""
+
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
+        """An epoch is complete; `best` is the best so far, this one perhaps."""
+
+    def finish(self, exit_code: int) -> None:
+        """The end of the run."""
