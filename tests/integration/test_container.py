@@ -47,6 +47,7 @@ def test_the_context_holds_what_is_copied_and_nothing_else() -> None:
     assert not [word for word in copied if fnmatch(word, "*.env") or word in (".", "*", "runs")]
 
 
+@pytest.mark.slow
 def test_what_is_copied_is_all_that_a_run_needs(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     workspace.mkdir()

@@ -71,6 +71,7 @@ def test_as_many_processes_train_together_as_were_asked_for(
     assert row["test/images"] == 40
 
 
+@pytest.mark.slow
 def test_processes_that_were_asked_for_but_do_not_start_stop_the_run(
     recipe: str, tmp_path: Path
 ) -> None:

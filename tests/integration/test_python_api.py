@@ -80,6 +80,7 @@ def test_an_interrupt_saves_and_leaves_the_handlers_as_they_were(folder: Path) -
     assert "resumed after step" in done.stdout
 
 
+@pytest.mark.slow
 # Of the notebook's own libraries, on some versions of Python.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_a_notebook_and_again_in_another_precision(folder: Path) -> None:

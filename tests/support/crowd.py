@@ -30,7 +30,6 @@ from launcher.errors import LauncherError, OtherRankError
 from tests.support.helpers import HALF
 from tests.unit.data.test_sources import Cifar
 
-TIMEOUTS = Timeouts(collective=2.0)
 ROOM = 10_000  # bytes of a file at most, with --no-room
 
 
@@ -56,9 +55,9 @@ def count_opens(root: Path, log: int) -> None:
     sys.addaudithook(note)
 
 
-def one_process(world: World, data: Images, results: int) -> int:
+def one_process(world: World, data: Images, results: int, silence: float) -> int:
     try:
-        group = rendezvous(world, TIMEOUTS)
+        group = rendezvous(world, Timeouts(collective=silence))
         with group.sync_errors():
             loaded = cache.load(data, group)
     except OtherRankError as error:
@@ -109,7 +108,9 @@ def run(root: Path, words: argparse.Namespace) -> dict[str, Any]:
         if words.no_room:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
-        os._exit(one_process(place, data, results))
+        # Short where a process is killed and waited for; 32 on a busy machine may need long.
+        silence = 60.0 if words.kill is None else 2.0
+        os._exit(one_process(place, data, results, silence))
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return {
         "opens": collections.Counter(_lines(opens)),

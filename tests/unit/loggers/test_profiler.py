@@ -108,6 +108,7 @@ def profiled(folder: Path, code: str, slots: str, changed: str) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_slow_augmentation_is_seen_as_data(tmp_path: Path) -> None:
     """A recipe whose augmentation sleeps is data-bound, and the advice says so."""
     run = profiled(tmp_path, SLEEPY, "augment=(flip, crop)", "augment=(flip, sleepy)")
