@@ -72,6 +72,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if world.is_main or isinstance(error, RankError):  # all ranks raise any other one
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
+    except SystemExit as error:  # not argparse's: `_Parser.error` raises
+        sys.stderr.write(f"launcher: the recipe's code called sys.exit({error.code})\n")
+        return EXIT_FAULT
     except Exception:
         sys.stderr.write(redacted(traceback.format_exc()))
         return EXIT_FAULT
@@ -159,7 +162,14 @@ def _run(words: list[str], world: World) -> int:
     signals.stop_at(job.stops_at, job.stop_reason)
     if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
         parser.error("--profile goes with neither --smoke nor --resume")
-    loaded = _load(named[0], [*named[1:], *unknown])
+    try:
+        loaded = _load(named[0], [*named[1:], *unknown])
+    except UserError as error:
+        if shows:
+            raise
+        from launcher.distributed.process_group import Timeouts, raise_on_all_ranks
+
+        raise_on_all_ranks(error, job.world, Timeouts(arguments.join_timeout, arguments.timeout))
     if arguments.help:
         from launcher.config.help import describe_settings
 

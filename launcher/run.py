@@ -24,7 +24,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
-from launcher.config.serialize import short_name
+from launcher.config.serialize import flatten, short_name
 from launcher.config.slots import Precision
 from launcher.data import cache
 from launcher.data.sources import Data
@@ -117,6 +117,7 @@ class ActiveRun:
     highest: Best | None = None
     last: Best | None = None
     losses: list[float] = field(default_factory=list)
+    final_loss: float = 0.0  # of the test images, in the last evaluation
     stopped: bool = False
     unsaved: str = ""
 
@@ -162,11 +163,18 @@ def report_first_failure(group: RankGroup, moment: Callable[[], str]) -> Iterato
         yield
     except LauncherError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as raised:
+        error = raised if isinstance(raised, Exception) else _no_exit(raised)
         attributed_error = group.attribute_failure(error, moment())
-        if attributed_error is error:
+        if attributed_error is raised:
             raise
         raise attributed_error from None
+
+
+def _no_exit(raised: SystemExit) -> Exception:
+    """A recipe's code that ends the process is a failure like others, whatever it says."""
+    error = RuntimeError(f"the recipe's code called sys.exit({raised.code})")
+    return error.with_traceback(raised.__traceback__)
 
 
 def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> RunResult:
@@ -217,9 +225,29 @@ class Prepared:
 def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Prepare here, and go on when all ranks have; a `UserError` of one ends all."""
     with group.sync_errors():
+        group.refuse_differences(shared_facts(loaded, options))
         prepared = prepare(loaded, options, group)
     group.init_process_group()
     return prepared
+
+
+def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
+    """What must be the same on every rank, in words, with its name."""
+    settings = dict(flatten(loaded.config))
+    del settings["data.root"]  # where the images lie on this machine, not what they are
+    settings |= {
+        "--max-steps": options.max_steps,
+        "--log-every": options.log_every,
+        "--checkpoint-every": options.checkpoint_every,
+        "--resume": options.resume,
+        "--profile": options.profile,
+    }
+    source = sha256(loaded.source.encode(errors="replace")).hexdigest()[:12]
+    return {
+        **{name: str(value) for name, value in settings.items()},
+        "the recipe file (SHA-256)": source,
+        **run_dir.versions(),
+    }
 
 
 def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
@@ -447,7 +475,8 @@ def run_loop(
     """Run `fit` and handle its events, which go `through` the profiler first.
 
     Raises `NotFiniteError` where the recipe does not say to roll back, or that did not help; and
-    `TrainingError` where the final weights, or the state at a stop, could not be written.
+    `TrainingError` where the final weights, or the state at a stop, could not be written, or the
+    last test loss is not finite.
     """
     poll = RequestPoll(interval)
     while True:
@@ -468,6 +497,8 @@ def run_loop(
     accelerator.wait_for_everyone()  # no rank ends while the state is being written
     if lost_on_main := run_on_main(accelerator, lambda: lost):
         raise TrainingError(lost_on_main)
+    if not run.stopped and not math.isfinite(run.final_loss):
+        raise TrainingError(f"the test loss at the end is {run.final_loss}, not a finite number")
 
 
 def handle_event(run: ActiveRun, event: Event) -> None:
@@ -485,6 +516,9 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if is_better(event, run.best) and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
         loggers.epoch(event, plan, run.best)
+        if not math.isfinite(event.test.loss):
+            saver.complain(f"the test loss of epoch {event.epoch} is {event.test.loss}")
+        run.final_loss = event.test.loss
         saver.epoch(event.metrics() | {"data": run.ctx.data.name})
     else:
         run.stopped = event.stops

@@ -74,7 +74,7 @@ class RunDir:
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        atomic_write.append(self.path / "metrics.jsonl", json.dumps(metrics))
+        atomic_write.append(self.path / "metrics.jsonl", json.dumps(metrics, allow_nan=False))
 
     def forget_after(self, epochs: int) -> None:
         """Drop the lines of `metrics.jsonl` that a resumed run will write again."""

@@ -10,9 +10,9 @@ import math
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 GRACE = 4.0  # seconds for all running ranks to reply after a failure
+MOST_DIFFERENCES = 5  # between two ranks, that are named
 POLL = 2.0  # seconds between two looks at whether a rank has failed or become stale meanwhile
+JOIN_WITH_ERROR = 30.0  # seconds that a rank with an error waits for the others
 PREPARATION = timedelta(minutes=30)  # for data and network to be ready on the slowest rank
 # What gloo says where it is not this rank that failed; NCCL has an exception of its own.
 _CONNECTION_ERRORS = ("closed by peer", "reset by peer", "gloo", "timed out", "broken pipe")
@@ -87,6 +89,21 @@ def rendezvous(world: World, timeouts: Timeouts = PATIENT) -> "RankGroup":
     return group
 
 
+def raise_on_all_ranks(error: UserError, world: World, timeouts: Timeouts) -> NoReturn:
+    """Raise what is wrong before the ranks have met, which may be so on this one only.
+
+    So they meet for it, and it is said once. Where they do not, this rank says it.
+    """
+    if world.size == 1:
+        raise error
+    try:
+        group = rendezvous(world, replace(timeouts, join=min(timeouts.join, JOIN_WITH_ERROR)))
+        with group.sync_errors():
+            raise error
+    except RankError:
+        raise RankError(f"{_full_name(world)}: {error}", error.exit_code) from None
+
+
 class RankGroup:
     """The ranks of a run, this one among them; without a store, this one alone.
 
@@ -94,7 +111,7 @@ class RankGroup:
     `user-errors`, how many ranks have one, and `user-error`, the first; `stopped`, by which signal;
     `read`, how many ranks know the outcome of `sync_errors`; `left`, how many have ended;
     `liveness-check`, how many ranks ask who still runs, and `alive/R`; `barrier/B`, how many ranks
-    are at barrier B, and `open/B`; `node/N/K` for key K of node N.
+    are at barrier B, and `open/B`; `node/N/K` for key K of node N; `facts`, which all must share.
     """
 
     def __init__(
@@ -207,12 +224,36 @@ class RankGroup:
         To be called within `sync_errors`, which every rank then reaches: also where another rank
         has a `UserError` and never gives a value.
         """
-        key = f"node/{self.world.node}/{key}"
+        return self._broadcast(f"node/{self.world.node}/{key}", value)
+
+    def _broadcast(self, key: str, value: str | None) -> str:
         if value is not None:
             self._store.set(key, value)
             return value
         self._guard(lambda: self._poll(key, None, self._check_for_user_errors), self._silence)
         return self._store.get(key).decode()
+
+    def refuse_differences(self, facts: Mapping[str, str]) -> None:
+        """Raise `UserError` where the facts of this rank are not those of rank 0.
+
+        To be called within `sync_errors`.
+        """
+        if self._heartbeat is None:
+            return
+        first = json.loads(
+            self._broadcast("facts", json.dumps(facts) if self.world.is_main else None)
+        )
+        names = [n for n in {**first, **facts} if first.get(n) != facts.get(n)]
+        if names:
+            own, others = (
+                ", ".join(f"{n} {values.get(n, 'missing')}" for n in names[:MOST_DIFFERENCES])
+                for values in (facts, first)
+            )
+            raise UserError(
+                f"{own}, but rank 0 on {self._first_host} has {others}",
+                expected="the same recipe, settings and versions on all ranks",
+                instead="start every rank with the same command, files and environment",
+            )
 
     def node_barrier(self, name: str) -> None:
         """Wait for all processes of this node; within `sync_errors`, as `broadcast_on_node`."""

@@ -41,7 +41,7 @@ def epoch_scalars(
     report: EpochReport, best: Best | None, classes: Sequence[str]
 ) -> dict[str, float]:
     """What a report of an epoch is called in W&B: `train_epoch/` is the mean of an epoch."""
-    numbers = {k: v for k, v in report.metrics().items() if not isinstance(v, list)}
+    numbers = {k: v for k, v in report.metrics().items() if isinstance(v, int | float)}
     scalars = {name.replace("train/", "train_epoch/"): value for name, value in numbers.items()}
     scalars["train/step"] = scalars.pop("step")
     if len(classes) <= MOST_CLASS_CURVES:

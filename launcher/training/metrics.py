@@ -83,19 +83,19 @@ class EpochReport:
     probabilities: NDArray[Any]
     test_tta: Evaluation | None = None  # the same images with test-time augmentation
 
-    def metrics(self) -> dict[str, int | float | list[float | None]]:
+    def metrics(self) -> dict[str, int | float | list[float | None] | None]:
         """The flat names under which people find the figures again.
 
-        A name without `tta` is always of the plain images.
+        A name without `tta` is always of the plain images. None is a loss that is not finite.
         """
         tta = {"test/accuracy_tta": self.test_tta.accuracy} if self.test_tta else {}
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "train/loss": self.train_loss,
+            "train/loss": finite(self.train_loss),
             "train/learning_rate": self.learning_rate,
             "train/images_per_second": self.images_per_second,
-            "test/loss": self.test.loss,
+            "test/loss": finite(self.test.loss),
             "test/accuracy": self.test.accuracy,
             **tta,
             "test/top5": self.test.top5,
@@ -103,6 +103,11 @@ class EpochReport:
             "test/per_class_accuracy": list(self.test.per_class),
             "seconds": self.seconds,
         }
+
+
+def finite(value: float) -> float | None:
+    """A finite number as it is; None, JSON's null, for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

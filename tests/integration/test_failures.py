@@ -1,5 +1,6 @@
 """One rank fails: all end in time, and the log names it and says why, once."""
 
+import json
 import re
 import signal
 import socket
@@ -178,9 +179,13 @@ def test_an_evaluation_whose_loss_is_not_a_number_is_never_the_best(tmp_path: Pa
         "recipe = replace(resumable.recipe, model=Blind)\n"
     )
     run = Run(1, tmp_path, *SHORT, "epochs=1", "--wandb", "offline", recipe=recipe)
-    assert run.end() == 0, run.text()
+    assert run.end() == 1, run.text()
     assert "epoch 1/1" in run.text()
+    assert "!!! the test loss of epoch 1 is nan !!!" in run.text()
+    assert "launcher: the test loss at the end is nan, not a finite number" in run.text()
     assert "best" not in run.text()
+    (row,) = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row, parse_constant=pytest.fail)["test/loss"] is None
     assert not (tmp_path / "runs" / "run" / "best.safetensors").exists()
 
 

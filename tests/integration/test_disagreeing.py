@@ -1,0 +1,84 @@
+"""Ranks that were not started alike do not train together, and an error of any rank is heard."""
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import RESUMABLE, Run, places_of
+
+HOST = re.escape(socket.gethostname())
+SAME = ("--max-steps", "2", "--name", "run")
+
+
+def two(
+    folder: Path, *others: str, recipes: tuple[Path, Path] = (RESUMABLE, RESUMABLE)
+) -> tuple[list[int], str]:
+    """Exit codes and output of two ranks; the second is started with other words."""
+    runs = []
+    for place, words, recipe in zip(places_of(2), ((), others), recipes, strict=True):
+        runs.append(Run(1, folder, *SAME, *words, recipe=recipe, environment=place))
+    codes = [run.end() for run in runs]
+    text = "".join(run.text() for run in runs)
+    assert "Traceback" not in text
+    assert (folder / "runs").exists() == (codes == [0, 0])
+    return codes, text
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "first"),
+    [
+        (("seed=9", "optimizer.lr=0.5"), r"optimizer\.lr 0\.5, seed 9", r"optimizer\.lr .*seed 0"),
+        (("--max-steps", "3"), "--max-steps 3", "--max-steps 2"),
+    ],
+)
+def test_other_settings_on_one_rank_are_named(
+    words: tuple[str, ...], own: str, first: str, tmp_path: Path
+) -> None:
+    codes, text = two(tmp_path, *words)
+    assert codes == [2, 2], text
+    (line,) = re.findall("launcher: .*", text)
+    said = f"launcher: rank 1 of 2 on {HOST}: {own}, but rank 0 on {HOST} has {first}; expected the"
+    assert re.match(said, line), line
+
+
+def test_another_recipe_text_on_one_rank_is_named(tmp_path: Path) -> None:
+    changed = tmp_path / "resumable.py"
+    changed.write_text(RESUMABLE.read_text() + "# changed\n")
+    codes, text = two(tmp_path, recipes=(RESUMABLE, changed))
+    assert codes == [2, 2], text
+    assert (
+        len(re.findall(r"rank 1 of 2 .*: the recipe file \(SHA-256\) \w+, but rank 0", text)) == 1
+    )
+
+
+def test_the_folder_of_the_images_may_differ(tmp_path: Path) -> None:
+    codes, text = two(tmp_path, "data.root=elsewhere")
+    assert codes == [0, 0], text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_recipe_that_fails_on_one_rank_only_is_said_once_with_the_rank(
+    rank: int, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "failing.py"
+    odd = f'import os\nif os.environ["RANK"] == "{rank}":\n    raise KeyError("no such file")\n'
+    recipe.write_text(odd + RESUMABLE.read_text())
+    codes, text = two(tmp_path, recipes=(recipe, recipe))
+    assert codes == [2, 2], text
+    place = "" if rank == 0 else f"rank 1 of 2 on {HOST}: "
+    assert len(re.findall(f"launcher: {place}.*failing.py, line 3: KeyError", text)) == 1, text
+    assert text.count("launcher: ") == 1
+
+
+def test_code_that_ends_the_process_is_no_success(tmp_path: Path) -> None:
+    recipe = tmp_path / "leaving.py"
+    source = RESUMABLE.read_text().replace("\nfrom functools", "\nimport sys\nfrom functools")
+    recipe.write_text(
+        source.replace("        return self", "        sys.exit()\n        return self")
+    )
+    run = Run(1, tmp_path, *SAME, recipe=recipe)
+    assert run.end() == 1
+    assert "sys.exit" in run.text()
+    assert "leaving.py" in run.text()
