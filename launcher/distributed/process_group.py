@@ -108,7 +108,8 @@ class RankGroup:
     """The ranks of a run, this one among them; without a store, this one alone.
 
     Keys of the store: `host/R` and `beat/R` of each rank R; `failures`, how many ranks failed;
-    `user-errors`, how many ranks have one, and `user-error`, the first; `stopped`, by which signal;
+    `user-errors`, how many ranks have one, `user-error/0`, that of rank 0, which may be all ranks',
+    and `user-error`, the first of another; `stopped`, by which signal;
     `read`, how many ranks know the outcome of `sync_errors`; `left`, how many have ended;
     `liveness-check`, how many ranks ask who still runs, and `alive/R`; `barrier/B`, how many ranks
     are at barrier B, and `open/B`; `node/N/K` for key K of node N; `facts`, which all must share.
@@ -183,10 +184,10 @@ class RankGroup:
 
     def _sync(self, error: UserError | None) -> None:
         store = self._store
-        if error and store.add("user-errors", 1) == 1:
+        if error and (store.add("user-errors", 1) == 1 or self.world.is_main):
             place = "" if self.world.is_main else f"{self._name}: "
             text = json.dumps((f"{place}{error.given}", error.expected, error.instead))
-            store.set("user-error", text)
+            store.set("user-error/0" if self.world.is_main else "user-error", text)
 
         def arrive_and_wait() -> bool:
             self._report_signal()
@@ -198,7 +199,8 @@ class RankGroup:
                 raise RankError("not all ranks could load the data")
             raise OtherRankError
         has_error = store.add("user-errors", 0) > 0
-        parts = json.loads(store.get("user-error")) if has_error else None
+        key = "user-error/0" if store.check(["user-error/0"]) else "user-error"
+        parts = json.loads(store.get(key)) if has_error else None
         stopped = store.get("open/ready").decode()
         self._hold_store_until_all("read")
         if parts:
