@@ -2,20 +2,22 @@
 
 An augmentation takes uint8 images `(n, c, h, w)` and their `Draws`, and returns images of the same
 shape and type. Each image uses its own row of draws, so which rank processes an image, and
-beside which others, changes nothing. Any function of this signature can stand in a recipe.
+beside which others, changes nothing. Any function of this signature can stand in a recipe, and a
+class of torchvision.transforms.v2, which is applied image by image.
 
 A mixing takes normalized images, their partners (each image's successor in the global batch) and
 a generator seeded by (seed, step), the same on every rank; it returns the mixed images
 and the weight in [0, 1] that each image's own label keeps.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from launcher.config.slots import Draws
+from launcher.config.settings import function_of
+from launcher.config.slots import Augmentation, Draws
 
 
 def flip(images: Tensor, draws: Draws) -> Tensor:
@@ -89,6 +91,36 @@ def cutmix(
     images = images.clone()
     images[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
     return images, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def as_augmentation(value: Any) -> Augmentation:
+    """What stands in a recipe as an augmentation: a function as it is, a transform per image."""
+    function = function_of(value)
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        return PerImage(value())
+    return value
+
+
+class PerImage:
+    """A transform of torchvision, for each image with torch's generator seeded from its draws.
+
+    These transforms draw from the global generator, once for all the images that they are given. So
+    each image is given alone, on the CPU, at some thousand images a second; afterwards the
+    generator is as it was.
+    """
+
+    def __init__(self, transform: nn.Module) -> None:
+        self._transform = transform
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """uint8 `(n, c, h, w)` to the same."""
+        bits = (draws.fresh[:, :2].double() * 2**24).long().tolist()  # of a float32 draw
+        changed = []
+        with torch.random.fork_rng(devices=[]):
+            for image, (high, low) in zip(images.cpu(), bits, strict=True):
+                torch.default_generator.manual_seed(high << 24 | low)
+                changed.append(self._transform(image))
+        return torch.stack(changed).to(images.device)
 
 
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 from launcher.config.plan import Plan
 from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
+from launcher.data.augment import as_augmentation
 from launcher.data.sources import ImageSet
 
 # What random numbers are for: generators of different purposes never share numbers.
@@ -132,6 +133,7 @@ class Batches:
         """`images` lie on the device already."""
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
+        self._augmentations = tuple(map(as_augmentation, recipe.data.augment))
         self._fixed = self._draws(make_rng(_FIXED, recipe.seed))
         self._next_epoch: _Epoch | None = None
         self._steps_per_chunk = steps_per_chunk(plan, normalize.image_bytes, images.images.device)
@@ -223,7 +225,7 @@ class Batches:
         images = self._images.images.index_select(0, indices)
         if drawn.fresh is not None and self._fixed is not None:
             pictures = images.permute(0, 3, 1, 2)
-            for number, augmentation in enumerate(self._recipe.data.augment):
+            for number, augmentation in enumerate(self._augmentations):
                 draws = Draws(
                     drawn.fresh[number].index_select(0, indices),
                     self._fixed[number].index_select(0, indices),

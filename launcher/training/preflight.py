@@ -5,7 +5,9 @@ micro-batches do not add up to the whole batch, N processes would not equal one.
 """
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,6 +19,7 @@ from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
+from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
 from launcher.training.model import upcast
 from launcher.training.state import TrainContext, evaluating
@@ -33,7 +36,10 @@ def preflight(ctx: TrainContext) -> None:
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
     if recipe.data.mix:
-        mixed, _ = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+        with _no_global_draws(recipe.data.mix, "the generator that it is given"):
+            mixed, share = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+        fits = isinstance(share, float | int) and 0 <= share <= 1
+        _refuse_unless(fits, recipe.data.mix, "a weight in [0, 1] beside the images")
         _refuse_unless(mixed.shape == pictures.shape, recipe.data.mix, "images of the same shape")
     with evaluating(network), ctx.accelerator.autocast():
         logits = network.forward(pictures)  # not through a compiled call
@@ -64,7 +70,9 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
     extremes = torch.tensor([[0.0], [1 - 2**-24]], device=images.device)
     draws = extremes.repeat(1, DRAWS_PER_AUGMENTATION)
     for augmentation in recipe.data.augment:
-        result = _tried(augmentation, images, Draws(draws, draws, epoch=1))
+        with _no_global_draws(augmentation, "draws.fresh, the numbers of each image"):
+            function = as_augmentation(augmentation)
+            result = _tried(function, images, Draws(draws, draws, epoch=1), name=augmentation)
         fits = result.shape == images.shape and result.dtype == images.dtype
         _refuse_unless(fits, augmentation, "images of the same shape and type")
 
@@ -93,11 +101,43 @@ def _try_loss(loss: Loss, logits: Tensor, num_micro_batches: int) -> None:
         )
 
 
-def _tried(function: Callable[..., Any], *arguments: Any) -> Any:
+@contextmanager
+def _no_global_draws(function: Callable[..., Any], instead: str) -> Iterator[None]:
+    """Refuse a function that draws from a global generator, whose state no checkpoint holds.
+
+    Ranks and resumed runs would see other images than 1 rank that was never interrupted.
+    """
+    before = _global_states()
+    yield
+    used = [name for name, state in _global_states().items() if state != before[name]]
+    if used:
+        raise UserError(
+            f"{code_name(function)} draws from the global generator of {' and '.join(used)}",
+            expected="the same images on any number of ranks, and after a resume",
+            instead=f"use {instead}, or a class of torchvision.transforms.v2 without brackets",
+        )
+
+
+def _global_states() -> dict[str, Any]:
+    """Of the generators that Python code draws from when it names none, in comparable form."""
+    kind, keys, *rest = numpy.random.get_state()
+    states = [torch.default_generator.get_state().numpy().tobytes()]
+    if torch.cuda.is_available():
+        states += [torch.cuda.get_rng_state().numpy().tobytes()]
+    return {
+        "torch": states,
+        "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
+        "Python": random.getstate(),
+    }
+
+
+def _tried(function: Callable[..., Any], *arguments: Any, name: Any = None) -> Any:
     try:
         return function(*arguments)
     except _FAULTS as error:
-        raise _unfit(function, f"fails on two images: {error}", "code that takes them") from error
+        raise _unfit(
+            name or function, f"fails on two images: {error}", "code that takes them"
+        ) from error
 
 
 def _refuse_unless(holds: bool, function: Callable[..., Any], expected: str) -> None:
