@@ -66,8 +66,8 @@ def _replace(value: Any, prefix: str, name: str, text: str) -> Any:
         new = _replace(child.value, f"{child.name}.", name, text)
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
-    if isinstance(value, tuple):
-        return tuple(new if item is child.value else item for item in value)
+    if isinstance(value, tuple | list):
+        return type(value)(new if item is child.value else item for item in value)
     if isinstance(value, functools.partial):
         given = inspect.signature(value.func).bind_partial(*value.args)
         if head in given.arguments:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from launcher.config.schedules import constant
+from launcher.config.schedules import constant, refuse_measuring
 from launcher.config.slots import (
     Augmentation,
     CompileMode,
@@ -24,6 +24,7 @@ from launcher.config.slots import (
     Precision,
     Schedule,
     Source,
+    TorchSchedule,
     Views,
 )
 from launcher.errors import UserError
@@ -78,9 +79,11 @@ class Recipe:
 
     `model` builds the network; `initialize`, if any, then changes it by the first 5,000 normalized
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
-    maps the fraction of the training, in [0, 1], to a multiplier of the learning rate. `loss` takes
-    logits and targets and returns the mean over the batch; with `data.mix` the targets are class
-    probabilities in training, and labels in an evaluation as ever.
+    maps the fraction of the training, in [0, 1], to a multiplier of the learning rate; or it is a
+    class of `torch.optim.lr_scheduler`, which counts epochs (OneCycleLR and CyclicLR: steps), and
+    whose length is filled in where it is missing. `loss` takes logits and targets and returns the
+    mean over the batch; with `data.mix` the targets are class probabilities in training, and labels
+    in an evaluation as ever.
     `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
     hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
     batch into that many forward passes. `average` keeps an average of the weights, which is then
@@ -103,7 +106,7 @@ class Recipe:
     optimizer: Callable[[NamedParameters], Optimizer]
     epochs: int
     initialize: Callable[[nn.Module, Tensor], None] | None = None
-    schedule: Schedule = constant
+    schedule: Schedule | TorchSchedule = constant
     loss: Loss = cross_entropy
     sum_loss: bool = False
     accumulate: int = 1
@@ -123,6 +126,7 @@ class Recipe:
         _at_least("epochs", self.epochs, 1)
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
+        refuse_measuring(self.schedule)
         if self.seed >= 2**64:
             raise UserError(
                 f"seed={self.seed}",

@@ -49,12 +49,12 @@ def list_settings(recipe: Recipe) -> list[Setting]:
 
 
 def children(value: Any, prefix: str = "") -> Iterator[Setting]:
-    """The parts of a dataclass, of a tuple of callables, or of a callable: its parameters."""
+    """The parts of a dataclass, of a tuple or list of callables, or of a callable."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
             yield Setting(prefix + field.name, hints[field.name], getattr(value, field.name))
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for item in value:
             if callable(item):
                 yield Setting(prefix + function_of(item).__name__, Callable, item)

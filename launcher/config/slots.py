@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 DRAWS_PER_AUGMENTATION = 4
 
@@ -30,6 +31,7 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 Schedule = Callable[[float], float]
+TorchSchedule = Callable[..., LRScheduler]  # optimizer -> scheduler
 Loss = Callable[[Tensor, Tensor], Tensor]
 Score = Callable[[Tensor], Tensor]  # images (n, c, h, w) -> logits (n, classes)
 Views = Callable[[Score, Tensor], Tensor]
