@@ -21,13 +21,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.schedules import schedulers_in
-from launcher.config.serialize import code_name
 from launcher.config.slots import Schedule, TorchSchedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.training.model import first_parameter, place_network
-from launcher.training.optimizers import compile_steps
+from launcher.training.optimizers import compile_steps, describe_left_out, make_optimizer
 from launcher.training.torch_schedules import RateTable, describe_counting, replay
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -159,7 +158,11 @@ def make_context(
     state.rate_table = replay(recipe.schedule, state.group_options, state.optimizer.defaults, plan)
     shape, like = data.train.images.shape[1:], first_parameter(state.network)
     normalize = Normalize(recipe.data, shape, like, placed.memory_format == "contiguous")
-    notes = [placed.note, describe_counting(recipe.schedule)]
+    notes = [
+        placed.note,
+        describe_counting(recipe.schedule),
+        describe_left_out(state.optimizer, state.network),
+    ]
     return TrainContext(
         recipe, plan, accelerator, data, state, normalize, tuple(filter(None, notes))
     )
@@ -168,7 +171,7 @@ def make_context(
 def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """The optimizer and what wraps a network that lies on the device already."""
     ema_model = recipe.average(network) if recipe.average else None
-    optimizer = _make_optimizer(recipe, network)
+    optimizer = make_optimizer(recipe, network)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
     if any(True for own in schedules for _ in schedulers_in(own)):
         raise UserError(
@@ -188,17 +191,6 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
     return TrainState(network, ddp_model, ema_model, optimizer, schedules, options)
-
-
-def _make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
-    try:
-        return recipe.optimizer([(n, p) for n, p in network.named_parameters() if p.requires_grad])
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{code_name(recipe.optimizer)} refuses its settings: {error}",
-            expected="settings that this optimizer takes",
-            instead="see launcher RECIPE --help",
-        ) from error
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
