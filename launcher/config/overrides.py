@@ -9,9 +9,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from launcher.config import annotations
 from launcher.config.recipe import Recipe
-from launcher.config.settings import children, list_settings, walk
+from launcher.config.settings import children, list_settings, module_arguments, walk
 from launcher.errors import UserError
 
 
@@ -74,6 +76,8 @@ def _replace(value: Any, prefix: str, name: str, text: str) -> Any:
             given.arguments[head] = new
             return functools.partial(value.func, *given.args, **value.keywords)
         return functools.partial(value.func, *value.args, **{**value.keywords, head: new})
+    if isinstance(value, nn.Module):  # built anew: its attributes may follow from each other
+        return type(value)(**{**module_arguments(value), head: new})
     return functools.partial(value, **{head: new})
 
 

@@ -81,9 +81,9 @@ class Recipe:
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
     maps the fraction of the training, in [0, 1], to a multiplier of the learning rate; or it is a
     class of `torch.optim.lr_scheduler`, which counts epochs (OneCycleLR and CyclicLR: steps), and
-    whose length is filled in where it is missing. `loss` takes logits and targets and returns the
-    mean over the batch; with `data.mix` the targets are class probabilities in training, and labels
-    in an evaluation as ever.
+    whose length is filled in where it is missing. `loss` takes logits and targets, and the images
+    where its third argument is called so, and returns the mean over the batch; with `data.mix` the
+    targets are class probabilities in training, and labels in an evaluation as ever.
     `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
     hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
     batch into that many forward passes. `average` keeps an average of the weights, which is then

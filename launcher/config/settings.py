@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from launcher.config import annotations
 from launcher.config.recipe import Recipe
+from launcher.errors import UserError
 
 # Parameters that the launcher fills in itself, or that would change what a step means.
 _FILLED_IN = ("root", "train", "split", "download", "params")
@@ -58,6 +61,8 @@ def children(value: Any, prefix: str = "") -> Iterator[Setting]:
         for item in value:
             if callable(item):
                 yield Setting(prefix + function_of(item).__name__, Callable, item)
+    elif isinstance(value, nn.Module):
+        yield from _module_settings(value, prefix)
     elif callable(value):
         yield from _parameters(value, prefix)
 
@@ -72,6 +77,31 @@ def walk(value: Any, prefix: str = "") -> Iterator[Setting]:
     for child in children(value, prefix):
         yield child
         yield from walk(child.value, f"{child.name}.")
+
+
+def module_arguments(module: nn.Module) -> dict[str, Any]:
+    """The arguments that a module was built with, which are its attributes of the same names.
+
+    Raises `UserError` for one that it does not keep: two losses would look alike that are not.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(type(module)).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds]
+    for name in names:
+        if not hasattr(module, name) and name not in _MEANING:
+            raise UserError(
+                f"{type(module).__name__}, which does not keep its argument {name}",
+                expected="each argument as an attribute, so that a run can say what it ran",
+                instead=f"write self.{name} = {name} in its __init__",
+            )
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def _module_settings(module: nn.Module, prefix: str) -> Iterator[Setting]:
+    hints = _hints(type(module))
+    for name, value in module_arguments(module).items():
+        if name not in _NOT_SETTINGS:
+            yield Setting(prefix + name, hints.get(name, _annotation_of(value)), value)
 
 
 def _parameters(value: Callable[..., Any], prefix: str) -> Iterator[Setting]:

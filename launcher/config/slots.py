@@ -32,7 +32,8 @@ Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 Schedule = Callable[[float], float]
 TorchSchedule = Callable[..., LRScheduler]  # optimizer -> scheduler
-Loss = Callable[[Tensor, Tensor], Tensor]
+# logits, targets, and where the third argument is called `images` the normalized images
+Loss = Callable[[Tensor, Tensor], Tensor] | Callable[[Tensor, Tensor, Tensor], Tensor]
 Score = Callable[[Tensor], Tensor]  # images (n, c, h, w) -> logits (n, classes)
 Views = Callable[[Score, Tensor], Tensor]
 Precision = Literal["fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"]

@@ -25,6 +25,7 @@ from launcher.config.slots import Schedule, TorchSchedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data
 from launcher.errors import UserError
+from launcher.training.losses import BatchLoss, make_loss
 from launcher.training.model import first_parameter, place_network
 from launcher.training.optimizers import compile_steps, describe_left_out, make_optimizer
 from launcher.training.torch_schedules import RateTable, describe_counting, replay
@@ -134,6 +135,7 @@ class TrainContext:
     data: Data
     state: TrainState
     normalize: Normalize
+    loss: BatchLoss
     notes: tuple[str, ...] = ()
     skip_steps: frozenset[int] = frozenset()
     phase: Phase = no_phase
@@ -158,13 +160,14 @@ def make_context(
     state.rate_table = replay(recipe.schedule, state.group_options, state.optimizer.defaults, plan)
     shape, like = data.train.images.shape[1:], first_parameter(state.network)
     normalize = Normalize(recipe.data, shape, like, placed.memory_format == "contiguous")
+    loss = make_loss(recipe, len(data.train.classes), normalize(data.train.images[:1]))
     notes = [
         placed.note,
         describe_counting(recipe.schedule),
         describe_left_out(state.optimizer, state.network),
     ]
     return TrainContext(
-        recipe, plan, accelerator, data, state, normalize, tuple(filter(None, notes))
+        recipe, plan, accelerator, data, state, normalize, loss, tuple(filter(None, notes))
     )
 
 

@@ -218,6 +218,9 @@ def test_a_compiled_muon_computes_the_same(network: Small) -> None:
     assert train(network, eager, 3) == pytest.approx(train(twin, compiled, 3), abs=1e-10)
 
 
+TEXT: dict[str, Any] = {"momentum": "0.9"}
+
+
 def of_parameters(params: Any) -> Optimizer:
     return SGD([p for p in params if p.ndim > 1], lr=0.1)
 
@@ -255,7 +258,7 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
         (too_much_momentum, ("momentum=1.0", "below 1")),
         (partial(LBFGS, lr=1.0), ("LBFGS", "closure", "AdamW")),
         (partial(SGD, lr=0.1, momentum=1.5), ("optimizer.momentum=1.5", "=0.9")),
-        (partial(SGD, lr=0.1, momentum="0.9"), ("optimizer.momentum='0.9'", "=0.9")),
+        (partial(SGD, lr=0.1, **TEXT), ("optimizer.momentum='0.9'", "=0.9")),
         (partial(SGD, lr=-0.1), ("optimizer.lr=-0.1", "type optimizer.lr=0.01")),
         (partial(SGD, lr=float("nan")), ("optimizer.lr=nan",)),
         (no_decay(AdamW, lr=-1.0), ("optimizer.base.lr=-1.0", "type optimizer.base.lr=0.01")),
