@@ -39,7 +39,6 @@ from launcher.utils.text import count
 
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
-_FAULTS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError)
 Settings = ParamSpec("Settings")
 
 
@@ -155,7 +154,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
         with warnings.catch_warnings():  # of what is refused below
             warnings.filterwarnings("ignore", message=".*group with duplicate parameters")
             optimizer = recipe.optimizer(named)
-    except _FAULTS as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise _refused_settings(recipe, error) from error
     if not isinstance(optimizer, Optimizer):
         raise UserError(
@@ -182,9 +181,9 @@ def _refused_settings(recipe: Recipe, error: Exception) -> UserError:
             expected="a function of pairs (name, parameter), as network.named_parameters() has",
             instead="write `for name, p in params` for `for p in params`",
         )
-    if isinstance(error, AttributeError | KeyError | IndexError | RuntimeError):
+    if isinstance(error, AttributeError):
         return UserError(
-            f"{name} fails: {type(error).__name__}: {error}",
+            f"{name} fails: {error}",
             expected="a function of pairs (name, parameter) that returns an optimizer",
             instead="mend it in the recipe file",
         )
