@@ -183,6 +183,9 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
             instead="write it as the schedule of the recipe, or use cosine, linear or steps",
         )
     options = tuple(_options(group) for group in optimizer.param_groups)
+    if accelerator.ddp_handler is not None:
+        may_be_unused = recipe.unused_parameters == "allow"
+        accelerator.ddp_handler.find_unused_parameters = may_be_unused
     with warnings.catch_warnings():
         # Newer torch renames the option, older torch knows only this name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
