@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 
 from launcher.config.plan import Plan
 from launcher.config.schedules import counts_steps, schedulers_in
@@ -154,17 +160,25 @@ def _refusal(schedule: Any, error: Exception, plan: Plan) -> UserError:
             f"schedule={name}, which ends before the training: {plan.epochs} x "
             f"{plan.steps_per_epoch} = {plan.steps} steps ({error})",
             expected="a schedule for every step",
-            instead="leave out total_steps, epochs and steps_per_epoch in the recipe file: "
-            "the launcher fills them in",
+            instead=_to_type(schedule, "none", "total_steps", "epochs", "steps_per_epoch"),
         )
     if "cycle_momentum" in str(error):
         return UserError(
             f"schedule={name} refuses the optimizer: {error}",
             expected="an optimizer with momentum or betas",
-            instead="write cycle_momentum=False in the recipe file",
+            instead=_to_type(schedule, "False", "cycle_momentum"),
         )
     return UserError(
         f"schedule={name} refuses its settings: {type(error).__name__}: {error}",
         expected="settings that this scheduler takes, all but the optimizer",
-        instead=f"compare them with help(torch.optim.lr_scheduler.{name})",
+        instead="see launcher RECIPE --help, and torch's page of this scheduler",
     )
+
+
+def _to_type(schedule: Any, value: str, *names: str) -> str:
+    """Words that change settings; of a scheduler within another one they are in the file only."""
+    if not issubclass(function_of(schedule), OneCycleLR | CyclicLR):
+        return f"change {', '.join(names)} in the recipe file to {value}"
+    given = getattr(schedule, "keywords", {})
+    wanted = [name for name in names if name in given] or names[:1]
+    return "type " + " ".join(f"schedule.{name}={value.lower()}" for name in wanted)

@@ -1,12 +1,13 @@
 """The schedulers of torch give the rates that a plain loop of torch gives, in any part of a run."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adagrad, Adam, Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -30,9 +31,10 @@ from launcher.checkpoint import checkpoint
 from launcher.config.overrides import override
 from launcher.config.plan import SaveInterval
 from launcher.config.serialize import resolve
+from launcher.errors import UserError
 from launcher.training.loop import SavePoint, fit
 from launcher.training.state import TrainContext
-from tests.support.helpers import context_of, refused, tiny_recipe
+from tests.support.helpers import context_of, refused, tiny_recipe, words_to_type
 
 part: Any = partial  # what torch annotates is a scheduler's list of schedulers, not of classes
 EPOCHS, STEPS_PER_EPOCH = 6, 10
@@ -140,7 +142,10 @@ def takes_an_optimizer(optimizer: Optimizer) -> LRScheduler:
     [
         (ReduceLROnPlateau, ("ReduceLROnPlateau", "schedule=cosine")),
         (part(SequentialLR, schedulers=[ReduceLROnPlateau]), ("ReduceLROnPlateau",)),
-        (part(OneCycleLR, max_lr=0.1, total_steps=20), ("before the training", "leave out")),
+        (
+            part(OneCycleLR, max_lr=0.1, total_steps=20),
+            ("before the training", "schedule.total_steps=none"),
+        ),
         (part(OneCycleLR, 0.1), ("by their names",)),
         (StepLR, ("StepLR refuses its settings", "step_size")),
         (part(StepLR, stepsize=3), ("StepLR refuses its settings", "stepsize")),
@@ -157,10 +162,10 @@ def one_rate(params: NamedParameters) -> Optimizer:
 
 
 def test_momentum_that_an_optimizer_lacks_is_refused_with_what_to_write() -> None:
-    with refused("with momentum or betas", "cycle_momentum=False"):
+    with refused("with momentum or betas", "type schedule.cycle_momentum=false"):
         context_of(
             tiny_recipe(
-                optimizer=partial(torch.optim.Adagrad, lr=0.1),
+                optimizer=partial(Adagrad, lr=0.1),
                 schedule=partial(OneCycleLR, max_lr=0.1),
             )
         )
@@ -175,3 +180,16 @@ def test_settings_of_schedulers_within_schedulers_are_the_recipes() -> None:
     form = resolve(recipe)["schedule"]
     assert form["schedulers"][0]["total_iters"] == 3
     assert form["schedulers"][1]["call"] == "torch.optim.lr_scheduler:CosineAnnealingLR"
+
+
+def test_what_a_refusal_says_to_type_is_accepted() -> None:
+    recipe = tiny_recipe(schedule=partial(OneCycleLR, max_lr=0.1, epochs=1, steps_per_epoch=2))
+    with pytest.raises(UserError) as caught:
+        context_of(recipe)
+    context_of(override(recipe, words_to_type(caught.value)))
+    recipe = replace(
+        recipe, schedule=partial(OneCycleLR, max_lr=0.1), optimizer=partial(Adagrad, lr=0.1)
+    )
+    with pytest.raises(UserError) as caught:
+        context_of(recipe)
+    context_of(override(recipe, words_to_type(caught.value)))
