@@ -149,7 +149,7 @@ def _missing(function: Any, given: Mapping[str, Any], length: int, plan: Plan) -
     if issubclass(function, OneCycleLR) and given.get("total_steps") is None:
         own = {"epochs": plan.epochs, "steps_per_epoch": plan.steps_per_epoch}
         missing = {name: number for name, number in own.items() if given.get(name) is None}
-        return missing if len(missing) == 1 else {"total_steps": length}
+        return {"total_steps": length} if missing == own else missing
     return {}
 
 
@@ -177,7 +177,8 @@ def _refusal(schedule: Any, error: Exception, plan: Plan) -> UserError:
 
 def _to_type(schedule: Any, value: str, *names: str) -> str:
     """Words that change settings; of a scheduler within another one they are in the file only."""
-    if not issubclass(function_of(schedule), OneCycleLR | CyclicLR):
+    kind: Any = function_of(schedule)
+    if not issubclass(kind, OneCycleLR | CyclicLR):
         return f"change {', '.join(names)} in the recipe file to {value}"
     given = getattr(schedule, "keywords", {})
     wanted = [name for name in names if name in given] or names[:1]

@@ -144,7 +144,7 @@ def takes_an_optimizer(optimizer: Optimizer) -> LRScheduler:
         (part(SequentialLR, schedulers=[ReduceLROnPlateau]), ("ReduceLROnPlateau",)),
         (
             part(OneCycleLR, max_lr=0.1, total_steps=20),
-            ("before the training", "schedule.total_steps=none"),
+            ("before the training", "total_steps=none"),
         ),
         (part(OneCycleLR, 0.1), ("by their names",)),
         (StepLR, ("StepLR refuses its settings", "step_size")),
