@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from launcher.config import annotations
 from launcher.config.recipe import Recipe
@@ -124,6 +124,8 @@ def _parameters(value: Callable[..., Any], prefix: str) -> Iterator[Setting]:
             continue
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        if isinstance(current, Tensor) and current.ndim == 0:  # as a rate may be
+            current = current.item()
         yield Setting(prefix + name, hints.get(name, _annotation_of(current)), current)
 
 

@@ -288,6 +288,8 @@ def test_a_rate_that_is_a_tensor_is_its_number(network: Small) -> None:
     state.set_learning_rates(0.5, float)
     assert state.optimizer.param_groups[0]["lr"] == 0.125
     assert type(state.optimizer.param_groups[0]["lr"]) is float
+    with refused("optimizer.lr=x", "type optimizer.lr=0.25 to keep it"):
+        override(tiny_recipe(optimizer=partial(AdamW, lr=torch.tensor(0.25))), ["optimizer.lr=x"])
 
 
 def only_matrices(params: NamedParameters) -> Optimizer:
