@@ -115,8 +115,9 @@ def work_of_step(trainer: Trainer) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             # `forward` is the network as it was before compiling.
-            logits = upcast(network.forward(trainer.ctx.normalize(images)))
-            loss = recipe.loss(logits, train.labels[:size])
+            pictures = trainer.ctx.normalize(images)
+            logits = upcast(network.forward(pictures))
+            loss = trainer.ctx.loss(logits, train.labels[:size], pictures)
         loss.backward()  # type: ignore[no-untyped-call]
     network.zero_grad()
     return counter.get_total_flops(), sum(kept.values())

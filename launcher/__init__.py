@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
     from launcher.run import RunResult
-    from launcher.training.optimizers import ChainedOptimizer, Muon
+    from launcher.training.optimizers import ChainedOptimizer, Muon, no_decay
     from launcher.training.state import ema
     from launcher.training.tta import mirrored, mirrored_and_shifted
 
@@ -47,6 +47,7 @@ __all__ = [
     "mirrored",
     "mirrored_and_shifted",
     "mixup",
+    "no_decay",
     "steps",
     "train",
 ]
@@ -58,7 +59,7 @@ _HOMES = {
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
     "launcher.data.image_folder": "Folder",
     "launcher.training.state": "ema",
-    "launcher.training.optimizers": "Muon ChainedOptimizer",
+    "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",
     "launcher.config.recipe": "Images Recipe",
     "launcher.config.slots": "Draws NamedParameters",
     "launcher.config.schedules": "constant cosine linear steps",

@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-every", type=_positive, metavar="N", help="steps between two readings of the loss")
     add("--resume", action="store_true", help="continue the newest run, or the one of --name")
     add("--init-from", metavar="RUN|FILE", help="begin with the weights of a run or a file")
+    add("--skip", metavar="A,B", help="weights that --init-from leaves as the model makes them")
     add("--resume-changed", metavar="A,B", help="settings that may differ from the checkpoint's")
     every = "20 steps, 2m minutes, 1e epochs (the default) or never"
     add("--checkpoint-every", default="1e", metavar="N", help=every)
@@ -162,6 +163,8 @@ def _run(words: list[str], world: World) -> int:
     signals.stop_at(job.stops_at, job.stop_reason)
     if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
         parser.error("--profile goes with neither --smoke nor --resume")
+    if arguments.skip and arguments.init_from is None:
+        parser.error("--skip goes with --init-from")
     try:
         loaded = _load(named[0], [*named[1:], *unknown])
     except UserError as error:
@@ -211,6 +214,7 @@ def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env
         resume=arguments.resume or arguments.resume_changed is not None,
         resume_changed=tuple((arguments.resume_changed or "").split(",")),
         init_from=arguments.init_from,
+        skip=tuple(filter(None, (arguments.skip or "").split(","))),
         checkpoint_every=_cadence(arguments.checkpoint_every),
         profile=arguments.profile,
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),

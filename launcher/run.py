@@ -241,6 +241,7 @@ def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
         "--checkpoint-every": options.checkpoint_every,
         "--resume": options.resume,
         "--profile": options.profile,
+        "--skip": options.skip,
     }
     source = sha256(loaded.source.encode(errors="replace")).hexdigest()[:12]
     return {
@@ -260,8 +261,9 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
     network = build_network(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
     if weights := given_weights(loaded, options):
-        checkpoint.load_weights(network, weights)
-        facts |= {"weights": f"from {weights}"}
+        skipped = checkpoint.load_initial_weights(network, weights, options.skip)
+        without = f", without {', '.join(skipped)}" if skipped else ""
+        facts |= {"weights": f"from {weights}{without}"}
     return Prepared(data, plan, network, precision, facts)
 
 

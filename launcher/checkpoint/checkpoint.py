@@ -17,9 +17,10 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ from launcher.utils.text import count
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
+MOST_SKIPPED_PARTS = 3  # that a message tells to skip: with more, it is another model
+# What DistributedDataParallel and torch.compile put before the names.
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _NAME = re.compile(r"step-\d{9,}(\.old)?")
 
 
@@ -65,22 +69,85 @@ def load_weights(network: nn.Module, path: Path) -> None:
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+    _refuse_differing(path, network.state_dict(), saved)
+    network.load_state_dict(saved)
+
+
+def load_initial_weights(network: nn.Module, path: Path, skip: Sequence[str] = ()) -> list[str]:
+    """Put weights of the launcher, torchvision or timm into a network; returns what is skipped.
+
+    Names that are in `skip`, or lie below one of these, keep what the network began with. Raises
+    `UserError` unless the others fit, and for a word of `skip` that names nothing.
+    """
+    own, saved = network.state_dict(), _read_weights(path)
+    names = {**own, **saved}
+    if unknown := [word for word in skip if not any(_is_below(name, word) for name in names)]:
+        parts = sorted({name.split(".")[0] for name in names})
         raise UserError(
-            f"weights in {path} that cannot be read ({error})",
-            expected="a file in the safetensors format",
-            instead="name a run, or the final.safetensors of one",
-        ) from None
-    own = network.state_dict()
+            f"--skip {unknown[0]}, which names nothing in {path} or the model",
+            expected="names of parameters, or their beginnings up to a dot",
+            instead=f"type --skip {','.join(parts[-1:])}, for example; there are "
+            + ", ".join(parts),
+        )
+    skipped = sorted(name for name in names if any(_is_below(name, word) for word in skip))
+    kept = {name: tensor for name, tensor in saved.items() if name not in skipped}
+    missing = {name: tensor for name, tensor in own.items() if name in skipped}
+    _refuse_differing(path, own, {**kept, **missing}, "type --skip {}, or ")
+    network.load_state_dict(kept, strict=False)
+    return skipped
+
+
+def _read_weights(path: Path) -> Tensors:
+    """The tensors of a file, under the names that the network gave them before it was wrapped."""
+    try:
+        if path.suffix in (".pth", ".pt"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            saved = load_file(path)
+    except pickle.UnpicklingError:  # whose message tells the reader to switch the check off
+        raise _unreadable(path, "torch.load(FILE, weights_only=True) refuses it") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    for key in ("state_dict", "model"):
+        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
+            saved = saved[key]
+    if not isinstance(saved, Mapping) or not all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in saved.items()
+    ):
+        raise _unreadable(path, f"it holds a {type(saved).__name__} that is no state_dict()")
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in saved.items()}
+
+
+def _unreadable(path: Path, error: object) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"weights in {path} that cannot be read ({reason})",
+        expected="a file in the safetensors format, or .pth or .pt with nothing but tensors",
+        instead="name a run, or the final.safetensors of one, or write the file with "
+        "torch.save(model.state_dict(), FILE)",
+    )
+
+
+def _is_below(name: str, word: str) -> bool:
+    return name == word or name.startswith(f"{word}.")
+
+
+def _refuse_differing(
+    path: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], skipping: str = ""
+) -> None:
+    """Raise `UserError` for other names or shapes; `skipping` says how these could be left out."""
     differing = [n for n in {**own, **saved} if _shape(own, n) != _shape(saved, n)]
     if differing:
         name = differing[0]
+        parts = dict.fromkeys(name.rpartition(".")[0] or name for name in differing)
+        short = skipping.format(",".join(parts)) if len(parts) <= MOST_SKIPPED_PARTS else ""
         raise UserError(
             f"{path} has {name} {_shape(saved, name)}, the model {_shape(own, name)}"
             f" ({count(len(differing), 'such difference')})",
             expected="weights of the same model",
-            instead="name a run of this model, or change the model's settings to fit",
+            instead=f"{short}name a run of this model, or change the model's settings to fit",
         )
-    network.load_state_dict(saved)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

@@ -88,7 +88,7 @@ def initial_weights(root: Path, given: str) -> Path:
             return found / "weights.safetensors"
     raise UserError(
         f"--init-from {given}",
-        expected=f"a run in {root}, a run's folder or a .safetensors file",
+        expected=f"a run in {root}, a run's folder or a .safetensors, .pth or .pt file",
         instead="see which runs there are: ls " + str(root),
     )
 

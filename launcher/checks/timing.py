@@ -77,8 +77,9 @@ def measure(ctx: TrainContext) -> Compute:
         losses: list[Tensor] = []
 
         def forward() -> None:
-            logits = upcast(state.ddp_model(ctx.normalize(pixels)))
-            losses.append(recipe.loss(logits, targets))
+            images = ctx.normalize(pixels)
+            logits = upcast(state.ddp_model(images))
+            losses.append(ctx.loss(logits, targets, images))
 
         def update() -> None:
             state.optimizer.step()

@@ -31,7 +31,7 @@ Or print the manifests of the same job for Kubernetes:
   launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --kubernetes --dry-run"""
 _PASSED_ON = (  # options of the launcher itself
     *("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
-    *("init-from", "timeout", "join-timeout"),
+    *("init-from", "skip", "timeout", "join-timeout"),
 )
 _TIME = re.compile(r"(?:(\d{1,8})-)?(\d{1,8}(?::\d{1,8}){0,2})")
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of the brackets of a tuple

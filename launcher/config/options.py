@@ -24,5 +24,6 @@ class RunOptions:
     checkpoint_every: SaveInterval = EVERY_EPOCH
     timeouts: Timeouts = PATIENT
     init_from: str | None = None
+    skip: tuple[str, ...] = ()  # names of weights that init_from leaves out
     profile: bool = False
     host_facts: Mapping[str, str] = field(default_factory=dict)

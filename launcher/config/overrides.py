@@ -9,9 +9,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from launcher.config import annotations
 from launcher.config.recipe import Recipe
-from launcher.config.settings import children, list_settings, walk
+from launcher.config.settings import children, list_settings, module_arguments, walk
 from launcher.errors import UserError
 
 
@@ -66,14 +68,16 @@ def _replace(value: Any, prefix: str, name: str, text: str) -> Any:
         new = _replace(child.value, f"{child.name}.", name, text)
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
-    if isinstance(value, tuple):
-        return tuple(new if item is child.value else item for item in value)
+    if isinstance(value, tuple | list):
+        return type(value)(new if item is child.value else item for item in value)
     if isinstance(value, functools.partial):
         given = inspect.signature(value.func).bind_partial(*value.args)
         if head in given.arguments:
             given.arguments[head] = new
             return functools.partial(value.func, *given.args, **value.keywords)
         return functools.partial(value.func, *value.args, **{**value.keywords, head: new})
+    if isinstance(value, nn.Module):  # built anew: its attributes may follow from each other
+        return type(value)(**{**module_arguments(value), head: new})
     return functools.partial(value, **{head: new})
 
 

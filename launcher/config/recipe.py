@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from launcher.config.schedules import constant
+from launcher.config.schedules import constant, refuse_measuring
 from launcher.config.slots import (
     Augmentation,
     CompileMode,
@@ -24,6 +24,7 @@ from launcher.config.slots import (
     Precision,
     Schedule,
     Source,
+    TorchSchedule,
     Views,
 )
 from launcher.errors import UserError
@@ -78,9 +79,11 @@ class Recipe:
 
     `model` builds the network; `initialize`, if any, then changes it by the first 5,000 normalized
     training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
-    maps the fraction of the training, in [0, 1], to a multiplier of the learning rate. `loss` takes
-    logits and targets and returns the mean over the batch; with `data.mix` the targets are class
-    probabilities in training, and labels in an evaluation as ever.
+    maps the fraction of the training, in [0, 1], to a multiplier of the learning rate; or it is a
+    class of `torch.optim.lr_scheduler`, which counts epochs (OneCycleLR and CyclicLR: steps), and
+    whose length is filled in where it is missing. `loss` takes logits and targets, and the images
+    where its third argument is called so, and returns the mean over the batch; with `data.mix` the
+    targets are class probabilities in training, and labels in an evaluation as ever.
     `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
     hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
     batch into that many forward passes. `average` keeps an average of the weights, which is then
@@ -93,7 +96,9 @@ class Recipe:
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `memory_format` auto
     is channels_last, the faster one, where the network takes it. `compile` is true
-    or one of torch.compile's modes. `deterministic` keeps to torch's deterministic algorithms, so
+    or one of torch.compile's modes. `unused_parameters` says whether the network may have some on
+    which its scores do not depend, always or in some steps: to allow it costs several ranks a
+    search in each step. `deterministic` keeps to torch's deterministic algorithms, so
     that a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused.
     On CPUs a run repeats without it.
     """
@@ -103,7 +108,7 @@ class Recipe:
     optimizer: Callable[[NamedParameters], Optimizer]
     epochs: int
     initialize: Callable[[nn.Module, Tensor], None] | None = None
-    schedule: Schedule = constant
+    schedule: Schedule | TorchSchedule = constant
     loss: Loss = cross_entropy
     sum_loss: bool = False
     accumulate: int = 1
@@ -115,6 +120,7 @@ class Recipe:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool | CompileMode = False
     sync_batch_norm: bool = False
+    unused_parameters: Literal["refuse", "allow"] = "refuse"
     deterministic: bool = False
     seed: int = 0
 
@@ -123,6 +129,7 @@ class Recipe:
         _at_least("epochs", self.epochs, 1)
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
+        refuse_measuring(self.schedule)
         if self.seed >= 2**64:
             raise UserError(
                 f"seed={self.seed}",

@@ -3,9 +3,20 @@
 The fraction is the part of the training that lies behind the middle of a step, so neither
 the first nor the last step is spent at a rate of exactly zero. A recipe fills in the settings
 with `functools.partial`, and any function of one float serves as well.
+
+So do the schedulers of `torch.optim.lr_scheduler`. They count epochs, as in torch's examples, but
+for those that torch says to step after each batch: OneCycleLR and CyclicLR count steps, and so does
+what stands beside one of them in a SequentialLR or a ChainedScheduler.
 """
 
+import functools
 import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from launcher.errors import UserError
 
 
 def constant(fraction: float) -> float:
@@ -40,3 +51,31 @@ def steps(fraction: float, *, at: tuple[float, ...] = (0.5, 0.75), factor: float
 
 def _after(fraction: float, warmup: float, until: float = 1.0) -> float:
     return (fraction - warmup) / (until - warmup) if warmup < until else 0.0
+
+
+def schedulers_in(value: Any) -> Iterator[type[LRScheduler]]:
+    """The classes of torch's schedulers in a schedule, those in the settings of others included."""
+    if isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from schedulers_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from schedulers_in(part)
+    elif isinstance(value, type) and issubclass(value, LRScheduler):
+        yield value
+
+
+def counts_steps(schedule: Any) -> bool:
+    """Whether torch's scheduler counts steps; else it counts epochs."""
+    return any(issubclass(kind, OneCycleLR | CyclicLR) for kind in schedulers_in(schedule))
+
+
+def refuse_measuring(schedule: Any) -> None:
+    """Raise `UserError` for a scheduler that follows a measurement and not the step."""
+    if any(issubclass(kind, ReduceLROnPlateau) for kind in schedulers_in(schedule)):
+        raise UserError(
+            "schedule=ReduceLROnPlateau, which follows a measurement",
+            expected="rates that follow from the step alone, so that a resumed run has them too",
+            instead="write schedule=CosineAnnealingLR, or schedule=cosine of launcher, "
+            "in the recipe file",
+        )

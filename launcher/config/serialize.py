@@ -14,20 +14,42 @@ def resolve(value: Any) -> Any:
     """A recipe or a part of it in JSON's own types.
 
     A callable becomes `{"call": "module:name", setting: value, ...}` with all of its settings,
-    defaults included, so two equal recipes have equal forms. Raises `UserError` for a lambda.
+    defaults included, so two equal recipes have equal forms. Raises `UserError` for a lambda, and
+    for a module that is built already, unless it is the recipe's loss.
     """
     if isinstance(value, tuple | list):
         return [resolve(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {child.name: resolve(child.value) for child in children(value)}
+        return {
+            child.name: _with_settings(child.value)
+            if child.name == "loss" and isinstance(child.value, nn.Module)
+            else resolve(child.value)
+            for child in children(value)
+        }
     if callable(value):
-        settings = {child.name: resolve(child.value) for child in children(value)}
-        return {"call": code_name(value), **settings}
+        _refuse_built(value)
+        return _with_settings(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if hasattr(value, "tolist"):  # a tensor or an array of class weights
         return value.tolist()
     return repr(value)
+
+
+def _with_settings(value: Any) -> dict[str, Any]:
+    settings = {child.name: resolve(child.value) for child in children(value)}
+    return {"call": code_name(value), **settings}
+
+
+def _refuse_built(value: Callable[..., Any]) -> None:
+    function = function_of(value)
+    if isinstance(function, nn.Module):
+        kind = type(function).__name__
+        raise UserError(
+            f"a {kind} that is built already in the recipe",
+            expected="a class or a function, which every process calls for itself",
+            instead=f"write {kind} without brackets, with settings in partial({kind}, ...)",
+        )
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -42,21 +64,13 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def code_name(value: Callable[..., Any]) -> str:
-    """`module:name` of a callable, seen through its partials.
+    """`module:name` of a callable, seen through its partials; of a module, that of its class.
 
     Raises `UserError` for what has no name of its own.
     """
     function = function_of(value)
     if isinstance(function, nn.Module):
-        kind = type(function).__name__
-        instead = f"write {kind} without brackets, with settings in partial({kind}, ...)"
-        if kind.endswith("Loss"):
-            instead = "write the function of torch.nn.functional, as in loss=cross_entropy"
-        raise UserError(
-            f"a {kind} that is built already in the recipe",
-            expected="a class or a function, which every process calls for itself",
-            instead=instead,
-        )
+        function = type(function)
     name = getattr(function, "__qualname__", None)
     if name is None or "<lambda>" in name:
         raise UserError(

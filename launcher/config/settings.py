@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from launcher.config import annotations
 from launcher.config.recipe import Recipe
+from launcher.errors import UserError
 
 # Parameters that the launcher fills in itself, or that would change what a step means.
 _FILLED_IN = ("root", "train", "split", "download", "params")
@@ -49,15 +52,17 @@ def list_settings(recipe: Recipe) -> list[Setting]:
 
 
 def children(value: Any, prefix: str = "") -> Iterator[Setting]:
-    """The parts of a dataclass, of a tuple of callables, or of a callable: its parameters."""
+    """The parts of a dataclass, of a tuple or list of callables, or of a callable."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
             yield Setting(prefix + field.name, hints[field.name], getattr(value, field.name))
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for item in value:
             if callable(item):
                 yield Setting(prefix + function_of(item).__name__, Callable, item)
+    elif isinstance(value, nn.Module):
+        yield from _module_settings(value, prefix)
     elif callable(value):
         yield from _parameters(value, prefix)
 
@@ -72,6 +77,31 @@ def walk(value: Any, prefix: str = "") -> Iterator[Setting]:
     for child in children(value, prefix):
         yield child
         yield from walk(child.value, f"{child.name}.")
+
+
+def module_arguments(module: nn.Module) -> dict[str, Any]:
+    """The arguments that a module was built with, which are its attributes of the same names.
+
+    Raises `UserError` for one that it does not keep: two losses would look alike that are not.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(type(module)).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds]
+    for name in names:
+        if not hasattr(module, name) and name not in _MEANING:
+            raise UserError(
+                f"{type(module).__name__}, which does not keep its argument {name}",
+                expected="each argument as an attribute, so that a run can say what it ran",
+                instead=f"write self.{name} = {name} in its __init__",
+            )
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def _module_settings(module: nn.Module, prefix: str) -> Iterator[Setting]:
+    hints = _hints(type(module))
+    for name, value in module_arguments(module).items():
+        if name not in _NOT_SETTINGS:
+            yield Setting(prefix + name, hints.get(name, _annotation_of(value)), value)
 
 
 def _parameters(value: Callable[..., Any], prefix: str) -> Iterator[Setting]:
@@ -94,6 +124,8 @@ def _parameters(value: Callable[..., Any], prefix: str) -> Iterator[Setting]:
             continue
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        if isinstance(current, Tensor) and current.ndim == 0:  # as a rate may be
+            current = current.item()
         yield Setting(prefix + name, hints.get(name, _annotation_of(current)), current)
 
 

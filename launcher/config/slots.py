@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 DRAWS_PER_AUGMENTATION = 4
 
@@ -30,7 +31,9 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 Schedule = Callable[[float], float]
-Loss = Callable[[Tensor, Tensor], Tensor]
+TorchSchedule = Callable[..., LRScheduler]  # optimizer -> scheduler
+# logits, targets, and where the third argument is called `images` the normalized images
+Loss = Callable[[Tensor, Tensor], Tensor] | Callable[[Tensor, Tensor, Tensor], Tensor]
 Score = Callable[[Tensor], Tensor]  # images (n, c, h, w) -> logits (n, classes)
 Views = Callable[[Score, Tensor], Tensor]
 Precision = Literal["fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"]

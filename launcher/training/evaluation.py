@@ -37,7 +37,7 @@ def evaluate(
             images = ctx.normalize(test.images[part])
             logits = upcast(views(score, images) if views else score(images))
             labels = test.labels[part]
-            accumulator.add(logits, labels, ctx.recipe.loss(logits, labels))
+            accumulator.add(logits, labels, ctx.loss(logits, labels, images))
     evaluation = accumulator.evaluation(ctx.sum_over_ranks(accumulator.counts))
     assert evaluation.images == len(test), "an image was counted twice or not at all"
     return evaluation

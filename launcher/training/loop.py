@@ -158,9 +158,10 @@ def warm_up_ddp(ctx: TrainContext) -> None:
     """
     if ctx.plan.world_size > 1:
         _, micro_batches = next(iter(make_batches(ctx).epoch(1)))
+        images, targets = micro_batches[-1].images, micro_batches[-1].targets
         ctx.state.network.train()
-        logits = upcast(ctx.state.ddp_model(micro_batches[-1].images))
-        ctx.recipe.loss(logits, micro_batches[-1].targets).backward()  # type: ignore[no-untyped-call]
+        logits = upcast(ctx.state.ddp_model(images))
+        ctx.loss(logits, targets, images).backward()  # type: ignore[no-untyped-call]
         ctx.state.optimizer.zero_grad()
 
 

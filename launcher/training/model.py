@@ -1,11 +1,11 @@
 """From a recipe to its network: built, tried on two images, initialized, placed on the device."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +39,7 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
     torch.manual_seed(recipe.seed)
     network = recipe.model()
     name = code_name(recipe.model)
-    shape = _output_shape(network, _two_images(network, recipe, data, "contiguous"), name)
+    shape = _output_shape(network, _two_images(network, recipe, data, "contiguous"), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
         raise UserError(
@@ -60,14 +60,33 @@ def _two_images(
     return normalize(data.images[:1].to(like.device).expand(2, -1, -1, -1))
 
 
-def _output_shape(network: nn.Module, images: Tensor, name: str) -> tuple[int, ...]:
+def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[int, ...]:
     network.eval()
     try:
         with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
             output = network(images)
     except _SHAPE_ERRORS as error:
-        raise _refused_images(name, images, error) from error
-    return tuple(output.shape) if isinstance(output, Tensor) else ()
+        raise _refused_images(code_name(recipe.model), images, error) from error
+    _refuse_several_outputs(output, recipe, "")
+    return tuple(output.shape)
+
+
+def _refuse_several_outputs(output: Any, recipe: Recipe, mode: str) -> None:
+    """Raise `UserError` for what is no tensor: with the output of an auxiliary head, say."""
+    if isinstance(output, Tensor):
+        return
+    names = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", ())
+    item = repr(next(iter(names), 0)) if isinstance(output, Mapping) else "0"
+    wrapped = f"wrap it in a module whose forward returns self.network(images)[{item}]"
+    if any("aux" in str(name) for name in names):
+        wrapped = f"write aux_logits=False where the network is built, or {wrapped}"
+    elif not isinstance(output, Mapping | tuple | list):
+        wrapped = "return the scores from its forward"
+    raise UserError(
+        f"{code_name(recipe.model)} returns a {type(output).__name__}{mode}",
+        expected="one tensor of scores (n, classes), the same in training and evaluation",
+        instead=wrapped,
+    )
 
 
 def _refused_images(name: str, images: Tensor, error: Exception, mode: str = "") -> UserError:
@@ -155,9 +174,11 @@ def _choose_memory_format(
     for memory_format in formats:
         network.to(memory_format=_FORMATS[memory_format])
         images = _two_images(network, recipe, data, memory_format)
-        error = _try_training_pass(network, images, accelerator)
-        failed = torch.tensor(float(error is not None), device=accelerator.device)
-        if not float(accelerator.reduce(failed, reduction="sum")):
+        error, unused = _try_training_pass(network, recipe, images, accelerator)
+        if not _count_over_ranks(accelerator, error is not None):
+            if recipe.unused_parameters == "refuse":
+                unused_ranks = _count_over_ranks(accelerator, bool(unused))
+                _refuse_unused(recipe, unused, unused_ranks)
             return PlacedNetwork(network, memory_format, note)
         refusal = error or RuntimeError("it fails on another rank")
         note = note or _contiguous_note(recipe, refusal)
@@ -170,6 +191,24 @@ def _choose_memory_format(
         )
     name = code_name(recipe.model)
     raise _refused_images(name, images, refusal, " in training mode") from refusal
+
+
+def _count_over_ranks(accelerator: Accelerator, is_so: bool) -> int:
+    """On how many ranks it is so, which all of them then know."""
+    here = torch.tensor(float(is_so), device=accelerator.device)
+    return int(accelerator.reduce(here, reduction="sum"))
+
+
+def _refuse_unused(recipe: Recipe, unused: list[str], ranks: int) -> None:
+    if ranks:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        shown = ", ".join(unused[:3]) + more if unused else "those named on another rank"
+        raise UserError(
+            f"parameters of {code_name(recipe.model)} that its scores do not depend on: {shown}",
+            expected="a gradient for each parameter in each step, for which several ranks wait",
+            instead="leave them out, call requires_grad_(False) on them, or type "
+            "unused_parameters=allow",
+        )
 
 
 def _contiguous_note(recipe: Recipe, error: Exception) -> str:
@@ -198,23 +237,29 @@ def _user_line(error: Exception) -> traceback.FrameSummary | None:
 
 
 def _try_training_pass(
-    network: nn.Module, images: Tensor, accelerator: Accelerator
-) -> Exception | None:
-    """Run forward and backward as in training, and leave no trace; returns what torch refuses."""
+    network: nn.Module, recipe: Recipe, images: Tensor, accelerator: Accelerator
+) -> tuple[Exception | None, list[str]]:
+    """Run forward and backward as in training, and leave no trace.
+
+    Returns what torch refuses, and the names of the parameters that got no gradient. Raises
+    `UserError` for an output that is no tensor of scores.
+    """
     network.train()
     try:
         with _restored_afterwards(network, accelerator.device):
             with accelerator.autocast():
                 output = network(images)
-            if isinstance(output, Tensor) and output.requires_grad:
+            _refuse_several_outputs(output, recipe, " in training mode")
+            if output.requires_grad:
                 upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
+            trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+            return None, [name for name, p in trained if p.grad is None]
     except torch.OutOfMemoryError:
         raise
     except _SHAPE_ERRORS as error:
         if refusal := explain_torch_error(error, "before training"):
             raise refusal from None
-        return error
-    return None
+        return error, []
 
 
 @contextmanager
@@ -248,7 +293,8 @@ def explain_torch_error(error: Exception, moment: str) -> UserError | None:
         return UserError(
             f"parameters without a gradient, found {moment}, by number on rank {numbers}",
             expected="a gradient for each parameter in each step, for which several ranks wait",
-            instead="leave out what the loss does not need, or call its requires_grad_(False)",
+            instead="leave out what the loss does not need, call requires_grad_(False) on it, or "
+            "type unused_parameters=allow",
         )
     return None
 

@@ -13,18 +13,33 @@ in a recipe can divide them and give each group its own rate and schedule:
 
 The schedule of a group stands in for the recipe's. While it is exactly zero, no gradient of the
 group is computed (on several ranks it is, and has no effect).
+
+`make_optimizer` is the one place where the slot is called: it answers what cannot be trained with.
 """
 
-from typing import Any
+import inspect
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from numbers import Real
+from typing import Any, Concatenate, ParamSpec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from launcher.config.recipe import Recipe
+from launcher.config.serialize import code_name
+from launcher.config.settings import children, function_of
 from launcher.config.slots import NamedParameters
+from launcher.errors import UserError
+from launcher.utils.text import count
 
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
+Settings = ParamSpec("Settings")
 
 
 class Muon(Optimizer):
@@ -102,9 +117,158 @@ class ChainedOptimizer(Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
 
 
+def no_decay(
+    kind: Callable[Concatenate[Any, Settings], Optimizer],
+    *args: Settings.args,
+    **settings: Settings.kwargs,
+) -> Callable[[NamedParameters], Optimizer]:
+    """An optimizer without weight decay for norms and biases: parameters of one dimension or none.
+
+    A value for the slot: `optimizer=no_decay(AdamW, lr=1e-3, weight_decay=0.05)`. Its settings are
+    `optimizer.base.lr` and so on.
+    """
+    return partial(without_decay, base=partial(kind, *args, **settings))
+
+
+def without_decay(params: NamedParameters, *, base: Callable[..., Optimizer]) -> Optimizer:
+    """What `no_decay` fills in: `base` with two groups of parameters."""
+    named = list(params)
+    decayed = [pair for pair in named if pair[1].ndim > 1]
+    others = [pair for pair in named if pair[1].ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = base([group for group in groups if group["params"]])
+    if "weight_decay" not in optimizer.defaults:
+        raise ValueError(f"{type(optimizer).__name__} has no weight_decay that no_decay could set")
+    return optimizer
+
+
+def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
+    """The recipe's optimizer for the trained parameters of a network.
+
+    A rate that is a tensor is taken as its number. Raises `UserError` for what cannot be trained
+    with.
+    """
+    _refuse_settings(recipe.optimizer)
+    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    try:
+        with warnings.catch_warnings():  # of what is refused below
+            warnings.filterwarnings("ignore", message=".*group with duplicate parameters")
+            optimizer = recipe.optimizer(named)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _refused_settings(recipe, error) from error
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"{code_name(recipe.optimizer)} returns a {type(optimizer).__name__}",
+            expected="an optimizer of torch",
+            instead="end the function with `return` and the optimizer",
+        )
+    for part in _parts(optimizer):
+        _refuse_closure(part)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].item()
+        for name in ("lr", "momentum"):
+            _refuse_number(name, group.get(name), f"write a group or an optimizer with {name}=")
+    _refuse_other_parameters(optimizer, network, recipe)
+    return optimizer
+
+
+def _refused_settings(recipe: Recipe, error: Exception) -> UserError:
+    name = code_name(recipe.optimizer)
+    if "'tuple' object has no attribute" in str(error):  # a pair was taken for a parameter
+        return UserError(
+            f"{name} fails: {error}",
+            expected="a function of pairs (name, parameter), as network.named_parameters() has",
+            instead="write `for name, p in params` for `for p in params`",
+        )
+    if isinstance(error, AttributeError):
+        return UserError(
+            f"{name} fails: {error}",
+            expected="a function of pairs (name, parameter) that returns an optimizer",
+            instead="mend it in the recipe file",
+        )
+    return UserError(
+        f"{name} refuses its settings: {error}",
+        expected="settings that this optimizer takes",
+        instead="see launcher RECIPE --help",
+    )
+
+
+def _refuse_settings(slot: Any, prefix: str = "optimizer.") -> None:
+    """Refuse the settings of torch's classes in the slot under the names to type for them."""
+    function = function_of(slot)
+    if isinstance(function, type) and issubclass(function, Optimizer):
+        for setting in children(slot, prefix):
+            _refuse_number(setting.name, setting.value, f"type {setting.name}=")
+    else:
+        for part in children(slot, prefix):
+            if callable(part.value):
+                _refuse_settings(part.value, f"{part.name}.")
+
+
+def _refuse_number(name: str, value: Any, instead: str) -> None:
+    """Refuse a rate or a momentum with which no training succeeds."""
+    kind = name.rpartition(".")[2]
+    if kind not in ("lr", "momentum") or value is None:
+        return
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    if not (is_number and 0 <= number < (1 if kind == "momentum" else math.inf)):
+        raise UserError(
+            f"{name}={value!r}",
+            expected="a number of at least 0" + (" and below 1" if kind == "momentum" else ""),
+            instead=f"{instead}{0.9 if kind == 'momentum' else 0.01}, for example",
+        )
+
+
+def _refuse_closure(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step evaluates the loss again, which the launcher does not."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"{type(optimizer).__name__}, whose step needs a closure",
+            expected="an optimizer that takes one gradient per step",
+            instead="write optimizer=partial(AdamW, lr=0.001), for example, in the recipe file",
+        )
+
+
+def _refuse_other_parameters(optimizer: Optimizer, network: nn.Module, recipe: Recipe) -> None:
+    """Refuse parameters that the network has not, and one that is given twice."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    given = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    if foreign := given.keys() - names.keys():
+        raise UserError(
+            f"{code_name(recipe.optimizer)} trains {count(len(foreign), 'tensor')} that the "
+            "network does not have",
+            expected="parameters of the network only",
+            instead="give the optimizer what the function is given",
+        )
+    if twice := [names[key] for key, times in given.items() if times > 1]:
+        raise UserError(
+            f"{code_name(recipe.optimizer)} gives the optimizer {twice[0]} twice",
+            expected="each parameter once",
+            instead="leave it out of one of the lists",
+        )
+
+
+def describe_left_out(optimizer: Optimizer, network: nn.Module) -> str:
+    """A line that names the parameters which stay as they are; empty where there are none."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = [n for n, p in network.named_parameters() if p.requires_grad and id(p) not in trained]
+    if not left:
+        return ""
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return f"not in the optimizer, so never changed: {', '.join(left[:3])}{more}"
+
+
+def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizers that several as one consist of, or the one."""
+    yield from optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,)
+
+
 def compile_steps(optimizer: Optimizer) -> None:
     """Compile what of an optimizer is worth it; torch's own are fused already."""
-    for part in optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,):
+    for part in _parts(optimizer):
         if isinstance(part, Muon):
             part.compile()
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name
-from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Loss
+from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
 from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
+from launcher.training.losses import BatchLoss, example_labels
 from launcher.training.model import upcast
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count
 
-MOST_CLASSES = 100  # whose losses are compared
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
@@ -46,7 +46,7 @@ def preflight(ctx: TrainContext) -> None:
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
             _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
-        _try_loss(recipe.loss, upcast(logits[:1]), ctx.plan.num_micro_batches)
+        _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
         _try_one_image(ctx.plan, network, pictures[:1])
 
 
@@ -77,24 +77,35 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
         _refuse_unless(fits, augmentation, "images of the same shape and type")
 
 
-def _try_loss(loss: Loss, logits: Tensor, num_micro_batches: int) -> None:
+def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batches: int) -> None:
     """Compare the loss of a batch with those of its images: the scores `(1, classes)` for each."""
-    classes = logits.shape[1]
-    # Each class, and not as many labels as classes: one could be taken for the other.
-    size = classes + 1 if classes <= MOST_CLASSES else MOST_CLASSES
-    labels = torch.arange(size, device=logits.device) % classes
-    whole = _tried(loss, logits.expand(size, -1), labels)
-    _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, loss, "one number")
+    name = loss.function
+
+    def value(scores: Tensor, labels: Tensor) -> Any:
+        return _tried(loss, scores, labels, picture.expand(len(labels), -1, -1, -1), name=name)
+
+    labels = example_labels(logits.shape[1], logits.device)
+    size = len(labels)
+    buffers = [b.clone() for b in name.buffers()] if isinstance(name, nn.Module) else []
+    whole = value(logits.expand(size, -1), labels)
+    _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, name, "one number")
+    if buffers and not all(map(torch.equal, buffers, name.buffers())):
+        raise UserError(
+            f"{code_name(name)} changes its own buffers",
+            expected="a loss without a state, which no checkpoint holds and no other rank sees",
+            instead="compute what it needs from the batch alone, or call eval() on a teacher in it",
+        )
     if not whole.isfinite():
         return  # training stops at it, or skips it, as the recipe says
-    each = [_tried(loss, logits, label[None]) for label in labels]
+    _try_gradient(logits, lambda scores: value(scores, labels), name)
+    each = [value(logits, label[None]) for label in labels]
     mean = float(torch.stack(each).mean())
     is_sum = mean != 0 and math.isclose(whole, mean * size, rel_tol=1e-3)
-    _refuse_unless(not is_sum, loss, "the mean over the images, not the sum")
+    _refuse_unless(not is_sum, name, "the mean over the images, not the sum")
     # As class weights in cross_entropy: it divides by their sum, another one in each micro-batch.
     if num_micro_batches > 1 and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6):
         raise UserError(
-            f"{code_name(loss)}, which is not the mean over {num_micro_batches} micro-batches",
+            f"{code_name(name)}, which is not the mean over {num_micro_batches} micro-batches",
             expected="the mean of the losses of single images, which ranks and passes can add up",
             instead="with class weights, multiply them into cross_entropy(..., reduction='none') "
             "and return the mean",
@@ -129,6 +140,23 @@ def _global_states() -> dict[str, Any]:
         "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
         "Python": random.getstate(),
     }
+
+
+def _try_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor], name: Any) -> None:
+    """Refuse a loss that is constant, or cut off from the scores: nothing would be trained."""
+    size = len(example_labels(logits.shape[1], logits.device))
+    scores = logits.detach().repeat(size, 1).requires_grad_()
+    with torch.enable_grad():
+        value = loss(scores)
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, scores, allow_unused=True)
+    if gradient is None or not gradient.any():  # one that is not finite is met in training
+        raise UserError(
+            f"{code_name(name)} has no gradient for the scores",
+            expected="a loss that depends on them",
+            instead="leave out detach(), item(), argmax() and torch.no_grad() in it",
+        )
 
 
 def _tried(function: Callable[..., Any], *arguments: Any, name: Any = None) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +20,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
-from launcher.config.serialize import code_name
-from launcher.config.slots import Schedule
+from launcher.config.schedules import schedulers_in
+from launcher.config.slots import Schedule, TorchSchedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data
 from launcher.errors import UserError
+from launcher.training.losses import BatchLoss, make_loss
 from launcher.training.model import first_parameter, place_network
-from launcher.training.optimizers import compile_steps
+from launcher.training.optimizers import compile_steps, describe_left_out, make_optimizer
+from launcher.training.torch_schedules import RateTable, describe_counting, replay
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 _NOTHING = nullcontext()
@@ -44,8 +46,9 @@ class TrainState:
     `network` is the plain module. `ddp_model` is what trains: on several ranks, DDP around it.
     `ema_model` is its running average, if the recipe keeps one. `group_options` are the settings of
     the optimizer's groups as the recipe made them, among them the learning rate before the
-    schedule; `group_schedules` are the groups' own, where they have one. `current_step` is the step
-    that is being trained; None between steps.
+    schedule; `group_schedules` are the groups' own, where they have one; `rate_table` is what a
+    scheduler of torch makes of them. `current_step` is the step that is being trained; None between
+    steps.
     """
 
     network: nn.Module
@@ -54,6 +57,7 @@ class TrainState:
     optimizer: Optimizer
     group_schedules: tuple[Schedule | None, ...]
     group_options: tuple[dict[str, Any], ...]
+    rate_table: RateTable | None = None
     current_step: int | None = None
     skips_in_a_row: int = 0  # steps without an update, up to the present one
 
@@ -67,16 +71,28 @@ class TrainState:
         """The present rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def learning_rate_at(self, fraction: float, schedule: Schedule) -> float:
+    def learning_rate_at(self, fraction: float, schedule: Schedule | TorchSchedule) -> float:
         """The rate of the first group after a fraction of the training."""
-        return self.group_options[0]["lr"] * (self.group_schedules[0] or schedule)(fraction)
+        return self.scheduled_options(0, fraction, schedule)["lr"]
 
-    def set_learning_rates(self, fraction: float, schedule: Schedule) -> None:
-        """Set each group's rate to its own times the multiplier of its or the recipe's schedule."""
+    def scheduled_options(
+        self, index: int, fraction: float, schedule: Schedule | TorchSchedule
+    ) -> dict[str, Any]:
+        """What the group's or the recipe's schedule sets in group `index`: the rate at least."""
+        own = self.group_schedules[index]
+        if own is None and self.rate_table is not None:
+            return self.rate_table.at(fraction)[index]
+        multiplier = (own or cast(Schedule, schedule))(fraction)
+        return {"lr": self.group_options[index]["lr"] * multiplier}
+
+    def set_learning_rates(self, fraction: float, schedule: Schedule | TorchSchedule) -> None:
+        """Set each group's rate to its own times the multiplier of its or the recipe's schedule.
+
+        A scheduler of torch says the rate itself, and may say the momentum.
+        """
         groups = self.optimizer.param_groups
-        pairs = zip(groups, self.group_options, self.group_schedules, strict=True)
-        for group, options, own in pairs:
-            group["lr"] = options["lr"] * (own or schedule)(fraction)
+        for index, group in enumerate(groups):
+            group.update(self.scheduled_options(index, fraction, schedule))
         # DDP waits for the gradient of every parameter, and a loss must have one at least.
         may_freeze = self.ddp_model is self.network and any(group["lr"] != 0 for group in groups)
         for group, own in zip(groups, self.group_schedules, strict=True):
@@ -119,6 +135,7 @@ class TrainContext:
     data: Data
     state: TrainState
     normalize: Normalize
+    loss: BatchLoss
     notes: tuple[str, ...] = ()
     skip_steps: frozenset[int] = frozenset()
     phase: Phase = no_phase
@@ -140,18 +157,35 @@ def make_context(
     placed = place_network(network, recipe, accelerator, data.train)
     recipe = replace(recipe, memory_format=placed.memory_format)
     state = make_state(placed.network, recipe, accelerator)
+    state.rate_table = replay(recipe.schedule, state.group_options, state.optimizer.defaults, plan)
     shape, like = data.train.images.shape[1:], first_parameter(state.network)
     normalize = Normalize(recipe.data, shape, like, placed.memory_format == "contiguous")
-    notes = (placed.note,) if placed.note else ()
-    return TrainContext(recipe, plan, accelerator, data, state, normalize, notes)
+    loss = make_loss(recipe, len(data.train.classes), normalize(data.train.images[:1]))
+    notes = [
+        placed.note,
+        describe_counting(recipe.schedule),
+        describe_left_out(state.optimizer, state.network),
+    ]
+    return TrainContext(
+        recipe, plan, accelerator, data, state, normalize, loss, tuple(filter(None, notes))
+    )
 
 
 def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """The optimizer and what wraps a network that lies on the device already."""
     ema_model = recipe.average(network) if recipe.average else None
-    optimizer = _make_optimizer(recipe, network)
+    optimizer = make_optimizer(recipe, network)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
+    if any(True for own in schedules for _ in schedulers_in(own)):
+        raise UserError(
+            "a scheduler of torch as the schedule of a group of the optimizer",
+            expected="a function of the fraction of the training, in [0, 1]",
+            instead="write it as the schedule of the recipe, or use cosine, linear or steps",
+        )
     options = tuple(_options(group) for group in optimizer.param_groups)
+    if accelerator.ddp_handler is not None:
+        may_be_unused = recipe.unused_parameters == "allow"
+        accelerator.ddp_handler.find_unused_parameters = may_be_unused
     with warnings.catch_warnings():
         # Newer torch renames the option, older torch knows only this name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
@@ -163,17 +197,6 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
     return TrainState(network, ddp_model, ema_model, optimizer, schedules, options)
-
-
-def _make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
-    try:
-        return recipe.optimizer([(n, p) for n, p in network.named_parameters() if p.requires_grad])
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{code_name(recipe.optimizer)} refuses its settings: {error}",
-            expected="settings that this optimizer takes",
-            instead="see launcher RECIPE --help",
-        ) from error
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

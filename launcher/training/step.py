@@ -35,7 +35,7 @@ def train_step(
         with nullcontext() if is_last else accelerator.no_sync(state.ddp_model):
             with ctx.phase("forward"):
                 logits = upcast(state.ddp_model(micro_batch.images))
-                loss = recipe.loss(logits, micro_batch.targets)
+                loss = ctx.loss(logits, micro_batch.targets, micro_batch.images)
             with ctx.phase("backward"):
                 weight = micro_batch.weight * scale
                 weighted = loss if weight == 1 else loss * weight

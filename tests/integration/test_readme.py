@@ -100,7 +100,8 @@ def test_what_a_page_names_is_there(name: str) -> None:
         path, _, heading = link.partition("#")
         assert path.startswith("https://") or (folder / path).exists(), link
         if heading:
-            titles = re.findall(r"^#+ (.*)$", (folder / path).read_text(encoding="utf-8"), re.M)
+            page = (folder / path).read_text(encoding="utf-8") if path else text
+            titles = re.findall(r"^#+ (.*)$", page, re.M)
             anchors = [re.sub(r"[^\w -]", "", title).lower() for title in titles]
             assert heading in [anchor.replace(" ", "-") for anchor in anchors], link
     for path in re.findall(r"`((?:tests|benchmarks|launcher|recipes|deploy)/[\w/.*-]+)`", text):

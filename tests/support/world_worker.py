@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from launcher import (
     ChainedOptimizer,
@@ -60,6 +61,14 @@ class Small(nn.Module):
 class Small64(Small):
     def __init__(self) -> None:
         super().__init__(torch.float64)
+
+
+class Spare64(Small64):
+    """With a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(3, 3, dtype=torch.float64)
 
 
 def divided(parameters: NamedParameters, *, lr: float = 0.05) -> Optimizer:
@@ -127,6 +136,15 @@ SCENARIOS = {
         model=Small64,
         data=replace(plain.data, mix=mixup, augment=(partial(crop, fill="zero"),)),
         memory_format="contiguous",
+        accumulate=2,
+    ),
+    "unused_one_cycle_by_class": replace(
+        plain,
+        model=Spare64,
+        unused_parameters="allow",
+        optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
+        schedule=partial(OneCycleLR, max_lr=0.5),
+        loss=nn.BCEWithLogitsLoss(),
         accumulate=2,
     ),
     "a_frozen_group": replace(

@@ -110,6 +110,7 @@ def test_the_public_names_are_these() -> None:
         *("constant", "cosine", "ema", "linear", "steps"),
         *("RunResult", "TrainedRun", "load_run", "train"),
         *("ChainedOptimizer", "Muon", "NamedParameters", "mirrored", "mirrored_and_shifted"),
+        "no_decay",
     }
     for name in launcher.__all__:
         assert getattr(launcher, name).__name__ in (name, "Iterable")

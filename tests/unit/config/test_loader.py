@@ -239,10 +239,11 @@ def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path:
         loader.load(written(tmp_path, GOOD.replace("model=Net", "model=Net()")))
 
 
-def test_a_loss_that_is_built_already_is_answered_with_the_function(tmp_path: Path) -> None:
-    with refused("CrossEntropyLoss", "loss=cross_entropy"):
-        text = GOOD.replace("epochs=1", "epochs=1, loss=nn.CrossEntropyLoss()")
+def test_a_loss_module_in_another_slot_is_refused(tmp_path: Path) -> None:
+    with refused("CrossEntropyLoss", "without brackets"):
+        text = GOOD.replace("epochs=1", "epochs=1, initialize=nn.CrossEntropyLoss()")
         loader.load(written(tmp_path, text))
+    loader.load(written(tmp_path, text.replace("initialize=", "loss=")))
 
 
 def test_the_fault_of_the_recipes_own_code_keeps_its_cause(tmp_path: Path) -> None:

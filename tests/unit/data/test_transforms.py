@@ -1,4 +1,4 @@
-"""torchvision's transforms in a recipe: the same images on any number of ranks and after a resume."""
+"""torchvision's transforms in a recipe: the same images on any number of ranks."""
 
 import random
 from collections.abc import Callable
@@ -122,7 +122,7 @@ def test_a_weight_of_mixing_outside_of_0_and_1_is_answered() -> None:
 @pytest.mark.parametrize(
     "transform", [partial(v2.Resize, size=16), partial(v2.ToDtype, dtype=torch.float32)]
 )
-def test_a_transform_that_changes_shape_or_type_is_answered(
+def test_another_shape_or_type_is_answered(
     transform: Callable[..., object],
 ) -> None:
     with refused("images of the same shape and type"):

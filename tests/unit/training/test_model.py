@@ -1,19 +1,23 @@
-"""The memory format that a network is trained in: the faster one where the network takes it."""
+"""A network is tried in training mode: its memory format, its outputs, its unused parameters."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
+from torchvision.models import googlenet
 
 from launcher import Images, Recipe, Synthetic
+from launcher.config.overrides import override
+from launcher.training.loop import fit
 from launcher.training.state import TrainContext
-from tests.support.helpers import context_of, refused
+from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
 DATA = Images(partial(Synthetic, count=50), 10, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -56,7 +60,7 @@ class _ViewBackward(torch.autograd.Function):
 
 class ViewingBackward(Flattening):
     def forward(self, x: Tensor) -> Tensor:
-        x = _ViewBackward.apply(self.conv(x))
+        x = _ViewBackward.apply(self.norm(self.conv(x)))
         return self.fc(F.max_pool2d(x, 2).flatten(1))
 
 
@@ -124,3 +128,56 @@ def test_a_format_that_the_network_refuses_is_answered_in_one_line() -> None:
 def test_a_network_that_fails_in_training_mode_alone_is_answered_in_one_line() -> None:
     with refused("FailingInTraining fails on images of shape (2, 3, 32, 32) in training mode"):
         placed(FailingInTraining)
+
+
+class Spare(Tiny):
+    """With a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
+class Detached(Tiny):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).detach()
+
+
+def test_unused_parameters_are_named_before_training() -> None:
+    with refused("Spare", "depend on: spare.weight, spare.bias;", "unused_parameters=allow"):
+        context_of(tiny_recipe(model=Spare))
+    with refused("layers.2.weight, layers.2.bias, layers.4.weight and 1 more"):
+        context_of(tiny_recipe(model=Detached))
+    ctx = context_of(override(tiny_recipe(model=Spare, epochs=1), ["unused_parameters=allow"]))
+    before = [p.clone() for p in ctx.state.network.parameters()]
+    list(fit(ctx))
+    same = list(map(torch.equal, before, ctx.state.network.parameters()))
+    assert same == [False, False, False, False, True, True]
+
+
+class Several(Tiny):
+    """Its output beside that of an auxiliary head, in training mode only."""
+
+    def forward(self, images: Tensor) -> Any:
+        scores = super().forward(images)
+        return {"scores": scores, "features": scores} if self.training else scores
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (
+            partial(googlenet, num_classes=10, init_weights=False),
+            ("a GoogLeNetOutputs in training mode", "aux_logits=False"),
+        ),
+        (Several, ("a dict in training mode", "self.network(images)['scores']")),
+    ],
+)
+def test_auxiliary_outputs_are_answered_with_what_to_write(model: Any, parts: list[str]) -> None:
+    with refused(*parts):
+        context_of(tiny_recipe(model=model))
+
+
+def test_googlenet_trains_as_its_refusal_says() -> None:
+    model = partial(googlenet, num_classes=10, init_weights=False, aux_logits=False)
+    next(iter(fit(context_of(tiny_recipe(model=model)))))

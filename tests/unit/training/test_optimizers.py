@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Adagrad, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer, Rprop
 
-from launcher import ChainedOptimizer, Muon, NamedParameters
+from launcher import ChainedOptimizer, Muon, NamedParameters, no_decay
+from launcher.config.overrides import override
+from launcher.config.serialize import resolve
 from launcher.training.optimizers import orthogonalize
 from launcher.training.state import TrainState, make_state
+from tests.support.helpers import context_of, refused, tiny_recipe
 from tests.support.world_worker import Small, Small64, divided, late, plain
 
 
@@ -212,3 +216,87 @@ def test_a_compiled_muon_computes_the_same(network: Small) -> None:
     eager, compiled = Muon(filters, lr=0.05), Muon(twins, lr=0.05)
     compiled.compile()
     assert train(network, eager, 3) == pytest.approx(train(twin, compiled, 3), abs=1e-10)
+
+
+TEXT: dict[str, Any] = {"momentum": "0.9"}
+
+
+def of_parameters(params: Any) -> Optimizer:
+    return SGD([p for p in params if p.ndim > 1], lr=0.1)
+
+
+def of_another_network(params: NamedParameters) -> Optimizer:
+    return SGD([*params, *Small64().named_parameters()], lr=0.1)
+
+
+def twice(params: NamedParameters) -> Optimizer:
+    first, *others = params
+    return SGD([first, first, *others], lr=0.1)
+
+
+def in_two_groups(params: NamedParameters) -> Optimizer:
+    named = list(params)
+    return SGD([{"params": named}, {"params": named[:1]}], lr=0.1)
+
+
+def without_return(params: NamedParameters) -> None:
+    SGD(params, lr=0.1)
+
+
+def too_much_momentum(params: NamedParameters) -> Optimizer:
+    return SGD([{"params": list(params), "momentum": 1.0}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "parts"),
+    [
+        (of_parameters, ("pairs (name, parameter)", "for name, p in params")),
+        (of_another_network, ("trains 4 tensors", "of the network only")),
+        (twice, ("layers.0.weight twice", "each parameter once")),
+        (in_two_groups, ("more than one parameter group",)),
+        (without_return, ("returns a NoneType", "return")),
+        (too_much_momentum, ("momentum=1.0", "below 1")),
+        (partial(LBFGS, lr=1.0), ("LBFGS", "closure", "AdamW")),
+        (partial(SGD, lr=0.1, momentum=1.5), ("optimizer.momentum=1.5", "=0.9")),
+        (partial(SGD, lr=0.1, **TEXT), ("optimizer.momentum='0.9'", "=0.9")),
+        (partial(SGD, lr=-0.1), ("optimizer.lr=-0.1", "type optimizer.lr=0.01")),
+        (partial(SGD, lr=float("nan")), ("optimizer.lr=nan",)),
+        (no_decay(AdamW, lr=-1.0), ("optimizer.base.lr=-1.0", "type optimizer.base.lr=0.01")),
+        (no_decay(Rprop, lr=0.1), ("Rprop has no weight_decay",)),
+    ],
+)
+def test_what_cannot_train_is_refused(network: Small, optimizer: Any, parts: list[str]) -> None:
+    with refused(*parts):
+        state_of(network, optimizer)
+
+
+def test_norms_and_biases_get_no_weight_decay(network: Small) -> None:
+    slot = no_decay(AdamW, lr=1e-3, weight_decay=0.5)
+    (recipe, form) = (
+        override(tiny_recipe(optimizer=slot), ["optimizer.base.lr=0.5"]),
+        resolve(slot),
+    )
+    assert form["call"] == "launcher.training.optimizers:without_decay"
+    assert (form["base"]["call"], form["base"]["lr"]) == ("torch.optim.adamw:AdamW", 1e-3)
+    groups = state_of(network, recipe.optimizer).optimizer.param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.5, 0.5), (0.5, 0.0)]
+    assert [{p.ndim for p in g["params"]} for g in groups] == [{2, 4}, {1}]
+
+
+def test_a_rate_that_is_a_tensor_is_its_number(network: Small) -> None:
+    state = state_of(network, partial(AdamW, lr=torch.tensor(0.25)))
+    state.set_learning_rates(0.5, float)
+    assert state.optimizer.param_groups[0]["lr"] == 0.125
+    assert type(state.optimizer.param_groups[0]["lr"]) is float
+    with refused("optimizer.lr=x", "type optimizer.lr=0.25 to keep it"):
+        override(tiny_recipe(optimizer=partial(AdamW, lr=torch.tensor(0.25))), ["optimizer.lr=x"])
+
+
+def only_matrices(params: NamedParameters) -> Optimizer:
+    return SGD([pair for pair in params if pair[1].ndim > 1], lr=0.1)
+
+
+def test_parameters_left_out_of_the_optimizer_are_named_in_a_note() -> None:
+    notes = context_of(tiny_recipe(optimizer=only_matrices)).notes
+    assert notes == ("not in the optimizer, so never changed: layers.2.bias, layers.4.bias",)
+    assert context_of(tiny_recipe()).notes == ()

@@ -52,7 +52,7 @@ def test_the_seed_alone_decides_the_first_weights(images: sources.ImageSet) -> N
     ("model", "message"),
     [
         (partial(nn.Linear, 5, 5), "fails on images of shape (2, 3, 32, 32)"),
-        (Tuple, "output of shape ()"),
+        (Tuple, "Tuple returns a tuple; expected one tensor of scores"),
         (nn.Identity, "output of shape (2, 3, 32, 32)"),
     ],
 )

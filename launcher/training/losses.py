@@ -1,0 +1,121 @@
+"""The recipe's loss in the form in which a step calls it: on its device, with what it wants to see.
+
+A loss is called with scores and labels. One that refuses labels and takes class probabilities, as
+nn.BCEWithLogitsLoss does, is given one-hot ones; which of both is tried before training. One whose
+third required argument is called `images` is given the normalized images, for a teacher.
+"""
+
+import inspect
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from launcher.config.recipe import Recipe
+from launcher.config.serialize import code_name
+from launcher.config.settings import children, function_of
+from launcher.errors import UserError
+
+MOST_CLASSES = 100  # whose losses are compared
+_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A recipe's loss and what it is called with."""
+
+    function: Any
+    takes_images: bool = False
+    takes_one_hot: bool = False
+
+    def __call__(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        """The loss of a batch; `targets` are labels, or probabilities where images are mixed."""
+        if self.takes_one_hot and targets.ndim == 1:
+            targets = one_hot(targets, logits.shape[1]).to(logits)
+        if self.takes_images:
+            return self.function(logits, targets, images)
+        return self.function(logits, targets)
+
+
+def make_loss(recipe: Recipe, classes: int, image: Tensor) -> BatchLoss:
+    """The recipe's loss for a number of classes; `image` is a normalized one, `(1, c, h, w)`.
+
+    Raises `UserError` for settings out of range, and a loss that would have to be trained itself.
+    """
+    function: Any = recipe.loss
+    _refuse_class(function)
+    _refuse_smoothing(function)
+    if isinstance(function, nn.Module):
+        function = deepcopy(function).to(image.device)
+        _refuse_trained(function)
+    loss = BatchLoss(function, _takes_images(function))
+    labels = example_labels(classes, image.device)
+    logits = torch.zeros(len(labels), classes, device=image.device)
+    devices = [image.device] if image.device.type == "cuda" else []
+    for choice in (loss, replace(loss, takes_one_hot=True)):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes that do not fit
+                choice(logits, labels, image.expand(len(labels), -1, -1, -1))
+        except _FAULTS:
+            continue
+        return choice
+    return loss  # preflight says what it refuses
+
+
+def example_labels(classes: int, device: torch.device) -> Tensor:
+    """Each class, and not as many labels as classes: one could be taken for the other."""
+    size = classes + 1 if classes <= MOST_CLASSES else MOST_CLASSES
+    return torch.arange(size, device=device) % classes
+
+
+def _takes_images(function: Any) -> bool:
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(called).parameters.values())
+    except ValueError:  # written in C
+        return False
+    third = parameters[2] if len(parameters) > 2 else None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return (
+        third is not None
+        and third.name == "images"
+        and third.kind in positional
+        and third.default is third.empty
+    )
+
+
+def _refuse_class(function: Any) -> None:
+    kind = function_of(function)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        raise UserError(
+            f"loss={kind.__name__}, a class that is not built",
+            expected="a function of scores and targets, or a loss of torch as it is built",
+            instead=f"write loss=nn.{kind.__name__}(...), with its settings in the brackets",
+        )
+
+
+def _refuse_smoothing(function: Any) -> None:
+    for setting in children(function, "loss."):
+        is_smoothing = setting.name == "loss.label_smoothing" and isinstance(setting.value, Real)
+        if is_smoothing and not 0 <= setting.value <= 1:
+            raise UserError(
+                f"loss.label_smoothing={setting.value}",
+                expected="a number in [0, 1]",
+                instead="type loss.label_smoothing=0.1, for example",
+            )
+
+
+def _refuse_trained(module: nn.Module) -> None:
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    if trained:
+        raise UserError(
+            f"{code_name(module)} has parameters of its own to train: {trained[0]}",
+            expected="a loss without any: the optimizer is given those of the network",
+            instead="move them into the network, or call requires_grad_(False) on the loss",
+        )
