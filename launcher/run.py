@@ -302,6 +302,8 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     note = loaded.note.strip().splitlines()[:1]
     name = short_name(loaded.recipe.model)
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
+    height, width = data.train.images.shape[1:3]
+    sizes += f" of {height} x {width} pixels"
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
     return {
         "recipe": ": ".join([loaded.name, *note]),

@@ -29,6 +29,8 @@ from launcher.config.slots import (
 )
 from launcher.errors import UserError
 
+MOST_EPOCHS = 1_000_000  # more is a slip of the finger
+
 
 @dataclass(frozen=True)
 class Images:
@@ -127,6 +129,12 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _at_least("epochs", self.epochs, 1)
+        if self.epochs > MOST_EPOCHS:
+            raise UserError(
+                f"epochs={self.epochs}",
+                expected=f"at most {MOST_EPOCHS:,} passes over the training images",
+                instead="type epochs=10, for example",
+            )
         _at_least("accumulate", self.accumulate, 1)
         _at_least("seed", self.seed, 0)
         refuse_measuring(self.schedule)

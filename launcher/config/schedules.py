@@ -29,6 +29,7 @@ def linear(fraction: float, *, warmup: float = 0.0, end: float = 0.0, until: flo
 
     It is reached at `until` and kept from there on.
     """
+    _refuse_outside(warmup=warmup, until=until)
     if fraction < warmup:
         return fraction / warmup
     return end + (1 - end) * max(0.0, 1 - _after(fraction, warmup, until))
@@ -39,6 +40,7 @@ def cosine(fraction: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
 
     Source: Loshchilov & Hutter, SGDR (2017), without restarts.
     """
+    _refuse_outside(warmup=warmup)
     if fraction < warmup:
         return fraction / warmup
     return end + (1 - end) * (1 + math.cos(math.pi * _after(fraction, warmup))) / 2
@@ -47,6 +49,12 @@ def cosine(fraction: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
 def steps(fraction: float, *, at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> float:
     """Multiply by `factor` at each point of `at`."""
     return factor ** sum(fraction >= point for point in at)
+
+
+def _refuse_outside(**fractions: float) -> None:
+    for name, fraction in fractions.items():
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{name}={fraction}, which is no fraction of the training in [0, 1]")
 
 
 def _after(fraction: float, warmup: float, until: float = 1.0) -> float:

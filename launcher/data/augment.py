@@ -60,6 +60,8 @@ def cutout(images: Tensor, draws: Draws, *, size: int = 8, fill: int = 128) -> T
     Source: DeVries & Taylor, "Improved Regularization of CNNs with Cutout" (2017).
     """
     _, _, height, width = images.shape
+    if size < 0 or not 0 <= fill <= 255:
+        raise ValueError(f"size={size}, fill={fill}: neither may be below 0, a grey not above 255")
     rows = _span(draws.fresh[:, 0], height, size)
     columns = _span(draws.fresh[:, 1], width, size)
     hidden = rows[:, :, None] & columns[:, None, :]

@@ -50,6 +50,13 @@ class Folder:
 def _half(root: Path, train: bool) -> Path:
     if not (root / "train").is_dir():
         return root
+    others = {path.name for path in root.iterdir() if _is_visible(path, "folder")}
+    if others := others - {"train", "test", "val"}:
+        raise UserError(
+            f"{root} holds the folder train and beside it {', '.join(sorted(others))}",
+            expected="train and test (or val), with the classes in each",
+            instead="move the other folders away, or their classes into train and test",
+        )
     if train:
         return root / "train"
     for name in ("test", "val"):
@@ -80,6 +87,12 @@ def _is_visible(path: Path, kind: str) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
+    if inner := next((path for path in folder.iterdir() if _is_visible(path, "folder")), None):
+        raise UserError(
+            f"{inner} is a folder inside of a class",
+            expected="pictures only, such as CLASS/picture.png",
+            instead=f"move its pictures into {folder}, or the folder away",
+        )
     files = sorted(file for file in folder.iterdir() if _is_visible(file, "file"))
     if not files:
         raise _empty(folder)

@@ -260,7 +260,14 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 def _as_set(dataset: Any, source: Source) -> ImageSet:
     name = short_name(source)
     images = _tensor(getattr(dataset, "data", ()))
-    labels = _tensor(getattr(dataset, "targets", getattr(dataset, "labels", ()))).long()
+    targets = _tensor(getattr(dataset, "targets", getattr(dataset, "labels", ())))
+    labels = targets.long()
+    if targets.is_floating_point() and not torch.equal(targets, labels.to(targets.dtype)):
+        raise UserError(
+            f"data.source={name}, with targets that are no whole numbers",
+            expected="a class for each image, counted from 0",
+            instead="give the data set whole numbers as `targets`",
+        )
     shapes = tuple(images.shape), tuple(labels.shape)
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or shapes[1] != shapes[0][:1]:
         raise UserError(

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
+from launcher.config.schedules import schedulers_in
 from launcher.config.serialize import code_name
-from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
+from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
 from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
@@ -35,6 +36,8 @@ def preflight(ctx: TrainContext) -> None:
     two = images[:1].repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
+    if not any(schedulers_in(recipe.schedule)):
+        _try_schedule(cast(Schedule, recipe.schedule))
     if recipe.data.mix:
         with _no_global_draws(recipe.data.mix, "the generator that it is given"):
             mixed, share = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
@@ -46,6 +49,8 @@ def preflight(ctx: TrainContext) -> None:
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
             _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
+            is_bad = logits.isfinite().all() and not viewed.isfinite().all()
+            _refuse_unless(not is_bad, recipe.views, "finite scores where the model's are")
         _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
         _try_one_image(ctx.plan, network, pictures[:1])
 
@@ -75,6 +80,19 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
             result = _tried(function, images, Draws(draws, draws, epoch=1), name=augmentation)
         fits = result.shape == images.shape and result.dtype == images.dtype
         _refuse_unless(fits, augmentation, "images of the same shape and type")
+
+
+def _try_schedule(schedule: Schedule) -> None:
+    """At a hundred points of the training."""
+    for point in range(1, 100, 1):
+        value = _tried(schedule, point / 100)
+        is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise UserError(
+                f"{code_name(schedule)} makes {value!r} of the fraction {point / 100}",
+                expected="a finite number of at least 0, by which the learning rate is multiplied",
+                instead="compare it with launcher/config/schedules.py",
+            )
 
 
 def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batches: int) -> None:

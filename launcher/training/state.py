@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.schedules import schedulers_in
+from launcher.config.serialize import code_name
 from launcher.config.slots import Schedule, TorchSchedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data
@@ -173,7 +174,7 @@ def make_context(
 
 def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """The optimizer and what wraps a network that lies on the device already."""
-    ema_model = recipe.average(network) if recipe.average else None
+    ema_model = _make_average(recipe, network)
     optimizer = make_optimizer(recipe, network)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
     if any(True for own in schedules for _ in schedulers_in(own)):
@@ -197,6 +198,23 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
     return TrainState(network, ddp_model, ema_model, optimizer, schedules, options)
+
+
+def _make_average(recipe: Recipe, network: nn.Module) -> AveragedModel | None:
+    if recipe.average is None:
+        return None
+    try:
+        average = recipe.average(network)
+        found = f"returns {type(average).__name__}"
+    except (ValueError, TypeError) as error:
+        average, found = None, f"refuses its settings: {error}"
+    if not isinstance(average, AveragedModel):
+        raise UserError(
+            f"{code_name(recipe.average)} {found}",
+            expected="an AveragedModel of torch.optim.swa_utils",
+            instead="write average=partial(ema, decay=0.999), or type average=none",
+        )
+    return average
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def test_pictures64_trains_on_folders_of_png_files(capsys: pytest.CaptureFixture
     words = ["data.root=pictures", "epochs=8", "data.batch_size=16", "optimizer.lr=0.003"]
     assert main([recipe, *words, "--wandb", "off", "--name", "own"]) == 0
     printed = capsys.readouterr().out
-    assert "Folder, 240 training and 60 test images, 5 classes" in printed
+    assert "Folder, 240 training and 60 test images of 64 x 64 pixels, 5 classes" in printed
     assert "NOT THE REAL DATA" not in printed
     rows = [json.loads(line) for line in Path("runs/own/metrics.jsonl").read_text().splitlines()]
     assert {row["test/images"] for row in rows} == {60}

@@ -262,3 +262,19 @@ def test_a_link_to_a_picture_that_is_gone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with refused(str(tmp_path / "cat" / "gone.png"), "No such file"):
         both(tmp_path)
+
+
+def test_a_folder_inside_of_a_class_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, {"cat": 6, "dog": 6})
+    (tmp_path / "dog" / "puppies").mkdir()
+    with refused("puppies is a folder inside of a class"):
+        both(tmp_path)
+
+
+def test_folders_beside_train_and_test_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"cat": 2})
+    fill(tmp_path / "test", {"cat": 1})
+    (tmp_path / "extra").mkdir()
+    (tmp_path / ".cache").mkdir()
+    with refused("beside it extra"):
+        both(tmp_path)

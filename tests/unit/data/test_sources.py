@@ -692,6 +692,12 @@ def test_data_that_is_not_uint8_images_with_labels_is_refused(
         sources.load(images_of(made("Mine", **attributes), tmp_path))
 
 
+def test_targets_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
+    halves = {"data": PIXELS, "targets": [0.0, 1.0, 1.5, 0.0]}
+    with refused("data.source=Mine, with targets that are no whole numbers"):
+        sources.load(images_of(made("Mine", **halves), tmp_path))
+
+
 def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
     with refused("no images in Mine"):
         sources.load(images_of(made("Mine", data=PIXELS[:0], targets=[]), tmp_path))

@@ -1,0 +1,50 @@
+"""Values with which a recipe would train nonsense are refused, each with its line."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from launcher import cosine, cutout, ema, linear
+from launcher.config.slots import Score
+from launcher.training.preflight import preflight
+from tests.support.helpers import context_of, refused, tiny_recipe
+
+
+def nothing(network: nn.Module) -> None:
+    """An average that forgets its return."""
+
+
+def not_finite(score: Score, images: Tensor) -> Tensor:
+    return score(images) * math.nan
+
+
+def rising(fraction: float) -> float:
+    return 1 / (fraction - 0.5)
+
+
+def forgetful(fraction: float) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"average": nothing}, "nothing returns NoneType"),
+        ({"average": partial(ema, decay=2.0)}, "ema refuses its settings: Invalid decay value 2.0"),
+        ({"views": not_finite}, "finite scores where the model's are"),
+        ({"schedule": rising}, "rising makes -2.04"),
+        ({"schedule": forgetful}, "schedule=forgetful, which for the fraction"),
+        ({"schedule": partial(cosine, warmup=1.5)}, "warmup=1.5"),
+        ({"schedule": partial(linear, warmup=-0.1)}, "warmup=-0.1"),
+        ({"schedule": partial(linear, until=2.0)}, "until=2.0"),
+        ({"data": {"augment": (partial(cutout, size=-1),)}}, "size=-1"),
+        ({"data": {"augment": (partial(cutout, fill=300),)}}, "fill=300"),
+        ({"epochs": 10**23}, "epochs=100000000000000000000000"),
+    ],
+)
+def test_it_is_refused(changes: dict[str, Any], said: str) -> None:
+    with refused(said):
+        preflight(context_of(tiny_recipe(**changes)))
