@@ -34,11 +34,25 @@ MemoryFormat = Literal["channels_last", "contiguous"]
 def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
     """Build the network from the recipe's seed and try it on two images.
 
-    Raises `UserError` where it cannot take the images or its output does not fit the classes.
+    Raises `UserError` where it cannot be built, cannot take the images, or its output does not fit
+    the classes.
     """
     torch.manual_seed(recipe.seed)
-    network = recipe.model()
     name = code_name(recipe.model)
+    try:
+        network = recipe.model()
+        found = f"makes {type(network).__name__}"
+    except Exception as error:
+        if user_line(error) is None and not isinstance(error, _SHAPE_ERRORS):
+            raise  # of the launcher's own
+        network = None
+        found = f"cannot be built: {type(error).__name__}: {error}{user_location(error)}"
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"{name} {found}",
+            expected="a class or a function that makes an nn.Module from these settings",
+            instead="mend that line, or see launcher RECIPE --help for the settings of the model",
+        )
     shape = _output_shape(network, _two_images(network, recipe, data, "contiguous"), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
@@ -65,7 +79,9 @@ def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[i
     try:
         with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
             output = network(images)
-    except _SHAPE_ERRORS as error:
+    except Exception as error:
+        if user_line(error) is None and not isinstance(error, _SHAPE_ERRORS):
+            raise  # of the launcher's own
         raise _refused_images(code_name(recipe.model), images, error) from error
     _refuse_several_outputs(output, recipe, "")
     return tuple(output.shape)
@@ -90,9 +106,10 @@ def _refuse_several_outputs(output: Any, recipe: Recipe, mode: str) -> None:
 
 
 def _refused_images(name: str, images: Tensor, error: Exception, mode: str = "") -> UserError:
-    where = _user_location(error)
+    where = user_location(error)
+    what = error if isinstance(error, _SHAPE_ERRORS) else f"{type(error).__name__}: {error}"
     return UserError(
-        f"{name} fails on images of shape {tuple(images.shape)}{mode}: {error}{where}",
+        f"{name} fails on images of shape {tuple(images.shape)}{mode}: {what}{where}",
         expected="a model that takes (n, channels, height, width)",
         instead="compare the sizes of its layers with the images",
     )
@@ -185,7 +202,7 @@ def _choose_memory_format(
     if wanted == "channels_last":
         raise UserError(
             f"memory_format=channels_last, which {short_name(recipe.model)} refuses: {refusal}"
-            f"{_user_location(refusal)}",
+            f"{user_location(refusal)}",
             expected="a model that takes it, forward and backward",
             instead="write x.flatten(1) for x.view(x.size(0), -1), or type memory_format=auto",
         )
@@ -213,27 +230,36 @@ def _refuse_unused(recipe: Recipe, unused: list[str], ranks: int) -> None:
 
 def _contiguous_note(recipe: Recipe, error: Exception) -> str:
     """Why a network trains in the contiguous format, and what to write to be faster."""
-    line = _user_line(error)
+    line = user_line(error)
     name = short_name(recipe.model)
     if line is None or ".view(" not in (line.line or ""):
-        return f"{name} refuses channels_last, the faster format{_user_location(error)}: {error}"
+        return f"{name} refuses channels_last, the faster format{user_location(error)}: {error}"
     return (
         f"{line.filename}, line {line.lineno}: `{line.line}` refuses channels_last, "
         "the faster format; write x.flatten(1) or x.reshape(...) there"
     )
 
 
-def _user_location(error: Exception) -> str:
+def user_location(error: Exception) -> str:
     """` (file, line n)` of the user's code, where it can be told."""
-    line = _user_line(error)
+    line = user_line(error)
     return f" ({line.filename}, line {line.lineno})" if line else ""
 
 
-def _user_line(error: Exception) -> traceback.FrameSummary | None:
-    """The innermost line behind an exception that is neither of torch nor of the launcher."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((f for f in reversed(frames) if not f.filename.startswith(ours)), None)
+def user_line(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost line behind an exception that is neither of a library nor of the launcher."""
+    modules = (traceback.__file__, torch.__file__, str(Path(__file__).parent))
+    libraries = tuple(str(Path(module).parent) for module in modules)
+    return next(
+        (
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if Path(frame.filename).is_file()  # compiled code names files that are elsewhere
+            and not frame.filename.startswith(libraries)
+            and {"site-packages", "dist-packages"}.isdisjoint(Path(frame.filename).parts)
+        ),
+        None,
+    )
 
 
 def _try_training_pass(

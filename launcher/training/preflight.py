@@ -23,7 +23,7 @@ from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
 from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.model import upcast
+from launcher.training.model import upcast, user_line, user_location
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count
 
@@ -178,12 +178,14 @@ def _try_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor], name: Any) -
 
 
 def _tried(function: Callable[..., Any], *arguments: Any, name: Any = None) -> Any:
+    """Call a function of the recipe; what its code raises is a line with its place in it."""
     try:
         return function(*arguments)
-    except _FAULTS as error:
-        raise _unfit(
-            name or function, f"fails on two images: {error}", "code that takes them"
-        ) from error
+    except Exception as error:
+        if user_line(error) is None and not isinstance(error, _FAULTS):
+            raise  # of the launcher's own
+        what = f"fails: {type(error).__name__}: {error}{user_location(error)}"
+        raise _unfit(name or function, what, "code that takes what it gets here") from error
 
 
 def _refuse_unless(holds: bool, function: Callable[..., Any], expected: str) -> None:

@@ -201,13 +201,14 @@ def test_a_fault_of_the_recipes_own_code_keeps_its_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(SIMPLECNN).read_text()
-    text += "\n\ndef wrong(progress: float) -> float:\n    raise KeyError('mine')\n"
+    text += "\n\ndef wrong(progress: float) -> float:\n    if abs(progress - 6.5 / 12) > 1e-3:\n"
+    text += "        return 1.0\n    raise KeyError('mine')\n"
     text += "\n\nfrom dataclasses import replace\nrecipe = replace(recipe, schedule=wrong)\n"
     (tmp_path / "faulty.py").write_text(text)
     assert main(["faulty.py", *TINY]) == 1
     errors = capsys.readouterr().err
     assert "in wrong\n    raise KeyError('mine')\n" in errors
-    assert "KeyError: 'mine'\nin step 1 (epoch 1)" in errors
+    assert "KeyError: 'mine'\nin step 7 (epoch 2)" in errors
 
 
 def test_resume_without_any_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

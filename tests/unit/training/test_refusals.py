@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from launcher import cosine, cutout, ema, linear
 from launcher.config.slots import Score
 from launcher.training.preflight import preflight
-from tests.support.helpers import context_of, refused, tiny_recipe
+from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
 
 def nothing(network: nn.Module) -> None:
@@ -48,3 +48,42 @@ def forgetful(fraction: float) -> None:
 def test_it_is_refused(changes: dict[str, Any], said: str) -> None:
     with refused(said):
         preflight(context_of(tiny_recipe(**changes)))
+
+
+def absent(images: Tensor, draws: object) -> Tensor:
+    settings: dict[str, Tensor] = {}
+    return settings["padding"]
+
+
+class Unbuilt(Tiny):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width // 0)
+
+
+class Unnamed(Tiny):
+    def forward(self, images: Tensor) -> Tensor:
+        return getattr(self, "no_such_layer")(images)  # noqa: B009
+
+
+def no_network() -> None:
+    """A function that forgets its return."""
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Unbuilt, "Unbuilt cannot be built: ZeroDivisionError: "),
+        (partial(Tiny, width=-1), "Tiny cannot be built: RuntimeError: "),
+        (Unnamed, "AttributeError: 'Unnamed' object has no attribute 'no_such_layer' ("),
+        (no_network, "no_network makes NoneType"),
+    ],
+)
+def test_a_model_that_cannot_be_built_or_called_is_a_line(model: Any, said: str) -> None:
+    with refused(said):
+        context_of(tiny_recipe(model=model))
+
+
+def test_what_the_users_code_raises_is_a_line_with_its_place() -> None:
+    line = absent.__code__.co_firstlineno + 2
+    with refused("absent fails: KeyError: 'padding'", f"{__file__}, line {line})"):
+        preflight(context_of(tiny_recipe(data={"augment": (absent,)})))
