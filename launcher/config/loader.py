@@ -88,9 +88,11 @@ def _run(path: Path, source: str) -> types.ModuleType:
         raise UserError(str(path), expected="a Python file", instead="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that typing and pickle can find the recipe's own classes
-    folder = str(path.resolve().parent.parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # so that a recipe can build on its neighbours: recipes.simplecnn
+    folder = path.resolve().parent
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # its neighbours, as for a script: import blocks
+    if str(folder.parent) not in sys.path:
+        sys.path.append(str(folder.parent))  # and as those of a package: recipes.simplecnn
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except SyntaxError as error:

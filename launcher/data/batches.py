@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from launcher.config.plan import Plan
@@ -30,7 +30,8 @@ class MicroBatch:
     """The images of one forward pass on one rank.
 
     `images` is `(n, c, h, w)`, `targets` is `(n,)` labels or `(n, classes)` probabilities.
-    `weight` is n over the images of the global batch: that of this mean loss in the step's. A rank
+    `weight` is n over the images of the global batch: that of this mean loss in the step's. Where
+    the loss weighs classes, it is the sum of its images' weights over the global batch's. A rank
     that has no image left in a small last batch gets one image of weight 0, since it must still
     take part in the backward pass.
     """
@@ -117,6 +118,7 @@ class _Epoch:
     order: Tensor
     partners: Tensor | None
     fresh: Tensor | None
+    weights: Tensor | None = None  # of the images before each place in the order, summed
 
 
 class Batches:
@@ -128,13 +130,22 @@ class Batches:
     """
 
     def __init__(
-        self, images: ImageSet, recipe: Recipe, plan: Plan, normalize: Normalize, rank: int
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        plan: Plan,
+        normalize: Normalize,
+        rank: int,
+        class_weights: Tensor | None = None,
     ) -> None:
-        """`images` lie on the device already."""
+        """`images` lie on the device already; `class_weights` `(classes,)` are the loss's."""
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
         self._augmentations = tuple(map(as_augmentation, recipe.data.augment))
         self._fixed = self._draws(make_rng(_FIXED, recipe.seed))
+        self._weights = None
+        if class_weights is not None:
+            self._weights = class_weights.double().cpu()[images.labels.cpu()]
         self._next_epoch: _Epoch | None = None
         self._steps_per_chunk = steps_per_chunk(plan, normalize.image_bytes, images.images.device)
 
@@ -159,9 +170,11 @@ class Batches:
         partners = None
         if self._recipe.data.mix:
             partners = self._send(mix_partners(order, plan.batch_size))
-        return _Epoch(
-            epoch, self._send(order), partners, self._draws(make_rng(_FRESH, seed, epoch))
-        )
+        weights = None
+        if self._weights is not None:
+            weights = nn.functional.pad(self._weights[order].cumsum(0), (1, 0))
+        fresh = self._draws(make_rng(_FRESH, seed, epoch))
+        return _Epoch(epoch, self._send(order), partners, fresh, weights)
 
     def _draws(self, random: numpy.random.Generator) -> Tensor | None:
         """Draws of all images for all augmentations: `(augmentations, images, 4)`."""
@@ -180,7 +193,7 @@ class Batches:
 
     def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Make the pictures of `steps` together; yield each step with its micro-batches."""
-        spans = [span for step in steps for span in self._spans(step)]
+        spans = [span for step in steps for span in self._spans(step, drawn.weights)]
         batches, partners = self._micro_batches(drawn.order, drawn, spans), None
         if drawn.partners is not None:
             partners = self._micro_batches(drawn.partners, drawn, spans)
@@ -207,7 +220,7 @@ class Batches:
         """The pictures and the labels of these images."""
         return self._pictures(indices, drawn), self._images.labels.index_select(0, indices)
 
-    def _spans(self, step: int) -> list[_Span]:
+    def _spans(self, step: int, weights: Tensor | None) -> list[_Span]:
         """This rank's micro-batches of a step, in the order of the epoch."""
         plan = self._plan
         first = (step - 1) % plan.steps_per_epoch * plan.batch_size
@@ -217,6 +230,10 @@ class Batches:
             shard = number * plan.world_size + self._rank
             start, stop = shard_bounds(size, plan.num_micro_batches, shard)
             weight = (stop - start) / size
+            if weights is not None:
+                before, after = weights[[first + start, first + stop]].tolist()
+                whole = float(weights[first + size] - weights[first])
+                weight = (after - before) / whole if whole else 0.0
             spans.append(_Span(first + start, first + max(stop, start + 1), weight))
         return spans
 

@@ -24,7 +24,9 @@ def evaluate(
     of them have.
     """
     test, accelerator = ctx.data.test, ctx.accelerator
-    accumulator = ConfusionAccumulator(len(test.classes), accelerator.device)
+    accumulator = ConfusionAccumulator(
+        len(test.classes), accelerator.device, ctx.loss.class_weights
+    )
     start, stop = shard_bounds(len(test), accelerator.num_processes, accelerator.process_index)
     on_cpu = accelerator.device.type == "cpu"
     size = EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH

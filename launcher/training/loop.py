@@ -134,7 +134,9 @@ def evaluate_epoch(
 def make_batches(ctx: TrainContext) -> Batches:
     """This rank's micro-batches of all steps."""
     rank = ctx.accelerator.process_index
-    return Batches(ctx.data.train, ctx.recipe, ctx.plan, ctx.normalize, rank)
+    # Of class probabilities, which mixing makes, torch's losses take the mean over the images.
+    weights = None if ctx.recipe.data.mix else ctx.loss.class_weights
+    return Batches(ctx.data.train, ctx.recipe, ctx.plan, ctx.normalize, rank, weights)
 
 
 def in_data_phase(

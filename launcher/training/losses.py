@@ -9,12 +9,13 @@ import inspect
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, nll_loss, one_hot
 
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name
@@ -41,6 +42,25 @@ class BatchLoss:
             return self.function(logits, targets, images)
         return self.function(logits, targets)
 
+    @property
+    def class_weights(self) -> Tensor | None:
+        """`(classes,)`: what a loss of torch weighs the images by; None if it does not.
+
+        Their mean over a batch is divided by the sum of its images' weights, so that is what a
+        micro-batch weighs in its global batch.
+        """
+        function = self.function
+        if isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
+            weights, ignored = function.weight, function.ignore_index
+        elif isinstance(function, partial) and function.func in (cross_entropy, nll_loss):
+            weights = function.keywords.get("weight")
+            ignored = function.keywords.get("ignore_index", -1)
+        else:
+            return None
+        if weights is None or ignored not in range(len(weights)):
+            return weights
+        return weights.index_fill(0, torch.tensor([ignored], device=weights.device), 0)
+
 
 def make_loss(recipe: Recipe, classes: int, image: Tensor) -> BatchLoss:
     """The recipe's loss for a number of classes; `image` is a normalized one, `(1, c, h, w)`.
@@ -48,14 +68,19 @@ def make_loss(recipe: Recipe, classes: int, image: Tensor) -> BatchLoss:
     Raises `UserError` for settings out of range, and a loss that would have to be trained itself.
     """
     function: Any = recipe.loss
+    dtype = torch.promote_types(image.dtype, torch.float32)  # of the scores
     _refuse_class(function)
     _refuse_smoothing(function)
     if isinstance(function, nn.Module):
-        function = deepcopy(function).to(image.device)
+        function = deepcopy(function).to(image.device, dtype)
         _refuse_trained(function)
+    if isinstance(function, partial):
+        function = partial(
+            function.func, *function.args, **_placed(function.keywords, image.device, dtype)
+        )
     loss = BatchLoss(function, _takes_images(function))
     labels = example_labels(classes, image.device)
-    logits = torch.zeros(len(labels), classes, device=image.device)
+    logits = torch.zeros(len(labels), classes, dtype=dtype, device=image.device)
     devices = [image.device] if image.device.type == "cuda" else []
     for choice in (loss, replace(loss, takes_one_hot=True)):
         try:
@@ -66,6 +91,16 @@ def make_loss(recipe: Recipe, classes: int, image: Tensor) -> BatchLoss:
             continue
         return choice
     return loss  # preflight says what it refuses
+
+
+def _placed(settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Class weights on the device, in the type of the scores."""
+    return {
+        name: value.to(device, dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in settings.items()
+    }
 
 
 def example_labels(classes: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
@@ -215,11 +216,15 @@ class LossTracker:
 class ConfusionAccumulator:
     """Running counts of an evaluation on one rank."""
 
-    def __init__(self, classes: int, device: torch.device) -> None:
-        self._classes = classes
+    def __init__(
+        self, classes: int, device: torch.device, class_weights: Tensor | None = None
+    ) -> None:
+        """With `class_weights` `(classes,)`, a mean loss is one over so weighted images."""
+        self._classes, dtype = classes, _widest(device)
+        self._weights = None if class_weights is None else class_weights.to(device, dtype)
         # One tensor, so that one collective adds it over the ranks:
         # the confusion matrix row by row, images with their class in the top five, loss sum.
-        self._counts = torch.zeros(classes * classes + 2, dtype=_widest(device), device=device)
+        self._counts = torch.zeros(classes * classes + 2, dtype=dtype, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
         """Count a batch: logits `(n, classes)`, labels `(n,)`. Does not wait for the device."""
@@ -228,7 +233,12 @@ class ConfusionAccumulator:
         cell = labels * self._classes + best[:, 0]
         self._counts[:cells] += torch.bincount(cell, minlength=cells)
         self._counts[cells] += (best == labels[:, None]).sum()
-        self._counts[cells + 1] += mean_loss * len(labels)
+        if self._weights is None:
+            self._counts[cells + 1] += mean_loss * len(labels)
+        else:
+            weight = self._weights[labels].sum()
+            # The mean over images of weight 0 is 0/0.
+            self._counts[cells + 1] += torch.where(weight > 0, mean_loss * weight, 0.0)
 
     @property
     def counts(self) -> Tensor:
@@ -240,7 +250,10 @@ class ConfusionAccumulator:
         *cells, in_top5, loss = total.tolist()
         rows = [cells[i : i + self._classes] for i in range(0, len(cells), self._classes)]
         confusion = tuple(tuple(int(cell) for cell in row) for row in rows)
-        return Evaluation(loss / sum(cells), confusion, int(in_top5))
+        images = [float(sum(row)) for row in rows]  # of each class
+        weights = [1.0] * self._classes if self._weights is None else self._weights.tolist()
+        weight = sum(map(mul, images, weights))
+        return Evaluation(loss / weight if weight else math.nan, confusion, int(in_top5))
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -116,8 +116,14 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
     if not whole.isfinite():
         return  # training stops at it, or skips it, as the recipe says
     _try_gradient(logits, lambda scores: value(scores, labels), name)
-    each = [value(logits, label[None]) for label in labels]
-    mean = float(torch.stack(each).mean())
+    each = torch.stack([value(logits, label[None]) for label in labels])
+    weights = loss.class_weights
+    if weights is None:
+        mean = float(each.mean())
+    else:
+        _refuse_zero_weights(weights, num_micro_batches)
+        of_labels = weights[labels]
+        mean = float((each * of_labels)[of_labels > 0].sum() / of_labels.sum())
     is_sum = mean != 0 and math.isclose(whole, mean * size, rel_tol=1e-3)
     _refuse_unless(not is_sum, name, "the mean over the images, not the sum")
     # As class weights in cross_entropy: it divides by their sum, another one in each micro-batch.
@@ -158,6 +164,16 @@ def _global_states() -> dict[str, Any]:
         "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
         "Python": random.getstate(),
     }
+
+
+def _refuse_zero_weights(weights: Tensor, num_micro_batches: int) -> None:
+    """A micro-batch of images of weight 0 has the loss 0/0."""
+    if num_micro_batches > 1 and not (weights > 0).all():
+        raise UserError(
+            f"class weights of {float(weights.min()):g} over {num_micro_batches} micro-batches",
+            expected="positive weights, or 1 rank without accumulation",
+            instead="give those classes a small weight, such as 1e-6",
+        )
 
 
 def _try_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor], name: Any) -> None:

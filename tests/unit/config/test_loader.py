@@ -1,5 +1,6 @@
 """From a path to a recipe: what loads, and how a file that does not load is explained."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,17 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     loaded = loader.load(path)
     assert loaded.name == path.stem
     assert loaded.note.strip()
+
+
+def test_a_recipe_imports_its_neighbours_as_a_script_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine").mkdir()
+    net = GOOD.partition("class Net")[2].partition("recipe =")[0]
+    (tmp_path / "mine" / "own_blocks.py").write_text(f"from torch import nn\n\n\nclass Net{net}")
+    text = GOOD.replace(f"class Net{net}", "from own_blocks import Net\n\n")
+    (tmp_path / "mine" / "first.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    loaded = loader.load(Path("mine/first.py"))
+    assert code_name(loaded.recipe.model) == "own_blocks:Net"

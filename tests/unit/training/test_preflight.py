@@ -41,10 +41,17 @@ def weighted(logits: Tensor, targets: Tensor) -> Tensor:
     return (cross_entropy(logits, targets, reduction="none") * WEIGHTS[targets]).mean()
 
 
-def test_class_weights_are_refused_where_micro_batches_would_not_add_up() -> None:
+def divided(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits, targets, weight=WEIGHTS + 1)
+
+
+def test_weights_that_nobody_knows_are_refused_where_micro_batches_would_not_add_up() -> None:
+    with refused("divided, which is not the mean over 2 micro-batches", "'none'"):
+        preflighted(tiny_recipe(loss=divided, accumulate=2))
     by_torch = partial(cross_entropy, weight=WEIGHTS)
-    with refused("cross_entropy, which is not the mean over 2 micro-batches", "'none'"):
+    with refused("class weights of 0 over 2 micro-batches", "positive"):
         preflighted(tiny_recipe(loss=by_torch, accumulate=2))
+    preflighted(tiny_recipe(loss=by_torch))
     preflighted(tiny_recipe(loss=weighted, accumulate=2))
     preflighted(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
 
