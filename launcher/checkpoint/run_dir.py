@@ -28,6 +28,10 @@ from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
 
 MOST_BYTES = 200  # of a run's name: file systems take 255, and W&B adds to it
+# What lies in a run folder before its first epoch or checkpoint.
+_BEFORE_TRAINING = frozenset(
+    ("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl")
+)
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
 
 
@@ -206,10 +210,15 @@ def _make(path: Path) -> RunDir:
 
 
 def _never_began(path: Path) -> bool:
-    """Whether a run was to begin here, but ended before `describe` wrote what it is."""
+    """Whether a run began here, but ended before it had anything to lose.
+
+    That is a checkpoint, figures of an epoch, or files that are not the launcher's.
+    """
     if path.is_symlink() or not path.is_dir():
         return False
-    return all(part.name.startswith(".") or part.name == "config.json" for part in path.iterdir())
+    parts = [part for part in path.iterdir() if not part.name.startswith(".")]
+    own = all(part.name in _BEFORE_TRAINING and not part.is_symlink() for part in parts)
+    return own and not any((path / "checkpoints").glob("[!.]*"))
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -27,10 +27,24 @@ def test_a_name_that_is_no_plain_name_is_refused(name: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_taken_name_is_refused(tmp_path: Path) -> None:
-    run_dir.create(tmp_path, "mine", "net").describe({"epochs": 1}, {"name": "net"}, "source")
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step-000000001", "notes.txt"])
+def test_a_name_whose_run_has_something_to_lose_is_refused(left: str, tmp_path: Path) -> None:
+    folder = run_dir.create(tmp_path, "mine", "net")
+    folder.describe({"epochs": 1}, {"name": "net"}, "source")
+    (folder.path / left).parent.mkdir(exist_ok=True)
+    (folder.path / left).touch()
     with pytest.raises(UserError, match="exists already"):
         run_dir.create(tmp_path, "mine", "net")
+
+
+def test_a_run_that_failed_before_it_had_anything_does_not_block_its_name(tmp_path: Path) -> None:
+    folder = run_dir.create(tmp_path, "mine", "net")
+    first = folder.describe({"epochs": 1}, {"name": "net"}, "source")
+    (folder.path / "wandb").mkdir()
+    folder.checkpoints.mkdir()
+    again = run_dir.create(tmp_path, "mine", "net")
+    assert again.path == folder.path
+    assert again.describe({"epochs": 2}, {"name": "net"}, "new").identity == first.identity
 
 
 def test_a_lock_that_cannot_be_had_is_refused_in_one_line(tmp_path: Path) -> None:
