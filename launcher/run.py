@@ -386,8 +386,10 @@ def describe_run(
         shape = list(train.images.shape[1:])
         about = {"name": loaded.name, "classes": list(train.classes), "image_shape": shape}
         own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
-        own.forget_after(start.progress.epochs)
-        return replace(start, folder=own)
+        notes = start.notes
+        if damaged := own.forget_after(start.progress.epochs):
+            notes = (*notes, f"metrics.jsonl: {count(damaged, 'damaged line')} dropped")
+        return replace(start, folder=own, notes=notes)
 
     return run_on_main(ctx.accelerator, write)
 

@@ -80,13 +80,21 @@ class RunDir:
         """Append one line to `metrics.jsonl`."""
         atomic_write.append(self.path / "metrics.jsonl", json.dumps(metrics, allow_nan=False))
 
-    def forget_after(self, epochs: int) -> None:
-        """Drop the lines of `metrics.jsonl` that a resumed run will write again."""
+    def forget_after(self, epochs: int) -> int:
+        """Drop the lines of `metrics.jsonl` that a resumed run will write again.
+
+        Returns how many were dropped since they are damaged, but for a last one that a crash cut.
+        """
         path = self.path / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _epoch_of(line) <= epochs]
-            atomic_write.replace(path, "".join(kept).encode())
+        if not path.is_file():
+            return 0
+        lines = path.read_bytes().splitlines(keepends=True)
+        numbers = [_epoch_of(line) for line in lines]
+        kept = [
+            line for line, n in zip(lines, numbers, strict=True) if n is not None and n <= epochs
+        ]
+        atomic_write.replace(path, b"".join(kept))
+        return numbers[:-1].count(None)
 
     def tidy(self) -> None:
         """Remove what killed processes have left half written; hold the lock before."""
@@ -185,11 +193,13 @@ def _own(path: Path) -> RunDir:
     return folder
 
 
-def _epoch_of(line: str) -> float:
+def _epoch_of(line: bytes) -> int | None:
+    """The epoch of a line; None for one that is damaged, or that a crash cut off."""
     try:
-        return json.loads(line)["epoch"]
+        epoch = json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a crash cut off
+        return None
+    return epoch if isinstance(epoch, int) and line.endswith(b"\n") else None
 
 
 def _make(path: Path) -> RunDir:

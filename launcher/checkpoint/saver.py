@@ -77,7 +77,7 @@ class Saver:
         if text:
             self._say(f"!!! {text} !!!")
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> str:
+    def _attempt(self, what: str, action: Callable[[], object]) -> str:
         if self.folder is None or self._writer is None:
             return ""
         try:

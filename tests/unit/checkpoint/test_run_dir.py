@@ -85,3 +85,14 @@ def test_a_failed_save_leaves_the_old_weights_and_nothing_else(tmp_path: Path) -
         save_weights(broken, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["weights.safetensors"]
+
+
+def test_damaged_lines_of_the_figures_are_dropped_and_counted(tmp_path: Path) -> None:
+    folder = run_dir.create(tmp_path, "mine", "net")
+    path = folder.path / "metrics.jsonl"
+    good = [b'{"epoch": 1}\n', b'{"epoch": 2}\n', b'{"epoch": 3}\n']
+    bad = [b"\xff\xfe\n", b"[1]\n", b'{"epoch": "2"}\n', b"\n", b'{"epo\n']
+    path.write_bytes(good[0] + b"".join(bad) + good[1] + good[2] + b'{"epoch": 2, "te')
+    assert folder.forget_after(2) == len(bad)
+    assert path.read_bytes() == good[0] + good[1]
+    assert folder.forget_after(2) == 0
