@@ -259,6 +259,8 @@ def _dry_run(
     plan = run.plan_for(loaded, data, options, world_size or world.size)
     network = build_network(loaded.recipe, data.train)
     facts = run.describe(loaded, data, plan, network)
+    if world.size == 1:  # several would have to meet for it
+        run.preflight_anywhere(loaded.recipe, plan, network, data)
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())

@@ -24,6 +24,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
+from launcher.config.recipe import Recipe
 from launcher.config.serialize import flatten, short_name
 from launcher.config.slots import Precision
 from launcher.data import cache
@@ -33,6 +34,7 @@ from launcher.distributed.accelerator import (
     choose_precision,
     create_accelerator,
     device_name,
+    reset_accelerator,
     run_on_main,
 )
 from launcher.distributed.process_group import RankGroup
@@ -169,6 +171,21 @@ def report_first_failure(group: RankGroup, moment: Callable[[], str]) -> Iterato
         if attributed_error is raised:
             raise
         raise attributed_error from None
+
+
+def preflight_anywhere(recipe: Recipe, plan: Plan, network: nn.Module, data: Data) -> None:
+    """What a run tries before training, for a dry run, which may be far from the machine it is for.
+
+    So in fp32, and without what only a GPU or several ranks have.
+    """
+    recipe = replace(recipe, precision="fp32", compile=False, sync_batch_norm=False)
+    try:
+        accelerator = create_accelerator("fp32")
+        if recipe.initialize is not None:
+            initialize(network, recipe, data.train, accelerator.device)
+        preflight(make_context(network, recipe, plan, accelerator, data))
+    finally:
+        reset_accelerator()
 
 
 def _no_exit(raised: SystemExit) -> Exception:

@@ -118,6 +118,17 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan(
     assert not Path("runs").exists()
 
 
+def test_dry_run_tries_what_a_run_tries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path(SIMPLECNN).read_text()
+    text += "\n\ndef wrong(logits, targets):\n    return {}['mine']\n"
+    text += "\n\nfrom dataclasses import replace\nrecipe = replace(recipe, loss=wrong)\n"
+    (tmp_path / "faulty.py").write_text(text)
+    assert main(["faulty.py", "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "wrong fails: KeyError: 'mine' (faulty.py, line" in printed.err
+
+
 def test_dry_run_without_a_world_size_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SIMPLECNN, "--dry-run"]) == 0
     assert "scaling" not in capsys.readouterr().out
