@@ -56,7 +56,7 @@ from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.training.model import build_network, count_parameters, initialize
 from launcher.training.preflight import preflight
-from launcher.training.smoke import check_smoke, smoke_version
+from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, make_context
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count
@@ -142,7 +142,7 @@ def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE
     or a failed smoke test, and `RankError` where the ranks lose each other.
     """
     if options.smoke:
-        loaded, options = smoke_version(loaded, options, world.size)
+        options = smoke_options(options)
     group = process_group.rendezvous(world, options.timeouts)
     try:
         with report_first_failure(group, lambda: "outside training"):
@@ -153,8 +153,6 @@ def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE
     group.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if options.smoke and not result.stopped:
-        check_smoke(result.losses)
     return result
 
 
@@ -197,7 +195,7 @@ def _no_exit(raised: SystemExit) -> Exception:
 def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     prepared = prepare_on_all_ranks(loaded, options, group)
-    data = prepared.data
+    loaded, data = prepared.loaded, prepared.data
     # What a resumed run is compared with is the precision that it had, whoever chose it.
     recipe = replace(loaded.recipe, precision=cast(Precision, prepared.precision))
     accelerator = create_accelerator(prepared.precision, group.world, recipe.deterministic)
@@ -215,8 +213,12 @@ def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup)
         facts["fallback"] = fallback_warning(data)
     profiler = Profiler(ctx) if options.profile else None
     ctx = profiler.ctx if profiler else ctx
+    smoke_test = SmokeTest(ctx) if options.smoke else None
     with report_first_failure(group, lambda: describe_position(ctx)):
-        return log_and_run(ctx, loaded, options, cleaned(facts), profiler)
+        result = log_and_run(ctx, loaded, options, cleaned(facts), profiler)
+        if smoke_test and not result.stopped and (note := smoke_test.verdict()):
+            make_console(accelerator.is_main_process).say(note)
+    return result
 
 
 def describe_position(ctx: TrainContext) -> str:
@@ -232,6 +234,7 @@ def describe_position(ctx: TrainContext) -> str:
 class Prepared:
     """What each rank can make without the others."""
 
+    loaded: LoadedRecipe
     data: Data
     plan: Plan
     network: nn.Module
@@ -243,6 +246,8 @@ def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankG
     """Prepare here, and go on when all ranks have; a `UserError` of one ends all."""
     with group.sync_errors():
         group.refuse_differences(shared_facts(loaded, options))
+        if options.smoke:
+            loaded = replace(loaded, recipe=smoke_version(loaded.recipe, group))
         prepared = prepare(loaded, options, group)
     group.init_process_group()
     return prepared
@@ -281,7 +286,7 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
         skipped = checkpoint.load_initial_weights(network, weights, options.skip)
         without = f", without {', '.join(skipped)}" if skipped else ""
         facts |= {"weights": f"from {weights}{without}"}
-    return Prepared(data, plan, network, precision, facts)
+    return Prepared(loaded, data, plan, network, precision, facts)
 
 
 def given_weights(loaded: LoadedRecipe, options: RunOptions) -> Path | None:

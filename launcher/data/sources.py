@@ -140,7 +140,7 @@ def smoke_source(data: Images) -> Source:
     function = source.func if isinstance(source, partial) else source
     if function is not Synthetic:
         keywords = _known_shape(data)
-    return partial(Synthetic, **{**keywords, "count": 1024})
+    return partial(Synthetic, **keywords)
 
 
 def _known_shape(data: Images) -> dict[str, int]:

@@ -226,11 +226,13 @@ class RankGroup:
         To be called within `sync_errors`, which every rank then reaches: also where another rank
         has a `UserError` and never gives a value.
         """
-        return self._broadcast(f"node/{self.world.node}/{key}", value)
+        return self.broadcast(f"node/{self.world.node}/{key}", value)
 
-    def _broadcast(self, key: str, value: str | None) -> str:
+    def broadcast(self, key: str, value: str | None = None) -> str:
+        """The value that one rank gives, on all ranks; within `sync_errors` as well."""
         if value is not None:
-            self._store.set(key, value)
+            if self._heartbeat is not None:
+                self._store.set(key, value)
             return value
         self._guard(lambda: self._poll(key, None, self._check_for_user_errors), self._silence)
         return self._store.get(key).decode()
@@ -243,7 +245,7 @@ class RankGroup:
         if self._heartbeat is None:
             return
         first = json.loads(
-            self._broadcast("facts", json.dumps(facts) if self.world.is_main else None)
+            self.broadcast("facts", json.dumps(facts) if self.world.is_main else None)
         )
         names = [n for n in {**first, **facts} if first.get(n) != facts.get(n)]
         if names:

@@ -272,7 +272,7 @@ def _try_training_pass(
     """
     network.train()
     try:
-        with _restored_afterwards(network, accelerator.device):
+        with restored_afterwards(network, accelerator.device):
             with accelerator.autocast():
                 output = network(images)
             _refuse_several_outputs(output, recipe, " in training mode")
@@ -289,7 +289,7 @@ def _try_training_pass(
 
 
 @contextmanager
-def _restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
+def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Put back buffers, gradients and random numbers at the end."""
     buffers = [buffer.clone() for buffer in network.buffers()]
     try:

@@ -1,0 +1,1 @@
+"""Networks that this project did not write, and its own text of those that people write often."""
