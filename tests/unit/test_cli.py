@@ -157,7 +157,8 @@ def test_a_smoke_test_of_many_passes_has_several_steps_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "reason"), [("optimizer.lr=0", "no score has changed"), ("optimizer.lr=1e30", "not finite")]
+    ("word", "reason"),
+    [("optimizer.lr=0", "no score has changed"), ("optimizer.lr=1e30", "not finite")],
 )
 def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
     word: str, reason: str, capsys: pytest.CaptureFixture[str]
