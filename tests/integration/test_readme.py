@@ -143,7 +143,7 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     code, output, errors = run(command, folder, [] if shows else short)
     assert code == 0, errors[-3000:]
     if "--help" in command:
-        assert "model.width" in output
+        assert "optimizer.lr" in output
     elif "--dry-run" in command:
         assert "256 = 8 ranks x 32 images" in output
     else:
