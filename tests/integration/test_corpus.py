@@ -1,7 +1,7 @@
 """Networks that others wrote, and their ways of writing, on 1 rank and 2, interrupted and resumed.
 
-Here those whose habits have been in the way of trainers; `python -m tests.corpus.trial` tries all of
-them and prints the table of docs/networks.md.
+Here those whose habits have been in the way of trainers; `python -m tests.corpus.trial` tries all
+of them and prints the table of docs/networks.md.
 """
 
 from pathlib import Path

@@ -1,0 +1,104 @@
+"""A network layer by layer, as two images go through it: shapes, parameters, work, memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from launcher.training.model import restored_afterwards
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a module without submodules. Shapes are those for all images given."""
+
+    name: str  # as in named_modules: `fc1`, `layers.7`
+    module: nn.Module
+    given: tuple[int, ...]
+    made: tuple[int, ...]
+    parameters: int
+    flops: int  # of the forward pass of one image
+    activations: int  # bytes that one image's output takes
+
+
+@dataclass
+class Walk:
+    """What was seen on the way: the layers passed, and the one that stopped it."""
+
+    layers: list[Layer] = field(default_factory=list)
+    output: Any = None
+    error: Exception | None = None
+    refused: tuple[str, nn.Module, tuple[int, ...]] | None = None  # and what it was given
+
+
+def walk(network: nn.Module, images: Tensor) -> Walk:
+    """Run `(n, c, h, w)` through the network in evaluation mode, and leave it as it was."""
+    found = Walk()
+    names = {module: name for name, module in network.named_modules()}
+    was_training = network.training
+    network.eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with (
+            restored_afterwards(network, images.device),
+            torch.no_grad(),
+            _watched(found, names, len(images)),
+            counter,
+        ):
+            found.output = network(images)
+    except Exception as error:
+        found.error = error
+    network.train(was_training)
+    flops = _flops(counter, type(network).__name__)
+    found.layers = [
+        Layer(
+            *(layer.name, layer.module, layer.given, layer.made, layer.parameters),
+            flops.get(layer.name, 0) // len(images),
+            layer.activations,
+        )
+        for layer in found.layers
+    ]
+    return found
+
+
+def _flops(counter: FlopCounterMode, root: str) -> dict[str, int]:
+    """Of each module by its name, which torch begins with the class of the network."""
+    return {
+        name.removeprefix(f"{root}."): sum(operations.values())
+        for name, operations in counter.get_flop_counts().items()
+    }
+
+
+@contextmanager
+def _watched(found: Walk, names: dict[nn.Module, str], count: int) -> Iterator[None]:
+    """Note each call of a module that has no submodules, while it is open."""
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.refused = (names[module], module, _shape(inputs))
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        numbers = output.numel() * output.element_size() if isinstance(output, Tensor) else 0
+        parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        made = _shape((output,))
+        given = _shape(inputs)
+        name = names[module]
+        found.layers.append(Layer(name, module, given, made, parameters, 0, numbers // count))
+        found.refused = None
+
+    leaves = [module for module in names if not any(True for _ in module.children())]
+    handles = [module.register_forward_pre_hook(before) for module in leaves]
+    handles += [module.register_forward_hook(after) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shape(values: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of the first tensor; lazy layers and modules of other things have none."""
+    return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())

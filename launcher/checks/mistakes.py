@@ -1,0 +1,156 @@
+"""What is wrong with a network: in the words of the layer that shows it, with what to write."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from launcher.checks.layers import Walk, walk
+from launcher.training.model import user_line, user_location
+
+_SIZES = (28, 32, 64, 96, 128, 224)  # pixels, for which networks are written
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What was found, with the place in the user's file where it can be told; what to write."""
+
+    what: str
+    instead: str
+
+
+def find_mistake(network: nn.Module, images: Tensor, classes: int) -> Mistake | None:
+    """The first mistake that shows when images `(n, c, h, w)` go through the network, if any."""
+    walked = walk(network, images)
+    if walked.error is None:
+        return _of_output(walked, len(images), classes)
+    if walked.refused is None:
+        return _of_forward(walked, images)
+    return _of_layer(walked, network, images)
+
+
+def _of_output(walked: Walk, count: int, classes: int) -> Mistake | None:
+    output = walked.output
+    if output is None:
+        return Mistake("forward returns nothing", "end it with `return x`")
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        return Mistake(
+            f"forward returns a {kind}", "return the scores alone, such as `return x[0]`"
+        )
+    if len(output) != count:
+        return Mistake(
+            f"{count} images become {len(output)} rows of scores: a `view` changes the batch",
+            "write x.flatten(1) where it is flattened",
+        )
+    if tuple(output.shape) != (count, classes):
+        last = next((x for x in reversed(walked.layers) if isinstance(x.module, nn.Linear)), None)
+        scores = " x ".join(map(str, output.shape[1:])) or "1"
+        instead = f"end with {classes} scores for each image"
+        if last is not None:
+            instead = (
+                f"write {last.name} = nn.Linear({_linear(last.module).in_features}, {classes})"
+            )
+        return Mistake(f"it ends in {scores} scores for {classes} classes", instead)
+    return None
+
+
+def _of_forward(walked: Walk, images: Tensor) -> Mistake:
+    """Of the code between the layers."""
+    error, before = walked.error, walked.layers[-1].made if walked.layers else tuple(images.shape)
+    assert error is not None
+    line = user_line(error)
+    code = f"`{line.line}` " if line and line.line else ""
+    what = f"{code}fails{user_location(error)}: {type(error).__name__}: {error}"
+    per_image = prod(before[1:])
+    if isinstance(error, NameError) and getattr(error, "name", "") == "F":
+        return Mistake(what, "begin the file with `import torch.nn.functional as F`")
+    if isinstance(error, NameError) and getattr(error, "name", "") in ("nn", "torch"):
+        module = {"nn": "from torch import nn", "torch": "import torch"}[str(error.name)]
+        return Mistake(what, f"begin the file with `{module}`")
+    if "is invalid for input of size" in str(error):
+        following = f", and nn.Linear({per_image:,}, ...) behind it".replace(",", "", 1)
+        return Mistake(
+            f"{code}does not fit the {per_image} numbers of an image{user_location(error)}",
+            f"write x.flatten(1) there{following}",
+        )
+    if "view size is not compatible" in str(error):
+        return Mistake(what, "write x.flatten(1) or x.reshape(...) there")
+    return Mistake(what, "mend that line")
+
+
+def _of_layer(walked: Walk, network: nn.Module, images: Tensor) -> Mistake:
+    assert walked.refused is not None
+    assert walked.error is not None
+    name, layer, given = walked.refused
+    head = f"{name or type(layer).__name__} = {layer}"
+    where = user_location(walked.error)
+    got = " x ".join(map(str, given[1:])) or "single numbers"
+    what = f"{head} gets {got} for each image{where}"
+    if isinstance(layer, nn.Linear):
+        return _of_linear(walked, network, images, head, where)
+    if isinstance(layer, nn.Conv1d):
+        arguments = f"{layer.in_channels}, {layer.out_channels}, {layer.kernel_size[0]}"
+        return Mistake(what, f"write nn.Conv2d({arguments}): pictures have two dimensions")
+    if isinstance(layer, _CONVOLUTIONS) and len(given) == 4 and given[1] != layer.in_channels:
+        return _of_channels(layer, given, head, where)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and len(given) > 1:
+        kind = type(layer).__name__
+        return Mistake(f"{head} gets {given[1]} channels{where}", f"write nn.{kind}({given[1]})")
+    if isinstance(layer, (*_CONVOLUTIONS, *_POOLINGS)) and len(given) == 4:
+        return Mistake(
+            f"{head} gets pictures of {given[2]} x {given[3]} pixels, fewer than it needs{where}",
+            "leave out a pooling before it, write padding=1 in the convolutions, or train larger "
+            "images",
+        )
+    return Mistake(f"{what}: {walked.error}", "compare its arguments with what it gets")
+
+
+def _of_linear(walked: Walk, network: nn.Module, images: Tensor, head: str, where: str) -> Mistake:
+    assert walked.refused is not None
+    _, layer, given = walked.refused
+    linear, count = _linear(layer), len(images)
+    if len(given) == 4:
+        numbers = prod(given[1:])
+        return Mistake(
+            f"{head} gets pictures, {given[1]} x {given[2]} x {given[3]}{where}",
+            f"write x.flatten(1) before it, and nn.Linear({numbers}, {linear.out_features})",
+        )
+    if given[0] != count:
+        numbers = prod(given) // count
+        return Mistake(
+            f"{head} gets {given[0]} rows of {count} images: a `view` changes the batch{where}",
+            f"write x.flatten(1) before it, and nn.Linear({numbers}, {linear.out_features})",
+        )
+    instead = f"write nn.Linear({given[-1]}, {linear.out_features})"
+    if size := _fitting_size(network, images):
+        instead += f"; as it is, the network takes images of {size} x {size} pixels"
+    return Mistake(f"{head} gets {given[-1]} numbers for each image{where}", instead)
+
+
+def _of_channels(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: tuple[int, ...], head: str, where: str
+) -> Mistake:
+    out, kernel = layer.out_channels, layer.kernel_size[0]
+    what = f"{head} gets {given[1]} channels{where}"
+    if given[1] == out:
+        what += ", as many as it is to make: in_channels and out_channels are exchanged"
+        out = layer.in_channels
+    return Mistake(what, f"write nn.{type(layer).__name__}({given[1]}, {out}, {kernel})")
+
+
+def _fitting_size(network: nn.Module, images: Tensor) -> int | None:
+    """Of the usual sizes, the one that the network takes as it is."""
+    channels = images.shape[1]
+    for size in _SIZES:
+        if walk(network, torch.zeros(2, channels, size, size, dtype=images.dtype)).error is None:
+            return size
+    return None
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    assert isinstance(layer, nn.Linear)
+    return layer
