@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
-from launcher.distributed.world import ALONE, World, refuse_misplaced
+from launcher.distributed.environment import refuse_unusable
+from launcher.distributed.world import ALONE, World, refuse_impossible, refuse_misplaced
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -60,7 +61,9 @@ def main(words: Sequence[str] | None = None) -> int:
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         with signals.listening():  # before torch is imported: that takes seconds
-            world = slurm_env.world_of_task(os.environ, World.of_this_process())
+            found = slurm_env.world_of_task(os.environ, World.of_this_process())
+            refuse_impossible(found, os.environ)
+            world = found
             if world.is_launched:
                 signals.watch_launcher()
             return _run(words, world)
@@ -166,6 +169,7 @@ def _run(words: list[str], world: World) -> int:
     if arguments.skip and arguments.init_from is None:
         parser.error("--skip goes with --init-from")
     try:
+        refuse_unusable(os.environ)
         loaded = _load(named[0], [*named[1:], *unknown])
     except UserError as error:
         if shows:
