@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text:.40} is no whole number from 1 to 999,999,999,999")
     return int(text)
 
 
@@ -234,20 +234,20 @@ def _cadence(text: str) -> "SaveInterval":
     """`20` steps, `2m` minutes, `1e` epochs, or `never`."""
     from launcher.config.plan import SaveInterval
 
-    number = text[:-1] if text[-1:] in ("m", "e") else text
     if text == "never":
         return SaveInterval()
-    if not number.isdecimal() or int(number) < 1:
+    unit = text[-1:] if text[-1:] in ("m", "e") else ""
+    try:
+        number = _positive(text.removesuffix(unit))
+    except argparse.ArgumentTypeError:
         raise UserError(
-            f"--checkpoint-every {text}",
+            f"--checkpoint-every {text:.40}",
             expected="a number of steps, minutes (2m) or epochs (1e), or never",
             instead="type --checkpoint-every 1e, for example",
-        )
-    if text.endswith("m"):
-        return SaveInterval(minutes=int(number))
-    return (
-        SaveInterval(epochs=int(number)) if text.endswith("e") else SaveInterval(steps=int(number))
-    )
+        ) from None
+    if unit == "m":
+        return SaveInterval(minutes=number)
+    return SaveInterval(epochs=number) if unit == "e" else SaveInterval(steps=number)
 
 
 def _dry_run(

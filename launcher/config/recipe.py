@@ -55,6 +55,12 @@ class Images:
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _at_least("data.batch_size", self.batch_size, 1)
+        if "\0" in str(self.root):
+            raise UserError(
+                f"data.root={str(self.root)!r}",
+                expected="a folder, whose name has no NUL in it",
+                instead="type data.root=data, for example",
+            )
         if not isinstance(self.augment, tuple):
             raise UserError(
                 f"data.augment={getattr(self.augment, '__name__', self.augment)}",
