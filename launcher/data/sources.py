@@ -11,20 +11,21 @@ import socket
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from launcher.config.recipe import Images
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
+from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.utils.text import count
 
@@ -80,6 +81,8 @@ def load(data: Images) -> Data:
     reach and there is no fallback.
     """
     data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
+    if os.path.exists(data.root) and not os.path.isdir(data.root):
+        raise _no_folder(Path(data.root), "not a folder")
     try:
         train, test = _open_both(data.source, data.root)
         loaded = Data(train, test, short_name(data.source))
@@ -202,13 +205,40 @@ def _downloading(root: str) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     try:
         os.makedirs(root, exist_ok=True)
-        with FileLock(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
+        with _locked(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             yield
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
         raise _UnavailableError(f"cannot be downloaded ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _no_folder(root: Path, why: str) -> UserError:
+    return UserError(
+        f"data.root={str(root)!r} ({why})",
+        expected="a folder in which the images are, or in which they can be written",
+        instead="type data.root=data, for example",
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock; a signal ends the wait for it."""
+    try:
+        path.touch()
+    except OSError as error:  # FileLock would wait for ever
+        raise _no_folder(path.parent, error.strerror) from None
+    lock = FileLock(path)
+    while True:
+        with suppress(Timeout):
+            lock.acquire(timeout=0.5)
+            break
+        signals.end_if_stopped(f"the wait for another process, which holds {path},")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _call(source: Source, root: str, train: bool, download: bool) -> Any:

@@ -11,6 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import tarfile
@@ -43,7 +44,8 @@ from torchvision.datasets import (
 from launcher import Folder, Images, Synthetic
 from launcher.config import overrides
 from launcher.data import sources
-from launcher.errors import UserError
+from launcher.distributed import signals
+from launcher.errors import StoppedBeforeTrainingError, UserError
 from tests.support.helpers import HALF, refused, tiny_recipe
 
 NAMES = ["cat", "dog", "ship"]
@@ -401,8 +403,26 @@ def test_a_broken_folder_of_pictures_is_refused_even_with_a_fallback(tmp_path: P
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("no folder")
-    with refused(repr(str(tmp_path / "data"))):
-        sources.load(images_of(Cifar().source(), tmp_path / "data"))
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("data", "pipe"):
+        with refused(repr(str(tmp_path / name)), "not a folder", "type data.root=data"):
+            sources.load(images_of(Cifar().source(), tmp_path / name, fallback=SMALL))
+
+
+def test_a_root_where_no_lock_can_be_is_refused() -> None:
+    with refused("data.root='/proc'", "type data.root=data"):
+        sources.load(images_of(Cifar().source(), Path("/proc"), fallback=SMALL))
+
+
+def test_a_signal_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
+    number = signal.getsignal(signal.SIGTERM)
+    stop = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    with FileLock(tmp_path / ".download.lock"), signals.listening(ends_process=False):
+        stop.start()
+        with pytest.raises(StoppedBeforeTrainingError, match="stopped by SIGTERM before") as caught:
+            sources.load(images_of(Cifar().source(), tmp_path))
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) is number
 
 
 # Downloading, from a server on this machine
