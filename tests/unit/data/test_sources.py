@@ -30,9 +30,11 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import (
     CIFAR10,
     CIFAR100,
+    EMNIST,
     KMNIST,
     MNIST,
     STL10,
@@ -710,6 +712,65 @@ def test_data_that_is_not_uint8_images_with_labels_is_refused(
 ) -> None:
     with refused("data.source=Mine", "uint8", "CIFAR10", "Folder"):
         sources.load(images_of(made("Mine", **attributes), tmp_path))
+
+
+class Lazy(Dataset[Any]):
+    """What torch's tutorials write: the images are made when they are asked for."""
+
+    def __init__(self, root: str, train: bool = True) -> None:
+        self.count = 4
+
+    def __getitem__(self, index: int) -> Any:
+        return PIXELS[index], 0
+
+
+def two_tensors(root: str, train: bool = True) -> Any:
+    return TensorDataset(torch.rand(4, 3, 8, 8), torch.zeros(4))
+
+
+def nothing(root: str, train: bool = True) -> None: ...
+
+
+def fails(root: str, train: bool = True) -> None:
+    raise KeyError("mine")
+
+
+def needs_more(root: str, train: bool, year: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Lazy, "Lazy makes a Lazy without `data` and `targets`, which makes images one by one"),
+        (two_tensors, "two_tensors makes a TensorDataset without `data` and `targets`, which"),
+        (nothing, "nothing makes a NoneType without `data` and `targets`;"),
+        (made("Mine", data=PIXELS), "Mine makes a Mine without `targets`"),
+        (made("Mine", data=["a.png"], targets=[0]), "Mine has a list as `data` that is no array"),
+        (made("Mine", data=PIXELS, labels=["cat"]), "has a list as `labels` that is no array"),
+        (made("Mine", data=PIXELS / 255, targets=[0] * 4), "(data * 255).to(torch.uint8)"),
+        (EMNIST, "EMNIST, which needs split as well; expected values for all"),
+        (needs_more, "write partial(needs_more, year=...) in the recipe file"),
+        (partial(EMNIST, split="none"), "Unknown value 'none' for argument split. Valid values"),
+        (fails, f"fails fails: KeyError: 'mine' ({__file__}, line"),
+    ],
+)
+def test_a_source_without_what_is_needed_is_described(
+    tmp_path: Path, source: Any, words: str
+) -> None:
+    with refused("data.source=", words):
+        sources.load(images_of(source, tmp_path / "data", fallback=SMALL))
+    assert not (tmp_path / "data").exists(), "nothing was looked for"
+
+
+def test_a_set_that_opens_an_absent_file_is_fetched(tmp_path: Path) -> None:
+    class Absent:
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            if download:
+                Path(root, "file").touch()
+            Path(root, "file").read_bytes()
+            self.data, self.targets = PIXELS, [0] * 4
+
+    assert len(sources.load(images_of(Absent, tmp_path)).train) == 4
 
 
 def test_targets_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
