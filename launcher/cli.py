@@ -58,6 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="launcher: %(message)s")
     words = sys.argv[1:] if words is None else list(words)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B keeps the command line with the run
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each wait of seconds is a warning
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         with signals.listening():  # before torch is imported: that takes seconds

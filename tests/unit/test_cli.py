@@ -1,6 +1,7 @@
 """The command line as people type it: what it prints, the exit code, and what it leaves behind."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,17 @@ def test_bad_input_is_answered_in_one_line(
     line = complaint(capsys, *words)
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize("own", [None, "INFO"])
+def test_torch_warns_of_its_sockets_only_where_asked_to(
+    monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", own or "")
+    if own is None:
+        monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    assert main(["--help"]) == 0
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == (own or "ERROR")
 
 
 def test_a_model_that_cannot_take_the_images_is_explained(

@@ -424,6 +424,8 @@ def test_a_signal_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
         with pytest.raises(StoppedBeforeTrainingError, match="stopped by SIGTERM before") as caught:
             sources.load(images_of(Cifar().source(), tmp_path))
     assert caught.value.exit_code == 75
+    with signals.listening(ends_process=False):
+        pass  # forgets the signal
     assert signal.getsignal(signal.SIGTERM) is number
 
 
