@@ -134,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text:.40} is no whole number from 1 to 999,999,999,999")
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no whole number from 1 to 999,999,999,999"
+        )
     return int(text)
 
 
@@ -149,7 +151,7 @@ def _run(words: list[str], world: World) -> int:
     if words[:1] == ["submit"]:
         from launcher.cluster import submit
 
-        return submit.main(words[1:])
+        return submit.main(words[1:], _check)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
@@ -185,6 +187,14 @@ def _run(words: list[str], world: World) -> int:
         sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
         return 0
     return _train(loaded, arguments, job)
+
+
+def _check(words: Sequence[str]) -> None:
+    """Raise `UserError` for the words of a run that would not begin, before a job waits for it."""
+    arguments, unknown = _parser().parse_known_args(words)
+    refuse_misplaced(unknown)
+    _cadence(arguments.checkpoint_every)
+    _load(arguments.words[1], [*arguments.words[2:], *unknown])
 
 
 def _load(path: str, words: list[str]) -> "LoadedRecipe":
