@@ -37,13 +37,13 @@ class Folder:
         half = _half(Path(root), train)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
+        refuse_too_large(f"{half}", len(files), size)
         if half == Path(root):
             _refuse_few(files, names)
             files = _split(files, train)
         if not files:
             raise _empty(half)
         self.classes = names
-        refuse_too_large(f"{half}", len(files), size)
         self.targets = numpy.array([label for _, label in files])
         self.data: Any = numpy.empty((len(files), size, size, 3), numpy.uint8)
 

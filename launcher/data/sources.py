@@ -237,7 +237,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         path.touch()
     except OSError as error:  # FileLock would wait for ever
-        raise _no_folder(path.parent, error.strerror) from None
+        raise _no_folder(path.parent, f"{error.strerror}") from None
     lock = FileLock(path)
     while True:
         with suppress(Timeout):

@@ -296,10 +296,10 @@ def test_pictures_that_do_not_fit_into_memory_are_counted_before_they_are_read(
 ) -> None:
     fill(tmp_path, {"a": 5, "b": 5})
     (tmp_path / "a" / "000.png").write_bytes(b"no picture")  # that would be said of it
-    needed = 8 * 100 * 100 * 3
+    needed = 10 * 100 * 100 * 3  # both halves
     free = SimpleNamespace(available=needed - 1)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    with refused("8 images of 100 x 100 pixels need", "memory", "data.source.size=70"):
+    with refused("10 images of 100 x 100 pixels need", "memory", "data.source.size=70"):
         Folder(str(tmp_path), size=100)
     with refused("cannot be read as a picture"):
         Folder(str(tmp_path), size=70)
