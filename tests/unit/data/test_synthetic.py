@@ -123,7 +123,7 @@ def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source
 @pytest.mark.parametrize("name", ["count", "size", "channels", "classes"])
 def test_numbers_that_leave_nothing_are_refused(name: str) -> None:
     with refused(f"{name}=-1", "at least 1"):
-        Synthetic(**{name: -1})
+        partial(Synthetic, **{name: -1})()
 
 
 def test_more_than_the_memory_holds_is_refused() -> None:
