@@ -122,8 +122,9 @@ def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source
 
 @pytest.mark.parametrize("name", ["count", "size", "channels", "classes"])
 def test_numbers_that_leave_nothing_are_refused(name: str) -> None:
+    settings: Any = {name: -1}
     with refused(f"{name}=-1", "at least 1"):
-        partial(Synthetic, **{name: -1})()
+        Synthetic(**settings)
 
 
 def test_more_than_the_memory_holds_is_refused() -> None:
