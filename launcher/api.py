@@ -12,7 +12,8 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.distributed import signals
 from launcher.distributed.accelerator import reset_accelerator
-from launcher.distributed.world import World
+from launcher.distributed.environment import refuse_unusable
+from launcher.distributed.world import World, refuse_impossible
 from launcher.run import RunResult, train_loaded
 
 
@@ -40,7 +41,9 @@ def train(
     options = RunOptions(
         runs=Path(runs), name=name, resume=resume, wandb=wandb, max_steps=max_steps
     )
+    refuse_unusable(os.environ)
     world = slurm_env.world_of_task(os.environ, World.of_this_process())
+    refuse_impossible(world, os.environ)
     with signals.listening(ends_process=False):
         if world.is_launched:
             signals.watch_launcher()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
-from launcher.distributed.world import ALONE, World, refuse_misplaced
+from launcher.distributed.environment import refuse_unusable
+from launcher.distributed.world import ALONE, World, refuse_impossible, refuse_misplaced
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -57,10 +58,13 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="launcher: %(message)s")
     words = sys.argv[1:] if words is None else list(words)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B keeps the command line with the run
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each wait of seconds is a warning
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         with signals.listening():  # before torch is imported: that takes seconds
-            world = slurm_env.world_of_task(os.environ, World.of_this_process())
+            found = slurm_env.world_of_task(os.environ, World.of_this_process())
+            refuse_impossible(found, os.environ)
+            world = found
             if world.is_launched:
                 signals.watch_launcher()
             return _run(words, world)
@@ -129,8 +133,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no whole number from 1 to 999,999,999,999"
+        )
     return int(text)
 
 
@@ -145,7 +151,7 @@ def _run(words: list[str], world: World) -> int:
     if words[:1] == ["submit"]:
         from launcher.cluster import submit
 
-        return submit.main(words[1:])
+        return submit.main(words[1:], _check)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
@@ -166,6 +172,7 @@ def _run(words: list[str], world: World) -> int:
     if arguments.skip and arguments.init_from is None:
         parser.error("--skip goes with --init-from")
     try:
+        refuse_unusable(os.environ)
         loaded = _load(named[0], [*named[1:], *unknown])
     except UserError as error:
         if shows:
@@ -180,6 +187,14 @@ def _run(words: list[str], world: World) -> int:
         sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
         return 0
     return _train(loaded, arguments, job)
+
+
+def _check(words: Sequence[str]) -> None:
+    """Raise `UserError` for the words of a run that would not begin, before a job waits for it."""
+    arguments, unknown = _parser().parse_known_args(words)
+    refuse_misplaced(unknown)
+    _cadence(arguments.checkpoint_every)
+    _load(arguments.words[1], [*arguments.words[2:], *unknown])
 
 
 def _load(path: str, words: list[str]) -> "LoadedRecipe":
@@ -230,20 +245,20 @@ def _cadence(text: str) -> "SaveInterval":
     """`20` steps, `2m` minutes, `1e` epochs, or `never`."""
     from launcher.config.plan import SaveInterval
 
-    number = text[:-1] if text[-1:] in ("m", "e") else text
     if text == "never":
         return SaveInterval()
-    if not number.isdecimal() or int(number) < 1:
+    unit = text[-1:] if text[-1:] in ("m", "e") else ""
+    try:
+        number = _positive(text.removesuffix(unit))
+    except argparse.ArgumentTypeError:
         raise UserError(
-            f"--checkpoint-every {text}",
+            f"--checkpoint-every {text:.40}",
             expected="a number of steps, minutes (2m) or epochs (1e), or never",
             instead="type --checkpoint-every 1e, for example",
-        )
-    if text.endswith("m"):
-        return SaveInterval(minutes=int(number))
-    return (
-        SaveInterval(epochs=int(number)) if text.endswith("e") else SaveInterval(steps=int(number))
-    )
+        ) from None
+    if unit == "m":
+        return SaveInterval(minutes=number)
+    return SaveInterval(epochs=number) if unit == "e" else SaveInterval(steps=number)
 
 
 def _dry_run(

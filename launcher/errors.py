@@ -70,8 +70,9 @@ class UserError(LauncherError):
 
     def __init__(self, given: str, *, expected: str, instead: str) -> None:
         self.given, self.expected, self.instead = given, expected, instead
-        message = f"{given}; expected {expected}; {instead}"
-        super().__init__(" ".join(message.split()))  # one line, whatever the parts contained
+        # One line that a terminal shows as it is, whatever the parts contained.
+        line = " ".join(f"{given}; expected {expected}; {instead}".split())
+        super().__init__("".join(c if c.isprintable() else "?" for c in line))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes with all three parts."""

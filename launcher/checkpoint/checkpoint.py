@@ -331,7 +331,8 @@ class Writer:
 
 def _all(root: Path) -> list[Path]:
     """By their steps; one that is being replaced, `.old`, before the one in its place."""
-    named = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)]
+    found = root.glob("step-*") if os.path.isdir(root) else ()  # isdir takes any name
+    named = [path for path in found if _NAME.fullmatch(path.name)]
     real = (path for path in named if path.is_dir() and not path.is_symlink())
     return sorted(real, key=lambda path: (int(path.stem[5:]), path.suffix != ".old"))
 

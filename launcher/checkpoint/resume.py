@@ -1,5 +1,6 @@
 """Where a run begins: a new folder, or a checkpoint of an old one that fits the recipe."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,10 @@ def initial_weights(root: Path, given: str) -> Path:
     Raises `UserError` where there is none.
     """
     for folder in (Path(given), root / given):
-        if folder.is_file():
+        if os.path.isfile(folder):  # false where Path.is_file raises: the name is too long
             return folder
         for name in ("final.safetensors", "best.safetensors", "weights.safetensors"):
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 return folder / name
         found, _ = checkpoint.newest(folder / "checkpoints")
         if found is not None:

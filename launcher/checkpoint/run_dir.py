@@ -11,6 +11,7 @@ runs/NAME/
 """
 
 import json
+import os
 import platform
 import secrets
 import shutil
@@ -27,7 +28,6 @@ from launcher.errors import UserError
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
 
-MOST_BYTES = 200  # of a run's name: file systems take 255, and W&B adds to it
 # What lies in a run folder before its first epoch or checkpoint.
 _BEFORE_TRAINING = frozenset(
     ("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl")
@@ -142,24 +142,23 @@ class RunDir:
 def create(runs: Path, name: str | None, recipe_name: str) -> RunDir:
     """Make a new run folder; without a name, one of the recipe's name and the time.
 
-    Raises `UserError` for a name that is taken or no file name, and where nothing can be written.
+    Raises `UserError` for a name that is taken, and where nothing can be written.
     """
     if name is not None:
-        _check_name(name)
         return _make(runs / name)
     stem = f"{recipe_name}-{datetime.now():%Y%m%d-%H%M%S}"
     taken = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
-    return _make(next(runs / free for free in taken if not (runs / free).exists()))
+    return _make(next(runs / free for free in taken if not os.path.exists(runs / free)))
 
 
 def find(runs: Path, name: str | None, recipe_name: str) -> RunDir | None:
     """The run of that name, or without one the newest run of the recipe; None if there is none.
 
-    Raises `UserError` for a name that cannot be one, and for a run folder that is a link, or whose
-    parts are.
+    Raises `UserError` for a run folder that is a link, or whose parts are.
     """
+    if not os.path.isdir(runs):  # false where Path.is_dir raises: the name is too long
+        return None
     if name is not None:
-        _check_name(name)
         path = runs / name
         began = (path / "run.json").is_file() or (path / "checkpoints").is_dir()
         return _own(path) if began else None
@@ -168,16 +167,6 @@ def find(runs: Path, name: str | None, recipe_name: str) -> RunDir | None:
         if _read_json(path).get("name") == recipe_name:
             return _own(path.parent)
     return None
-
-
-def _check_name(name: str) -> None:
-    plain = name == Path(name).name and not name.startswith(".") and name.strip()
-    if not plain or len(name.encode()) > MOST_BYTES:
-        raise UserError(
-            f"--name {name!r}",
-            expected="a plain name, not too long, without slashes or a leading dot",
-            instead="type --name my-run --runs FOLDER",
-        )
 
 
 def _own(path: Path) -> RunDir:
@@ -206,7 +195,9 @@ def _make(path: Path) -> RunDir:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
-    except FileExistsError:
+    except FileExistsError as error:
+        if not path.parent.is_dir():
+            raise _unwritable(path, error) from None
         if _never_began(path):
             return RunDir(path)
         raise UserError(
@@ -214,7 +205,7 @@ def _make(path: Path) -> RunDir:
             expected="a name that no other run has",
             instead="type another --name, or remove that folder",
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a NUL
         raise _unwritable(path, error) from None
     return RunDir(path)
 
@@ -231,9 +222,9 @@ def _never_began(path: Path) -> bool:
     return own and not any((path / "checkpoints").glob("[!.]*"))
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def _unwritable(path: Path, error: OSError | ValueError) -> UserError:
     return UserError(
-        f"the run folder {path} cannot be written ({error.strerror})",
+        f"the run folder {path} cannot be written ({getattr(error, 'strerror', error)})",
         expected="a folder that can be written, and room for it",
         instead="type --runs FOLDER",
     )

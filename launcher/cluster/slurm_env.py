@@ -14,13 +14,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 
-from launcher.distributed.world import Launcher, World, is_true
+from launcher.distributed.environment import is_true, number_in
+from launcher.distributed.world import Launcher, World
 from launcher.errors import OtherRankError, RankError, UserError
 from launcher.utils.text import count
 
 # Below the ports that systems hand out by themselves (32768 and up), above those of most services.
 FIRST_PORT, PORTS = 12_000, 20_000
+_LAST_MOMENT = 253_370_764_800  # the year 9999, the last that datetime knows
 _SHELL = str(0xFFFFFFFA)  # the step of the shell that salloc opens on a node
 
 
@@ -55,18 +58,28 @@ def step_of(environ: Mapping[str, str]) -> Step | None:
     """The step of srun that this process is a task of; None outside, as in the shell of salloc."""
     if environ.get("SLURM_STEP_ID", _SHELL) == _SHELL or "SLURM_PROCID" not in environ:
         return None
-    tasks_here = expand(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
+    number = partial(number_in, environ)
+    counts = expand(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = number("SLURM_NODEID")
+    if node >= len(counts) or not environ.get("SLURM_STEP_NODELIST"):
+        names = ("SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")
+        raise UserError(
+            " ".join(f"{name}={environ.get(name, '')}" for name in names),
+            expected="the number of this node, the tasks of each node and their names, from srun",
+            instead="start it with srun, or type unset SLURM_STEP_ID to train with one process",
+        )
+    tasks = number("SLURM_STEP_NUM_TASKS", least=1)
     return Step(
-        job=int(environ["SLURM_JOB_ID"]),
-        step=int(environ["SLURM_STEP_ID"]),
-        restarts=int(environ.get("SLURM_RESTART_COUNT", 0)),
-        rank=int(environ["SLURM_PROCID"]),
-        tasks=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        node=int(environ["SLURM_NODEID"]),
-        tasks_here=tasks_here,
-        cpus_here=int(environ.get("SLURM_CPUS_ON_NODE", tasks_here)),
-        cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", 0)),
+        job=number("SLURM_JOB_ID"),
+        step=number("SLURM_STEP_ID"),
+        restarts=number("SLURM_RESTART_COUNT", 0),
+        rank=number("SLURM_PROCID", most=tasks - 1),
+        tasks=tasks,
+        local_rank=number("SLURM_LOCALID", most=counts[node] - 1),
+        node=node,
+        tasks_here=counts[node],
+        cpus_here=number("SLURM_CPUS_ON_NODE", counts[node], least=1),
+        cpus_per_task=number("SLURM_CPUS_PER_TASK", 0),
         nodes=environ["SLURM_STEP_NODELIST"],
     )
 
@@ -118,21 +131,21 @@ def check(environ: Mapping[str, str], world: World) -> None:
     else:
         gpus = _gpus(environ)
         _check_leftovers(environ, step, world)
-        _check_gpus(step, gpus, int(environ.get("SLURM_GPUS_ON_NODE", gpus)))
+        _check_gpus(step, gpus, number_in(environ, "SLURM_GPUS_ON_NODE", gpus))
 
 
 def _gpus(environ: Mapping[str, str]) -> int:
     """How many of the GPUs that Slurm gave can be seen from here; 0 for a job on CPUs."""
     if is_true(environ.get("ACCELERATE_USE_CPU", "")):
         return 0
-    given = int(environ.get("SLURM_GPUS_ON_NODE", 0))
+    given = number_in(environ, "SLURM_GPUS_ON_NODE", 0)
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     return given if visible is None or not given else len([d for d in visible.split(",") if d])
 
 
 def _check_batch(environ: Mapping[str, str]) -> None:
     """A process that runs in a job, but was not started by srun."""
-    nodes, gpus = int(environ.get("SLURM_JOB_NUM_NODES", 1)), _gpus(environ)
+    nodes, gpus = number_in(environ, "SLURM_JOB_NUM_NODES", 1), _gpus(environ)
     if nodes > 1:
         raise UserError(
             f"a job of {nodes} nodes in which one process was started, on the first",
@@ -200,8 +213,8 @@ def _check_leftovers(environ: Mapping[str, str], step: Step, world: World) -> No
 
 def _check_launched(environ: Mapping[str, str], step: Step | None) -> None:
     """`accelerate launch` or torchrun above: one of them per node, all in one training."""
-    groups = int(environ.get("GROUP_WORLD_SIZE", 1))
-    wanted = step.tasks if step else int(environ.get("SLURM_JOB_NUM_NODES", 1))
+    groups = number_in(environ, "GROUP_WORLD_SIZE", 1)
+    wanted = step.tasks if step else number_in(environ, "SLURM_JOB_NUM_NODES", 1)
     if step and step.tasks_here > 1:
         raise UserError(
             f"accelerate launch or torchrun, started {step.tasks_here} times on one node",
@@ -245,12 +258,12 @@ def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> A
     except UserError as error:
         first = error.first_rank if isinstance(error, _LeftoverError) else 0
         # Under accelerate launch, each task has a rank 0; but only one is of the first task.
-        if int(environ.get("SLURM_PROCID", 0)) != first or (world.is_launched and world.rank > 0):
+        if number_in(environ, "SLURM_PROCID", 0) != first or (world.is_launched and world.rank > 0):
             raise OtherRankError(error.exit_code) from None
         raise RankError(f"{error}", error.exit_code) from None
     if world.launcher is Launcher.SRUN and world.size > 1 and "MASTER_ADDR" not in environ:
         world = replace(world, address=_address(world.address))
-    attempt = int(environ.get("SLURM_RESTART_COUNT", 0)) + 1
+    attempt = number_in(environ, "SLURM_RESTART_COUNT", 0) + 1
     about = f"Slurm {environ['SLURM_JOB_ID']}, attempt {attempt}"
     end = _end_of_job(environ) if world.is_main else None
     if end is None:
@@ -283,7 +296,7 @@ def _address(host: str) -> str:
 def _end_of_job(environ: Mapping[str, str]) -> float | None:
     """When Slurm will end this job, in seconds since 1970; None if it never will."""
     if "SLURM_JOB_END_TIME" in environ:
-        return float(environ["SLURM_JOB_END_TIME"])
+        return float(number_in(environ, "SLURM_JOB_END_TIME", most=_LAST_MOMENT))
     return end_time(_scontrol("show", "job", environ["SLURM_JOB_ID"]))
 
 

@@ -5,6 +5,7 @@ per attempt, and its run folders stay.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def _submitted_runs(job: BatchJob, number: str) -> Iterator[SubmittedRun]:
 
 def show(runs: Path) -> None:
     """Print a line per submitted run: a table on a terminal, else aligned text."""
-    records = sorted((runs / JOBS_FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = (runs / JOBS_FOLDER).glob("*.json") if os.path.isdir(runs) else ()
+    records = sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime)
     if not records:
         raise UserError(
             f"no job was submitted for runs in {runs}",
@@ -93,7 +95,7 @@ def _rows(path: Path, runs: Path, queue: dict[str, str] | None) -> list[tuple[st
     """The rows of one job, from its record at `path`."""
     try:
         submitted = [SubmittedRun(**run) for run in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return [(path.stem, "-", "damaged record", "-", "-", "-", "")]
     return [_row(run, runs, queue) for run in submitted]
 
@@ -118,28 +120,33 @@ def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[s
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are whole: the last one may be being written."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError:
+        text = ""
     rows = map(_parsed, text.splitlines())
     return [
         row
         for row in rows
         if isinstance(row, dict)
         and "epoch" in row
-        and isinstance(row.get("test/accuracy"), int | float)
+        and isinstance(accuracy := row.get("test/accuracy"), int | float)
+        and 0 <= accuracy <= 1
     ]
 
 
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _planned_epochs(folder: Path) -> str:
+    path = folder / "config.json"
     try:
-        return str(json.loads((folder / "config.json").read_bytes())["epochs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_bytes())["epochs"]) if path.is_file() else "-"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "-"
 
 
@@ -150,7 +157,7 @@ def ask_queue() -> dict[str, str] | None:
     """
     command = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T %r")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if done.returncode else dict(_states(done.stdout))
@@ -158,5 +165,5 @@ def ask_queue() -> dict[str, str] | None:
 
 def _states(output: str) -> Iterator[tuple[str, str]]:
     for line in output.splitlines():
-        number, state, reason = line.split(maxsplit=2)
+        number, state, reason = (*line.split(maxsplit=2), "", "", "")[:3]
         yield number, f"{state} ({reason})" if state == "PENDING" else state

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +15,7 @@ from launcher.cluster import kubernetes, sbatch, status
 from launcher.cluster.job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
 
+Check = Callable[[Sequence[str]], None]
 SLURM_SITE = Path("deploy") / "slurm_site.sh"
 KUBERNETES_SITE = Path("deploy") / "kubernetes.yaml"
 _USAGE = "launcher submit RECIPE [name=value ...] [options]"
@@ -34,6 +35,7 @@ _PASSED_ON = (  # options of the launcher itself
     *("init-from", "skip", "timeout", "join-timeout"),
 )
 _TIME = re.compile(r"(?:(\d{1,8})-)?(\d{1,8}(?::\d{1,8}){0,2})")
+_ANSWER = re.compile(r"^(?:Submitted batch job )?(\d+)(?:;\S+)?[^\S\n]*$", re.MULTILINE | re.ASCII)
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of the brackets of a tuple
 
 
@@ -42,8 +44,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, expected=_USAGE, instead="see launcher submit --help")
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the words behind `launcher submit`; returns the exit code."""
+def main(words: Sequence[str], check: Check = lambda words: None) -> int:
+    """Run the words behind `launcher submit`; returns the exit code.
+
+    `check` raises `UserError` for the words of a run that would not begin; it is asked before a job
+    is queued, and not for what is only printed.
+    """
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(words)
     if arguments.help:
@@ -62,6 +68,8 @@ def main(words: Sequence[str]) -> int:
         if arguments.dry_run:
             sys.stdout.write(script)
         else:
+            for index in range(len(job.run_names)):
+                check(job.arguments(index))
             _submit(job, script)
     return 0
 
@@ -80,13 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--help", "-h", action="store_true", help="this text")
     add("--status", action="store_true", help="state, attempt, epoch and best figure of each run")
     add("--dry-run", action="store_true", help="print the script instead of submitting it")
-    add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
-    add("--gpus", type=int, default=1, metavar="N", help="GPUs of each machine; 0: CPUs only")
-    add("--processes", type=int, default=1, metavar="N", help="with --gpus 0: on each machine")
-    add("--cpus", type=int, default=2, metavar="N", help="cores per process (default: 2)")
+    add("--nodes", type=_number, default=1, metavar="N", help="machines (default: 1)")
+    add("--gpus", type=_number, default=1, metavar="N", help="GPUs of each machine; 0: CPUs only")
+    add("--processes", type=_number, default=1, metavar="N", help="with --gpus 0: on each machine")
+    add("--cpus", type=_number, default=2, metavar="N", help="cores per process (default: 2)")
     add("--time", type=parse_time, help="of one attempt: 30 (minutes), 4:00:00, 1-0 (default: 1 h)")
     before = "save and stop so long before the end of that time (default: 120)"
-    add("--save-before", type=int, default=120, metavar="SECONDS", help=before)
+    add("--save-before", type=_number, default=120, metavar="SECONDS", help=before)
     add("--sweep", type=_sweep, metavar="NAME=A,B", help="one run per value, in a job array")
     add("--name", help="of the job and of its run (default: the recipe's and the time)")
     add("--runs", default="runs", metavar="DIR", help="where run folders go (default: runs)")
@@ -145,6 +153,12 @@ def _unknown_option(word: str, parser: argparse.ArgumentParser) -> UserError:
     )
 
 
+def _number(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of at most 9 digits")
+    return int(text)
+
+
 def parse_time(text: str) -> timedelta:
     """A time as in Slurm: minutes, [hours:]minutes:seconds or days-hours[:minutes[:seconds]]."""
     found = _TIME.fullmatch(text)
@@ -187,14 +201,21 @@ def _submit(job: BatchJob, script: str) -> None:
     folder = Path(job.runs) / JOBS_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL
         raise UserError(
-            f"--runs {job.runs} ({error.strerror})",
+            f"--runs {job.runs} ({getattr(error, 'strerror', error)})",
             expected="a folder that can be written",
             instead="type --runs FOLDER",
         ) from None
     number = _sbatch(script)
-    status.record(job, number)
+    try:
+        status.record(job, number)
+    except OSError as error:
+        raise UserError(
+            f"job {number} is queued, but not written down in {folder} ({error.strerror})",
+            expected="room for a record, by which --status finds it",
+            instead=f"type scancel {number}, and submit it again where there is room",
+        ) from None
     for run in job.run_names:
         log = folder / f"{run}-{number}-1.log"
         sys.stdout.write(f"job {number}: run {Path(job.runs) / run}, log {log}\n")
@@ -215,13 +236,28 @@ def _sbatch(script: str) -> str:
             expected="a machine from which Slurm takes jobs",
             instead="log in there, or add --dry-run to see the script",
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"sbatch cannot be run ({error.strerror})",
+            expected="the sbatch of Slurm first on the PATH",
+            instead="see which one it is: type command -v sbatch",
+        ) from None
+    said = done.stderr.decode(errors="replace").strip()
     if done.returncode:
         raise UserError(
-            f"sbatch refused the job: {done.stderr.decode(errors='replace').strip()}",
+            f"sbatch refused the job: {said or f'exit code {done.returncode}, without a word'}",
             expected="a job that this cluster can run",
             instead=f"change the options, or the site's lines in {SLURM_SITE}",
         )
-    return done.stdout.decode().strip().partition(";")[0]
+    answer = done.stdout.decode(errors="replace")
+    numbers = _ANSWER.findall(answer)  # a site's own sbatch may say more, and in Slurm's words
+    if not numbers:
+        raise UserError(
+            f"sbatch answered {answer.strip()[:200]!r}",
+            expected="the number of the job",
+            instead="see whether it is queued: type squeue --me",
+        )
+    return str(numbers[-1])
 
 
 def _environment() -> dict[str, str]:

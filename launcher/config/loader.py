@@ -64,10 +64,13 @@ def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # to read a pipe would be to wait
+            found = "a directory" if path.is_dir() else "a pipe or a device"
+            raise UserError(f"{path}: {found}", expected="a recipe file", instead=_nearby(path))
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         found, instead = "no such file", _nearby(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         found, instead = str(error), "check the path"
     raise UserError(f"{path}: {found}", expected="a recipe file", instead=instead)
 

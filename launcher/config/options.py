@@ -6,6 +6,9 @@ from pathlib import Path
 
 from launcher.config.plan import EVERY_EPOCH, SaveInterval
 from launcher.distributed.process_group import PATIENT, Timeouts
+from launcher.errors import UserError
+
+MOST_BYTES = 200  # of a run's name: file systems take 255, and W&B adds to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +30,17 @@ class RunOptions:
     skip: tuple[str, ...] = ()  # names of weights that init_from leaves out
     profile: bool = False
     host_facts: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a name that cannot be a folder's."""
+        name = self.name
+        if name is None:
+            return
+        plain = name.isprintable() and name == Path(name).name and not name.startswith(".")
+        if not plain or not name.strip() or len(name.encode()) > MOST_BYTES:
+            raise UserError(
+                f"--name {name!r}",
+                expected=f"a plain name of at most {MOST_BYTES} bytes, without slashes, control "
+                "characters or a leading dot",
+                instead="type --name my-run --runs FOLDER",
+            )

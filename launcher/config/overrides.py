@@ -28,7 +28,7 @@ def override(recipe: Recipe, words: Sequence[str]) -> Recipe:
             raise UserError(
                 f"the word {word!r}",
                 expected="settings of the form name=value",
-                instead=f"type {name}=VALUE, or see launcher RECIPE --help",
+                instead=f"type {name or 'epochs'}=VALUE, or see launcher RECIPE --help",
             )
         if name not in {part.name for part in walk(recipe)}:
             raise _unknown(name, recipe)

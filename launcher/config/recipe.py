@@ -4,10 +4,12 @@
 file means the same experiment on a laptop and on 64 GPUs.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -29,6 +31,7 @@ from launcher.config.slots import (
 )
 from launcher.errors import UserError
 
+_UNFINISHED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 MOST_EPOCHS = 1_000_000  # more is a slip of the finger
 
 
@@ -54,7 +57,14 @@ class Images:
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
+        _refuse_unfinished(self, "data.")
         _at_least("data.batch_size", self.batch_size, 1)
+        if "\0" in str(self.root):
+            raise UserError(
+                f"data.root={str(self.root)!r}",
+                expected="a folder, whose name has no NUL in it",
+                instead="type data.root=data, for example",
+            )
         if not isinstance(self.augment, tuple):
             raise UserError(
                 f"data.augment={getattr(self.augment, '__name__', self.augment)}",
@@ -128,6 +138,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
+        _refuse_unfinished(self)
         _at_least("epochs", self.epochs, 1)
         if self.epochs > MOST_EPOCHS:
             raise UserError(
@@ -156,6 +167,22 @@ class Recipe:
                 expected="weights that hold the small steps of an average, which half's do not",
                 instead=f"type precision={self.precision.removeprefix('pure_')} or average=none",
             )
+
+
+def _refuse_unfinished(part: Any, prefix: str = "") -> None:
+    """Refuse generators and coroutines: called, they return before a line of theirs has run."""
+    for name, value in vars(part).items():
+        for function in value if isinstance(value, tuple | list) else (value,):
+            while isinstance(function, partial):
+                function = function.func
+            code = getattr(function, "__code__", None)
+            if code and code.co_flags & _UNFINISHED:
+                raise UserError(
+                    f"{prefix}{name}={function.__name__}, a function with yield or async "
+                    f"({code.co_filename}, line {code.co_firstlineno})",
+                    expected="a function that returns what it makes",
+                    instead="write def without async, and return instead of yield, there",
+                )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

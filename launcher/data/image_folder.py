@@ -12,6 +12,7 @@ import numpy
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from launcher.data.limits import at_least_one, refuse_too_large
 from launcher.errors import UserError
 from launcher.utils.text import count
 
@@ -32,9 +33,11 @@ class Folder:
         """Read and decode the pictures of one half, training or test."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
+        at_least_one("size", size)
         half = _half(Path(root), train)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
+        refuse_too_large(f"{half}", len(files), size)
         if half == Path(root):
             _refuse_few(files, names)
             files = _split(files, train)
@@ -42,9 +45,13 @@ class Folder:
             raise _empty(half)
         self.classes = names
         self.targets = numpy.array([label for _, label in files])
+        self.data: Any = numpy.empty((len(files), size, size, 3), numpy.uint8)
+
+        def read(index: int) -> None:
+            self.data[index] = _read(files[index][0], size)
+
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-            pictures = pool.map(lambda item: _read(item[0], size), files)
-            self.data: Any = numpy.stack(list(pictures))
+            list(pool.map(read, range(len(files))))
 
 
 def _half(root: Path, train: bool) -> Path:
@@ -99,6 +106,8 @@ def _files(folder: Path) -> list[Path]:
     for file in files:
         if file.suffix.lower() not in IMG_EXTENSIONS:
             raise _not_a_picture(file, "its name does not end like a picture's")
+        if file.exists() and not file.is_file():  # to read it might be to wait for ever
+            raise _not_a_picture(file, "it is a pipe or a device")
     return files
 
 

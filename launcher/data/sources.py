@@ -8,25 +8,29 @@ import http.client
 import inspect
 import os
 import socket
+import traceback
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from launcher.config.recipe import Images
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
+from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.utils.text import count
+from launcher.utils.user_code import user_line, user_location
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
@@ -80,6 +84,8 @@ def load(data: Images) -> Data:
     reach and there is no fallback.
     """
     data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
+    if os.path.exists(data.root) and not os.path.isdir(data.root):
+        raise _no_folder(Path(data.root), "not a folder")
     try:
         train, test = _open_both(data.source, data.root)
         loaded = Data(train, test, short_name(data.source))
@@ -172,10 +178,15 @@ def _open(source: Source, root: str, train: bool) -> ImageSet | None:
     try:
         dataset = _call(source, root, train, download=False)
     except FileNotFoundError as error:
+        if error.errno is not None:  # of the system: a file is absent
+            return None
         raise _UnavailableError(f"there is no folder {error}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
-    except _UNREADABLE:
+    except UserError:
+        raise
+    except Exception as error:
+        _refuse_failing(source, error)
         return None
     return _as_set(dataset, source)
 
@@ -190,7 +201,8 @@ def _fetch(source: Source, root: str, train: bool) -> ImageSet:
             dataset = _call(source, root, train, download=False)
         except _UNREADABLE as error:
             _refuse_damaged(source, root)
-            if "not found" not in str(error):  # torchvision's words for absent files
+            is_absent = isinstance(error, FileNotFoundError) or "not found" in str(error)
+            if not is_absent:  # those are torchvision's words
                 raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
             dataset = _call(source, root, train, download=True)
     return _as_set(dataset, source)
@@ -202,13 +214,40 @@ def _downloading(root: str) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     try:
         os.makedirs(root, exist_ok=True)
-        with FileLock(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
+        with _locked(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             yield
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
         raise _UnavailableError(f"cannot be downloaded ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _no_folder(root: Path, why: str) -> UserError:
+    return UserError(
+        f"data.root={str(root)!r} ({why})",
+        expected="a folder in which the images are, or in which they can be written",
+        instead="type data.root=data, for example",
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock; a signal ends the wait for it."""
+    try:
+        path.touch()
+    except OSError as error:  # FileLock would wait for ever
+        raise _no_folder(path.parent, f"{error.strerror}") from None
+    lock = FileLock(path)
+    while True:
+        with suppress(Timeout):
+            lock.acquire(timeout=0.5)
+            break
+        signals.end_if_stopped(f"the wait for another process, which holds {path},")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _call(source: Source, root: str, train: bool, download: bool) -> Any:
@@ -224,7 +263,42 @@ def _call(source: Source, root: str, train: bool, download: bool) -> Any:
                 instead="write a function with `train` that returns one half or the other",
             )
         arguments["split"] = "train" if train else "test"
+    no_default = [
+        parameter.name
+        for parameter in accepted.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in arguments
+    ]
+    if no_default:
+        name = short_name(source)
+        raise UserError(
+            f"data.source={name}, which needs {', '.join(no_default)} as well",
+            expected="values for all that it has no default for",
+            instead=f"write partial({name}, {no_default[0]}=...) in the recipe file",
+        )
     return source(**{n: value for n, value in arguments.items() if takes_any or n in accepted})
+
+
+def _refuse_failing(source: Source, error: Exception) -> None:
+    """Raise `UserError` for what is no sign of files that are absent, damaged or half unpacked."""
+    name = short_name(source)
+    if str(error).startswith("Unknown value"):  # torchvision's words, followed by those it knows
+        raise UserError(
+            f"data.source={name}: {error}",
+            expected="one of those values",
+            instead=f"write it as partial({name}, ...) in the recipe file, or write a function "
+            "with `train` that returns one half or the other",
+        ) from None
+    frames = traceback.extract_tb(error.__traceback__)
+    line = user_line(error)
+    is_own = line is not None and line == frames[-1] and "not found" not in str(error)
+    if is_own or not isinstance(error, _UNREADABLE):
+        raise UserError(
+            f"data.source={name} fails: {type(error).__name__}: {error}{user_location(error)}",
+            expected="code that makes one half of the images, as `train` or `split` says",
+            instead="mend that line" if line else "compare it with CIFAR10 of torchvision",
+        ) from error
 
 
 def _refuse_damaged(source: Source, root: str) -> None:
@@ -259,8 +333,17 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 
 def _as_set(dataset: Any, source: Source) -> ImageSet:
     name = short_name(source)
-    images = _tensor(getattr(dataset, "data", ()))
-    targets = _tensor(getattr(dataset, "targets", getattr(dataset, "labels", ())))
+    labels_name = "labels" if hasattr(dataset, "labels") else "targets"
+    pixels, numbers = getattr(dataset, "data", None), getattr(dataset, labels_name, None)
+    if pixels is None or numbers is None:
+        lacking = " and ".join(["`data`"] * (pixels is None) + ["`targets`"] * (numbers is None))
+        single = ", which makes images one by one" if isinstance(dataset, Dataset) else ""
+        raise _not_images(f"makes a {type(dataset).__name__} without {lacking}{single}", name)
+    images, targets = _tensor(pixels), _tensor(numbers)
+    if images is None or targets is None:
+        odd = pixels if images is None else numbers
+        which = "data" if images is None else labels_name
+        raise _not_images(f"has a {type(odd).__name__} as `{which}` that is no array", name)
     labels = targets.long()
     if targets.is_floating_point() and not torch.equal(targets, labels.to(targets.dtype)):
         raise UserError(
@@ -270,23 +353,31 @@ def _as_set(dataset: Any, source: Source) -> ImageSet:
         )
     shapes = tuple(images.shape), tuple(labels.shape)
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or shapes[1] != shapes[0][:1]:
-        raise UserError(
-            f"data.source={name}, with data of {images.dtype} {shapes[0]}, targets of {shapes[1]}",
-            expected="a data set whose `data` is uint8 images and `targets` a label for each",
-            instead="use CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, Folder or Synthetic",
-        )
+        found = f"has data of {images.dtype} {shapes[0]} and targets of {shapes[1]}"
+        scaled = "(data * 255).to(torch.uint8), if they end at 1," * images.is_floating_point()
+        raise _not_images(found, name, scaled)
     named = getattr(dataset, "classes", None)
     classes = tuple(str(label) for label in (range(10) if named is None else named))
     _check_labels(labels, classes, name)
     return ImageSet(_channels_last(images), labels, classes)
 
 
-def _tensor(values: Any) -> Tensor:
-    """`values` as a tensor; an empty one where they are not numbers, or ragged."""
+def _not_images(found: str, name: str, better: str = "") -> UserError:
+    return UserError(
+        f"data.source={name} {found}",
+        expected="an object that holds all images as uint8 `data` (n, h, w, c), and as `targets` "
+        "a label for each",
+        instead=f"give it {better or 'both'} or use a set of torchvision such as CIFAR10, "
+        "or Folder for pictures on disk",
+    )
+
+
+def _tensor(values: Any) -> Tensor | None:
+    """`values` as a tensor; None where they are not numbers, or ragged."""
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        return torch.empty(0)
+        return None
 
 
 def _channels_last(images: Tensor) -> Tensor:

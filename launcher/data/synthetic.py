@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy
 
+from launcher.data.limits import at_least_one, refuse_too_large
+
 Grid = Any  # float array (n, size, size): each pixel's distance from the shape's centre, in radii
 
 _SHAPES: dict[str, Callable[[Grid, Grid], Any]] = {
@@ -48,6 +50,10 @@ class Synthetic:
         count: int = 10_000,
     ) -> None:
         """Draw the set: the same pictures every time, and no test picture among the training."""
+        given = {"size": size, "channels": channels, "classes": classes, "count": count}
+        for name, value in given.items():
+            at_least_one(name, value)
+        refuse_too_large("Synthetic", count, size, channels)
         random = numpy.random.default_rng([2026, int(train)])
         number = count if train else max(1, count // 5)
         self.targets = numpy.arange(number) % classes

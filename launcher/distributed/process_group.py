@@ -60,7 +60,7 @@ PATIENT = Timeouts()
 
 
 class _OtherRankGaveUpError(LauncherError):
-    """Another rank has a `UserError`: this one need not finish what it waits for."""
+    """A `UserError` or a signal ends all ranks: this one need not finish what it waits for."""
 
 
 def rendezvous(world: World, timeouts: Timeouts = PATIENT) -> "RankGroup":
@@ -70,7 +70,7 @@ def rendezvous(world: World, timeouts: Timeouts = PATIENT) -> "RankGroup":
     """
     name = _full_name(world)
     if world.size > 1 or world.is_launched:  # a process alone stops after its first step instead
-        _end_if_stopped(name)
+        signals.end_if_stopped(name)
     if world.size == 1:
         return RankGroup(world, timeouts)
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def rendezvous(world: World, timeouts: Timeouts = PATIENT) -> "RankGroup":
             world.address, world.port, timeouts.join, f"rank {world.rank}", host=host
         )
     except RankError:
-        _end_if_stopped(name)  # so was rank 0, probably
+        signals.end_if_stopped(name)  # so was rank 0, probably
         raise
     # The keys of an earlier attempt may still be in the store.
     group = RankGroup(world, timeouts, PrefixStore(f"launcher/{world.attempt}", store))
@@ -140,7 +140,7 @@ class RankGroup:
 
         def arrive_and_wait() -> bool:
             self._arrive("here", self.world.size)
-            return self._poll("open/here", timeout, lambda: _end_if_stopped(self._name))
+            return self._poll("open/here", timeout, lambda: signals.end_if_stopped(self._name))
 
         if not self._guard(arrive_and_wait, timeout):
             if self.world.is_main:
@@ -167,7 +167,8 @@ class RankGroup:
     def sync_errors(self) -> Iterator[None]:
         """Run a block on all ranks, and continue when all have; a `UserError` of one ends all.
 
-        So does a signal that came to any rank meanwhile, or a rank whose heartbeat is stale.
+        So does a signal that came to any rank meanwhile, or a rank whose heartbeat is stale. After
+        a signal a block may raise `StoppedBeforeTrainingError` instead of waiting.
         """
         error = None
         try:
@@ -176,6 +177,9 @@ class RankGroup:
             if self._heartbeat is None:
                 raise
             error = raised
+        except StoppedBeforeTrainingError:  # `_sync` tells the others
+            if self._heartbeat is None:
+                raise
         except _OtherRankGaveUpError:
             pass
         if self._heartbeat is not None:
@@ -234,7 +238,7 @@ class RankGroup:
             if self._heartbeat is not None:
                 self._store.set(key, value)
             return value
-        self._guard(lambda: self._poll(key, None, self._check_for_user_errors), self._silence)
+        self._guard(lambda: self._poll(key, None, self._check_whether_all_end), self._silence)
         return self._store.get(key).decode()
 
     def refuse_differences(self, facts: Mapping[str, str]) -> None:
@@ -265,7 +269,7 @@ class RankGroup:
 
         def arrive_and_wait() -> bool:
             self._arrive(name, self.world.local_size)
-            return self._poll(f"open/{name}", None, self._check_for_user_errors)
+            return self._poll(f"open/{name}", None, self._check_whether_all_end)
 
         self._guard(arrive_and_wait, self._silence)
 
@@ -419,29 +423,16 @@ class RankGroup:
 
     def _report_signal(self) -> None:
         if reason := signals.stop_reason():
-            self._store.set("stopped", _stopped(self._name, reason))
+            self._store.set("stopped", signals.stopped_line(self._name, reason))
 
-    def _check_for_user_errors(self) -> None:
+    def _check_whether_all_end(self) -> None:
         self._check_ranks()
-        if self._store.add("user-errors", 0):
+        if self._store.add("user-errors", 0) or self._store.check(["stopped"]):
             raise _OtherRankGaveUpError
 
     def _give_up_store(self) -> NoReturn:
-        _end_if_stopped(self._name)  # after a signal no rank has failed
+        signals.end_if_stopped(self._name)  # after a signal no rank has failed
         raise self._store_lost() from None
-
-
-def _stopped(name: str, reason: str) -> str:
-    return (
-        f"{name} was stopped by {reason} before training began; "
-        "nothing is lost: run it again with --resume"
-    )
-
-
-def _end_if_stopped(name: str) -> None:
-    """End after a signal: where not all ranks are here yet, or none is left."""
-    if reason := signals.stop_reason():
-        raise StoppedBeforeTrainingError(_stopped(name, reason))
 
 
 def is_of_other_rank(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from functools import cache
 from types import FrameType
 
 from launcher.distributed.world import LAUNCH_MARKS
-from launcher.errors import EXIT_INTERRUPTED
+from launcher.errors import EXIT_INTERRUPTED, StoppedBeforeTrainingError
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _NEVER = (math.inf, "")
@@ -70,6 +70,20 @@ def stop_reason() -> str:
     if _watches_launcher and (os.getppid() != _parent or _is_orphan(_parent)):
         return "the end of its launcher"
     return ""
+
+
+def end_if_stopped(name: str) -> None:
+    """Raise `StoppedBeforeTrainingError` after a signal, in a wait before training."""
+    if reason := stop_reason():
+        raise StoppedBeforeTrainingError(stopped_line(name, reason))
+
+
+def stopped_line(name: str, reason: str) -> str:
+    """What a process says that a signal ended before it began to train."""
+    return (
+        f"{name} was stopped by {reason} before training began; "
+        "nothing is lost: run it again with --resume"
+    )
 
 
 @cache

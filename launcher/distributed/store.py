@@ -1,18 +1,23 @@
 """The key-value store through which ranks, and nodes, find each other."""
 
+import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from launcher.distributed import signals
 from launcher.errors import RankError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+_TRY = 2.0  # seconds for one connection
 
 
 def open_store(address: str, port: int, seconds: float, name: str, host: str | None) -> "Store":
@@ -23,20 +28,51 @@ def open_store(address: str, port: int, seconds: float, name: str, host: str | N
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
-        return TCPStore(
-            address,
-            port,
-            is_master=host is None,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
+        if host is not None:
+            _wait_until_open(address, port, seconds, name)
+        with _silent_torch():
+            return TCPStore(
+                address,
+                port,
+                is_master=host is None,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+    except (OSError, RuntimeError, UnicodeError) as error:  # UnicodeError: no name of a host
         reason = " ".join(str(error).split("\n")[0].split())
         raise RankError(
             f"{name} on {socket.gethostname()} cannot {f'reach {host}' if host else 'listen'} at "
             f"{address} port {port} within {seconds:g} s: {reason}"
         ) from None
+
+
+def _wait_until_open(address: str, port: int, seconds: float, name: str) -> None:
+    """Raise `OSError` where nothing listens in time; a signal ends this wait, and not torch's."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=_TRY).close()
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+        signals.end_if_stopped(f"{name} on {socket.gethostname()}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def _silent_torch() -> Iterator[None]:
+    """Leave out the C++ traces that torch prints beside its exception, which says it all."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def is_set(store: "Store", key: str, seconds: float) -> bool:

@@ -9,11 +9,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
+from launcher.distributed.environment import is_true, number_in
 from launcher.errors import UserError
 from launcher.utils.text import count
 
+_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What only launching programs set; ACCELERATE_MIXED_PRECISION may be the user's own.
 LAUNCH_MARKS = frozenset(("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID"))
 _SEVERAL_ON_CPU = (
@@ -88,29 +91,20 @@ class World:
     def from_env(cls, environ: Mapping[str, str], parent: Parent | None = None) -> "World":
         """What `accelerate launch`, torchrun or a user has set; 1 process where nothing is."""
 
-        def number(name: str, default: int) -> int:
-            text = environ.get(name) or f"{default}"  # empty where a script names what is not set
-            if not text.isdecimal():
-                raise UserError(
-                    f"{name}={text} in the environment",
-                    expected="a whole number, as set by the program that starts the processes",
-                    instead=f"type unset {name}",
-                )
-            return int(text)
-
+        number = partial(number_in, environ)
         is_launched = not LAUNCH_MARKS.isdisjoint(environ)
         rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)
-        local_size = number("LOCAL_WORLD_SIZE", 1)
+        local_size = number("LOCAL_WORLD_SIZE", 1, least=1)
         has_default_threads = environ.get("OMP_NUM_THREADS", "1") == "1"
         return cls(
             rank=rank,
-            size=number("WORLD_SIZE", 1),
+            size=number("WORLD_SIZE", 1, least=1),
             local_rank=local_rank,
             local_size=local_size,
-            node=number("GROUP_RANK", max(rank - local_rank, 0) // max(local_size, 1)),
+            node=number("GROUP_RANK", max(rank - local_rank, 0) // local_size),
             device=local_rank,
             address=environ.get("MASTER_ADDR", ""),
-            port=number("MASTER_PORT", 0),
+            port=number("MASTER_PORT", 0, least=1, most=65535),
             attempt=number("TORCHELASTIC_RESTART_COUNT", number("SLURM_RESTART_COUNT", 0)),
             launcher=Launcher.AGENT if is_launched else Launcher.NONE,
             agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -147,9 +141,37 @@ class World:
 ALONE = World()
 
 
-def is_true(text: str) -> bool:
-    """Whether a variable is set to what Accelerate takes for true."""
-    return text.lower() in ("1", "true", "yes")
+def refuse_impossible(world: World, environ: Mapping[str, str]) -> None:
+    """Raise `UserError` where this cannot be one process of a run, or lacks what leads to others.
+
+    What follows from Slurm is right, and what else is set there is compared with it.
+    """
+    if world.launcher is Launcher.SRUN and world.size > 1:
+        return
+    instead = f"type unset {' '.join(_PLACE)} to train with one process"
+    asks = "WORLD_SIZE" if world.size > 1 else "LOCAL_RANK"  # of which Accelerate takes note
+    missing = [name for name in _PLACE if not environ.get(name) and name != "LOCAL_WORLD_SIZE"]
+    if asks in environ and missing:
+        raise UserError(
+            f"{asks}={environ[asks]} in the environment without {', '.join(missing)}",
+            expected="all of them, as accelerate launch and torchrun set them",
+            instead=instead,
+        )
+    limit, here = "WORLD_SIZE", world.size
+    if "LOCAL_WORLD_SIZE" in environ:
+        limit, here = "LOCAL_WORLD_SIZE", world.local_size
+    for name, value, most, of in (
+        ("RANK", world.rank, world.size - 1, f"WORLD_SIZE={world.size}"),
+        ("LOCAL_RANK", world.local_rank, here - 1, f"{limit}={here}"),
+        ("LOCAL_WORLD_SIZE", world.local_size, world.size, f"WORLD_SIZE={world.size}"),
+        ("GROUP_RANK", world.node, world.size - 1, f"WORLD_SIZE={world.size}"),
+    ):
+        if value > most:
+            raise UserError(
+                f"{name}={value} in the environment, of {of}",
+                expected=f"at most {most}, as accelerate launch and torchrun set it",
+                instead=instead,
+            )
 
 
 def check_world(world: World, running: int) -> None:

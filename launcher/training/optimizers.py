@@ -36,6 +36,7 @@ from launcher.config.settings import children, function_of
 from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
 from launcher.utils.text import count
+from launcher.utils.user_code import place_of, user_line, user_location
 
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
@@ -154,11 +155,14 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
         with warnings.catch_warnings():  # of what is refused below
             warnings.filterwarnings("ignore", message=".*group with duplicate parameters")
             optimizer = recipe.optimizer(named)
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:
+        if user_line(error) is None and not isinstance(error, ValueError | TypeError):
+            raise  # of the launcher's own
         raise _refused_settings(recipe, error) from error
     if not isinstance(optimizer, Optimizer):
         raise UserError(
-            f"{code_name(recipe.optimizer)} returns a {type(optimizer).__name__}",
+            f"{code_name(recipe.optimizer)} returns {type(optimizer).__name__}"
+            f"{place_of(recipe.optimizer)}",
             expected="an optimizer of torch",
             instead="end the function with `return` and the optimizer",
         )
@@ -175,20 +179,21 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
 
 def _refused_settings(recipe: Recipe, error: Exception) -> UserError:
     name = code_name(recipe.optimizer)
+    where = user_location(error)
     if "'tuple' object has no attribute" in str(error):  # a pair was taken for a parameter
         return UserError(
-            f"{name} fails: {error}",
+            f"{name} fails: {error}{where}",
             expected="a function of pairs (name, parameter), as network.named_parameters() has",
             instead="write `for name, p in params` for `for p in params`",
         )
-    if isinstance(error, AttributeError):
+    if not isinstance(error, ValueError | TypeError):
         return UserError(
-            f"{name} fails: {error}",
+            f"{name} fails: {type(error).__name__}: {error}{where}",
             expected="a function of pairs (name, parameter) that returns an optimizer",
             instead="mend it in the recipe file",
         )
     return UserError(
-        f"{name} refuses its settings: {error}",
+        f"{name} refuses its settings: {error}{where}",
         expected="settings that this optimizer takes",
         instead="see launcher RECIPE --help",
     )

@@ -23,9 +23,10 @@ from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
 from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.model import upcast, user_line, user_location
+from launcher.training.model import upcast
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count
+from launcher.utils.user_code import place_of, user_line, user_location
 
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
@@ -40,17 +41,21 @@ def preflight(ctx: TrainContext) -> None:
         _try_schedule(cast(Schedule, recipe.schedule))
     if recipe.data.mix:
         with _no_global_draws(recipe.data.mix, "the generator that it is given"):
-            mixed, share = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+            made = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+        is_pair = isinstance(made, tuple) and len(made) == 2
+        mixed, share = made if is_pair else (None, None)
         fits = isinstance(share, float | int) and 0 <= share <= 1
-        _refuse_unless(fits, recipe.data.mix, "a weight in [0, 1] beside the images")
-        _refuse_unless(mixed.shape == pictures.shape, recipe.data.mix, "images of the same shape")
+        _refuse_unless(fits, recipe.data.mix, made, "a weight in [0, 1] beside the images")
+        fits = torch.is_tensor(mixed) and mixed.shape == pictures.shape
+        _refuse_unless(fits, recipe.data.mix, made, "images of the same shape beside the weight")
     with evaluating(network), ctx.accelerator.autocast():
         logits = network.forward(pictures)  # not through a compiled call
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
-            _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
+            fits = torch.is_tensor(viewed) and viewed.shape == logits.shape
+            _refuse_unless(fits, recipe.views, viewed, "a score for each class")
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
-            _refuse_unless(not is_bad, recipe.views, "finite scores where the model's are")
+            _refuse_unless(not is_bad, recipe.views, viewed, "finite scores where the model's are")
         _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
         _try_one_image(ctx.plan, network, pictures[:1])
 
@@ -78,8 +83,9 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
         with _no_global_draws(augmentation, "draws.fresh, the numbers of each image"):
             function = as_augmentation(augmentation)
             result = _tried(function, images, Draws(draws, draws, epoch=1), name=augmentation)
-        fits = result.shape == images.shape and result.dtype == images.dtype
-        _refuse_unless(fits, augmentation, "images of the same shape and type")
+        fits = torch.is_tensor(result) and result.shape == images.shape
+        fits = fits and result.dtype == images.dtype
+        _refuse_unless(fits, augmentation, result, "images of the same shape and type")
 
 
 def _try_schedule(schedule: Schedule) -> None:
@@ -106,7 +112,7 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
     size = len(labels)
     buffers = [b.clone() for b in name.buffers()] if isinstance(name, nn.Module) else []
     whole = value(logits.expand(size, -1), labels)
-    _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, name, "one number")
+    _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, name, whole, "one number")
     if buffers and not all(map(torch.equal, buffers, name.buffers())):
         raise UserError(
             f"{code_name(name)} changes its own buffers",
@@ -125,7 +131,7 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
         of_labels = weights[labels]
         mean = float((each * of_labels)[of_labels > 0].sum() / of_labels.sum())
     is_sum = mean != 0 and math.isclose(whole, mean * size, rel_tol=1e-3)
-    _refuse_unless(not is_sum, name, "the mean over the images, not the sum")
+    _refuse_unless(not is_sum, name, whole, "the mean over the images, not the sum")
     # As class weights in cross_entropy: it divides by their sum, another one in each micro-batch.
     if num_micro_batches > 1 and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6):
         raise UserError(
@@ -204,9 +210,11 @@ def _tried(function: Callable[..., Any], *arguments: Any, name: Any = None) -> A
         raise _unfit(name or function, what, "code that takes what it gets here") from error
 
 
-def _refuse_unless(holds: bool, function: Callable[..., Any], expected: str) -> None:
+def _refuse_unless(holds: bool, function: Callable[..., Any], made: Any, expected: str) -> None:
     if not holds:
-        raise _unfit(function, "returns something else for two images", expected)
+        is_tensor = torch.is_tensor(made)
+        what = f"{made.dtype} {tuple(made.shape)}" if is_tensor else type(made).__name__
+        raise _unfit(function, f"returns {what} for two images{place_of(function)}", expected)
 
 
 def _unfit(function: Callable[..., Any], what: str, expected: str) -> UserError:

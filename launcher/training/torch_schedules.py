@@ -32,6 +32,7 @@ from launcher.config.serialize import short_name
 from launcher.config.settings import function_of
 from launcher.config.slots import Schedule, TorchSchedule
 from launcher.errors import UserError
+from launcher.utils.user_code import place_of
 
 _CYCLED = ("lr", "momentum", "betas")  # what OneCycleLR and CyclicLR change
 
@@ -104,7 +105,8 @@ def _try_function(schedule: Any, plan: Plan) -> None:
         return
     if not fits:
         raise UserError(
-            f"schedule={short_name(schedule)}, which for the fraction of the training {found}",
+            f"schedule={short_name(schedule)}, which for the fraction of the training {found}"
+            f"{place_of(schedule)}",
             expected="a function of one float in [0, 1] that returns the multiplier of the rate",
             instead="compare it with launcher/config/schedules.py, or write a class of "
             "torch.optim.lr_scheduler with its settings in partial(...)",

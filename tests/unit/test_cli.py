@@ -1,6 +1,7 @@
 """The command line as people type it: what it prints, the exit code, and what it leaves behind."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -183,8 +184,19 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, FEW, "--name", "a/b"], ["--name 'a/b'", "without slashes"]),
         ([SIMPLECNN, FEW, "--runs", "/proc/nothing"], ["/proc/nothing", "--runs FOLDER"]),
         ([SIMPLECNN, "--num_processes", "2"], ["--num_processes", "before -m launcher"]),
-        ([SIMPLECNN, "--max-steps", "0"], ["--max-steps", "at least 1"]),
-        ([SIMPLECNN, "--max-steps", "1.5"], ["--max-steps: '1.5' is no whole number of at least"]),
+        ([SIMPLECNN, "--max-steps", "0"], ["--max-steps: '0' is no", "number from 1"]),
+        ([SIMPLECNN, "--max-steps", "9" * 30], ["--max-steps", "to 999,999,999,999"]),
+        ([SIMPLECNN, "--max-steps", "\u0663"], ["--max-steps", "no whole number"]),
+        ([SIMPLECNN, "--log-every", "9" * 5000], ["--log-every", "no whole number"]),
+        ([SIMPLECNN, "--save-before", "9" * 30], ["--save-before", "no whole number"]),
+        ([SIMPLECNN, "--lr=1"], ["no setting is called 'lr'", "did you mean optimizer.lr?"]),
+        ([SIMPLECNN, "epochs=1", "--", "--"], ["the word '--'", "type epochs=VALUE"]),
+        ([SIMPLECNN, "--name", "x" * 256], ["--name", "at most 200 bytes"]),
+        ([SIMPLECNN, "--dry-run", "--name", "\udc80"], ["--name", "control characters"]),
+        ([SIMPLECNN, "data.root=a\0b"], ["data.root=", "no NUL"]),
+        ([SIMPLECNN, "--init-from", "x" * 256], ["--init-from x", "a run in runs"]),
+        (["\x1b[31m.py"], ["launcher: ?[31m.py: no such file"]),
+        ([SIMPLECNN, "--max-steps", "1.5"], ["--max-steps: '1.5' is no whole number from 1 to"]),
         ([SIMPLECNN, "--timeout", "x"], ["--timeout: 'x' is no number of seconds above 0"]),
         ([SIMPLECNN, "--world-size", "2"], ["--world-size goes with --dry-run"]),
         ([SIMPLECNN, "--wandb", "maybe"], ["--wandb", "online"]),
@@ -198,6 +210,17 @@ def test_bad_input_is_answered_in_one_line(
     line = complaint(capsys, *words)
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize("own", [None, "INFO"])
+def test_torch_warns_of_its_sockets_only_where_asked_to(
+    monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", own or "")
+    if own is None:
+        monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    assert main(["--help"]) == 0
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == (own or "ERROR")
 
 
 def test_a_model_that_cannot_take_the_images_is_explained(
@@ -274,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert not list(Path("runs/wild").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("text", ["0", "e", "1h", "-1", "", "1.5e"])
+@pytest.mark.parametrize("text", ["0", "e", "1h", "-1", "", "1.5e", "\u0663e", "9" * 5000, "m1"])
 def test_a_cadence_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--checkpoint-every" in complaint(capsys, SIMPLECNN, "--checkpoint-every", text)
 

@@ -18,10 +18,13 @@ def test_a_user_error_says_what_was_given_expected_and_to_be_typed(error: UserEr
     assert str(error) == "epochs=0; expected at least 1; type epochs=1"
 
 
-@pytest.mark.parametrize("text", ["two\nlines", "a\r\nb", "tab\tand  spaces", "\n\nend\n"])
+@pytest.mark.parametrize(
+    "text", ["two\nlines", "a\r\nb", "tab\tand  spaces", "\n\nend\n", "\x1b[31m\0\udc80"]
+)
 def test_a_user_error_is_one_line_whatever_its_parts_contain(text: str) -> None:
     message = str(UserError(text, expected=text, instead=text))
     assert len(message.splitlines()) == 1
+    assert message.isprintable()
     assert "  " not in message
     assert message == message.strip()
 

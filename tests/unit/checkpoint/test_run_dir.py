@@ -12,6 +12,7 @@ from torch import nn
 from launcher.checkpoint import run_dir
 from launcher.checkpoint.checkpoint import save_weights
 from launcher.errors import UserError
+from tests.support.helpers import refused
 
 
 def test_names_are_made_from_recipe_and_time_and_never_shared(tmp_path: Path) -> None:
@@ -20,11 +21,14 @@ def test_names_are_made_from_recipe_and_time_and_never_shared(tmp_path: Path) ->
     assert all(folder.name.startswith("net-20") for folder in folders)
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "", " ", ".hidden", "/root"])
-def test_a_name_that_is_no_plain_name_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="plain name"):
-        run_dir.create(tmp_path, name, "net")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("runs", ["x" * 256, "a\0b", "file"])
+def test_a_place_where_no_folder_can_be_is_refused(runs: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("mine", None):
+        assert run_dir.find(tmp_path / runs, name, "net") is None
+        with refused(runs.partition("\0")[0], "cannot be written", "type --runs FOLDER"):
+            run_dir.create(tmp_path / runs, name, "net")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step-000000001", "notes.txt"])

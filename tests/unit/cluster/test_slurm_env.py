@@ -33,7 +33,12 @@ ALONE = TASK | {
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0",
 }
-PER_NODE = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+PER_NODE = TASK | {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0"}
 TWO_GPUS = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
 
@@ -302,3 +307,40 @@ def test_what_is_wrong_for_all_tasks_is_printed_by_the_first(
         monkeypatch.setenv("SLURM_PROCID", task)
         assert cli.main(["none.py", "--world-size", "2"]) == 2
         assert capsys.readouterr().err.count("launcher: ") == (task == "0")
+
+
+NUMBERS = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[(name, "x") for name in NUMBERS],
+        *[(name, None) for name in NUMBERS if name not in ("SLURM_STEP_ID", "SLURM_PROCID")],
+        ("SLURM_PROCID", "1"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_NODEID", "2"),
+        ("SLURM_STEP_NODELIST", ""),
+        ("SLURM_STEP_TASKS_PER_NODE", "x"),
+        ("SLURM_CPUS_ON_NODE", "0"),
+        ("SLURM_CPUS_PER_TASK", "two"),
+        ("SLURM_GPUS_ON_NODE", ""),
+        ("SLURM_RESTART_COUNT", "-1"),
+        ("SLURM_JOB_END_TIME", "nan"),
+        ("SLURM_JOB_END_TIME", "9" * 15),
+    ],
+)
+def test_what_slurm_never_says_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str | None,
+) -> None:
+    set_environment(monkeypatch, ALONE)
+    if text is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, text)
+    assert cli.main(["none.py"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line

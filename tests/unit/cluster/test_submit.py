@@ -1,6 +1,8 @@
 """The command line of `launcher submit`, and what it shows of jobs; Slurm itself is elsewhere."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -97,6 +99,10 @@ def test_times_are_written_as_in_slurm(
         (("x.py", "--site", "."), ("--site .", "a file with #SBATCH lines")),
         (("x.py", "--runs", "", "--dry-run"), ("--runs ''", "a folder")),
         (("x.py",), ("on a machine without sbatch", "--dry-run")),
+        (("x.py", "--save-before", "9" * 30), ("--save-before", "no whole number of at most 9")),
+        (("x.py", "--nodes", "9" * 5000), ("--nodes", "no whole number of at most 9 digits")),
+        (("x.py", "--runs", "a\0b"), ("--runs a?b (embedded null byte)", "type --runs FOLDER")),
+        (("--status", "--runs", "x" * 300), ("no job was submitted for runs in x",)),
         (("--status",), ("no job was submitted for runs in runs", "--runs FOLDER")),
     ],
 )
@@ -173,6 +179,89 @@ def test_a_job_that_sbatch_refuses_is_explained(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("runs/jobs/*.json"))
 
 
+def test_a_job_that_sbatch_refuses_without_a_word_is_refused_all_the_same() -> None:
+    program("sbatch", "exit 3")
+    with refused("sbatch refused the job: exit code 3, without a word"):
+        submit.main(["x.py"])
+
+
+@pytest.mark.parametrize("answer", ["", "queued", "job 12 of 3", "\\033[2J", "\\377"])
+def test_an_answer_without_a_number_is_refused(
+    answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("sbatch", f"printf '{answer}'")
+    with refused("sbatch answered", "type squeue --me"):
+        submit.main(["x.py"])
+    assert not list(tmp_path.glob("runs/jobs/*.json"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("12", "12;cluster", "Submitted batch job 12", "warning: 3 jobs wait\n12"),
+        "Your project has 100 hours left\n\nSubmitted batch job 12\n",
+    ],
+)
+def test_the_number_of_the_job_is_found_in_what_sbatch_says(
+    answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("sbatch", f"cat >/dev/null; echo '{answer}'")
+    submit.main(["x.py", "--name", "first"])
+    assert capsys.readouterr().out.startswith("job 12: run runs/first, log ")
+    assert [path.name for path in Path("runs/jobs").iterdir()] == ["first-12.json"]
+
+
+def test_an_sbatch_that_is_no_program_is_named() -> None:
+    Path("sbatch").mkdir()
+    with refused("sbatch cannot be run (Permission denied)", "command -v sbatch"):
+        submit.main(["x.py"])
+
+
+def test_a_job_that_cannot_be_written_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    program("sbatch", "echo 12")
+    monkeypatch.setattr(status, "record", full)
+    with refused("job 12 is queued, but not written down", "No space left", "scancel 12"):
+        submit.main(["x.py"])
+
+
+RECIPE = str(ROOT / "recipes" / "simplecnn.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("nope.py",), "nope.py: no such file"),
+        ((RECIPE, "optimizer.lrr=1"), "did you mean optimizer.lr?"),
+        ((RECIPE, "epochs=no"), "epochs=no"),
+        ((RECIPE, "--sweep", "optimizer.lr=0.1,high"), "optimizer.lr=high"),
+        ((RECIPE, "--wandb", "maybe"), "--wandb"),
+        ((RECIPE, "--max-steps", "0"), "--max-steps"),
+        ((RECIPE, "--timeout", "nan"), "--timeout"),
+        ((RECIPE, "--checkpoint-every", "x"), "--checkpoint-every x"),
+    ],
+)
+def test_a_run_that_would_not_begin_is_not_queued(
+    words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("sbatch", "echo >called; echo 12")
+    assert main(["submit", *words]) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert part in printed.err
+    assert sorted(path.name for path in Path().iterdir()) == ["sbatch"]
+
+
+def test_a_run_that_would_begin_is_queued(capsys: pytest.CaptureFixture[str]) -> None:
+    program("sbatch", "echo 12")
+    words = (RECIPE, "epochs=3", "--sweep", "optimizer.lr=0.1,0.2", "--name", "s", "--wandb", "off")
+    assert main(["submit", *words]) == 0
+    assert capsys.readouterr().out.startswith("job 12: run runs/s-0, log ")
+
+
 def test_runs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with refused("--runs file", "type --runs FOLDER"):
@@ -226,12 +315,33 @@ def test_without_an_answer_of_slurm_the_state_is_unknown(
 def test_the_queue_as_squeue_prints_it() -> None:
     program("squeue", "echo '17 PENDING Resources or so'\necho '18_1 RUNNING None'")
     assert status.ask_queue() == {"17": "PENDING (Resources or so)", "18_1": "RUNNING"}
+    program("squeue", "printf 'slurm: \\377\\n\\n19 RUNNING\\n'")
+    assert (status.ask_queue() or {})["19"] == "RUNNING"
+
+
+def test_what_is_no_file_is_no_record(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs", "jobs").mkdir(parents=True)
+    os.mkfifo("runs/jobs/pipe-16.json")
+    Path("runs/jobs/gone-16.json").symlink_to("nowhere")
+    status.record(BatchJob(recipe="x.py", name="first"), "17")
+    Path("runs/first/metrics.jsonl").mkdir(parents=True)
+    os.mkfifo("runs/first/config.json")
+    assert [row[0] for row in status_rows(capsys)] == ["first"]
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        *("", "[{", "{}x", "[1]", "3", '[{"run": "first"}]', '[{"run": 1, "number": "2"}]'),
+        *(
+            "",
+            "[{",
+            "{}x",
+            "[1]",
+            "3",
+            "[" * 9999,
+            '[{"run": "first"}]',
+            '[{"run": 1, "number": "2"}]',
+        ),
         *('[{"run": "../up", "number": "2"}]', '[{"run": "a\\u001b[2J", "number": "2"}]'),
     ],
 )
@@ -244,7 +354,19 @@ def test_a_damaged_record_is_one_row(record: str, capsys: pytest.CaptureFixture[
     assert rows[1][:2] == ["first", "17"]
 
 
-@pytest.mark.parametrize("line", ["[]", "3", "{}", '{"epoch": 3, "test/accuracy": null}', "\x1b"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        "{}",
+        '{"epoch": 3, "test/accuracy": null}',
+        "\x1b",
+        "[" * 9999,
+        '{"epoch": 3, "test/accuracy": NaN}',
+        '{"epoch": 3, "test/accuracy": 1' + "0" * 400 + "}",
+    ],
+)
 def test_damaged_metrics_are_passed_over(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs", "jobs").mkdir(parents=True)
     status.record(BatchJob(recipe="x.py", name="first"), "17")

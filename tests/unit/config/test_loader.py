@@ -1,5 +1,6 @@
 """From a path to a recipe: what loads, and how a file that does not load is explained."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_a_directory_is_no_recipe(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with refused(name, "directory", "a recipe file"):
         loader.load(tmp_path / name)
+
+
+def test_what_no_file_can_be_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    for path, found in (
+        (tmp_path / "pipe.py", "a pipe or a device"),
+        (Path("/dev/zero"), "a pipe or a device"),
+        (Path("a\0b.py"), "embedded null byte"),
+        (Path("x" * 256), "File name too long"),
+    ):
+        with refused(found, "a recipe file"):
+            loader.load(path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

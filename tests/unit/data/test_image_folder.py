@@ -1,7 +1,9 @@
 """Pictures in class folders: layouts, what is done to a picture, and what is refused."""
 
 import io
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -278,3 +280,32 @@ def test_folders_beside_train_and_test_are_refused(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     with refused("beside it extra"):
         both(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_would_be_waited_for_is_no_picture(tmp_path: Path, kind: str) -> None:
+    fill(tmp_path, {"a": 5, "b": 5})
+    odd = tmp_path / "b" / "odd.png"
+    os.mkfifo(odd) if kind == "pipe" else odd.symlink_to("/dev/zero")
+    with refused(f"{odd}", "a pipe or a device"):
+        Folder(str(tmp_path))
+
+
+def test_pictures_that_do_not_fit_into_memory_are_counted_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, {"a": 5, "b": 5})
+    (tmp_path / "a" / "000.png").write_bytes(b"no picture")  # that would be said of it
+    needed = 10 * 100 * 100 * 3  # both halves
+    free = SimpleNamespace(available=needed - 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    with refused("10 images of 100 x 100 pixels need", "memory", "data.source.size=70"):
+        Folder(str(tmp_path), size=100)
+    with refused("cannot be read as a picture"):
+        Folder(str(tmp_path), size=70)
+
+
+def test_a_picture_has_pixels(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 5})
+    with refused("size=0", "at least 1"):
+        Folder(str(tmp_path), size=0)

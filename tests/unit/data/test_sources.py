@@ -11,6 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import tarfile
@@ -29,9 +30,11 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import (
     CIFAR10,
     CIFAR100,
+    EMNIST,
     KMNIST,
     MNIST,
     STL10,
@@ -43,7 +46,8 @@ from torchvision.datasets import (
 from launcher import Folder, Images, Synthetic
 from launcher.config import overrides
 from launcher.data import sources
-from launcher.errors import UserError
+from launcher.distributed import signals
+from launcher.errors import StoppedBeforeTrainingError, UserError
 from tests.support.helpers import HALF, refused, tiny_recipe
 
 NAMES = ["cat", "dog", "ship"]
@@ -401,8 +405,28 @@ def test_a_broken_folder_of_pictures_is_refused_even_with_a_fallback(tmp_path: P
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("no folder")
-    with refused(repr(str(tmp_path / "data"))):
-        sources.load(images_of(Cifar().source(), tmp_path / "data"))
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("data", "pipe"):
+        with refused(repr(str(tmp_path / name)), "not a folder", "type data.root=data"):
+            sources.load(images_of(Cifar().source(), tmp_path / name, fallback=SMALL))
+
+
+def test_a_root_where_no_lock_can_be_is_refused() -> None:
+    with refused("data.root='/proc'", "type data.root=data"):
+        sources.load(images_of(Cifar().source(), Path("/proc"), fallback=SMALL))
+
+
+def test_a_signal_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
+    number = signal.getsignal(signal.SIGTERM)
+    stop = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    with FileLock(tmp_path / ".download.lock"), signals.listening(ends_process=False):
+        stop.start()
+        with pytest.raises(StoppedBeforeTrainingError, match="stopped by SIGTERM before") as caught:
+            sources.load(images_of(Cifar().source(), tmp_path))
+    assert caught.value.exit_code == 75
+    with signals.listening(ends_process=False):
+        pass  # forgets the signal
+    assert signal.getsignal(signal.SIGTERM) is number
 
 
 # Downloading, from a server on this machine
@@ -690,6 +714,65 @@ def test_data_that_is_not_uint8_images_with_labels_is_refused(
 ) -> None:
     with refused("data.source=Mine", "uint8", "CIFAR10", "Folder"):
         sources.load(images_of(made("Mine", **attributes), tmp_path))
+
+
+class Lazy(Dataset[Any]):
+    """What torch's tutorials write: the images are made when they are asked for."""
+
+    def __init__(self, root: str, train: bool = True) -> None:
+        self.count = 4
+
+    def __getitem__(self, index: int) -> Any:
+        return PIXELS[index], 0
+
+
+def two_tensors(root: str, train: bool = True) -> Any:
+    return TensorDataset(torch.rand(4, 3, 8, 8), torch.zeros(4))
+
+
+def nothing(root: str, train: bool = True) -> None: ...
+
+
+def fails(root: str, train: bool = True) -> None:
+    raise KeyError("mine")
+
+
+def needs_more(root: str, train: bool, year: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Lazy, "Lazy makes a Lazy without `data` and `targets`, which makes images one by one"),
+        (two_tensors, "two_tensors makes a TensorDataset without `data` and `targets`, which"),
+        (nothing, "nothing makes a NoneType without `data` and `targets`;"),
+        (made("Mine", data=PIXELS), "Mine makes a Mine without `targets`"),
+        (made("Mine", data=["a.png"], targets=[0]), "Mine has a list as `data` that is no array"),
+        (made("Mine", data=PIXELS, labels=["cat"]), "has a list as `labels` that is no array"),
+        (made("Mine", data=PIXELS / 255, targets=[0] * 4), "(data * 255).to(torch.uint8)"),
+        (EMNIST, "EMNIST, which needs split as well; expected values for all"),
+        (needs_more, "write partial(needs_more, year=...) in the recipe file"),
+        (partial(EMNIST, split="none"), "Unknown value 'none' for argument split. Valid values"),
+        (fails, f"fails fails: KeyError: 'mine' ({__file__}, line"),
+    ],
+)
+def test_a_source_without_what_is_needed_is_described(
+    tmp_path: Path, source: Any, words: str
+) -> None:
+    with refused("data.source=", words):
+        sources.load(images_of(source, tmp_path / "data", fallback=SMALL))
+    assert not (tmp_path / "data").exists(), "nothing was looked for"
+
+
+def test_a_set_that_opens_an_absent_file_is_fetched(tmp_path: Path) -> None:
+    class Absent:
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            if download:
+                Path(root, "file").touch()
+            Path(root, "file").read_bytes()
+            self.data, self.targets = PIXELS, [0] * 4
+
+    assert len(sources.load(images_of(Absent, tmp_path)).train) == 4
 
 
 def test_targets_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from launcher import Recipe, Synthetic
 from launcher.config import loader
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport
-from tests.support.helpers import RECIPES, context_of
+from tests.support.helpers import RECIPES, context_of, refused
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,15 @@ def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source
     first, second = trained(recipe)
     assert second.test.accuracy > 0.95
     assert second.train_loss < first.train_loss
+
+
+@pytest.mark.parametrize("name", ["count", "size", "channels", "classes"])
+def test_numbers_that_leave_nothing_are_refused(name: str) -> None:
+    settings: Any = {name: -1}
+    with refused(f"{name}=-1", "at least 1"):
+        Synthetic(**settings)
+
+
+def test_more_than_the_memory_holds_is_refused() -> None:
+    with refused("1,000,000,000,000,000 images of 32 x 32 pixels need", "GB of memory"):
+        Synthetic(count=10**15)

@@ -11,6 +11,7 @@ from launcher.distributed.world import (
     World,
     check_world,
     processes_in,
+    refuse_impossible,
     refuse_misplaced,
 )
 from tests.support.helpers import ROOT, refused
@@ -67,7 +68,6 @@ def test_an_agent_announces_the_whole_world() -> None:
     ("environ", "world"),
     [
         ({}, World()),
-        ({"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": "", "MASTER_PORT": ""}, World()),
         ({"RANK": "1", "WORLD_SIZE": "2"}, World(rank=1, size=2, node=1)),
         (
             {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"},
@@ -92,6 +92,54 @@ def test_rank_0_hosts_the_store_unless_an_agent_does() -> None:
 def test_what_is_no_number_is_refused(name: str) -> None:
     with refused(f"{name}=one in the environment", f"unset {name}"):
         World.from_env({name: "one"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("RANK", ""),
+        ("RANK", "-1"),
+        ("RANK", "\u0663"),
+        ("RANK", "1" * 5000),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", ""),
+        ("LOCAL_WORLD_SIZE", "0"),
+        ("MASTER_PORT", "0"),
+        ("MASTER_PORT", "99999"),
+    ],
+)
+def test_what_is_out_of_range_or_empty_is_refused(name: str, text: str) -> None:
+    with refused(f"{name}={text:.40} in the environment", f"unset {name}"):
+        World.from_env({name: text})
+
+
+SECOND = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+REACHED = SECOND | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment without RANK"),
+        (SECOND, "without MASTER_ADDR, MASTER_PORT"),
+        (REACHED | {"MASTER_ADDR": ""}, "without MASTER_ADDR;"),
+        ({"RANK": "1"}, "RANK=1 in the environment, of WORLD_SIZE=1; expected at most 0"),
+        (REACHED | {"RANK": "2"}, "RANK=2 in the environment, of WORLD_SIZE=2; expected at most 1"),
+        (REACHED | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 in the environment, of WORLD_SIZE=2"),
+        (REACHED | {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 in the environment, of LOCAL_WORLD"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4 in the environment, of WORLD_SIZE=1"),
+        (REACHED | {"GROUP_RANK": "7"}, "GROUP_RANK=7 in the environment, of WORLD_SIZE=2"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(environ: dict[str, str], words: str) -> None:
+    with refused(words, "unset RANK LOCAL_RANK WORLD_SIZE"):
+        refuse_impossible(World.from_env(environ), environ)
+
+
+@pytest.mark.parametrize("environ", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, REACHED, AGENT])
+def test_what_fits_together_passes(environ: dict[str, str]) -> None:
+    refuse_impossible(World.from_env(environ), environ)
 
 
 def test_without_a_launcher_this_process_is_alone() -> None:

@@ -254,7 +254,7 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
         (of_another_network, ("trains 4 tensors", "of the network only")),
         (twice, ("layers.0.weight twice", "each parameter once")),
         (in_two_groups, ("more than one parameter group",)),
-        (without_return, ("returns a NoneType", "return")),
+        (without_return, ("returns NoneType", "return")),
         (too_much_momentum, ("momentum=1.0", "below 1")),
         (partial(LBFGS, lr=1.0), ("LBFGS", "closure", "AdamW")),
         (partial(SGD, lr=0.1, momentum=1.5), ("optimizer.momentum=1.5", "=0.9")),

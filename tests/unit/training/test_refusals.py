@@ -1,6 +1,7 @@
 """Values with which a recipe would train nonsense are refused, each with its line."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,61 @@ def forgetful(fraction: float) -> None:
 )
 def test_it_is_refused(changes: dict[str, Any], said: str) -> None:
     with refused(said):
+        preflight(context_of(tiny_recipe(**changes)))
+
+
+def gives_none(*arguments: Any) -> None: ...
+
+
+def gives_two(*arguments: Any) -> tuple[int, int]:
+    return 1, 2
+
+
+def gives_one_by_one(*arguments: Any) -> Iterator[int]:
+    yield 1
+
+
+async def gives_later(*arguments: Any) -> int:
+    return 1
+
+
+def fails(*arguments: Any, train: bool = True) -> float:
+    return 1 / 0
+
+
+FAILS = fails.__code__.co_firstlineno + 1
+
+
+def in_slot(name: str, function: Any) -> dict[str, Any]:
+    if name in ("augment", "mix", "source"):
+        return {"data": {name: (function,) if name == "augment" else function}}
+    return {name: function}
+
+
+SLOTS = ("model", "optimizer", "loss", "schedule", "average", "augment", "mix", "views")
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+@pytest.mark.parametrize(("function", "kind"), [(gives_none, "None"), (gives_two, "tuple")])
+def test_what_is_returned_in_its_place_is_refused(slot: str, function: Any, kind: str) -> None:
+    line = function.__code__.co_firstlineno
+    shown = ("[None, None]" if kind == "None" else "[(1, 2)") if slot == "schedule" else kind
+    with refused(function.__name__, shown, f"({__file__}, line {line})"):
+        preflight(context_of(tiny_recipe(**in_slot(slot, function))))
+
+
+@pytest.mark.parametrize("slot", [*SLOTS, "source", "initialize"])
+@pytest.mark.parametrize("function", [gives_one_by_one, partial(gives_later)])
+def test_generators_and_coroutines_are_refused(slot: str, function: Any) -> None:
+    code = getattr(function, "func", function).__code__
+    with refused(f"{slot}={code.co_name}, a function with", f"line {code.co_firstlineno})"):
+        tiny_recipe(**in_slot(slot, function))
+
+
+@pytest.mark.parametrize("slot", [*SLOTS, "source", "initialize"])
+def test_what_fails_is_refused_with_its_line(slot: str) -> None:
+    changes = in_slot(slot, fails)
+    with refused("fails", "division by zero", f"({__file__}, line {FAILS})"):
         preflight(context_of(tiny_recipe(**changes)))
 
 

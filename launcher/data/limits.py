@@ -1,0 +1,30 @@
+"""Numbers of images that are none, or that no memory holds, are refused before one is made."""
+
+import math
+
+from launcher.errors import UserError
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Raise `UserError` for a number that leaves no images."""
+    if value < 1:
+        raise UserError(
+            f"{name}={value} for a source of images",
+            expected="a whole number of at least 1",
+            instead=f"type data.source.{name}=32, or of a fallback data.fallback.{name}=32",
+        )
+
+
+def refuse_too_large(what: str, count: int, size: int, channels: int = 3) -> None:
+    """Raise `UserError` where so many uint8 images of `size` pixels square do not fit."""
+    import psutil
+
+    needed, available = count * size * size * channels, int(psutil.virtual_memory().available)
+    if needed > available:
+        fits = max(1, math.isqrt(available // (2 * count * channels)))
+        raise UserError(
+            f"{what}: {count:,} images of {size} x {size} pixels need {needed / 1e9:,.1f} GB",
+            expected=f"no more than the {available / 1e9:,.1f} GB of memory that are free here",
+            instead=f"type data.source.size={fits}, or of a fallback data.fallback.size={fits}, or "
+            "use fewer images",
+        )

@@ -1,0 +1,39 @@
+"""Where in the user's own code an exception comes from."""
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """` (file, line n)` where a function is defined; empty for what is none, such as a class."""
+    while isinstance(function, partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+
+
+def user_location(error: Exception) -> str:
+    """` (file, line n)` of the user's code, where it can be told."""
+    line = user_line(error)
+    return f" ({line.filename}, line {line.lineno})" if line else ""
+
+
+def user_line(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost line behind an exception that is neither of a library nor of the launcher."""
+    modules = (traceback.__file__, torch.__file__, str(Path(__file__).parent))
+    libraries = tuple(str(Path(module).parent) for module in modules)
+    return next(
+        (
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if Path(frame.filename).is_file()  # compiled code names files that are elsewhere
+            and not frame.filename.startswith(libraries)
+            and {"site-packages", "dist-packages"}.isdisjoint(Path(frame.filename).parts)
+        ),
+        None,
+    )
