@@ -151,7 +151,11 @@ def _run(words: list[str], world: World) -> int:
     if words[:1] == ["submit"]:
         from launcher.cluster import submit
 
-        return submit.main(words[1:], _check)
+        return submit.main(words[1:], _refuse_wrong_words)
+    if words[:1] == ["check"]:
+        from launcher.checks import check
+
+        return check.main(words[1:], _load)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
@@ -189,7 +193,7 @@ def _run(words: list[str], world: World) -> int:
     return _train(loaded, arguments, job)
 
 
-def _check(words: Sequence[str]) -> None:
+def _refuse_wrong_words(words: Sequence[str]) -> None:
     """Raise `UserError` for the words of a run that would not begin, before a job waits for it."""
     arguments, unknown = _parser().parse_known_args(words)
     refuse_misplaced(unknown)

@@ -24,6 +24,21 @@ class Layer:
     flops: int  # of the forward pass of one image
     activations: int  # bytes that one image's output takes
 
+    @property
+    def kind(self) -> str:
+        """The name of its class."""
+        return type(self.module).__name__
+
+    def describe_made(self) -> str:
+        """What it makes of one image: `16 x 32 x 32`."""
+        return " x ".join(map(str, self.made[1:]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        shapes = {"given": self.given, "made": self.made}
+        work = {"flops": self.flops, "activations": self.activations}
+        return {"name": self.name, "kind": self.kind, "parameters": self.parameters} | shapes | work
+
 
 @dataclass
 class Walk:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.checks.layers import Walk, walk
-from launcher.training.model import user_line, user_location
+from launcher.utils.user_code import user_line, user_location
 
 _SIZES = (28, 32, 64, 96, 128, 224)  # pixels, for which networks are written
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -149,6 +149,11 @@ def smoke_source(data: Images) -> Source:
     return partial(Synthetic, **keywords)
 
 
+def with_count(source: Source, count: int) -> Source:
+    """An embedded set of so many training images."""
+    return partial(source, count=count)
+
+
 def _known_shape(data: Images) -> dict[str, int]:
     name = short_name(data.source)
     if name in ("MNIST", "FashionMNIST", "KMNIST"):

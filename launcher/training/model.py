@@ -52,7 +52,7 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
             expected="a class or a function that makes an nn.Module from these settings",
             instead="mend that line, or see launcher RECIPE --help for the settings of the model",
         )
-    shape = _output_shape(network, _two_images(network, recipe, data, "contiguous"), recipe)
+    shape = _output_shape(network, two_images(network, recipe, data, "contiguous"), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
         raise UserError(
@@ -63,7 +63,7 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
     return network
 
 
-def _two_images(
+def two_images(
     network: nn.Module, recipe: Recipe, data: ImageSet, memory_format: MemoryFormat
 ) -> Tensor:
     """The first image twice, normalized: `(2, c, h, w)`."""
@@ -110,7 +110,7 @@ def _refused_images(name: str, images: Tensor, error: Exception, mode: str = "")
     return UserError(
         f"{name} fails on images of shape {tuple(images.shape)}{mode}: {what}{where}",
         expected="a model that takes (n, channels, height, width)",
-        instead="compare the sizes of its layers with the images",
+        instead="see which layer does not fit, and what to write: type launcher check RECIPE",
     )
 
 
@@ -200,7 +200,7 @@ def _choose_memory_format(
         formats = (wanted,)
     for memory_format in formats:
         network.to(memory_format=_FORMATS[memory_format])
-        images = _two_images(network, recipe, data, memory_format)
+        images = two_images(network, recipe, data, memory_format)
         error, unused = _try_training_pass(network, recipe, images, accelerator)
         if not _count_over_ranks(accelerator, error is not None):
             if recipe.unused_parameters == "refuse":

@@ -10,7 +10,6 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def smoke_version(recipe: Recipe, group: RankGroup) -> Recipe:
 
 
 def _pictures(recipe: Recipe, count: int) -> Images:
-    source = partial(sources.smoke_source(recipe.data), count=count)
+    source = sources.with_count(sources.smoke_source(recipe.data), count)
     return replace(recipe.data, source=source, fallback=None)
 
 

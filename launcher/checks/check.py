@@ -1,0 +1,175 @@
+"""`launcher check RECIPE`: the network layer by layer, and the recipe's own functions, untrained.
+
+Where the shape of the images is known without their files, nothing is read. One verdict line for
+each question; exit code 0, or 2 where one of them is answered by a mistake.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from launcher import run
+from launcher.checks.layers import Layer, walk
+from launcher.checks.mistakes import find_mistake
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
+from launcher.config.recipe import Recipe
+from launcher.data import sources
+from launcher.data.sources import Data
+from launcher.errors import EXIT_USER, UserError
+from launcher.training.model import build_network, two_images
+from launcher.utils.redaction import redacted
+from launcher.utils.text import count
+
+IMAGES = 64  # of the embedded set, in place of the recipe's own
+WIDTH = 100  # of a table that goes into a file
+_USAGE = "launcher check RECIPE [name=value ...] [--json]"
+_DESCRIPTION = "Try a recipe's network and functions on two images, in seconds."
+
+Load = Callable[[str, list[str]], LoadedRecipe]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to one question; `mistake` is empty where all is well."""
+
+    question: str
+    answer: str
+    mistake: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, for people and for machines."""
+
+    recipe: str
+    seconds: float
+    layers: tuple[Layer, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not any(verdict.mistake for verdict in self.verdicts)
+
+    def as_json(self) -> str:
+        """One object, with a list of layers and one of verdicts."""
+        layers = [layer.as_dict() for layer in self.layers]
+        verdicts = [dataclasses.asdict(verdict) for verdict in self.verdicts]
+        about = {"recipe": self.recipe, "good": self.is_good, "seconds": round(self.seconds, 3)}
+        return json.dumps(about | {"verdicts": verdicts, "layers": layers}, indent=2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, expected=_USAGE, instead="see launcher check --help")
+
+
+def main(words: Sequence[str], load: Load) -> int:
+    """Run the words behind `launcher check`; `load` makes the recipe of a path and overrides."""
+    parser = _Parser(prog="launcher check", usage=_USAGE, description=_DESCRIPTION)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="for machines: one JSON object")
+    arguments = parser.parse_intermixed_args(words)
+    if not arguments.words:
+        parser.error("no recipe is named")
+    report = check(load(arguments.words[0], arguments.words[1:]))
+    if arguments.json:
+        sys.stdout.write(redacted(report.as_json()) + "\n")
+    else:
+        _show(report)
+    return 0 if report.is_good else EXIT_USER
+
+
+def check(loaded: LoadedRecipe) -> Report:
+    """Answer each question about a recipe, on the CPU."""
+    begin = time.perf_counter()
+    recipe = loaded.recipe
+    data = _few_images(recipe)
+    torch.manual_seed(recipe.seed)
+    layers: tuple[Layer, ...] = ()
+    verdicts = []
+    try:
+        network = recipe.model()
+        images = two_images(network, recipe, data.train, "contiguous")
+        mistake = find_mistake(network, images, len(data.train.classes))
+        layers = tuple(walk(network, images).layers)
+    except Exception:
+        mistake = None  # which building it again puts into words
+    if mistake:
+        verdicts.append(Verdict("network", mistake.what, mistake.instead))
+    else:
+        verdicts.extend(_of_recipe(loaded, data, layers))
+    return Report(loaded.name, time.perf_counter() - begin, layers, tuple(verdicts))
+
+
+def _few_images(recipe: Recipe) -> Data:
+    """Embedded ones of the same shape and classes; the recipe's own where these are not known."""
+    try:
+        stand_in = sources.smoke_source(recipe.data)
+    except UserError:
+        return sources.load(recipe.data)
+    few = replace(recipe.data, source=sources.with_count(stand_in, IMAGES), fallback=None)
+    return sources.load(few)
+
+
+def _of_recipe(loaded: LoadedRecipe, data: Data, layers: tuple[Layer, ...]) -> Iterator[Verdict]:
+    recipe = loaded.recipe
+    size = min(recipe.data.batch_size, len(data.train))
+    recipe = replace(recipe, data=replace(recipe.data, batch_size=size), accumulate=1)
+    try:
+        network = build_network(recipe, data.train)
+        plan = run.plan_for(replace(loaded, recipe=recipe), data, RunOptions(), 1)
+        yield Verdict("network", _cost(layers))
+        run.preflight_anywhere(recipe, plan, network, data)
+        yield Verdict("functions", "optimizer, schedule, augmentation and loss take what they get")
+    except UserError as error:
+        known = f"{error.given}; expected {error.expected}"
+        yield Verdict("recipe", known, error.instead)
+
+
+def _cost(layers: tuple[Layer, ...]) -> str:
+    parameters = sum({layer.module: layer.parameters for layer in layers}.values())
+    flops, activations = (sum(values) for values in zip(*map(_work, layers), strict=True))
+    return (
+        f"{count(len(layers), 'layer')}, {parameters:,} parameters in them; for one image "
+        f"{flops / 1e6:.1f} MFLOPs forwards and {activations / 1024:,.0f} KiB of activations"
+    )
+
+
+def _work(layer: Layer) -> tuple[int, int]:
+    return layer.flops, layer.activations
+
+
+def _show(report: Report) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    table = Table(title=f"launcher check: {report.recipe}", title_justify="left")
+    for name in ("layer", "kind", "makes", "parameters", "MFLOPs", "KiB"):
+        is_number = name in ("parameters", "MFLOPs", "KiB")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_number)
+    for layer in report.layers:
+        table.add_row(
+            *(layer.name or "the network", layer.kind, layer.describe_made()),
+            *(f"{layer.parameters:,}", f"{layer.flops / 1e6:.2f}"),
+            f"{layer.activations / 1024:,.1f}",
+        )
+    if report.layers:
+        console.print(table)
+    for verdict in report.verdicts:
+        sign = "[red]wrong[/red]" if verdict.mistake else "[green]good[/green]"
+        console.print(f"{verdict.question:<10}{sign:<5}", end="  ")
+        console.print(redacted(verdict.answer), markup=False, soft_wrap=True)
+        if verdict.mistake:
+            console.print(" " * 17 + redacted(verdict.mistake), markup=False, soft_wrap=True)
+    console.print(f"in {report.seconds:.1f} s", markup=False)
