@@ -567,8 +567,8 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
     if found is None or len(skipped) >= MOST_ROLLBACKS or error.step in skipped:
         raise error
     checkpoint.restore(found, ctx)
-    progress, best = checkpoint.progress_of(found)
-    run.best = run.highest = best
+    state = checkpoint.read_state(found)
+    progress, run.best, run.highest = state.progress, state.best, state.best
     run.saver.forget_after(progress.epochs)
     run.loggers.console.say(f"{error}")
     run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")
@@ -595,7 +595,7 @@ def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:
 def newest_progress(run: ActiveRun) -> str:
     """Where a resumed run would begin."""
     found = checkpoint.newest(run.folder.checkpoints)[0] if run.folder else None
-    return f"step {checkpoint.progress_of(found)[0].step}" if found else "the beginning"
+    return f"step {checkpoint.read_state(found).progress.step}" if found else "the beginning"
 
 
 def stop_reason() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
-from launcher.utils import atomic_write
+from launcher.utils import atomic_write, json_text
 
 _HEADINGS = ("run", "job", "state", "attempt", "epoch", "best accuracy", "setting")
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
@@ -52,7 +52,8 @@ def _submitted_runs(job: BatchJob, number: str) -> Iterator[SubmittedRun]:
 
 def show(runs: Path) -> None:
     """Print a line per submitted run: a table on a terminal, else aligned text."""
-    records = sorted((runs / JOBS_FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = (runs / JOBS_FOLDER).glob("*.json")
+    records = sorted(found, key=lambda path: path.lstat().st_mtime)
     if not records:
         raise UserError(
             f"no job was submitted for runs in {runs}",
@@ -92,7 +93,7 @@ def _print_aligned(rows: list[tuple[str, ...]]) -> None:
 def _rows(path: Path, runs: Path, queue: dict[str, str] | None) -> list[tuple[str, ...]]:
     """The rows of one job, from its record at `path`."""
     try:
-        submitted = [SubmittedRun(**run) for run in json.loads(path.read_bytes())]
+        submitted = [SubmittedRun(**run) for run in json_text.read(path)]
     except (OSError, ValueError, TypeError):
         return [(path.stem, "-", "damaged record", "-", "-", "-", "")]
     return [_row(run, runs, queue) for run in submitted]
@@ -126,19 +127,20 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict)
         and "epoch" in row
         and isinstance(row.get("test/accuracy"), int | float)
+        and 0 <= row["test/accuracy"] <= 1
     ]
 
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json_text.parse(line)
     except ValueError:
         return None
 
 
 def _planned_epochs(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_bytes())["epochs"])
+        return str(json_text.read(folder / "config.json")["epochs"])
     except (OSError, ValueError, KeyError, TypeError):
         return "-"
 

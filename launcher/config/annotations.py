@@ -35,7 +35,7 @@ def convert(value: Any, annotation: Any) -> tuple[bool, Any]:
     if annotation in _ACCEPTED:
         fits = isinstance(value, _ACCEPTED[annotation]) and not isinstance(value, bool)
         return fits, annotation(value) if fits else None
-    return isinstance(annotation, type) and isinstance(value, annotation), value
+    return isinstance(kind, type) and isinstance(value, kind), value
 
 
 def _convert_items(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...]]:

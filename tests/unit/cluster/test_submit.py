@@ -1,6 +1,7 @@
 """The command line of `launcher submit`, and what it shows of jobs; Slurm itself is elsewhere."""
 
 import json
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -231,7 +232,16 @@ def test_the_queue_as_squeue_prints_it() -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        *("", "[{", "{}x", "[1]", "3", '[{"run": "first"}]', '[{"run": 1, "number": "2"}]'),
+        *(
+            "[" * 10**5,
+            "",
+            "[{",
+            "{}x",
+            "[1]",
+            "3",
+            '[{"run": "first"}]',
+            '[{"run": 1, "number": "2"}]',
+        ),
         *('[{"run": "../up", "number": "2"}]', '[{"run": "a\\u001b[2J", "number": "2"}]'),
     ],
 )
@@ -244,7 +254,27 @@ def test_a_damaged_record_is_one_row(record: str, capsys: pytest.CaptureFixture[
     assert rows[1][:2] == ["first", "17"]
 
 
-@pytest.mark.parametrize("line", ["[]", "3", "{}", '{"epoch": 3, "test/accuracy": null}', "\x1b"])
+def test_the_status_waits_for_no_fifo(capsys: pytest.CaptureFixture[str]) -> None:
+    status.record(BatchJob(recipe="x.py", name="first"), "17")
+    Path("runs", "first").mkdir()
+    for name in ("first/config.json", "first/metrics.jsonl", "jobs/other-18.json"):
+        os.mkfifo(Path("runs", name))
+    Path("runs", "jobs", "third-19.json").symlink_to("nowhere")
+    rows = sorted(status_rows(capsys))
+    assert [row[:3] for row in rows] == [
+        ["first", "17", "unknown"],
+        ["other-18", "-", "damaged"],
+        ["third-19", "-", "damaged"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[]", "3", "{}", "\x1b", "[" * 10**5, '{"epoch": 3, "test/accuracy": null}'),
+        *(f'{{"epoch": 3, "test/accuracy": {value}}}' for value in (10**400, "NaN", -1, 7)),
+    ],
+)
 def test_damaged_metrics_are_passed_over(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs", "jobs").mkdir(parents=True)
     status.record(BatchJob(recipe="x.py", name="first"), "17")
