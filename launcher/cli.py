@@ -73,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
     except SystemExit as error:  # not argparse's: `_Parser.error` raises
-        sys.stderr.write(f"launcher: the recipe's code called sys.exit({error.code})\n")
+        sys.stderr.write(redacted(f"launcher: the recipe's code called sys.exit({error.code})\n"))
         return EXIT_FAULT
     except Exception:
         sys.stderr.write(redacted(traceback.format_exc()))
@@ -264,7 +264,8 @@ def _dry_run(
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
-        sys.stdout.write(f"{warning}\n" if (warning := run.fallback_warning(data)) else "")
+        warning = redacted(run.fallback_warning(data))
+        sys.stdout.write(f"{warning}\n" if warning else "")
         sys.stdout.flush()  # what follows takes seconds
     if world_size and world.size == 1:
         lines = timing.scaling_lines(loaded.recipe, plan, network, data, world)

@@ -424,10 +424,10 @@ def make_loggers(
     shown = wandb.WandbRun(
         folder=start.folder.path,
         # What is given here, W&B does not take from the environment, so that is done here, too.
-        project=options.project or os.environ.get("WANDB_PROJECT", "launcher"),
-        name=options.name or os.environ.get("WANDB_NAME", start.folder.path.name),
+        project=redacted(options.project or os.environ.get("WANDB_PROJECT", "launcher")),
+        name=redacted(options.name or os.environ.get("WANDB_NAME", start.folder.path.name)),
         config=loaded.config,
-        tags=[loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])],
+        tags=cleaned([loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])]),
         note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
         run_id=start.folder.identity,
     )

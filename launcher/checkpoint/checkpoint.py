@@ -37,6 +37,7 @@ from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write, json_text
+from launcher.utils.redaction import redacted
 from launcher.utils.text import count
 
 KEPT = 3  # checkpoints; the best weights are kept apart
@@ -423,14 +424,14 @@ def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _copied(value: Any) -> Any:
-    """A nested state with its tensors copied to the host, in their own memory layout."""
+    """A nested state without secrets, its tensors copied to the host in their own memory layout."""
     if isinstance(value, Tensor):
         return _copy(value)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
-    return value
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _copy(tensor: Tensor) -> Tensor:
