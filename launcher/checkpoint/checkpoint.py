@@ -217,7 +217,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
         ) from None
     for number, group in enumerate(state.optimizer.param_groups):
         group.update(_changed(state.group_options[number], initial[number]))
-    saved_scaler = read_state(folder).scaler
+    saved_scaler = json_text.read(folder / "state.json")["scaler"]
     if scaler is not None and saved_scaler:
         scaler.load_state_dict(saved_scaler)
     if (folder / "buffers.safetensors").is_file():

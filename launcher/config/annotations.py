@@ -34,7 +34,10 @@ def convert(value: Any, annotation: Any) -> tuple[bool, Any]:
         return fits, list(items) if kind is list else items
     if annotation in _ACCEPTED:
         fits = isinstance(value, _ACCEPTED[annotation]) and not isinstance(value, bool)
-        return fits, annotation(value) if fits else None
+        try:
+            return fits, annotation(value) if fits else None
+        except OverflowError:  # a whole number beyond every float
+            return False, None
     return isinstance(kind, type) and isinstance(value, kind), value
 
 

@@ -1,6 +1,7 @@
 """A recipe as plain JSON: what a run writes down, and what a resumed run compares."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ def resolve(value: Any) -> Any:
     """A recipe or a part of it in JSON's own types.
 
     A callable becomes `{"call": "module:name", setting: value, ...}` with all of its settings,
-    defaults included, so two equal recipes have equal forms. Raises `UserError` for a lambda, and
-    for a module that is built already, unless it is the recipe's loss.
+    defaults included, so two equal recipes have equal forms. Raises `UserError` for a lambda, a
+    generator, and for a module that is built already, unless it is the recipe's loss.
     """
     if isinstance(value, tuple | list):
         return [resolve(item) for item in value]
@@ -27,7 +28,7 @@ def resolve(value: Any) -> Any:
             for child in children(value)
         }
     if callable(value):
-        _refuse_built(value)
+        _refuse_unusable(value)
         return _with_settings(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -41,8 +42,15 @@ def _with_settings(value: Any) -> dict[str, Any]:
     return {"call": code_name(value), **settings}
 
 
-def _refuse_built(value: Callable[..., Any]) -> None:
+def _refuse_unusable(value: Callable[..., Any]) -> None:
     function = function_of(value)
+    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    if any(is_kind(function) for is_kind in kinds):
+        raise UserError(
+            f"{code_name(value)}, which returns something to wait for or to go through",
+            expected="a function that returns its value when it is called",
+            instead="write def for async def, and return for yield",
+        )
     if isinstance(function, nn.Module):
         kind = type(function).__name__
         raise UserError(

@@ -27,6 +27,7 @@ from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
 from launcher.errors import UserError
 from launcher.utils.text import count
+from launcher.utils.user_code import user_location
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
@@ -224,7 +225,18 @@ def _call(source: Source, root: str, train: bool, download: bool) -> Any:
                 instead="write a function with `train` that returns one half or the other",
             )
         arguments["split"] = "train" if train else "test"
-    return source(**{n: value for n, value in arguments.items() if takes_any or n in accepted})
+    taken = {n: value for n, value in arguments.items() if takes_any or n in accepted}
+    try:
+        return source(**taken)
+    except (*_UNREADABLE, http.client.HTTPException, ImportError, UserError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"data.source={short_name(source)} fails: {type(error).__name__}: {error}"
+            f"{user_location(error)}",
+            expected="a data set that opens with these settings",
+            instead="see launcher RECIPE --help for its settings, or mend it in the recipe file",
+        ) from error
 
 
 def _refuse_damaged(source: Source, root: str) -> None:

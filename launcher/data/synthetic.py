@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy
 
+from launcher.errors import UserError
+
 Grid = Any  # float array (n, size, size): each pixel's distance from the shape's centre, in radii
 
 _SHAPES: dict[str, Callable[[Grid, Grid], Any]] = {
@@ -26,6 +28,9 @@ _SHAPES: dict[str, Callable[[Grid, Grid], Any]] = {
     "falling": lambda x, y: numpy.sin(4.5 * (x - y)) > 0,
     "checks": lambda x, y: numpy.sin(5 * x) * numpy.sin(5 * y) > 0,
 }
+
+
+MOST_OF_A_KIND, MOST_PICTURES = 10_000, 10_000_000  # more is a slip of the finger
 
 
 class Synthetic:
@@ -47,7 +52,13 @@ class Synthetic:
         classes: int = 10,
         count: int = 10_000,
     ) -> None:
-        """Draw the set: the same pictures every time, and no test picture among the training."""
+        """Draw the set: the same pictures every time, and no test picture among the training.
+
+        Raises `UserError` for numbers of which there is no such set.
+        """
+        for name, number in (("size", size), ("channels", channels), ("classes", classes)):
+            _refuse_beyond(name, number, MOST_OF_A_KIND)
+        _refuse_beyond("count", count, MOST_PICTURES)
         random = numpy.random.default_rng([2026, int(train)])
         number = count if train else max(1, count // 5)
         self.targets = numpy.arange(number) % classes
@@ -56,6 +67,15 @@ class Synthetic:
         for start in range(0, number, 1000):
             part = slice(start, start + 1000)
             self.data[part] = _draw(self.targets[part], size, channels, random)
+
+
+def _refuse_beyond(name: str, number: int, most: int) -> None:
+    if not isinstance(number, int) or not 1 <= number <= most:
+        raise UserError(
+            f"{name}={number} of Synthetic",
+            expected=f"a whole number from 1 to {most:,}",
+            instead=f"give it another {name}, in the recipe file or for this run",
+        )
 
 
 def _class_name(index: int) -> str:

@@ -1,10 +1,8 @@
 """From a recipe to its network: built, tried on two images, initialized, placed on the device."""
 
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +15,7 @@ from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
+from launcher.utils.user_code import user_line, user_location
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
@@ -126,8 +125,19 @@ def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: tor
     if recipe.initialize is not None:
         like = upcast(first_parameter(network))
         normalize = Normalize(recipe.data, images.images.shape[1:], like, contiguous=False)
-        with torch.no_grad():
-            recipe.initialize(network, normalize(images.images[:INITIAL_IMAGES].to(device)))
+        first = normalize(images.images[:INITIAL_IMAGES].to(device))
+        try:
+            with torch.no_grad():
+                recipe.initialize(network, first)
+        except Exception as error:
+            if user_line(error) is None and not isinstance(error, _SHAPE_ERRORS):
+                raise  # of the launcher's own
+            raise UserError(
+                f"{code_name(recipe.initialize)} fails: {type(error).__name__}: {error}"
+                f"{user_location(error)}",
+                expected="a function of the network and of its first images (n, c, h, w)",
+                instead="mend it in the recipe file, or leave initialize out",
+            ) from error
 
 
 def upcast(values: Tensor) -> Tensor:
@@ -237,28 +247,6 @@ def _contiguous_note(recipe: Recipe, error: Exception) -> str:
     return (
         f"{line.filename}, line {line.lineno}: `{line.line}` refuses channels_last, "
         "the faster format; write x.flatten(1) or x.reshape(...) there"
-    )
-
-
-def user_location(error: Exception) -> str:
-    """` (file, line n)` of the user's code, where it can be told."""
-    line = user_line(error)
-    return f" ({line.filename}, line {line.lineno})" if line else ""
-
-
-def user_line(error: BaseException) -> traceback.FrameSummary | None:
-    """The innermost line behind an exception that is neither of a library nor of the launcher."""
-    modules = (traceback.__file__, torch.__file__, str(Path(__file__).parent))
-    libraries = tuple(str(Path(module).parent) for module in modules)
-    return next(
-        (
-            frame
-            for frame in reversed(traceback.extract_tb(error.__traceback__))
-            if Path(frame.filename).is_file()  # compiled code names files that are elsewhere
-            and not frame.filename.startswith(libraries)
-            and {"site-packages", "dist-packages"}.isdisjoint(Path(frame.filename).parts)
-        ),
-        None,
     )
 
 

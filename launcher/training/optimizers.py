@@ -18,7 +18,6 @@ group is computed (on several ranks it is, and has no effect).
 """
 
 import inspect
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
 from launcher.utils.text import count
 
+MOST_RATE = 1_000_000  # of learning: more is a slip of the finger, and in the end beyond float32
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 Settings = ParamSpec("Settings")
@@ -164,6 +164,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
         )
     for part in _parts(optimizer):
         _refuse_closure(part)
+        _refuse_other_types(part)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].item()
@@ -213,12 +214,25 @@ def _refuse_number(name: str, value: Any, instead: str) -> None:
         return
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     is_number = isinstance(number, Real) and not isinstance(number, bool)
-    if not (is_number and 0 <= number < (1 if kind == "momentum" else math.inf)):
+    limit = 1 if kind == "momentum" else MOST_RATE
+    if not (is_number and 0 <= number < limit):
         raise UserError(
             f"{name}={value!r}",
-            expected="a number of at least 0" + (" and below 1" if kind == "momentum" else ""),
+            expected=f"a number of at least 0 and below {limit:,}",
             instead=f"{instead}{0.9 if kind == 'momentum' else 0.01}, for example",
         )
+
+
+def _refuse_other_types(optimizer: Optimizer) -> None:
+    """Refuse what is no number where the optimizer's own default is one: its step would fail."""
+    for group in optimizer.param_groups:
+        for name, default in optimizer.defaults.items():
+            if isinstance(default, Real) and not isinstance(group.get(name), Real | Tensor):
+                raise UserError(
+                    f"a group of {type(optimizer).__name__} with {name}={group.get(name)!r}",
+                    expected=f"a number, such as {default}",
+                    instead=f"write {name}={default} in the recipe file",
+                )
 
 
 def _refuse_closure(optimizer: Optimizer) -> None:

@@ -23,9 +23,10 @@ from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
 from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.model import upcast, user_line, user_location
+from launcher.training.model import upcast
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count
+from launcher.utils.user_code import user_line, user_location
 
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
@@ -40,7 +41,10 @@ def preflight(ctx: TrainContext) -> None:
         _try_schedule(cast(Schedule, recipe.schedule))
     if recipe.data.mix:
         with _no_global_draws(recipe.data.mix, "the generator that it is given"):
-            mixed, share = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+            pair = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+        is_pair = isinstance(pair, tuple) and len(pair) == 2 and torch.is_tensor(pair[0])
+        _refuse_unless(is_pair, recipe.data.mix, "images and a weight, as a pair")
+        mixed, share = pair
         fits = isinstance(share, float | int) and 0 <= share <= 1
         _refuse_unless(fits, recipe.data.mix, "a weight in [0, 1] beside the images")
         _refuse_unless(mixed.shape == pictures.shape, recipe.data.mix, "images of the same shape")
@@ -48,7 +52,8 @@ def preflight(ctx: TrainContext) -> None:
         logits = network.forward(pictures)  # not through a compiled call
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
-            _refuse_unless(viewed.shape == logits.shape, recipe.views, "a score for each class")
+            fits = torch.is_tensor(viewed) and viewed.shape == logits.shape
+            _refuse_unless(fits, recipe.views, "a score for each class")
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
             _refuse_unless(not is_bad, recipe.views, "finite scores where the model's are")
         _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
@@ -78,7 +83,8 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
         with _no_global_draws(augmentation, "draws.fresh, the numbers of each image"):
             function = as_augmentation(augmentation)
             result = _tried(function, images, Draws(draws, draws, epoch=1), name=augmentation)
-        fits = result.shape == images.shape and result.dtype == images.dtype
+        is_like = torch.is_tensor(result) and result.shape == images.shape
+        fits = is_like and result.dtype == images.dtype
         _refuse_unless(fits, augmentation, "images of the same shape and type")
 
 

@@ -30,7 +30,7 @@ FLAGS = ("--smoke", "--resume", "--profile", "--dry-run", "--help", "--help-all"
 
 @dataclass(frozen=True)
 class Case:
-    """Words to type; with `source`, after a recipe of that text in recipe.py, and what its slip is."""
+    """Words to type; with `source`, a recipe.py of that text stands there, whose slip is named."""
 
     words: tuple[str, ...]
     source: str = ""
@@ -46,7 +46,9 @@ _NUMBERS = st.one_of(
     st.integers(-3, 40),
     st.sampled_from((2**31, -(2**31), 2**63, 2**64, 10**15, -(10**15), 10**40, 10**400)),
     st.floats(width=32),
-    st.sampled_from(("nan", "-inf", "1e999", "-0.0", "1e-320", "1_0", "0x10", "1j", "٣", "½", "1e5")),
+    st.sampled_from(
+        ("nan", "-inf", "1e999", "-0.0", "1e-320", "1_0", "0x10", "1j", "٣", "½", "1e5")
+    ),
 )
 _VALUES = st.one_of(
     _NUMBERS.map(str),
@@ -55,9 +57,41 @@ _VALUES = st.one_of(
     st.lists(_NUMBERS, max_size=4).map(lambda items: ",".join(map(str, items))),
     st.sampled_from(
         (
-            *("", " ", "none", "None", "true", "False", "[]", "()", "{}", "(1,)", "'x'", "...", "=", "-"),
-            *("lambda: 0", "__import__('os')", "os.remove", "b'x'", "[" * 3000, "1" * 6000, "x" * 6000),
-            *("(" * 90 + ")" * 90, "-" * 3000 + "1", "fp32", "pure_fp16", "bf16", "{1: 2}", "1,", ",,"),
+            *(
+                "",
+                " ",
+                "none",
+                "None",
+                "true",
+                "False",
+                "[]",
+                "()",
+                "{}",
+                "(1,)",
+                "'x'",
+                "...",
+                "=",
+                "-",
+            ),
+            *(
+                "lambda: 0",
+                "__import__('os')",
+                "os.remove",
+                "b'x'",
+                "[" * 3000,
+                "1" * 6000,
+                "x" * 6000,
+            ),
+            *(
+                "(" * 90 + ")" * 90,
+                "-" * 3000 + "1",
+                "fp32",
+                "pure_fp16",
+                "bf16",
+                "{1: 2}",
+                "1,",
+                ",,",
+            ),
         )
     ),
 )

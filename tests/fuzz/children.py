@@ -77,7 +77,7 @@ def _become(words: Sequence[str], folder: Path, outputs: Sequence[Path], seconds
             with path.open("wb") as file:
                 os.dup2(file.fileno(), number)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - pytest's may be no file
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
         faulthandler.dump_traceback_later(seconds * 0.9, file=sys.stderr)
         sys.argv = ["launcher", *words]

@@ -6,7 +6,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 CONSTANTS = ("0", "-1", "None", "'text'", "10**15", "1.5", "True", "float('nan')", "()", "b'x'")
-ERRORS = ("ValueError('own')", "KeyError('own')", "SystemExit(3)", "StopIteration", "OSError('own')")
+ERRORS = (
+    "ValueError('own')",
+    "KeyError('own')",
+    "SystemExit(3)",
+    "StopIteration",
+    "OSError('own')",
+)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -13,6 +13,8 @@ from tests.support.helpers import ROOT
 # What a refusal may leave: the recipe that was there, and the lock of a folder for images.
 _ALLOWED = re.compile(r"recipe\.py|data(/\.download\.lock)?")
 _FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
+# Python's own words about the recipe, and torch's: each has its line.
+_WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n(  .*\n)?|^RuntimeWarning: .*\n", re.MULTILINE)
 _OURS = str(ROOT / "launcher")
 
 
@@ -31,7 +33,7 @@ def judged(cases: Iterable[Case], folder: Path, seconds: float = 30.0) -> Iterat
 
 def verdict(outcome: Outcome) -> str:
     """The word for it; all but the first four begin with `fault`."""
-    lines = outcome.err.splitlines()
+    lines = _WARNING.sub("", outcome.err).splitlines()
     is_line = len(lines) == 1 and lines[0].startswith("launcher: ")
     left = [name for name in outcome.left if not _ALLOWED.fullmatch(name)]
     if outcome.code == 0:

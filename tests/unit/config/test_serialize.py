@@ -1,8 +1,9 @@
 """The resolved form of a recipe: plain JSON, equal for equal recipes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.optim import SGD, Adam
 
 from launcher import Recipe, Synthetic, cutout, flip
 from launcher.config.serialize import code_name, resolve, short_name
+from launcher.config.settings import function_of
 from tests.support.helpers import Tiny, refused, tiny_recipe
 
 
@@ -101,6 +103,20 @@ NAMELESS: dict[str, Callable[[], Recipe]] = {
 def test_a_lambda_is_refused_since_a_run_could_not_say_what_it_ran(place: str) -> None:
     with refused("lambda", "with def"):
         resolve(NAMELESS[place]())
+
+
+async def awaited(fraction: float) -> float:
+    return fraction
+
+
+def generated(fraction: float) -> Iterator[float]:
+    yield fraction
+
+
+@pytest.mark.parametrize("function", [awaited, generated, partial(generated)])
+def test_a_function_that_does_not_return_its_value_is_refused(function: Any) -> None:
+    with refused(f"{function_of(function).__name__}, which returns", "write def for async def"):
+        resolve(tiny_recipe(schedule=function))
 
 
 def test_short_names_leave_the_module_out() -> None:

@@ -13,7 +13,7 @@ from launcher import Recipe, Synthetic
 from launcher.config import loader
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport
-from tests.support.helpers import RECIPES, context_of
+from tests.support.helpers import RECIPES, context_of, refused
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,10 @@ def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source
     first, second = trained(recipe)
     assert second.test.accuracy > 0.95
     assert second.train_loss < first.train_loss
+
+
+@pytest.mark.parametrize("name", ["size", "channels", "classes", "count"])
+@pytest.mark.parametrize("number", [0, -1, 2**31, 10**40, (3,), 1.5])
+def test_numbers_of_which_there_is_no_set_are_refused(name: str, number: Any) -> None:
+    with refused(f"{name}={number} of Synthetic", "from 1 to 10,000"):
+        Synthetic(**{name: number})

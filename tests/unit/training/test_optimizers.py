@@ -247,9 +247,14 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
     return SGD([{"params": list(params), "momentum": 1.0}], lr=0.1)
 
 
+def decayed_by_text(params: NamedParameters) -> Optimizer:
+    return SGD([{"params": list(params), "weight_decay": None}], lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "parts"),
     [
+        (decayed_by_text, ("a group of SGD with weight_decay=None", "write weight_decay=0")),
         (of_parameters, ("pairs (name, parameter)", "for name, p in params")),
         (of_another_network, ("trains 4 tensors", "of the network only")),
         (twice, ("layers.0.weight twice", "each parameter once")),
@@ -261,6 +266,7 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
         (partial(SGD, lr=0.1, **TEXT), ("optimizer.momentum='0.9'", "=0.9")),
         (partial(SGD, lr=-0.1), ("optimizer.lr=-0.1", "type optimizer.lr=0.01")),
         (partial(SGD, lr=float("nan")), ("optimizer.lr=nan",)),
+        (partial(AdamW, lr=1e40), ("optimizer.lr=1e+40", "below 1,000,000")),  # no float32
         (no_decay(AdamW, lr=-1.0), ("optimizer.base.lr=-1.0", "type optimizer.base.lr=0.01")),
         (no_decay(Rprop, lr=0.1), ("Rprop has no weight_decay",)),
     ],

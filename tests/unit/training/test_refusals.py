@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from launcher import cosine, cutout, ema, linear
@@ -48,6 +49,48 @@ def forgetful(fraction: float) -> None:
 def test_it_is_refused(changes: dict[str, Any], said: str) -> None:
     with refused(said):
         preflight(context_of(tiny_recipe(**changes)))
+
+
+def returning(value: object) -> Any:
+    """A function that returns what no slot of a recipe takes."""
+
+    def function(*arguments: object) -> object:
+        return value
+
+    return function
+
+
+@pytest.mark.parametrize("value", [None, 3, (), (torch.ones(1),), "ab", {"a": 1}])
+@pytest.mark.parametrize("slot", ["augment", "mix", "views"])
+def test_what_returns_no_images_is_a_line(slot: str, value: object) -> None:
+    function = returning(value)
+    changes = {
+        "augment": {"data": {"augment": (function,)}},
+        "mix": {"data": {"mix": function}},
+        "views": {"views": function},
+    }
+    with refused("returns something else for two images"):
+        preflight(context_of(tiny_recipe(**changes[slot])))
+
+
+def initialize(network: nn.Module, images: Tensor) -> None:
+    raise LookupError("no layer")
+
+
+def of_the_network_only(network: nn.Module) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (initialize, "initialize fails: LookupError: no layer"),
+        (of_the_network_only, "only fails: TypeError: of_the_network_only() takes 1 positional"),
+    ],
+)
+def test_an_initialization_that_fails_is_a_line(function: Any, said: str) -> None:
+    with refused(said, "or leave initialize out"):
+        context_of(tiny_recipe(initialize=function))
 
 
 def absent(images: Tensor, draws: object) -> Tensor:
