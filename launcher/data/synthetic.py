@@ -69,7 +69,7 @@ class Synthetic:
             self.data[part] = _draw(self.targets[part], size, channels, random)
 
 
-def _refuse_beyond(name: str, number: int, most: int) -> None:
+def _refuse_beyond(name: str, number: Any, most: int) -> None:
     if not isinstance(number, int) or not 1 <= number <= most:
         raise UserError(
             f"{name}={number} of Synthetic",

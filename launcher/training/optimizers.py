@@ -36,7 +36,7 @@ from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
 from launcher.utils.text import count
 
-MOST_RATE = 1_000_000  # of learning: more is a slip of the finger, and in the end beyond float32
+MOST_RATE = 1e35  # of learning: with more, what Adam makes of it is no float32
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 Settings = ParamSpec("Settings")
@@ -218,19 +218,25 @@ def _refuse_number(name: str, value: Any, instead: str) -> None:
     if not (is_number and 0 <= number < limit):
         raise UserError(
             f"{name}={value!r}",
-            expected=f"a number of at least 0 and below {limit:,}",
+            expected=f"a number of at least 0 and below {limit}",
             instead=f"{instead}{0.9 if kind == 'momentum' else 0.01}, for example",
         )
 
 
 def _refuse_other_types(optimizer: Optimizer) -> None:
-    """Refuse what is no number where the optimizer's own default is one: its step would fail."""
+    """Refuse what is no number where the optimizer's own default is one, and negative ones.
+
+    torch looks at the defaults only, and not at what a group has of its own.
+    """
     for group in optimizer.param_groups:
         for name, default in optimizer.defaults.items():
-            if isinstance(default, Real) and not isinstance(group.get(name), Real | Tensor):
+            if not isinstance(default, Real) or isinstance(default, bool):
+                continue
+            value, may_be_negative = group.get(name), default < 0
+            if not isinstance(value, Real | Tensor) or not (may_be_negative or float(value) >= 0):
                 raise UserError(
-                    f"a group of {type(optimizer).__name__} with {name}={group.get(name)!r}",
-                    expected=f"a number, such as {default}",
+                    f"a group of {type(optimizer).__name__} with {name}={value!r}",
+                    expected="a number" if may_be_negative else "a number of at least 0",
                     instead=f"write {name}={default} in the recipe file",
                 )
 

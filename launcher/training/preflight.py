@@ -57,6 +57,9 @@ def preflight(ctx: TrainContext) -> None:
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
             _refuse_unless(not is_bad, recipe.views, "finite scores where the model's are")
         _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
+        if recipe.data.mix:
+            shares = torch.full_like(logits, 1 / logits.shape[1])
+            _tried(ctx.loss, upcast(logits), upcast(shares), pictures, name=ctx.loss.function)
         _try_one_image(ctx.plan, network, pictures[:1])
 
 

@@ -1,6 +1,7 @@
 """A recipe with code of its own in every slot: what `recipes.py` mutates."""
 
 from functools import partial
+from typing import Any
 
 import numpy
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from launcher import Draws, Images, NamedParameters, Recipe, ema
+from launcher.config.slots import Score
 
 
 class Source:
@@ -32,12 +34,12 @@ class Network(nn.Module):
 
 
 def initialize(network: nn.Module, images: Tensor) -> None:
-    network.body[0].weight.mul_(1 / images.std())
+    network.get_parameter("body.0.weight").mul_(1 / images.std())
 
 
 def optimizer(params: NamedParameters, lr: float = 0.1, decay: float = 1e-3) -> Optimizer:
     named = list(params)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if p.ndim > 1], "weight_decay": decay},
         {"params": [p for n, p in named if p.ndim <= 1]},
     ]
@@ -64,7 +66,7 @@ def blend(
     return share * images + (1 - share) * partners, share
 
 
-def views(model: nn.Module, images: Tensor) -> Tensor:
+def views(model: Score, images: Tensor) -> Tensor:
     return (model(images) + model(images.flip(-1))) / 2
 
 

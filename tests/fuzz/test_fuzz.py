@@ -52,9 +52,9 @@ def test_a_traceback_that_ends_in_the_launcher_is_ours() -> None:
 def test_each_mutation_is_another_program() -> None:
     source = Path(ROOT, "recipes", "simplecnn.py").read_text()
     made = [make() for make in mutations(source)]
-    assert len(made) > 300
+    assert len(made) > 200
     assert all(mutation.source != source for mutation in made)
-    for kind in ("left out", "swapped", "constant", "renamed", "in a tuple", "generator", "called"):
+    for kind in ("left out", "swapped", "constant", "renamed", "in a tuple", "yield", "called"):
         assert any(kind in mutation.change for mutation in made)
     for mutation in made:
         ast.parse(mutation.source)

@@ -251,9 +251,14 @@ def decayed_by_text(params: NamedParameters) -> Optimizer:
     return SGD([{"params": list(params), "weight_decay": None}], lr=0.1)
 
 
+def grown(params: NamedParameters) -> Optimizer:
+    return AdamW([{"params": list(params), "weight_decay": -1e-3}], lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "parts"),
     [
+        (grown, ("a group of AdamW with weight_decay=-0.001", "a number of at least 0")),
         (decayed_by_text, ("a group of SGD with weight_decay=None", "write weight_decay=0")),
         (of_parameters, ("pairs (name, parameter)", "for name, p in params")),
         (of_another_network, ("trains 4 tensors", "of the network only")),
@@ -266,7 +271,7 @@ def decayed_by_text(params: NamedParameters) -> Optimizer:
         (partial(SGD, lr=0.1, **TEXT), ("optimizer.momentum='0.9'", "=0.9")),
         (partial(SGD, lr=-0.1), ("optimizer.lr=-0.1", "type optimizer.lr=0.01")),
         (partial(SGD, lr=float("nan")), ("optimizer.lr=nan",)),
-        (partial(AdamW, lr=1e40), ("optimizer.lr=1e+40", "below 1,000,000")),  # no float32
+        (partial(AdamW, lr=1e40), ("optimizer.lr=1e+40", "below 1e+35")),  # no float32
         (no_decay(AdamW, lr=-1.0), ("optimizer.base.lr=-1.0", "type optimizer.base.lr=0.01")),
         (no_decay(Rprop, lr=0.1), ("Rprop has no weight_decay",)),
     ],

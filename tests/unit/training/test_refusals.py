@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from launcher import cosine, cutout, ema, linear
+from launcher import cosine, cutmix, cutout, ema, linear
 from launcher.config.slots import Score
 from launcher.training.preflight import preflight
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
@@ -34,7 +35,12 @@ def forgetful(fraction: float) -> None:
     ("changes", "said"),
     [
         ({"average": nothing}, "nothing returns NoneType"),
-        ({"average": partial(ema, decay=2.0)}, "ema refuses its settings: Invalid decay value 2.0"),
+        ({"average": partial(ema, decay=2.0)}, "average.decay=2.0"),
+        ({"average": partial(ema, decay=1.0)}, "average.decay=1.0; expected"),  # never moves
+        (
+            {"data": {"mix": cutmix}, "loss": partial(cross_entropy, ignore_index=2)},
+            "cross_entropy fails: RuntimeError: ignore_index is not supported",
+        ),
         ({"views": not_finite}, "finite scores where the model's are"),
         ({"schedule": rising}, "rising makes -2.04"),
         ({"schedule": forgetful}, "schedule=forgetful, which for the fraction"),
