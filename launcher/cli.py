@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
 
+MOST_DIGITS = 9  # of a number of steps or seconds
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
 Train a recipe: a Python file that says what to train. How many processes train
@@ -129,9 +130,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    if not _is_positive(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, or too large")
     return int(text)
+
+
+def _is_positive(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MOST_DIGITS and int(text) >= 1
 
 
 def _seconds(text: str) -> float:
@@ -233,7 +238,7 @@ def _cadence(text: str) -> "SaveInterval":
     number = text[:-1] if text[-1:] in ("m", "e") else text
     if text == "never":
         return SaveInterval()
-    if not number.isdecimal() or int(number) < 1:
+    if not _is_positive(number):
         raise UserError(
             f"--checkpoint-every {text}",
             expected="a number of steps, minutes (2m) or epochs (1e), or never",
