@@ -268,10 +268,9 @@ def _read_optimizer(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
         saved = torch.load(
             folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=mapped
         )
-        groups, initial = saved["param_groups"], saved["initial_options"]
-        pairs = zip(groups, initial, strict=True)
-        is_whole = all("params" in group and options.keys() for group, options in pairs)
-        is_whole &= all(isinstance(entry, dict) for entry in saved["state"].values())
+        groups, initial, state = (saved[k] for k in ("param_groups", "initial_options", "state"))
+        is_whole = len(groups) == len(initial) and all("params" in group for group in groups)
+        is_whole &= all(isinstance(part, dict) for part in (*groups, *initial, *state.values()))
     except (*_UNREADABLE, pickle.UnpicklingError, TypeError, AttributeError):
         is_whole = False  # torch's own message tells the reader to switch the check off
     if not is_whole:

@@ -102,9 +102,19 @@ def initial_weights(root: Path, given: str) -> Path:
 def refuse_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], changed: Sequence[str]
 ) -> None:
-    """Raise `UserError` for settings that differ, unless `changed` names them as intended."""
+    """Raise `UserError` for settings that differ, unless `changed` names them as intended.
+
+    And for a word of `changed` that names nothing.
+    """
     # Hidden once more: what is secret follows from the present environment too.
     before, now = dict(flatten(cleaned(saved))), dict(flatten(present))
+    for word in filter(None, changed):
+        if not any(_is_named(name, [word]) for name in {*before, *now}):
+            raise UserError(
+                f"--resume-changed {word}, which names no setting",
+                expected="names of settings with commas between, or their beginnings up to a dot",
+                instead=f"leave {word} out, or see launcher RECIPE --help",
+            )
     differing = [
         name
         for name in sorted({*before, *now})

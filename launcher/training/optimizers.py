@@ -25,6 +25,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Concatenate, ParamSpec
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -166,6 +167,8 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
         _refuse_closure(part)
         _refuse_other_types(part)
     for group in optimizer.param_groups:
+        plain = {n: v.item() for n, v in group.items() if isinstance(v, numpy.generic)}
+        group.update(plain)  # a checkpoint holds no numbers of numpy
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].item()
         for name in ("lr", "momentum"):

@@ -173,6 +173,8 @@ def test_changed_settings_are_named_unless_they_are_intended() -> None:
     assert "--resume-changed data.augment.0.p,epochs" in str(caught.value)
     assert "root" not in str(caught.value)  # the machine's, not the experiment's
     resume.refuse_changes(before, now, ("epochs", "data.augment"))
+    with refused("--resume-changed epoch, which names no setting", "leave epoch out"):
+        resume.refuse_changes(before, now, ("epochs", "data.augment", "epoch"))
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 import math
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD
 
 from launcher import cosine, cutmix, cutout, ema, linear
 from launcher.config.slots import Score
@@ -77,6 +80,29 @@ def test_what_returns_no_images_is_a_line(slot: str, value: object) -> None:
     }
     with refused("returns something else for two images"):
         preflight(context_of(tiny_recipe(**changes[slot])))
+
+
+class Marked(SGD):
+    """An optimizer with a setting in its groups that torch does not know."""
+
+    def __init__(self, params: Any, lr: float, mark: object = None) -> None:
+        super().__init__(params, lr)
+        self.param_groups[0]["mark"] = mark
+
+
+@pytest.mark.parametrize("mark", [PurePosixPath("x"), math.sqrt, Marked])
+def test_an_optimizer_that_no_checkpoint_can_hold_is_refused(mark: object) -> None:
+    ctx = context_of(tiny_recipe(optimizer=partial(Marked, lr=0.1, mark=mark)))
+    with refused("Marked, whose groups hold", "which a checkpoint can hold"):
+        preflight(ctx)
+
+
+def test_numbers_of_numpy_in_a_group_are_numbers(tmp_path: Path) -> None:
+    optimizer = partial(Marked, lr=numpy.float64(0.1), mark=numpy.int64(3))
+    state = context_of(tiny_recipe(optimizer=optimizer)).state
+    torch.save(state.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    (group,) = torch.load(tmp_path / "optimizer.pt", weights_only=True)["param_groups"]
+    assert (group["lr"], group["mark"]) == (0.1, 3)
 
 
 def initialize(network: nn.Module, images: Tensor) -> None:
