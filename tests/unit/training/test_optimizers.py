@@ -247,8 +247,8 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
     return SGD([{"params": list(params), "momentum": 1.0}], lr=0.1)
 
 
-def decayed_by_text(params: NamedParameters) -> Optimizer:
-    return SGD([{"params": list(params), "weight_decay": None}], lr=0.1)
+def decayed(params: NamedParameters, by: object) -> Optimizer:
+    return SGD([{"params": list(params), "weight_decay": by}], lr=0.1)
 
 
 def grown(params: NamedParameters) -> Optimizer:
@@ -259,7 +259,8 @@ def grown(params: NamedParameters) -> Optimizer:
     ("optimizer", "parts"),
     [
         (grown, ("a group of AdamW with weight_decay=-0.001", "a number of at least 0")),
-        (decayed_by_text, ("a group of SGD with weight_decay=None", "write weight_decay=0")),
+        (partial(decayed, by=None), ("a group of SGD with weight_decay=None", "weight_decay=0")),
+        (partial(decayed, by=True), ("a group of SGD with weight_decay=True", "weight_decay=0")),
         (of_parameters, ("pairs (name, parameter)", "for name, p in params")),
         (of_another_network, ("trains 4 tensors", "of the network only")),
         (twice, ("layers.0.weight twice", "each parameter once")),
