@@ -235,9 +235,10 @@ def _refuse_other_types(optimizer: Optimizer) -> None:
         for name, default in optimizer.defaults.items():
             if not isinstance(default, Real) or isinstance(default, bool):
                 continue
-            value, may_be_negative = group.get(name), default < 0
+            value: Any = group.get(name)
+            may_be_negative = default < 0
             is_number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
-            if not is_number or not (may_be_negative or float(value) >= 0):
+            if not (is_number and (may_be_negative or value >= 0)):
                 raise UserError(
                     f"a group of {type(optimizer).__name__} with {name}={value!r}",
                     expected="a number" if may_be_negative else "a number of at least 0",
