@@ -17,6 +17,7 @@ group is computed (on several ranks it is, and has no effect).
 `make_optimizer` is the one place where the slot is called: it answers what cannot be trained with.
 """
 
+import difflib
 import inspect
 import warnings
 from collections import Counter
@@ -165,6 +166,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
         )
     for part in _parts(optimizer):
         _refuse_closure(part)
+        _refuse_misspelt(part)
         _refuse_other_types(part)
     for group in optimizer.param_groups:
         plain = {n: v.item() for n, v in group.items() if isinstance(v, numpy.generic)}
@@ -226,6 +228,19 @@ def _refuse_number(name: str, value: Any, instead: str) -> None:
         )
 
 
+def _refuse_misspelt(optimizer: Optimizer) -> None:
+    """Refuse an option of a group that is nearly one of the optimizer's: torch passes it over."""
+    known = list(optimizer.defaults)
+    for name in {name for group in optimizer.param_groups for name in map(str, group)}:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if close and name not in known:
+            raise UserError(
+                f"a group of {type(optimizer).__name__} with {name!r}",
+                expected="options that this optimizer has, which passes over all others",
+                instead=f"write {close[0]!r} in the recipe file",
+            )
+
+
 def _refuse_other_types(optimizer: Optimizer) -> None:
     """Refuse what is no number where the optimizer's own default is one, and negative ones.
 
@@ -261,6 +276,12 @@ def _refuse_other_parameters(optimizer: Optimizer, network: nn.Module, recipe: R
     """Refuse parameters that the network has not, and one that is given twice."""
     names = {id(p): name for name, p in network.named_parameters()}
     given = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    if not given:
+        raise UserError(
+            f"{code_name(recipe.optimizer)} trains nothing",
+            expected="parameters in at least one group",
+            instead="give the optimizer what the function is given",
+        )
     if foreign := given.keys() - names.keys():
         raise UserError(
             f"{code_name(recipe.optimizer)} trains {count(len(foreign), 'tensor')} that the "

@@ -255,9 +255,19 @@ def grown(params: NamedParameters) -> Optimizer:
     return AdamW([{"params": list(params), "weight_decay": -1e-3}], lr=0.1)
 
 
+def misspelt(params: NamedParameters) -> Optimizer:
+    return SGD([{"params": list(params), "weight_decy": 1e-3, "name": "all"}], lr=0.1)
+
+
+def of_nothing(params: NamedParameters) -> Optimizer:
+    return SGD([{"params": []}], lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "parts"),
     [
+        (misspelt, ("a group of SGD with 'weight_decy'", "write 'weight_decay'")),
+        (of_nothing, ("of_nothing trains nothing",)),
         (grown, ("a group of AdamW with weight_decay=-0.001", "a number of at least 0")),
         (partial(decayed, by=None), ("a group of SGD with weight_decay=None", "weight_decay=0")),
         (partial(decayed, by=True), ("a group of SGD with weight_decay=True", "weight_decay=0")),

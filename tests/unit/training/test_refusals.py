@@ -48,6 +48,7 @@ def forgetful(fraction: float) -> None:
         ({"schedule": rising}, "rising makes -2.04"),
         ({"schedule": forgetful}, "schedule=forgetful, which for the fraction"),
         ({"schedule": partial(cosine, warmup=1.5)}, "warmup=1.5"),
+        ({"schedule": partial(cosine, end=10.0)}, "end=10.0, which is no fraction in [0, 1]"),
         ({"schedule": partial(linear, warmup=-0.1)}, "warmup=-0.1"),
         ({"schedule": partial(linear, until=2.0)}, "until=2.0"),
         ({"data": {"augment": (partial(cutout, size=-1),)}}, "size=-1"),
