@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
 
+MOST_DIGITS = 9  # of a number of steps or seconds
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
 Train a recipe: a Python file that says what to train. How many processes train
@@ -77,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
     except SystemExit as error:  # not argparse's: `_Parser.error` raises
-        sys.stderr.write(f"launcher: the recipe's code called sys.exit({error.code})\n")
+        sys.stderr.write(redacted(f"launcher: the recipe's code called sys.exit({error.code})\n"))
         return EXIT_FAULT
     except Exception:
         sys.stderr.write(redacted(traceback.format_exc()))
@@ -283,7 +284,8 @@ def _dry_run(
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
-        sys.stdout.write(f"{warning}\n" if (warning := run.fallback_warning(data)) else "")
+        warning = redacted(run.fallback_warning(data))
+        sys.stdout.write(f"{warning}\n" if warning else "")
         sys.stdout.flush()  # what follows takes seconds
     if world_size and world.size == 1:
         lines = timing.scaling_lines(loaded.recipe, plan, network, data, world)

@@ -429,10 +429,10 @@ def make_loggers(
     shown = wandb.WandbRun(
         folder=start.folder.path,
         # What is given here, W&B does not take from the environment, so that is done here, too.
-        project=options.project or os.environ.get("WANDB_PROJECT", "launcher"),
-        name=options.name or os.environ.get("WANDB_NAME", start.folder.path.name),
+        project=redacted(options.project or os.environ.get("WANDB_PROJECT", "launcher")),
+        name=redacted(options.name or os.environ.get("WANDB_NAME", start.folder.path.name)),
         config=loaded.config,
-        tags=[loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])],
+        tags=cleaned([loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])]),
         note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
         run_id=start.folder.identity,
     )
@@ -572,8 +572,8 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
     if found is None or len(skipped) >= MOST_ROLLBACKS or error.step in skipped:
         raise error
     checkpoint.restore(found, ctx)
-    progress, best = checkpoint.progress_of(found)
-    run.best = run.highest = best
+    state = checkpoint.read_state(found)
+    progress, run.best, run.highest = state.progress, state.best, state.best
     run.saver.forget_after(progress.epochs)
     run.loggers.console.say(f"{error}")
     run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")
@@ -600,7 +600,7 @@ def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:
 def newest_progress(run: ActiveRun) -> str:
     """Where a resumed run would begin."""
     found = checkpoint.newest(run.folder.checkpoints)[0] if run.folder else None
-    return f"step {checkpoint.progress_of(found)[0].step}" if found else "the beginning"
+    return f"step {checkpoint.read_state(found).progress.step}" if found else "the beginning"
 
 
 def stop_reason() -> str:

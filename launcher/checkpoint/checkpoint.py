@@ -24,22 +24,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.training.state import TrainContext, TrainState
-from launcher.utils import atomic_write
+from launcher.utils import atomic_write, json_text
+from launcher.utils.redaction import redacted
 from launcher.utils.text import count
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
+_UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError)
+Kind = TypeVar("Kind")
+_NEEDED = frozenset(("weights.safetensors", "optimizer.pt", "state.json"))
+_FILES = _NEEDED | {"average.safetensors", "buffers.safetensors"}
 MOST_SKIPPED_PARTS = 3  # that a message tells to skip: with more, it is another model
 # What DistributedDataParallel and torch.compile put before the names.
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
@@ -53,6 +59,20 @@ class Snapshot:
     tensors: Mapping[str, Tensors]  # by the name of their file
     optimizer: dict[str, Any]
     details: dict[str, Any]  # state.json: see `checkpoint_details` in run.py
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What `state.json` says; `config` is the resolved recipe, `source` its file."""
+
+    progress: Progress
+    best: Best | None
+    steps_per_epoch: int
+    wandb_id: str
+    data: str
+    config: dict[str, Any]
+    source: str
+    scaler: dict[str, Any] | None
 
 
 class CheckpointError(Exception):
@@ -107,7 +127,7 @@ def _read_weights(path: Path) -> Tensors:
             saved = load_file(path)
     except pickle.UnpicklingError:  # whose message tells the reader to switch the check off
         raise _unreadable(path, "torch.load(FILE, weights_only=True) refuses it") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     for key in ("state_dict", "model"):
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
@@ -184,8 +204,8 @@ def restore(folder: Path, ctx: TrainContext) -> None:
     load_weights(state.network, folder / "weights.safetensors")
     average = folder / "average.safetensors"
     if state.ema_model is not None and average.is_file():  # a new one begins with these weights
-        state.ema_model.load_state_dict(load_file(average))
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        load_weights(state.ema_model, average)
+    saved = _read_optimizer(folder)
     initial = saved.pop("initial_options")
     try:
         state.optimizer.load_state_dict(saved)
@@ -197,7 +217,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
         ) from None
     for number, group in enumerate(state.optimizer.param_groups):
         group.update(_changed(state.group_options[number], initial[number]))
-    saved_scaler = read_state(folder)["scaler"]
+    saved_scaler = json_text.read(folder / "state.json")["scaler"]
     if scaler is not None and saved_scaler:
         scaler.load_state_dict(saved_scaler)
     if (folder / "buffers.safetensors").is_file():
@@ -213,15 +233,49 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What `state.json` says."""
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+def read_state(folder: Path) -> SavedState:
+    """What `state.json` says; raises `CheckpointError` where no run has written that."""
+    try:
+        said = json_text.read(folder / "state.json")
+        progress = _typed(Progress, said["progress"])
+        best = said["best"] and _typed(Best, said["best"])
+        state = _typed(SavedState, {**said, "progress": progress, "best": best})
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        raise CheckpointError("state.json says something else than a run writes") from None
+    length = state.steps_per_epoch
+    begin = progress.epochs * length
+    if length < 1 or not 0 <= begin <= progress.step <= begin + length:
+        raise CheckpointError(f"step {progress.step} is not in epoch {progress.epochs + 1}")
+    return state
 
 
-def progress_of(folder: Path) -> tuple[Progress, Best | None]:
-    """Where the training stood, and its best epoch so far."""
-    state = read_state(folder)
-    return Progress(**state["progress"]), Best(**state["best"]) if state["best"] else None
+def _typed(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """A dataclass of these values; raises TypeError where one is not of its annotated type."""
+    typed = {}
+    for name, annotation in get_type_hints(kind).items():
+        fits, typed[name] = annotations.convert(values[name], annotation)
+        if not fits:
+            raise TypeError(name)
+    return kind(**typed)
+
+
+def _read_optimizer(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The optimizer's state, with `initial_options`; `mapped`: its tensors stay on the disk.
+
+    Raises `CheckpointError` for a file with more than tensors and numbers, whose code never runs.
+    """
+    try:
+        saved = torch.load(
+            folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=mapped
+        )
+        groups, initial, state = (saved[k] for k in ("param_groups", "initial_options", "state"))
+        is_whole = len(groups) == len(initial) and all("params" in group for group in groups)
+        is_whole &= all(isinstance(part, dict) for part in (*groups, *initial, *state.values()))
+    except (*_UNREADABLE, pickle.UnpicklingError, TypeError, AttributeError):
+        is_whole = False  # torch's own message tells the reader to switch the check off
+    if not is_whole:
+        raise CheckpointError("optimizer.pt is no state of an optimizer, or holds more than that")
+    return saved
 
 
 def write(snapshot: Snapshot, root: Path) -> Path:
@@ -283,20 +337,38 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(folder: Path) -> None:
-    """Raise `CheckpointError` unless every file is there with its recorded size and SHA-256."""
+    """Raise `CheckpointError` unless it can be restored.
+
+    That is: every file is there with its recorded size and SHA-256, none of them as a link, and
+    each says what a run writes: a checksum does not tell who has written it.
+    """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        manifest = json_text.read(folder / "manifest.json")
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError("no readable manifest.json") from None
+    if not _NEEDED <= entries.keys() <= _FILES:
+        raise CheckpointError("manifest.json lacks a file, or names one of another place")
     for name, (size, digest) in entries.items():
         path = folder / name
+        if path.is_symlink():
+            raise CheckpointError(f"{name} is a link")
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
         if path.stat().st_size != size or _digest(path) != digest:
             raise CheckpointError(f"{name} is not what was written")
-    if not {"weights.safetensors", "optimizer.pt", "state.json"} <= entries.keys():
-        raise CheckpointError("manifest.json lacks a file")
+        if path.suffix == ".safetensors":
+            _refuse_unreadable(path)
+    _read_optimizer(folder, mapped=True)
+    read_state(folder)
+
+
+def _refuse_unreadable(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path.name}: {error}") from None
 
 
 class Writer:
@@ -352,14 +424,14 @@ def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _copied(value: Any) -> Any:
-    """A nested state with its tensors copied to the host, in their own memory layout."""
+    """A nested state without secrets, its tensors copied to the host in their own memory layout."""
     if isinstance(value, Tensor):
         return _copy(value)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
-    return value
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -387,6 +459,8 @@ def _rank_buffers(ctx: TrainContext) -> Tensors:
 def _take_buffers(saved: Tensors, ctx: TrainContext) -> None:
     """This rank's own statistics; on another number of ranks, the mean of all."""
     for name, buffer in _buffers(ctx.state).items():
-        ranks = saved[name]
+        ranks = saved.get(name, torch.empty(0))
+        if ranks.shape[1:] != buffer.shape or not len(ranks):  # of an average that begins now
+            continue
         same = len(ranks) == ctx.accelerator.num_processes
         buffer.copy_(ranks[ctx.accelerator.process_index] if same else ranks.mean(dim=0))

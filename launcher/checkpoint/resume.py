@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import checkpoint, run_dir
+from launcher.checkpoint.checkpoint import SavedState
 from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -62,15 +63,20 @@ def resumed_run(
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return ResumePoint(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoint.read_state(found)
-    refuse_changes(state["config"], loaded.config, changed)
-    _refuse_other_optimizer(folder, state["config"], loaded.config)
-    _refuse_other_data(state["data"], data_name)
-    progress, best = checkpoint.progress_of(found)
+    refuse_changes(state.config, loaded.config, changed)
+    _refuse_other_optimizer(folder, state.config, loaded.config)
+    _refuse_other_data(state.data, data_name)
+    progress = state.progress
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
-    if state["source"] != redacted(loaded.source):
+    if state.source != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
-    progress = _with_other_steps(progress, state["steps_per_epoch"], steps_per_epoch)
-    return ResumePoint(folder, found, tuple(notes), progress, best, state["wandb_id"])
+    is_within_epoch = progress.step > progress.epochs * state.steps_per_epoch
+    _refuse_past_end(folder, progress.epochs + is_within_epoch, loaded.recipe.epochs)
+    if is_within_epoch:
+        _refuse_other_batches(progress.step, state, loaded.config, steps_per_epoch)
+    else:
+        progress = Progress(progress.epochs * steps_per_epoch, progress.epochs)
+    return ResumePoint(folder, found, tuple(notes), progress, state.best, state.wandb_id)
 
 
 def initial_weights(root: Path, given: str) -> Path:
@@ -97,9 +103,19 @@ def initial_weights(root: Path, given: str) -> Path:
 def refuse_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], changed: Sequence[str]
 ) -> None:
-    """Raise `UserError` for settings that differ, unless `changed` names them as intended."""
+    """Raise `UserError` for settings that differ, unless `changed` names them as intended.
+
+    And for a word of `changed` that names nothing.
+    """
     # Hidden once more: what is secret follows from the present environment too.
     before, now = dict(flatten(cleaned(saved))), dict(flatten(present))
+    for word in filter(None, changed):
+        if not any(_is_named(name, [word]) for name in {*before, *now}):
+            raise UserError(
+                f"--resume-changed {word}, which names no setting",
+                expected="names of settings with commas between, or their beginnings up to a dot",
+                instead=f"leave {word} out, or see launcher RECIPE --help",
+            )
     differing = [
         name
         for name in sorted({*before, *now})
@@ -125,17 +141,35 @@ def _refuse_finished(folder: RunDir) -> None:
         )
 
 
-def _with_other_steps(progress: Progress, before: int, now: int) -> Progress:
-    """The progress where an epoch has another number of steps than before."""
-    if before == now:
-        return progress
-    if progress.step != progress.epochs * before:
+def _refuse_past_end(folder: RunDir, begun: int, wanted: int) -> None:
+    """A run is not cut short after the fact: its weights are those of all its steps."""
+    if begun > wanted:
         raise UserError(
-            f"{now} steps per epoch, where the run stands within an epoch of {before}",
+            f"epochs={wanted}, but {folder.path} stands in epoch {begun}",
+            expected="at least as many epochs as have begun",
+            instead=f"type epochs={begun} or more, or another --name",
+        )
+
+
+def _refuse_other_batches(
+    step: int, state: SavedState, present: Mapping[str, Any], steps_per_epoch: int
+) -> None:
+    """Within an epoch: some of its images would be seen twice and others never."""
+    if state.steps_per_epoch != steps_per_epoch:
+        raise UserError(
+            f"{steps_per_epoch} steps per epoch, where the run stands within an epoch of "
+            f"{state.steps_per_epoch}",
             expected="another number of images or of images per batch after a whole epoch only",
             instead="leave data.batch_size as it was until the next checkpoint after an epoch",
         )
-    return Progress(progress.epochs * now, progress.epochs)
+    before, now = dict(flatten(state.config)), dict(flatten(present))
+    for name in ("data.batch_size", "seed"):
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"{name}={now[name]} after step {step}, where the run stands within an epoch",
+                expected="the order and the batches of images that the epoch began with",
+                instead=f"type {name}={before.get(name)} until the next checkpoint after an epoch",
+            )
 
 
 def _is_named(name: str, changed: Sequence[str]) -> bool:
@@ -146,7 +180,7 @@ def _refuse_other_optimizer(
     folder: RunDir, saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> None:
     """The state of one optimizer means nothing to another one."""
-    before, now = (config["optimizer"]["call"] for config in (saved, present))
+    before, now = (dict(flatten(config)).get("optimizer.call") for config in (saved, present))
     if before != now:
         raise UserError(
             f"the optimizer {now}, but the run began with {before}",

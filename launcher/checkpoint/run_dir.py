@@ -25,12 +25,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from launcher.errors import UserError
-from launcher.utils import atomic_write
+from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import cleaned, redacted
 
 # What lies in a run folder before its first epoch or checkpoint.
 _BEFORE_TRAINING = frozenset(
     ("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl")
+)
+_FILES = (
+    *("config.json", "run.json", "recipe.py", "metrics.jsonl", ".lock", "wandb-rows.jsonl"),
+    *("best.safetensors", "final.safetensors"),
 )
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
 
@@ -99,7 +103,8 @@ class RunDir:
     def tidy(self) -> None:
         """Remove what killed processes have left half written; hold the lock before."""
         for path in (*self.path.glob(".*.safetensors.*"), *self.checkpoints.glob(".step-*")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink()
 
     def lock(self) -> FileLock:
         """Hold the folder for this process; the lock ends with the process.
@@ -162,7 +167,8 @@ def find(runs: Path, name: str | None, recipe_name: str) -> RunDir | None:
         path = runs / name
         began = (path / "run.json").is_file() or (path / "checkpoints").is_dir()
         return _own(path) if began else None
-    described = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    found = filter(Path.is_file, runs.glob("*/run.json"))
+    described = sorted(found, key=lambda path: path.stat().st_mtime)
     for path in reversed(described):
         if _read_json(path).get("name") == recipe_name:
             return _own(path.parent)
@@ -170,7 +176,7 @@ def find(runs: Path, name: str | None, recipe_name: str) -> RunDir | None:
 
 
 def _own(path: Path) -> RunDir:
-    """Nothing is written through a link to another place."""
+    """Nothing is written through a link to another place, nor waits for what is no file."""
     folder = RunDir(path)
     for place in (path, folder.checkpoints, path / "wandb"):
         if place.is_symlink():
@@ -179,13 +185,25 @@ def _own(path: Path) -> RunDir:
                 expected="a folder of its own for each run",
                 instead="type --runs FOLDER for runs that lie elsewhere",
             )
+        _refuse_other_kind(place, place.is_dir(), "folder")
+    for file in map(path.joinpath, _FILES):
+        _refuse_other_kind(file, file.is_file(), "file")
     return folder
+
+
+def _refuse_other_kind(path: Path, is_right: bool, kind: str) -> None:
+    if path.exists() and not is_right:
+        raise UserError(
+            f"{path} is no {kind}",
+            expected=f"a {kind}, as the launcher writes it",
+            instead=f"type mv {path} {path}.old, and then the same command again",
+        )
 
 
 def _epoch_of(line: bytes) -> int | None:
     """The epoch of a line; None for one that is damaged, or that a crash cut off."""
     try:
-        epoch = json.loads(line)["epoch"]
+        epoch = json_text.parse(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return None
     return epoch if isinstance(epoch, int) and line.endswith(b"\n") else None
@@ -244,7 +262,7 @@ def versions() -> dict[str, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     """What a file says; empty where it is absent, damaged or says something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.read(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
-from launcher.utils import atomic_write
+from launcher.utils import atomic_write, json_text
 
 _HEADINGS = ("run", "job", "state", "attempt", "epoch", "best accuracy", "setting")
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
@@ -54,7 +54,7 @@ def _submitted_runs(job: BatchJob, number: str) -> Iterator[SubmittedRun]:
 def show(runs: Path) -> None:
     """Print a line per submitted run: a table on a terminal, else aligned text."""
     found = (runs / JOBS_FOLDER).glob("*.json") if os.path.isdir(runs) else ()
-    records = sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime)
+    records = sorted(found, key=lambda path: path.lstat().st_mtime)
     if not records:
         raise UserError(
             f"no job was submitted for runs in {runs}",
@@ -94,8 +94,8 @@ def _print_aligned(rows: list[tuple[str, ...]]) -> None:
 def _rows(path: Path, runs: Path, queue: dict[str, str] | None) -> list[tuple[str, ...]]:
     """The rows of one job, from its record at `path`."""
     try:
-        submitted = [SubmittedRun(**run) for run in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError, RecursionError):
+        submitted = [SubmittedRun(**run) for run in json_text.read(path)]
+    except (OSError, ValueError, TypeError):
         return [(path.stem, "-", "damaged record", "-", "-", "-", "")]
     return [_row(run, runs, queue) for run in submitted]
 
@@ -137,16 +137,15 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return json_text.parse(line)
+    except ValueError:
         return None
 
 
 def _planned_epochs(folder: Path) -> str:
-    path = folder / "config.json"
     try:
-        return str(json.loads(path.read_bytes())["epochs"]) if path.is_file() else "-"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(json_text.read(folder / "config.json")["epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "-"
 
 

@@ -34,8 +34,11 @@ def convert(value: Any, annotation: Any) -> tuple[bool, Any]:
         return fits, list(items) if kind is list else items
     if annotation in _ACCEPTED:
         fits = isinstance(value, _ACCEPTED[annotation]) and not isinstance(value, bool)
-        return fits, annotation(value) if fits else None
-    return isinstance(annotation, type) and isinstance(value, annotation), value
+        try:
+            return fits, annotation(value) if fits else None
+        except OverflowError:  # a whole number beyond every float
+            return False, None
+    return isinstance(kind, type) and isinstance(value, kind), value
 
 
 def _convert_items(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...]]:

@@ -5,7 +5,6 @@ file means the same experiment on a laptop and on 64 GPUs.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,17 +70,18 @@ class Images:
                 expected="a tuple of augmentations",
                 instead="write augment=(flip,), with the comma, in the recipe file",
             )
-        if not all(map(math.isfinite, self.mean)):
+        if not all(0 <= mean <= 1 for mean in self.mean):
             raise UserError(
                 f"data.mean={self.mean}",
-                expected="a finite number per channel",
-                instead="use the mean of the pixels in [0, 1]",
+                expected="a number in [0, 1] per channel",
+                instead="use the mean of the pixels in [0, 1]: divide that of bytes by 255",
             )
-        if not all(0 < std < math.inf for std in self.std):
+        if not all(0 < std <= 1 for std in self.std):
             raise UserError(
                 f"data.std={self.std}",
-                expected="a positive number per channel",
-                instead="use the standard deviation of the pixels in [0, 1]",
+                expected="a positive number of at most 1 per channel",
+                instead="use the standard deviation of the pixels in [0, 1]: divide that of bytes "
+                "by 255",
             )
 
 

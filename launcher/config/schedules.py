@@ -29,7 +29,7 @@ def linear(fraction: float, *, warmup: float = 0.0, end: float = 0.0, until: flo
 
     It is reached at `until` and kept from there on.
     """
-    _refuse_outside(warmup=warmup, until=until)
+    _refuse_outside(warmup=warmup, until=until, end=end)
     if fraction < warmup:
         return fraction / warmup
     return end + (1 - end) * max(0.0, 1 - _after(fraction, warmup, until))
@@ -40,7 +40,7 @@ def cosine(fraction: float, *, warmup: float = 0.0, end: float = 0.0) -> float:
 
     Source: Loshchilov & Hutter, SGDR (2017), without restarts.
     """
-    _refuse_outside(warmup=warmup)
+    _refuse_outside(warmup=warmup, end=end)
     if fraction < warmup:
         return fraction / warmup
     return end + (1 - end) * (1 + math.cos(math.pi * _after(fraction, warmup))) / 2
@@ -54,7 +54,7 @@ def steps(fraction: float, *, at: tuple[float, ...] = (0.5, 0.75), factor: float
 def _refuse_outside(**fractions: float) -> None:
     for name, fraction in fractions.items():
         if not 0 <= fraction <= 1:
-            raise ValueError(f"{name}={fraction}, which is no fraction of the training in [0, 1]")
+            raise ValueError(f"{name}={fraction}, which is no fraction in [0, 1]")
 
 
 def _after(fraction: float, warmup: float, until: float = 1.0) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy
 
-from launcher.data.limits import at_least_one, refuse_too_large
+from launcher.data.limits import refuse_too_large
+from launcher.errors import UserError
 
 Grid = Any  # float array (n, size, size): each pixel's distance from the shape's centre, in radii
 
@@ -28,6 +29,9 @@ _SHAPES: dict[str, Callable[[Grid, Grid], Any]] = {
     "falling": lambda x, y: numpy.sin(4.5 * (x - y)) > 0,
     "checks": lambda x, y: numpy.sin(5 * x) * numpy.sin(5 * y) > 0,
 }
+
+
+MOST_OF_A_KIND, MOST_PICTURES = 10_000, 10_000_000  # more is a slip of the finger
 
 
 class Synthetic:
@@ -49,10 +53,13 @@ class Synthetic:
         classes: int = 10,
         count: int = 10_000,
     ) -> None:
-        """Draw the set: the same pictures every time, and no test picture among the training."""
-        given = {"size": size, "channels": channels, "classes": classes, "count": count}
-        for name, value in given.items():
-            at_least_one(name, value)
+        """Draw the set: the same pictures every time, and no test picture among the training.
+
+        Raises `UserError` for numbers of which there is no such set, or none that fits into memory.
+        """
+        for name, number in (("size", size), ("channels", channels), ("classes", classes)):
+            _refuse_beyond(name, number, MOST_OF_A_KIND)
+        _refuse_beyond("count", count, MOST_PICTURES)
         refuse_too_large("Synthetic", count, size, channels)
         random = numpy.random.default_rng([2026, int(train)])
         number = count if train else max(1, count // 5)
@@ -62,6 +69,15 @@ class Synthetic:
         for start in range(0, number, 1000):
             part = slice(start, start + 1000)
             self.data[part] = _draw(self.targets[part], size, channels, random)
+
+
+def _refuse_beyond(name: str, number: Any, most: int) -> None:
+    if not isinstance(number, int) or not 1 <= number <= most:
+        raise UserError(
+            f"{name}={number} of Synthetic",
+            expected=f"a whole number from 1 to {most:,}",
+            instead=f"give it another {name}, in the recipe file or for this run",
+        )
 
 
 def _class_name(index: int) -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 from launcher.config.plan import Plan
 from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
+from launcher.utils.redaction import redacted
 
 
 class Console(Logger):
@@ -30,7 +31,7 @@ class Console(Logger):
     def say(self, text: str) -> None:
         """Write one line, and flush."""
         if self._stream is not None:
-            self._stream.write(text + "\n")
+            self._stream.write(redacted(text) + "\n")
             self._stream.flush()
 
     def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
@@ -85,13 +86,14 @@ class LiveConsole(Console):
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self._rich.print(Text(text))
+        self._rich.print(Text(redacted(text)))
 
     def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
         """A panel with what is about to run."""
         self._rich.print(Panel(_grid(rows), title=f"[bold]{title}", border_style="blue"))
         if warning:
-            self._rich.print(Panel(Text(warning, style="bold"), border_style="bold yellow"))
+            text = Text(redacted(warning), style="bold")
+            self._rich.print(Panel(text, border_style="bold yellow"))
 
     def step(self, report: StepReport, plan: Plan) -> None:
         """Move the bar, or start one for a new epoch."""
@@ -180,5 +182,5 @@ def _grid(rows: Mapping[str, str]) -> Table:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, value in rows.items():
-        grid.add_row(label, Text(value))
+        grid.add_row(label, Text(redacted(value)))
     return grid

@@ -30,6 +30,7 @@ from launcher.loggers.wandb_history import (
     step_scalars,
 )
 from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
+from launcher.utils.redaction import cleaned, redacted
 
 if TYPE_CHECKING:
     import wandb
@@ -123,7 +124,8 @@ class WandbLogger(Logger):
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
-            _log.warning("W&B lacks a part of the run (%s): wandb sync %s", error, self._folder)
+            reason = _one_line(error)
+            _log.warning("W&B lacks a part of the run (%s): wandb sync %s", reason, self._folder)
 
     def _log(self, scalars: Row) -> None:
         self._run.log(self._history.add(scalars))
@@ -235,7 +237,7 @@ def start(mode: str | None, run: WandbRun, data: Data) -> Logger:
             dir=run.folder,
             project=run.project,
             name=run.name,
-            config={**run.config, "data_fallback": data.fallback},
+            config={**run.config, "data_fallback": cleaned(data.fallback)},
             tags=list(run.tags),
             notes=run.note or None,
             id=run.run_id,
@@ -329,4 +331,4 @@ def _define_axes(run: "wandb.Run") -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return redacted(" ".join(f"{type(error).__name__}: {error}".split()))

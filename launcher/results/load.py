@@ -1,6 +1,5 @@
 """A finished run as a model to use: its network with its weights, its classes, its input."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from launcher.checkpoint.checkpoint import load_weights
-from launcher.config import loader
+from launcher.config import annotations, loader
 from launcher.config.overrides import as_text, override
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Normalize
@@ -20,6 +19,7 @@ from launcher.data.image_folder import fitted
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network, first_parameter
+from launcher.utils import json_text
 
 Picture = str | Path | Image.Image | Tensor
 
@@ -78,13 +78,12 @@ def load_run(
     runs that you trust. Raises `UserError` for a folder without a run or its weights.
     """
     path = Path(folder)
-    config, about = _read(path / "config.json"), _read(path / "run.json")
+    config = _read(path / "config.json", model=dict, data=dict)
+    about = _read(path / "run.json", image_shape=tuple[int, int, int], classes=tuple[str, ...])
     if recipe is None:
         recipe = _recipe_of(path, config)
-    shape = tuple(about["image_shape"])
-    blank = ImageSet(
-        torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), tuple(about["classes"])
-    )
+    shape, classes = tuple(about["image_shape"]), tuple(about["classes"])
+    blank = ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), classes)
     network = build_network(recipe, blank)
     load_weights(network, _weights_of(path, weights))
     return TrainedRun(network.eval(), blank.classes, recipe, shape)
@@ -93,7 +92,7 @@ def load_run(
 def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
     """The recipe in the folder with the settings of the run that concern the model's input."""
     source = path / "recipe.py"
-    if not source.is_file() or not source.read_text(encoding="utf-8").strip():
+    if not source.is_file() or not source.read_bytes().strip():
         raise UserError(
             f"{path}, a run without a recipe file",
             expected="the recipe that was trained",
@@ -101,7 +100,7 @@ def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
         )
     recipe = loader.load(source).recipe
     own = {f"model.{name}": value for name, value in config["model"].items() if name != "call"}
-    own |= {f"data.{name}": config["data"][name] for name in ("mean", "std")}
+    own |= {f"data.{name}": config["data"].get(name) for name in ("mean", "std")}
     plain = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
     return override(recipe, [f"{name}={_as_word(value)}" for name, value in plain.items()])
 
@@ -121,10 +120,15 @@ def _weights_of(path: Path, which: str) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, **parts: Any) -> dict[str, Any]:
+    """What a JSON file says, which has at least these parts of these types."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json_text.read(path)
+        for name, annotation in parts.items():
+            if not annotations.convert(content[name], annotation)[0]:
+                raise ValueError(f"{name} in {path.name} is no {annotations.describe(annotation)}")
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path.parent}, which is no run folder ({error})",
             expected="the folder of a run, such as runs/first",

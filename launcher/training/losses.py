@@ -137,10 +137,10 @@ def _refuse_class(function: Any) -> None:
 def _refuse_smoothing(function: Any) -> None:
     for setting in children(function, "loss."):
         is_smoothing = setting.name == "loss.label_smoothing" and isinstance(setting.value, Real)
-        if is_smoothing and not 0 <= setting.value <= 1:
+        if is_smoothing and not 0 <= setting.value < 1:  # at 1 nothing is left of the labels
             raise UserError(
                 f"loss.label_smoothing={setting.value}",
-                expected="a number in [0, 1]",
+                expected="a number of at least 0 and below 1",
                 instead="type loss.label_smoothing=0.1, for example",
             )
 

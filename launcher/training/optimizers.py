@@ -17,8 +17,8 @@ group is computed (on several ranks it is, and has no effect).
 `make_optimizer` is the one place where the slot is called: it answers what cannot be trained with.
 """
 
+import difflib
 import inspect
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Concatenate, ParamSpec
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +39,7 @@ from launcher.errors import UserError
 from launcher.utils.text import count
 from launcher.utils.user_code import place_of, user_line, user_location
 
+MOST_RATE = 1e35  # of learning: with more, what Adam makes of it is no float32
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 Settings = ParamSpec("Settings")
@@ -168,7 +170,11 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
         )
     for part in _parts(optimizer):
         _refuse_closure(part)
+        _refuse_misspelt(part)
+        _refuse_other_types(part)
     for group in optimizer.param_groups:
+        plain = {n: v.item() for n, v in group.items() if isinstance(v, numpy.generic)}
+        group.update(plain)  # a checkpoint holds no numbers of numpy
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].item()
         for name in ("lr", "momentum"):
@@ -218,12 +224,46 @@ def _refuse_number(name: str, value: Any, instead: str) -> None:
         return
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     is_number = isinstance(number, Real) and not isinstance(number, bool)
-    if not (is_number and 0 <= number < (1 if kind == "momentum" else math.inf)):
+    limit = 1 if kind == "momentum" else MOST_RATE
+    if not (is_number and 0 <= number < limit):
         raise UserError(
             f"{name}={value!r}",
-            expected="a number of at least 0" + (" and below 1" if kind == "momentum" else ""),
+            expected=f"a number of at least 0 and below {limit}",
             instead=f"{instead}{0.9 if kind == 'momentum' else 0.01}, for example",
         )
+
+
+def _refuse_misspelt(optimizer: Optimizer) -> None:
+    """Refuse an option of a group that is nearly one of the optimizer's: torch passes it over."""
+    known = list(optimizer.defaults)
+    for name in {name for group in optimizer.param_groups for name in map(str, group)}:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if close and name not in known:
+            raise UserError(
+                f"a group of {type(optimizer).__name__} with {name!r}",
+                expected="options that this optimizer has, which passes over all others",
+                instead=f"write {close[0]!r} in the recipe file",
+            )
+
+
+def _refuse_other_types(optimizer: Optimizer) -> None:
+    """Refuse what is no number where the optimizer's own default is one, and negative ones.
+
+    torch looks at the defaults only, and not at what a group has of its own.
+    """
+    for group in optimizer.param_groups:
+        for name, default in optimizer.defaults.items():
+            if not isinstance(default, Real) or isinstance(default, bool):
+                continue
+            value: Any = group.get(name)
+            least = -MOST_RATE if default < 0 else 0
+            is_number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
+            if not (is_number and least <= value < MOST_RATE):
+                raise UserError(
+                    f"a group of {type(optimizer).__name__} with {name}={value!r}",
+                    expected=f"a number of at least {least:g} and below {MOST_RATE:g}",
+                    instead=f"write {name}={default} in the recipe file",
+                )
 
 
 def _refuse_closure(optimizer: Optimizer) -> None:
@@ -241,6 +281,12 @@ def _refuse_other_parameters(optimizer: Optimizer, network: nn.Module, recipe: R
     """Refuse parameters that the network has not, and one that is given twice."""
     names = {id(p): name for name, p in network.named_parameters()}
     given = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    if not given:
+        raise UserError(
+            f"{code_name(recipe.optimizer)} trains nothing",
+            expected="parameters in at least one group",
+            instead="give the optimizer what the function is given",
+        )
     if foreign := given.keys() - names.keys():
         raise UserError(
             f"{code_name(recipe.optimizer)} trains {count(len(foreign), 'tensor')} that the "

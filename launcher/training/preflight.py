@@ -4,7 +4,9 @@ Augmentations, mixing, loss and views are tried on two images. The loss must be 
 micro-batches do not add up to the whole batch, N processes would not equal one.
 """
 
+import io
 import math
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any, cast
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
@@ -37,6 +40,7 @@ def preflight(ctx: TrainContext) -> None:
     two = images[:1].repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
+    _try_saving(ctx.state.optimizer)
     if not any(schedulers_in(recipe.schedule)):
         _try_schedule(cast(Schedule, recipe.schedule))
     if recipe.data.mix:
@@ -57,7 +61,26 @@ def preflight(ctx: TrainContext) -> None:
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
             _refuse_unless(not is_bad, recipe.views, viewed, "finite scores where the model's are")
         _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
+        if recipe.data.mix:
+            shares = torch.full_like(logits, 1 / logits.shape[1])
+            _tried(ctx.loss, upcast(logits), upcast(shares), pictures, name=ctx.loss.function)
         _try_one_image(ctx.plan, network, pictures[:1])
+
+
+def _try_saving(optimizer: Optimizer) -> None:
+    """Refuse what no checkpoint can give back without running code that is in it."""
+    saved = io.BytesIO()
+    try:
+        torch.save(optimizer.state_dict(), saved)
+        torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError):  # whose words are about pickle
+        kinds = {type(v).__name__ for group in optimizer.param_groups for v in group.values()}
+        odd = ", ".join(sorted(kinds - {"int", "float", "bool", "NoneType", "str", "list"}))
+        raise UserError(
+            f"{type(optimizer).__name__}, whose groups hold {odd}",
+            expected="numbers, texts and tensors, which a checkpoint can hold",
+            instead="write numbers and texts into the groups, in the recipe file",
+        ) from None
 
 
 def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:

@@ -227,6 +227,12 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 def ema(network: nn.Module, *, decay: float = 0.999) -> AveragedModel:
     """An exponential moving average of weights and buffers, for the slot `average`."""
+    if not 0 <= decay < 1:
+        raise UserError(
+            f"average.decay={decay}",
+            expected="a number of at least 0 and below 1, at which nothing is averaged",
+            instead="type average.decay=0.999, for example",
+        )
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
 

@@ -4,7 +4,9 @@ A file is written beside its place and renamed into it, which also replaces a li
 following it. Every failure is an `OSError`.
 """
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -35,10 +37,12 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, line: str) -> None:
-    """Add a line to a file, which may not be a link."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    """Add a line to a file, which may be neither a link nor a FIFO: no reader is waited for."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
     with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileExistsError(errno.EEXIST, "no plain file", str(path))
         file.write(line + "\n")
 
 

@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+_LIBRARIES = (
+    str(Path(traceback.__file__).parent),
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parents[1]),  # the launcher
+)
+
 
 def place_of(function: Callable[..., Any]) -> str:
     """` (file, line n)` where a function is defined; empty for what is none, such as a class."""
@@ -25,14 +31,12 @@ def user_location(error: Exception) -> str:
 
 def user_line(error: BaseException) -> traceback.FrameSummary | None:
     """The innermost line behind an exception that is neither of a library nor of the launcher."""
-    modules = (traceback.__file__, torch.__file__, str(Path(__file__).parent))
-    libraries = tuple(str(Path(module).parent) for module in modules)
     return next(
         (
             frame
             for frame in reversed(traceback.extract_tb(error.__traceback__))
             if Path(frame.filename).is_file()  # compiled code names files that are elsewhere
-            and not frame.filename.startswith(libraries)
+            and not frame.filename.startswith(_LIBRARIES)
             and {"site-packages", "dist-packages"}.isdisjoint(Path(frame.filename).parts)
         ),
         None,

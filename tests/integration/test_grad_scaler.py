@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from launcher.checkpoint.checkpoint import capture, progress_of, restore, write
+from launcher.checkpoint.checkpoint import capture, restore, write
 from launcher.config.plan import START, Progress, SaveInterval
 from launcher.data import sources
 from launcher.errors import NotFiniteError
@@ -54,14 +54,14 @@ def test_a_resumed_run_has_the_scale_and_the_bits_of_an_uninterrupted_one(tmp_pa
 
     cut, scaler = prepared()
     train(cut, until=26)
-    details = {"best": None, "progress": vars(Progress(26, 1))}
-    folder = write(capture(cut, details), tmp_path)
+    progress = Progress(26, 1)
+    folder = write(capture(cut, {"progress": vars(progress)}), tmp_path)
     assert scaler.get_scale() != FIRST_SCALE
     assert scaler.state_dict()["_growth_tracker"] > 0  # else a scaler that forgot it would pass
 
     resumed, scaler = prepared(seed=1)
     restore(folder, resumed)
-    train(resumed, start=progress_of(folder)[0])
+    train(resumed, start=progress)
     assert scaler.state_dict() == scale
     found = weights_of(resumed)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

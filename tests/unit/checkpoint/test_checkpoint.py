@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.optim import SGD
 
 from launcher.checkpoint import checkpoint, resume
@@ -20,10 +21,17 @@ from launcher.config.plan import Progress
 from launcher.config.recipe import Recipe
 from launcher.errors import UserError
 from launcher.training.state import TrainContext
-from tests.support.helpers import context_of
+from tests.support.helpers import context_of, refused
 from tests.support.resumable import recipe
 
-STATE: dict[str, Any] = {"best": None, "data": "Synthetic", "config": {"epochs": 2}}
+STATE: dict[str, Any] = {
+    "best": None,
+    "data": "Synthetic",
+    "config": {"epochs": 2},
+    "source": "",
+    "wandb_id": "1",
+    "steps_per_epoch": 25,
+}
 
 
 def untrained(seed: int = 0, recipe: Recipe = recipe) -> TrainContext:
@@ -42,7 +50,7 @@ def trained(seed: int = 0) -> TrainContext:
 
 
 def saved(root: Path, step: int) -> Path:
-    state = STATE | {"progress": vars(Progress(step))}
+    state = STATE | {"progress": vars(Progress(step, step // 25))}
     return write(capture(trained(step), state), root)
 
 
@@ -62,6 +70,13 @@ def test_a_restored_training_equals_the_saved_one(tmp_path: Path) -> None:
     before, after = (c.state.optimizer.state_dict()["state"] for c in (old, new))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
+
+
+def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    save_file({"x": torch.zeros(1)}, folder / "average.safetensors")
+    with refused("average.safetensors has n_averaged", "nothing, the model"):
+        restore(folder, untrained())
 
 
 def test_settings_of_the_optimizer_stay_those_of_the_recipe(tmp_path: Path) -> None:
@@ -158,6 +173,8 @@ def test_changed_settings_are_named_unless_they_are_intended() -> None:
     assert "--resume-changed data.augment.0.p,epochs" in str(caught.value)
     assert "root" not in str(caught.value)  # the machine's, not the experiment's
     resume.refuse_changes(before, now, ("epochs", "data.augment"))
+    with refused("--resume-changed epoch, which names no setting", "leave epoch out"):
+        resume.refuse_changes(before, now, ("epochs", "data.augment", "epoch"))
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,28 @@ def test_another_batch_size_goes_on_after_a_whole_epoch_only(
     assert step_of_newest() == 26
 
 
+@pytest.mark.parametrize("word", ["data.batch_size=51", "seed=1"])
+def test_the_images_of_an_epoch_stay_in_its_batches_and_order(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the epoch has as many steps as before."""
+    few = ("data.source.count=150", "epochs=2")
+    assert run(*few, "--max-steps", "4") == 0
+    name = word.partition("=")[0]
+    line = refused(capsys, *few, word, "--resume-changed", name)
+    assert f"{word} after step 4, where the run stands within an epoch" in line
+    (kept,) = [part for part in line.split() if part.startswith(f"{name}=")][1:]
+    assert run(*few, kept, "--resume") == 0
+    assert run("data.source.count=150", "epochs=3", word, "--resume-changed", f"epochs,{name}") == 0
+
+
+def test_a_run_is_not_cut_short_after_the_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data.source.count=100", "epochs=3", "--max-steps", "5") == 0
+    fewer = ("data.source.count=100", "--resume-changed", "epochs")
+    assert "type epochs=3 or more" in refused(capsys, *fewer, "epochs=2")
+    assert run(*fewer, "epochs=3") == 0
+
+
 def test_a_network_that_has_changed_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

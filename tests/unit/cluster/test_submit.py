@@ -319,16 +319,6 @@ def test_the_queue_as_squeue_prints_it() -> None:
     assert (status.ask_queue() or {})["19"] == "RUNNING"
 
 
-def test_what_is_no_file_is_no_record(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("runs", "jobs").mkdir(parents=True)
-    os.mkfifo("runs/jobs/pipe-16.json")
-    Path("runs/jobs/gone-16.json").symlink_to("nowhere")
-    status.record(BatchJob(recipe="x.py", name="first"), "17")
-    Path("runs/first/metrics.jsonl").mkdir(parents=True)
-    os.mkfifo("runs/first/config.json")
-    assert [row[0] for row in status_rows(capsys)] == ["first"]
-
-
 @pytest.mark.parametrize(
     "record",
     [
@@ -354,17 +344,25 @@ def test_a_damaged_record_is_one_row(record: str, capsys: pytest.CaptureFixture[
     assert rows[1][:2] == ["first", "17"]
 
 
+def test_the_status_waits_for_no_fifo(capsys: pytest.CaptureFixture[str]) -> None:
+    status.record(BatchJob(recipe="x.py", name="first"), "17")
+    Path("runs", "first").mkdir()
+    for name in ("first/config.json", "first/metrics.jsonl", "jobs/other-18.json"):
+        os.mkfifo(Path("runs", name))
+    Path("runs", "jobs", "third-19.json").symlink_to("nowhere")
+    rows = sorted(status_rows(capsys))
+    assert [row[:3] for row in rows] == [
+        ["first", "17", "unknown"],
+        ["other-18", "-", "damaged"],
+        ["third-19", "-", "damaged"],
+    ]
+
+
 @pytest.mark.parametrize(
     "line",
     [
-        "[]",
-        "3",
-        "{}",
-        '{"epoch": 3, "test/accuracy": null}',
-        "\x1b",
-        "[" * 9999,
-        '{"epoch": 3, "test/accuracy": NaN}',
-        '{"epoch": 3, "test/accuracy": 1' + "0" * 400 + "}",
+        *("[]", "3", "{}", "\x1b", "[" * 10**5, '{"epoch": 3, "test/accuracy": null}'),
+        *(f'{{"epoch": 3, "test/accuracy": {value}}}' for value in (10**400, "NaN", -1, 7)),
     ],
 )
 def test_damaged_metrics_are_passed_over(line: str, capsys: pytest.CaptureFixture[str]) -> None:

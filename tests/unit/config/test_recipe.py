@@ -46,15 +46,15 @@ def test_a_batch_without_images_is_refused(value: int) -> None:
         tiny_recipe(data={"batch_size": value})
 
 
-@pytest.mark.parametrize("std", [(0.5, 0.0, 0.5), (-1.0,), (math.nan,), (math.inf,)])
+@pytest.mark.parametrize("std", [(0.5, 0.0, 0.5), (-1.0,), (math.nan,), (math.inf,), (63.0,)])
 def test_a_standard_deviation_that_is_not_positive_is_refused(std: tuple[float, ...]) -> None:
     with refused("data.std=", "positive", "standard deviation"):
         tiny_recipe(data={"std": std})
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_mean_that_is_not_finite_is_refused(value: float) -> None:
-    with refused("data.mean=", "finite", "mean of the pixels"):
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 125.3, -0.5])
+def test_a_mean_that_is_none_of_pixels_is_refused(value: float) -> None:
+    with refused("data.mean=", "in [0, 1]", "divide that of bytes by 255"):
         tiny_recipe(data={"mean": (0.5, 0.5, value)})
 
 

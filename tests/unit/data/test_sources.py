@@ -894,3 +894,18 @@ def test_an_image_set_moves_to_a_device_as_a_whole() -> None:
     moved = sources.load(images_of(SMALL, Path())).train.to(torch.device("meta"))
     assert moved.images.device == moved.labels.device == torch.device("meta")
     assert len(moved) == 50
+
+
+class Unopened:
+    """A data set whose own code fails."""
+
+    def __init__(self, root: str, train: bool, error: Exception) -> None:
+        raise error
+
+
+@pytest.mark.parametrize("error", [TypeError("own"), AttributeError("own"), MemoryError("own")])
+def test_a_source_that_fails_is_a_line_with_its_place(error: Exception, tmp_path: Path) -> None:
+    line = Unopened.__init__.__code__.co_firstlineno + 1
+    said = f"Unopened fails: {type(error).__name__}: own ({__file__}, line {line})"
+    with refused(f"data.source={said}"):
+        sources.load(images_of(partial(Unopened, error=error), tmp_path))

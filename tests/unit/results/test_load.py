@@ -1,5 +1,7 @@
 """`load_run`: the model of a run folder, which computes what the run computed."""
 
+import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -104,3 +106,32 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         (tmp_path / "runs" / "first" / f"{name}.safetensors").unlink()
     with refused("has no weights yet"):
         load_run(tmp_path / "runs" / "first")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("config.json", text) for text in ("[1]", "{}", '{"model": 3, "data": {}}', "[" * 10**5)),
+        *(("run.json", text) for text in ("null", '{"image_shape": [1], "classes": []}', "\xff")),
+        ("run.json", '{"image_shape": [20, 20, "3"], "classes": ["a"]}'),
+    ],
+)
+def test_a_description_that_says_something_else_is_refused(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    good = {"image_shape": [20, 20, 3], "classes": ["a"], "model": {}, "data": {}}
+    for file in ("config.json", "run.json"):
+        (tmp_path / file).write_text(json.dumps(good))
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with refused("no run folder", "ls runs"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_fifo_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    trained(tmp_path)
+    folder = tmp_path / "runs" / "first"
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with refused("no run folder", f"{name}"):
+        load_run(folder)

@@ -128,6 +128,7 @@ def constant_loss(logits: Tensor, targets: Tensor) -> Tensor:
     [
         (nn.CrossEntropyLoss(label_smoothing=-0.1), ("loss.label_smoothing=-0.1", "=0.1,")),
         (partial(cross_entropy, label_smoothing=1.5), ("loss.label_smoothing=1.5", "=0.1,")),
+        (partial(cross_entropy, label_smoothing=1.0), ("loss.label_smoothing=1.0", "below 1")),
         (nn.CrossEntropyLoss, ("CrossEntropyLoss", "nn.CrossEntropyLoss(...)")),
         (Trained(), ("Trained has parameters", "scale")),
         (Counting(), ("Counting changes its own buffers",)),

@@ -247,9 +247,30 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
     return SGD([{"params": list(params), "momentum": 1.0}], lr=0.1)
 
 
+def decayed(params: NamedParameters, by: object) -> Optimizer:
+    return SGD([{"params": list(params), "weight_decay": by}], lr=0.1)
+
+
+def grown(params: NamedParameters) -> Optimizer:
+    return AdamW([{"params": list(params), "weight_decay": -1e-3}], lr=0.1)
+
+
+def misspelt(params: NamedParameters) -> Optimizer:
+    return SGD([{"params": list(params), "weight_decy": 1e-3, "name": "all"}], lr=0.1)
+
+
+def of_nothing(params: NamedParameters) -> Optimizer:
+    return SGD([{"params": []}], lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "parts"),
     [
+        (misspelt, ("a group of SGD with 'weight_decy'", "write 'weight_decay'")),
+        (of_nothing, ("of_nothing trains nothing",)),
+        (grown, ("a group of AdamW with weight_decay=-0.001", "a number of at least 0")),
+        (partial(decayed, by=None), ("a group of SGD with weight_decay=None", "weight_decay=0")),
+        (partial(decayed, by=True), ("a group of SGD with weight_decay=True", "weight_decay=0")),
         (of_parameters, ("pairs (name, parameter)", "for name, p in params")),
         (of_another_network, ("trains 4 tensors", "of the network only")),
         (twice, ("layers.0.weight twice", "each parameter once")),
@@ -261,6 +282,7 @@ def too_much_momentum(params: NamedParameters) -> Optimizer:
         (partial(SGD, lr=0.1, **TEXT), ("optimizer.momentum='0.9'", "=0.9")),
         (partial(SGD, lr=-0.1), ("optimizer.lr=-0.1", "type optimizer.lr=0.01")),
         (partial(SGD, lr=float("nan")), ("optimizer.lr=nan",)),
+        (partial(AdamW, lr=1e40), ("optimizer.lr=1e+40", "below 1e+35")),  # no float32
         (no_decay(AdamW, lr=-1.0), ("optimizer.base.lr=-1.0", "type optimizer.base.lr=0.01")),
         (no_decay(Rprop, lr=0.1), ("Rprop has no weight_decay",)),
     ],

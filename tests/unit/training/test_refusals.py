@@ -3,12 +3,17 @@
 import math
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy
 import pytest
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
 
-from launcher import cosine, cutout, ema, linear
+from launcher import cosine, cutmix, cutout, ema, linear
 from launcher.config.slots import Score
 from launcher.training.preflight import preflight
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
@@ -34,11 +39,17 @@ def forgetful(fraction: float) -> None:
     ("changes", "said"),
     [
         ({"average": nothing}, "nothing returns NoneType"),
-        ({"average": partial(ema, decay=2.0)}, "ema refuses its settings: Invalid decay value 2.0"),
+        ({"average": partial(ema, decay=2.0)}, "average.decay=2.0"),
+        ({"average": partial(ema, decay=1.0)}, "average.decay=1.0; expected"),  # never moves
+        (
+            {"data": {"mix": cutmix}, "loss": partial(cross_entropy, ignore_index=2)},
+            "cross_entropy fails: RuntimeError: ignore_index is not supported",
+        ),
         ({"views": not_finite}, "finite scores where the model's are"),
         ({"schedule": rising}, "rising makes -2.04"),
         ({"schedule": forgetful}, "schedule=forgetful, which for the fraction"),
         ({"schedule": partial(cosine, warmup=1.5)}, "warmup=1.5"),
+        ({"schedule": partial(cosine, end=10.0)}, "end=10.0, which is no fraction in [0, 1]"),
         ({"schedule": partial(linear, warmup=-0.1)}, "warmup=-0.1"),
         ({"schedule": partial(linear, until=2.0)}, "until=2.0"),
         ({"data": {"augment": (partial(cutout, size=-1),)}}, "size=-1"),
@@ -104,6 +115,71 @@ def test_what_fails_is_refused_with_its_line(slot: str) -> None:
     changes = in_slot(slot, fails)
     with refused("fails", "division by zero", f"({__file__}, line {FAILS})"):
         preflight(context_of(tiny_recipe(**changes)))
+
+
+def returning(value: object) -> Any:
+    """A function that returns what no slot of a recipe takes."""
+
+    def function(*arguments: object) -> object:
+        return value
+
+    return function
+
+
+@pytest.mark.parametrize("value", [None, 3, (), (torch.ones(1),), "ab", {"a": 1}])
+@pytest.mark.parametrize("slot", ["augment", "mix", "views"])
+def test_what_returns_no_images_is_a_line(slot: str, value: object) -> None:
+    function = returning(value)
+    changes = {
+        "augment": {"data": {"augment": (function,)}},
+        "mix": {"data": {"mix": function}},
+        "views": {"views": function},
+    }
+    with refused("for two images"):
+        preflight(context_of(tiny_recipe(**changes[slot])))
+
+
+class Marked(SGD):
+    """An optimizer with a setting in its groups that torch does not know."""
+
+    def __init__(self, params: Any, lr: float, mark: object = None) -> None:
+        super().__init__(params, lr)
+        self.param_groups[0]["mark"] = mark
+
+
+@pytest.mark.parametrize("mark", [PurePosixPath("x"), math.sqrt, Marked])
+def test_an_optimizer_that_no_checkpoint_can_hold_is_refused(mark: object) -> None:
+    ctx = context_of(tiny_recipe(optimizer=partial(Marked, lr=0.1, mark=mark)))
+    with refused("Marked, whose groups hold", "which a checkpoint can hold"):
+        preflight(ctx)
+
+
+def test_numbers_of_numpy_in_a_group_are_numbers(tmp_path: Path) -> None:
+    optimizer = partial(Marked, lr=numpy.float64(0.1), mark=numpy.int64(3))
+    state = context_of(tiny_recipe(optimizer=optimizer)).state
+    torch.save(state.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    (group,) = torch.load(tmp_path / "optimizer.pt", weights_only=True)["param_groups"]
+    assert (group["lr"], group["mark"]) == (0.1, 3)
+
+
+def initialize(network: nn.Module, images: Tensor) -> None:
+    raise LookupError("no layer")
+
+
+def of_the_network_only(network: nn.Module) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (initialize, "initialize fails: LookupError: no layer"),
+        (of_the_network_only, "only fails: TypeError: of_the_network_only() takes 1 positional"),
+    ],
+)
+def test_an_initialization_that_fails_is_a_line(function: Any, said: str) -> None:
+    with refused(said, "type initialize=none"):
+        context_of(tiny_recipe(initialize=function))
 
 
 def absent(images: Tensor, draws: object) -> Tensor:
