@@ -271,6 +271,7 @@ def of_nothing(params: NamedParameters) -> Optimizer:
         (grown, ("a group of AdamW with weight_decay=-0.001", "a number of at least 0")),
         (partial(decayed, by=None), ("a group of SGD with weight_decay=None", "weight_decay=0")),
         (partial(decayed, by=True), ("a group of SGD with weight_decay=True", "weight_decay=0")),
+        (partial(decayed, by=1e40), ("a group of SGD with weight_decay=1e+40", "below 1e+35")),
         (of_parameters, ("pairs (name, parameter)", "for name, p in params")),
         (of_another_network, ("trains 4 tensors", "of the network only")),
         (twice, ("layers.0.weight twice", "each parameter once")),
