@@ -12,10 +12,11 @@ from tests.fuzz.mutations import mutations
 from tests.fuzz.verdicts import verdict
 from tests.support.helpers import ROOT
 
-CASES = 40
+CASES = 120
 LINE = "launcher: x; expected y; type z"
 
 
+@pytest.mark.slow
 def test_nothing_that_is_typed_ends_in_a_fault_of_ours() -> None:
     """In a process of its own: it forks, and this one may have threads."""
     command = [sys.executable, "-m", "tests.fuzz", "--cases", str(CASES), "--seed", "0"]

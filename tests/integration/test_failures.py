@@ -38,9 +38,10 @@ def failing(
     return Run(launch, folder, *SHORT, *words, recipe=FAILING, environment=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launch", "rank"),
-    [(2, 0), pytest.param(TORCHRUN, 1, marks=pytest.mark.slow)],
+    [(2, 0), (TORCHRUN, 1)],
     ids=["srun", "torchrun"],
 )
 def test_the_rank_that_raised_is_named_once_with_its_traceback(

@@ -47,6 +47,7 @@ def weights_of(ctx: TrainContext) -> dict[str, Tensor]:
     return ctx.state.ema_model.state_dict() | ctx.state.network.state_dict()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_scale_and_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, scaler = prepared()
     train(whole)

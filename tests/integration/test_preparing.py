@@ -36,7 +36,8 @@ def two_ranks(folder: Path, odd: int, does: str, *words: str) -> Iterator[list[R
             run.process.wait()
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
 def test_a_rank_that_stops_answering_is_named(number: str, tmp_path: Path) -> None:
     with two_ranks(tmp_path, 1, FAILING.format(number)) as (first, _):
         assert first.end() == 1

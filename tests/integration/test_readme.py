@@ -135,7 +135,7 @@ def marked(command: str) -> object:
 def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    shows = "--help" in command or "--dry-run" in command or "--smoke" in command
+    shows = any(word in command for word in ("--help", "--dry-run", "--smoke", " check "))
     if "--init-from" in command:
         (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
         assert run(earlier, folder, SHORT)[0] == 0
@@ -144,6 +144,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     assert code == 0, errors[-3000:]
     if "--help" in command:
         assert "optimizer.lr" in output
+    elif "check" in command:
+        assert "network   good" in output
     elif "--dry-run" in command:
         assert "256 = 8 ranks x 32 images" in output
     else:

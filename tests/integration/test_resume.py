@@ -96,9 +96,10 @@ recipe = replace(resumable.recipe, model=Interrupted, epochs=3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "passes"),  # of an epoch's evaluation on one rank, with that of the samples
-    [(1, 6), pytest.param(2, 4, marks=pytest.mark.slow)],
+    [(1, 6), (2, 4)],
 )
 def test_a_signal_within_an_evaluation_leaves_it_to_the_resumed_run(
     ranks: int, passes: int, tmp_path: Path

@@ -64,7 +64,7 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
     assert fingerprint(folder) == fingerprint(whole(tmp_path))
 
 
-@pytest.mark.parametrize("every", ["7", "never"])
+@pytest.mark.parametrize("every", [pytest.param("7", marks=pytest.mark.slow), "never"])
 def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
     every: str, tmp_path: Path
 ) -> None:
@@ -195,6 +195,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
         run_dir.create(tmp_path / "runs", "other", "net")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_removed_writes_nothing_into_another_of_its_name(tmp_path: Path) -> None:
     words = ("--name", "mine", "--checkpoint-every", "5")
     old = Run(1, tmp_path, *words, "epochs=2000")
@@ -274,6 +275,7 @@ def test_secrets_are_hidden_and_the_rest_stays() -> None:
     assert cleaned(nested, SECRETS) == {"a": ["***", 1, None], "b": {"c": True}}
 
 
+@pytest.mark.slow
 def test_no_output_of_a_run_holds_a_planted_secret(tmp_path: Path) -> None:
     """In settings, the docstring, the source, exceptions, W&B's files and its command line."""
     source = RESUMABLE.read_text().replace(

@@ -67,7 +67,10 @@ recipe = Recipe(
     ("text", "model", "source"),
     [
         (CIFAR, "SimpleCNN", "partial(Synthetic, count=640)"),
-        (PICTURES, "CNN", "partial(Synthetic, size=64, classes=5, count=320)"),
+        pytest.param(
+            *(PICTURES, "CNN", "partial(Synthetic, size=64, classes=5, count=320)"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["CIFAR-10", "own pictures"],
 )

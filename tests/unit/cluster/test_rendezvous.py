@@ -85,6 +85,7 @@ def test_node_0_is_where_torchrun_looks_for_it(
     assert said == [f"{place}"]
 
 
+@pytest.mark.slow
 def test_accelerate_shows_that_line_and_no_traceback(tmp_path: Path) -> None:
     config = ("--config_file", str(ROOT / "accelerate_config" / "nodes.yaml"))
     where = ("--main_process_ip", "127.0.0.1", "--rdzv_backend", "launcher")

@@ -500,6 +500,7 @@ def load_together(root: Path, url: str, archive: bytes, together: Any, sizes: An
     sizes.put(len(sources.load(images_of(source, root)).train))
 
 
+@pytest.mark.slow
 def test_four_processes_download_the_images_once(tmp_path: Path, serve: Serve) -> None:
     archive = Cifar().archive(tmp_path / "published")
     server = serve(archive)

@@ -302,6 +302,7 @@ def test_an_online_run_arrives_at_the_server(world: pytest.MonkeyPatch, tmp_path
     assert API_KEY not in json.dumps(got.run)
 
 
+@pytest.mark.slow
 def test_a_network_that_goes_away_costs_a_warning_but_no_training(
     world: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -419,6 +420,7 @@ def test_without_wandb_installed_training_goes_on_unlogged(unlogged: list[str]) 
     assert unlogged[2].startswith("off|False|W&B is off: ModuleNotFoundError")
 
 
+@pytest.mark.slow
 def test_without_an_account_a_terminal_is_not_asked_anything(
     world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
