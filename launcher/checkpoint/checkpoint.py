@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,7 +92,17 @@ def load_weights(network: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
     _refuse_differing(path, network.state_dict(), saved)
-    network.load_state_dict(saved)
+    network.load_state_dict(_with_versions(saved, network))
+
+
+def _with_versions(tensors: Tensors, network: nn.Module) -> Tensors:
+    """With what modules may ask of a state_dict and no file keeps: the version of their format.
+
+    What is loaded has passed for a state of this very network, so the versions are its own.
+    """
+    dressed = OrderedDict(tensors)
+    dressed._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    return dressed
 
 
 def load_initial_weights(network: nn.Module, path: Path, skip: Sequence[str] = ()) -> list[str]:
@@ -114,7 +125,7 @@ def load_initial_weights(network: nn.Module, path: Path, skip: Sequence[str] = (
     kept = {name: tensor for name, tensor in saved.items() if name not in skipped}
     missing = {name: tensor for name, tensor in own.items() if name in skipped}
     _refuse_differing(path, own, {**kept, **missing}, "type --skip {}, or ")
-    network.load_state_dict(kept, strict=False)
+    network.load_state_dict(_with_versions(kept, network), strict=False)
     return skipped
 
 

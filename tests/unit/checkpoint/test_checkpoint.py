@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.optim import SGD
+from torchvision.models import mnasnet0_5
 
 from launcher.checkpoint import checkpoint, resume
 from launcher.checkpoint.checkpoint import CheckpointError, Writer, capture, newest, restore, write
@@ -257,3 +258,14 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     assert saved(tmp_path, 2) == folder
     assert newest(tmp_path) == (folder, [])
     assert (tmp_path / "step-keep").is_dir()
+
+
+def test_a_network_that_asks_for_the_version_of_its_format_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    old, new = mnasnet0_5(num_classes=10), mnasnet0_5(num_classes=10)
+    save_file(old.state_dict(), path)
+    checkpoint.load_weights(new, path)
+    assert torch.equal(new.classifier[1].weight, old.classifier[1].weight)
+    other = mnasnet0_5(num_classes=7)
+    assert checkpoint.load_initial_weights(other, path, ["classifier"])
+    assert torch.equal(other.layers[0].weight, old.layers[0].weight)
