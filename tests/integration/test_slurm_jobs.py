@@ -47,9 +47,10 @@ class Job:
 
     def check(self, whole: str, stopped: str) -> int:
         """Attempts that stopped and saved, and a last one that ended as it should; how many."""
-        assert self.slurm.wait_for_end(self.number) == "COMPLETED", self.log(1).read_text()
+        state = self.slurm.wait_for_end(self.number)
         attempts = len(list(self.folder.glob("runs/jobs/*.log")))
         texts = [self.log(attempt).read_text() for attempt in range(1, attempts + 1)]
+        assert state == "COMPLETED", "\n".join(texts)
         for text in texts[:-1]:
             assert re.search(rf"stopped +by {stopped}; the same command with --resume", text), text
         for text in texts[1:]:

@@ -130,9 +130,21 @@ class Slurm:
         self._until(lambda: log.is_file() and text in log.read_text(), f"{text!r} in {log}")
 
     def wait_for_end(self, job: str) -> str:
-        """The state in which a job ends."""
+        """The state in which a job ends, and still is two seconds later.
+
+        One that goes back into the queue may have failed for a moment.
+        """
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self._until(lambda: self.state(job) in ends, f"the end of job {job}")
+
+        def has_ended() -> bool:
+            return self.state(job) in ends
+
+        def stays_ended() -> bool:
+            if has_ended():
+                time.sleep(2)
+            return has_ended()
+
+        self._until(stays_ended, f"the end of job {job}")
         return self.state(job)
 
 
