@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -425,17 +424,7 @@ def make_loggers(
     if start is None or not is_main:
         return Loggers(console)
     data = ctx.data.to(torch.device("cpu"))
-    own_tags = filter(None, os.environ.get("WANDB_TAGS", "").split(","))
-    shown = wandb.WandbRun(
-        folder=start.folder.path,
-        # What is given here, W&B does not take from the environment, so that is done here, too.
-        project=redacted(options.project or os.environ.get("WANDB_PROJECT", "launcher")),
-        name=redacted(options.name or os.environ.get("WANDB_NAME", start.folder.path.name)),
-        config=loaded.config,
-        tags=cleaned([loaded.name, *own_tags, *(["synthetic-data"] if data.fallback else [])]),
-        note=redacted(os.environ.get("WANDB_NOTES", loaded.note)),
-        run_id=start.folder.identity,
-    )
+    shown = wandb.describe(start.folder, loaded, options, bool(data.fallback))
     return Loggers(console, (wandb.start(options.wandb, shown, data),))
 
 

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from launcher.checkpoint.run_dir import RunDir
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
 from launcher.config.plan import Plan
 from launcher.data.sources import Data
 from launcher.loggers.logger import Logger
@@ -64,6 +67,24 @@ class WandbRun:
     tags: Sequence[str] = ()
     note: str = ""
     run_id: str | None = None
+
+
+def describe(
+    folder: RunDir, loaded: LoadedRecipe, options: RunOptions, is_fallback: bool
+) -> WandbRun:
+    """How a run appears in W&B, by its options, W&B's variables, or else its recipe and folder."""
+    # What is given to wandb.init, W&B does not take from the environment: so that is done here.
+    environ = os.environ
+    own_tags = filter(None, environ.get("WANDB_TAGS", "").split(","))
+    return WandbRun(
+        folder=folder.path,
+        project=redacted(options.project or environ.get("WANDB_PROJECT", "launcher")),
+        name=redacted(options.name or environ.get("WANDB_NAME", folder.path.name)),
+        config=loaded.config,
+        tags=cleaned([loaded.name, *own_tags, *(["synthetic-data"] if is_fallback else [])]),
+        note=redacted(environ.get("WANDB_NOTES", loaded.note)),
+        run_id=folder.identity,
+    )
 
 
 class NullLogger(Logger):
