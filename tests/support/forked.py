@@ -4,7 +4,8 @@ Starting Python and importing torch takes four seconds, and the tests start hund
 `Popen` runs `python -m MODULE ...` or `python SCRIPT ...` as `subprocess.Popen` does: arguments,
 environment, folder, output, signals and exit code are those of a new process. Not so are its
 command line, as others see it, and what is read while Python starts and torch is imported: all
-have one hash seed and OMP_NUM_THREADS=1. Tests that depend on one of these start a new process.
+have one hash seed, OMP_NUM_THREADS=1 and TORCH_CPP_LOG_LEVEL=ERROR. Tests that depend on one of
+these start a new process.
 """
 
 import atexit
@@ -104,6 +105,7 @@ def _server() -> socket.socket:
     """The connection to the process that forks; it ends when the connection does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent"}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as launcher.cli says before it imports torch
     environment |= {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     command = [sys.executable, __file__, str(theirs.fileno())]
     with theirs:
