@@ -13,7 +13,6 @@ from launcher.config.serialize import short_name
 from launcher.distributed import signals
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.environment import refuse_unusable
-from launcher.distributed.world import World, refuse_impossible
 from launcher.run import RunResult, train_loaded
 
 
@@ -42,8 +41,7 @@ def train(
         runs=Path(runs), name=name, resume=resume, wandb=wandb, max_steps=max_steps
     )
     refuse_unusable(os.environ)
-    world = slurm_env.world_of_task(os.environ, World.of_this_process())
-    refuse_impossible(world, os.environ)
+    world = slurm_env.world_of_this_process()
     with signals.listening(ends_process=False):
         if world.is_launched:
             signals.watch_launcher()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
 from launcher.distributed.environment import refuse_unusable
-from launcher.distributed.world import ALONE, World, refuse_impossible, refuse_misplaced
+from launcher.distributed.world import ALONE, World, refuse_misplaced
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
 
-MOST_DIGITS = 9  # of a number of steps or seconds
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _DESCRIPTION = """\
 Train a recipe: a Python file that says what to train. How many processes train
@@ -63,9 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         with signals.listening():  # before torch is imported: that takes seconds
-            found = slurm_env.world_of_task(os.environ, World.of_this_process())
-            refuse_impossible(found, os.environ)
-            world = found
+            world = slurm_env.world_of_this_process()
             if world.is_launched:
                 signals.watch_launcher()
             return _run(words, world)

@@ -101,8 +101,9 @@ def check(loaded: LoadedRecipe) -> Report:
     try:
         network = recipe.model()
         images = two_images(network, recipe, data.train, "contiguous")
-        mistake = find_mistake(network, images, len(data.train.classes))
-        layers = tuple(walk(network, images).layers)
+        walked = walk(network, images)
+        layers = tuple(walked.layers)
+        mistake = find_mistake(walked, len(data.train.classes))
     except Exception:
         mistake = None  # which building it again puts into words
     if mistake:
@@ -115,11 +116,10 @@ def check(loaded: LoadedRecipe) -> Report:
 def _few_images(recipe: Recipe) -> Data:
     """Embedded ones of the same shape and classes; the recipe's own where these are not known."""
     try:
-        stand_in = sources.smoke_source(recipe.data)
+        images = sources.stand_in(recipe.data, IMAGES)
     except UserError:
-        return sources.load(recipe.data)
-    few = replace(recipe.data, source=sources.with_count(stand_in, IMAGES), fallback=None)
-    return sources.load(few)
+        images = recipe.data
+    return sources.load(images)
 
 
 def _of_recipe(loaded: LoadedRecipe, data: Data, layers: tuple[Layer, ...]) -> Iterator[Verdict]:
@@ -139,15 +139,12 @@ def _of_recipe(loaded: LoadedRecipe, data: Data, layers: tuple[Layer, ...]) -> I
 
 def _cost(layers: tuple[Layer, ...]) -> str:
     parameters = sum({layer.module: layer.parameters for layer in layers}.values())
-    flops, activations = (sum(values) for values in zip(*map(_work, layers), strict=True))
+    flops = sum(layer.flops for layer in layers)
+    activations = sum(layer.activations for layer in layers)
     return (
         f"{count(len(layers), 'layer')}, {parameters:,} parameters in them; for one image "
         f"{flops / 1e6:.1f} MFLOPs forwards and {activations / 1024:,.0f} KiB of activations"
     )
-
-
-def _work(layer: Layer) -> tuple[int, int]:
-    return layer.flops, layer.activations
 
 
 def _show(report: Report) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Layer:
 class Walk:
     """What was seen on the way: the layers passed, and the one that stopped it."""
 
+    network: nn.Module
+    images: Tensor
     layers: list[Layer] = field(default_factory=list)
     output: Any = None
     error: Exception | None = None
@@ -52,7 +54,7 @@ class Walk:
 
 def walk(network: nn.Module, images: Tensor) -> Walk:
     """Run `(n, c, h, w)` through the network in evaluation mode, and leave it as it was."""
-    found = Walk()
+    found = Walk(network, images)
     names = {module: name for name, module in network.named_modules()}
     was_training = network.training
     network.eval()
@@ -70,12 +72,7 @@ def walk(network: nn.Module, images: Tensor) -> Walk:
     network.train(was_training)
     flops = _flops(counter, type(network).__name__)
     found.layers = [
-        Layer(
-            *(layer.name, layer.module, layer.given, layer.made, layer.parameters),
-            flops.get(layer.name, 0) // len(images),
-            layer.activations,
-        )
-        for layer in found.layers
+        replace(layer, flops=flops.get(layer.name, 0) // len(images)) for layer in found.layers
     ]
     return found
 
@@ -98,10 +95,9 @@ def _watched(found: Walk, names: dict[nn.Module, str], count: int) -> Iterator[N
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         numbers = output.numel() * output.element_size() if isinstance(output, Tensor) else 0
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        made = _shape((output,))
-        given = _shape(inputs)
-        name = names[module]
-        found.layers.append(Layer(name, module, given, made, parameters, 0, numbers // count))
+        given, made = _shape(inputs), _shape((output,))
+        layer = Layer(names[module], module, given, made, parameters, 0, numbers // count)
+        found.layers.append(layer)
         found.refused = None
 
     leaves = [module for module in names if not any(True for _ in module.children())]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from launcher.checks.layers import Walk, walk
@@ -22,18 +21,17 @@ class Mistake:
     instead: str
 
 
-def find_mistake(network: nn.Module, images: Tensor, classes: int) -> Mistake | None:
-    """The first mistake that shows when images `(n, c, h, w)` go through the network, if any."""
-    walked = walk(network, images)
+def find_mistake(walked: Walk, classes: int) -> Mistake | None:
+    """The first mistake that showed when images went through a network, if any."""
     if walked.error is None:
-        return _of_output(walked, len(images), classes)
+        return _of_output(walked, classes)
     if walked.refused is None:
-        return _of_forward(walked, images)
-    return _of_layer(walked, network, images)
+        return _of_forward(walked)
+    return _of_layer(walked)
 
 
-def _of_output(walked: Walk, count: int, classes: int) -> Mistake | None:
-    output = walked.output
+def _of_output(walked: Walk, classes: int) -> Mistake | None:
+    output, count = walked.output, len(walked.images)
     if output is None:
         return Mistake("forward returns nothing", "end it with `return x`")
     if not isinstance(output, Tensor):
@@ -58,9 +56,10 @@ def _of_output(walked: Walk, count: int, classes: int) -> Mistake | None:
     return None
 
 
-def _of_forward(walked: Walk, images: Tensor) -> Mistake:
+def _of_forward(walked: Walk) -> Mistake:
     """Of the code between the layers."""
-    error, before = walked.error, walked.layers[-1].made if walked.layers else tuple(images.shape)
+    error, images = walked.error, walked.images
+    before = walked.layers[-1].made if walked.layers else tuple(images.shape)
     assert error is not None
     line = user_line(error)
     code = f"`{line.line}` " if line and line.line else ""
@@ -72,17 +71,16 @@ def _of_forward(walked: Walk, images: Tensor) -> Mistake:
         module = {"nn": "from torch import nn", "torch": "import torch"}[str(error.name)]
         return Mistake(what, f"begin the file with `{module}`")
     if "is invalid for input of size" in str(error):
-        following = f", and nn.Linear({per_image:,}, ...) behind it".replace(",", "", 1)
         return Mistake(
             f"{code}does not fit the {per_image} numbers of an image{user_location(error)}",
-            f"write x.flatten(1) there{following}",
+            f"write x.flatten(1) there and nn.Linear({per_image}, ...) behind it",
         )
     if "view size is not compatible" in str(error):
         return Mistake(what, "write x.flatten(1) or x.reshape(...) there")
     return Mistake(what, "mend that line")
 
 
-def _of_layer(walked: Walk, network: nn.Module, images: Tensor) -> Mistake:
+def _of_layer(walked: Walk) -> Mistake:
     assert walked.refused is not None
     assert walked.error is not None
     name, layer, given = walked.refused
@@ -91,7 +89,7 @@ def _of_layer(walked: Walk, network: nn.Module, images: Tensor) -> Mistake:
     got = " x ".join(map(str, given[1:])) or "single numbers"
     what = f"{head} gets {got} for each image{where}"
     if isinstance(layer, nn.Linear):
-        return _of_linear(walked, network, images, head, where)
+        return _of_linear(walked, head, where)
     if isinstance(layer, nn.Conv1d):
         arguments = f"{layer.in_channels}, {layer.out_channels}, {layer.kernel_size[0]}"
         return Mistake(what, f"write nn.Conv2d({arguments}): pictures have two dimensions")
@@ -109,10 +107,10 @@ def _of_layer(walked: Walk, network: nn.Module, images: Tensor) -> Mistake:
     return Mistake(f"{what}: {walked.error}", "compare its arguments with what it gets")
 
 
-def _of_linear(walked: Walk, network: nn.Module, images: Tensor, head: str, where: str) -> Mistake:
+def _of_linear(walked: Walk, head: str, where: str) -> Mistake:
     assert walked.refused is not None
     _, layer, given = walked.refused
-    linear, count = _linear(layer), len(images)
+    linear, count = _linear(layer), len(walked.images)
     if len(given) == 4:
         numbers = prod(given[1:])
         return Mistake(
@@ -126,7 +124,7 @@ def _of_linear(walked: Walk, network: nn.Module, images: Tensor, head: str, wher
             f"write x.flatten(1) before it, and nn.Linear({numbers}, {linear.out_features})",
         )
     instead = f"write nn.Linear({given[-1]}, {linear.out_features})"
-    if size := _fitting_size(network, images):
+    if size := _fitting_size(walked):
         instead += f"; as it is, the network takes images of {size} x {size} pixels"
     return Mistake(f"{head} gets {given[-1]} numbers for each image{where}", instead)
 
@@ -142,11 +140,11 @@ def _of_channels(
     return Mistake(what, f"write nn.{type(layer).__name__}({given[1]}, {out}, {kernel})")
 
 
-def _fitting_size(network: nn.Module, images: Tensor) -> int | None:
+def _fitting_size(walked: Walk) -> int | None:
     """Of the usual sizes, the one that the network takes as it is."""
-    channels = images.shape[1]
+    channels, like = walked.images.shape[1], walked.images
     for size in _SIZES:
-        if walk(network, torch.zeros(2, channels, size, size, dtype=images.dtype)).error is None:
+        if walk(walked.network, like.new_zeros(2, channels, size, size)).error is None:
             return size
     return None
 

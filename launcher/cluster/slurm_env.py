@@ -7,6 +7,7 @@ refused.
 """
 
 import math
+import os
 import re
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from datetime import datetime, timedelta
 from functools import partial
 
 from launcher.distributed.environment import is_true, number_in
-from launcher.distributed.world import Launcher, World
+from launcher.distributed.world import Launcher, World, refuse_impossible
 from launcher.errors import OtherRankError, RankError, UserError
 from launcher.utils.text import count
 
@@ -94,6 +95,13 @@ def first_host(nodes: str) -> str:
     """The first name of Slurm's short form of names: `gpu[07-09,12],cpu1` -> `gpu07`."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found.group() if found else nodes)
+
+
+def world_of_this_process() -> World:
+    """Its place in the run, whoever started it; raises `UserError` where there can be none."""
+    world = world_of_task(os.environ, World.of_this_process())
+    refuse_impossible(world, os.environ)
+    return world
 
 
 def world_of_task(environ: Mapping[str, str], world: World) -> World:

@@ -7,7 +7,6 @@ file means the same experiment on a laptop and on 64 GPUs.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from launcher.config.slots import (
     Views,
 )
 from launcher.errors import UserError
+from launcher.utils.user_code import function_of, place_of
 
 _UNFINISHED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 MOST_EPOCHS = 1_000_000  # more is a slip of the finger
@@ -172,14 +172,13 @@ class Recipe:
 def _refuse_unfinished(part: Any, prefix: str = "") -> None:
     """Refuse generators and coroutines: called, they return before a line of theirs has run."""
     for name, value in vars(part).items():
-        for function in value if isinstance(value, tuple | list) else (value,):
-            while isinstance(function, partial):
-                function = function.func
+        for item in value if isinstance(value, tuple | list) else (value,):
+            function = function_of(item)
             code = getattr(function, "__code__", None)
             if code and code.co_flags & _UNFINISHED:
                 raise UserError(
-                    f"{prefix}{name}={function.__name__}, a function with yield or async "
-                    f"({code.co_filename}, line {code.co_firstlineno})",
+                    f"{prefix}{name}={function.__name__}, a function with yield or async"
+                    f"{place_of(function)}",
                     expected="a function that returns what it makes",
                     instead="write def without async, and return instead of yield, there",
                 )

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from launcher.config.settings import children, function_of
+from launcher.config.settings import children
 from launcher.errors import UserError
+from launcher.utils.user_code import function_of
 
 
 def resolve(value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from launcher.config import annotations
 from launcher.config.recipe import Recipe
 from launcher.errors import UserError
+from launcher.utils.user_code import function_of
 
 # Parameters that the launcher fills in itself, or that would change what a step means.
 _FILLED_IN = ("root", "train", "split", "download", "params")
@@ -65,11 +66,6 @@ def children(value: Any, prefix: str = "") -> Iterator[Setting]:
         yield from _module_settings(value, prefix)
     elif callable(value):
         yield from _parameters(value, prefix)
-
-
-def function_of(value: Callable[..., Any]) -> Callable[..., Any]:
-    """The function or class that a partial fills in."""
-    return value.func if isinstance(value, functools.partial) else value
 
 
 def walk(value: Any, prefix: str = "") -> Iterator[Setting]:

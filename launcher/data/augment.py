@@ -16,8 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from launcher.config.settings import function_of
 from launcher.config.slots import Augmentation, Draws
+from launcher.utils.user_code import function_of
 
 
 def flip(images: Tensor, draws: Draws) -> Tensor:

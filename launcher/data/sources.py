@@ -139,19 +139,18 @@ def check(loaded: Data, data: Images) -> None:
             )
 
 
-def smoke_source(data: Images) -> Source:
-    """A small embedded stand-in of the same shape and classes, for `--smoke`."""
+def stand_in(data: Images, count: int) -> Images:
+    """So many embedded training images of the same shape and classes, without the files.
+
+    Raises `UserError` where shape and classes are not known without them.
+    """
     source = data.fallback if data.fallback else data.source
     keywords = dict(source.keywords) if isinstance(source, partial) else {}
     function = source.func if isinstance(source, partial) else source
     if function is not Synthetic:
         keywords = _known_shape(data)
-    return partial(Synthetic, **keywords)
-
-
-def with_count(source: Source, count: int) -> Source:
-    """An embedded set of so many training images."""
-    return partial(source, count=count)
+    source = partial(Synthetic, **{**keywords, "count": count})
+    return replace(data, source=source, fallback=None)
 
 
 def _known_shape(data: Images) -> dict[str, int]:

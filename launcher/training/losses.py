@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy, nll_loss, one_hot
 
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name
-from launcher.config.settings import children, function_of
+from launcher.config.settings import children
 from launcher.errors import UserError
+from launcher.utils.user_code import function_of
 
 MOST_CLASSES = 100  # whose losses are compared
 

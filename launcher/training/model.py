@@ -15,7 +15,7 @@ from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
-from launcher.utils.user_code import place_of, user_line, user_location
+from launcher.utils.user_code import is_users, place_of, user_line, user_location
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
@@ -42,7 +42,7 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
         network = recipe.model()
         found = f"makes {type(network).__name__}{place_of(recipe.model)}"
     except Exception as error:
-        if user_line(error) is None and not isinstance(error, _SHAPE_ERRORS):
+        if not is_users(error, _SHAPE_ERRORS):
             raise  # of the launcher's own
         network = None
         found = f"cannot be built: {type(error).__name__}: {error}{user_location(error)}"
@@ -79,7 +79,7 @@ def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[i
         with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
             output = network(images)
     except Exception as error:
-        if user_line(error) is None and not isinstance(error, _SHAPE_ERRORS):
+        if not is_users(error, _SHAPE_ERRORS):
             raise  # of the launcher's own
         raise _refused_images(code_name(recipe.model), images, error) from error
     _refuse_several_outputs(output, recipe, "")
@@ -130,7 +130,7 @@ def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: tor
             with torch.no_grad():
                 recipe.initialize(network, first)
         except Exception as error:
-            if user_line(error) is None and not isinstance(error, _SHAPE_ERRORS):
+            if not is_users(error, _SHAPE_ERRORS):
                 raise  # of the launcher's own
             what = f"{type(error).__name__}: {error}{user_location(error)}"
             raise UserError(

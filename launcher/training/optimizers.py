@@ -33,11 +33,11 @@ from torch.optim import Optimizer
 
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name
-from launcher.config.settings import children, function_of
+from launcher.config.settings import children
 from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
 from launcher.utils.text import count
-from launcher.utils.user_code import place_of, user_line, user_location
+from launcher.utils.user_code import function_of, is_users, place_of, user_location
 
 MOST_RATE = 1e35  # of learning: with more, what Adam makes of it is no float32
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
@@ -158,7 +158,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
             warnings.filterwarnings("ignore", message=".*group with duplicate parameters")
             optimizer = recipe.optimizer(named)
     except Exception as error:
-        if user_line(error) is None and not isinstance(error, ValueError | TypeError):
+        if not is_users(error, (ValueError, TypeError)):
             raise  # of the launcher's own
         raise _refused_settings(recipe, error) from error
     if not isinstance(optimizer, Optimizer):

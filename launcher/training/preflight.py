@@ -29,7 +29,7 @@ from launcher.training.losses import BatchLoss, example_labels
 from launcher.training.model import upcast
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count
-from launcher.utils.user_code import place_of, user_line, user_location
+from launcher.utils.user_code import is_users, place_of, user_location
 
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
@@ -227,7 +227,7 @@ def _tried(function: Callable[..., Any], *arguments: Any, name: Any = None) -> A
     try:
         return function(*arguments)
     except Exception as error:
-        if user_line(error) is None and not isinstance(error, _FAULTS):
+        if not is_users(error, _FAULTS):
             raise  # of the launcher's own
         what = f"fails: {type(error).__name__}: {error}{user_location(error)}"
         raise _unfit(name or function, what, "code that takes what it gets here") from error

@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER
-from launcher.config.recipe import Images, Recipe
+from launcher.config.recipe import Recipe
 from launcher.data import sources
+from launcher.data.batches import Normalize
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import run_on_main
 from launcher.distributed.process_group import RankGroup
@@ -33,8 +34,8 @@ LARGEST_BATCH, SMALLEST_BATCH = 64, 16  # images: a smoke test is about the code
 MOST_PASSES = 4  # of a step
 SECONDS_PER_STEP = 0.5  # on a CPU, where a smaller batch keeps to it
 MOST_SCORED = 512  # images, before training and after it
-LEARNS = 2.0  # standard deviations; a network that learns nothing reaches it in 1 of 44 cases
-SURE = 3.0  # of the control: 1 in 700
+LEARNS = 2.0  # standard deviations, which a normal distribution exceeds in 1 of 44 cases
+SURE = 3.0  # of the control: in 1 of 741
 
 
 def smoke_options(options: RunOptions) -> RunOptions:
@@ -54,19 +55,14 @@ def smoke_version(recipe: Recipe, group: RankGroup) -> Recipe:
     own = str(_batch_in_time(recipe, largest)) if group.world.is_main else None
     size = int(group.broadcast("smoke-batch", own))
     size = max(size, 2 * group.world.size * accumulate)  # two images for BatchNorm
-    images = replace(_pictures(recipe, STEPS * size), batch_size=size)
+    images = replace(sources.stand_in(recipe.data, STEPS * size), batch_size=size)
     return replace(recipe, data=images, epochs=1, accumulate=accumulate, compile=False)
-
-
-def _pictures(recipe: Recipe, count: int) -> Images:
-    source = sources.with_count(sources.smoke_source(recipe.data), count)
-    return replace(recipe.data, source=source, fallback=None)
 
 
 def _batch_in_time(recipe: Recipe, largest: int) -> int:
     if torch.cuda.is_available() or largest <= SMALLEST_BATCH:
         return largest
-    few = sources.load(_pictures(recipe, SMALLEST_BATCH))
+    few = sources.load(sources.stand_in(recipe.data, SMALLEST_BATCH))
     seconds = _seconds_of_pass(recipe, few)
     return max(SMALLEST_BATCH, min(largest, int(SMALLEST_BATCH * SECONDS_PER_STEP / seconds)))
 
@@ -74,8 +70,8 @@ def _batch_in_time(recipe: Recipe, largest: int) -> int:
 def _seconds_of_pass(recipe: Recipe, data: Data) -> float:
     """Forward and backward, the second time; infinite where that fails, which is told later."""
     network = build_network(recipe, data.train).train()
-    like = first_parameter(network)
-    images = data.train.images.permute(0, 3, 1, 2).to(like.dtype) / 255
+    pixels, like = data.train.images, first_parameter(network)
+    images = Normalize(recipe.data, pixels.shape[1:], like, contiguous=True)(pixels)
     halves = torch.autocast("cpu", enabled=recipe.precision in ("bf16", "pure_bf16"))
     seconds = math.inf
     try:
@@ -104,16 +100,16 @@ class SmokeTest:
         Where the recipe taught nothing, its network is trained again by plain cross entropy, of
         images as they are. Only if that does teach it, the recipe is at fault.
         """
-        accelerator, chance = self._ctx.accelerator, _scale(self._ctx)
+        accelerator, scale = self._ctx.accelerator, _scale(self._ctx)
         own = run_on_main(accelerator, lambda: learning(self._ctx, self._before))
         if own is None:
             raise TrainingError(
                 "smoke test: no score has changed: is the rate 0, or the loss cut off from them?"
             )
-        if own >= LEARNS * chance:
+        if own >= LEARNS * scale:
             return ""
         control = self._control()
-        if run_on_main(accelerator, lambda: learning(control, self._before) or 0) < SURE * chance:
+        if run_on_main(accelerator, lambda: learning(control, self._before) or 0) < SURE * scale:
             return f"smoke test: {STEPS} steps are too few to tell whether this network learns"
         raise TrainingError(
             "smoke test: nothing learnt, while the same steps with plain cross_entropy do teach "

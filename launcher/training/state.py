@@ -30,7 +30,7 @@ from launcher.training.losses import BatchLoss, make_loss
 from launcher.training.model import first_parameter, place_network
 from launcher.training.optimizers import compile_steps, describe_left_out, make_optimizer
 from launcher.training.torch_schedules import RateTable, describe_counting, replay
-from launcher.utils.user_code import place_of, user_line, user_location
+from launcher.utils.user_code import is_users, place_of, user_location
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 _NOTHING = nullcontext()
@@ -208,7 +208,7 @@ def _make_average(recipe: Recipe, network: nn.Module) -> AveragedModel | None:
         average = recipe.average(network)
         found = f"returns {type(average).__name__}{place_of(recipe.average)}"
     except Exception as error:
-        if user_line(error) is None and not isinstance(error, ValueError | TypeError):
+        if not is_users(error, (ValueError, TypeError)):
             raise  # of the launcher's own
         average, found = None, f"refuses its settings: {error}{user_location(error)}"
     if not isinstance(average, AveragedModel):

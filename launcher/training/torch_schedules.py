@@ -29,10 +29,9 @@ from torch.optim.lr_scheduler import (
 from launcher.config.plan import Plan
 from launcher.config.schedules import counts_steps, schedulers_in
 from launcher.config.serialize import short_name
-from launcher.config.settings import function_of
 from launcher.config.slots import Schedule, TorchSchedule
 from launcher.errors import UserError
-from launcher.utils.user_code import place_of
+from launcher.utils.user_code import function_of, place_of
 
 _CYCLED = ("lr", "momentum", "betas")  # what OneCycleLR and CyclicLR change
 

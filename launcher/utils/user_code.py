@@ -1,4 +1,4 @@
-"""Where in the user's own code an exception comes from."""
+"""The user's own code: what stands in a slot, and where in it an exception comes from."""
 
 import traceback
 from collections.abc import Callable
@@ -15,12 +15,24 @@ _LIBRARIES = (
 )
 
 
+def function_of(value: Any) -> Any:
+    """The function or class that a partial fills in; anything else as it is."""
+    return value.func if isinstance(value, partial) else value
+
+
 def place_of(function: Callable[..., Any]) -> str:
     """` (file, line n)` where a function is defined; empty for what is none, such as a class."""
-    while isinstance(function, partial):
-        function = function.func
-    code = getattr(function, "__code__", None)
+    code = getattr(function_of(function), "__code__", None)
     return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+
+
+def is_users(error: Exception, kinds: tuple[type[Exception], ...]) -> bool:
+    """Whether an exception is for the recipe's author, and no fault of the launcher.
+
+    It was raised in code of the recipe, or is one of the `kinds` that libraries raise for what they
+    are given.
+    """
+    return isinstance(error, kinds) or user_line(error) is not None
 
 
 def user_location(error: Exception) -> str:

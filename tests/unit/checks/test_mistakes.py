@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.checks.layers import walk
 from launcher.checks.mistakes import Mistake, find_mistake
 
 NETWORK = """
@@ -49,6 +50,7 @@ WRONG = [
     ("Conv2d(8, 16, 3)", "Conv2d(8, 16, 17)", 32, "15 x 15 pixels", "write padding=1"),
     (FLATTEN, "x = x.view(-1, 144)", 32, "gets 8 rows of 2 images", "nn.Linear(576, 50)"),
     (FLATTEN, "x = x.view(-1, 500)", 32, "does not fit the 576 numbers", "x.flatten(1)"),
+    (FLATTEN, "x = x.view(-1, 500)", 64, "the 3136 numbers", "there and nn.Linear(3136, ...)"),
     (FLATTEN, "pass", 32, "gets pictures, 16 x 6 x 6", "nn.Linear(576, 50)"),
     (FLATTEN, "x = x.transpose(1, 3).view(2, -1)", 32, "view size", "x.reshape(...)"),
     ("Linear(50, 10)", "Linear(50, 7)", 32, "7 scores for 10 classes", "nn.Linear(50, 10)"),
@@ -69,7 +71,8 @@ def network_of(source: str, folder: Path) -> nn.Module:
 
 
 def mistake_of(source: str, folder: Path, pixels: int = 32) -> Mistake | None:
-    return find_mistake(network_of(source, folder), torch.rand(2, 3, pixels, pixels), classes=10)
+    walked = walk(network_of(source, folder), torch.rand(2, 3, pixels, pixels))
+    return find_mistake(walked, classes=10)
 
 
 @pytest.mark.parametrize(("right", "wrong", "pixels", "what", "instead"), WRONG)
@@ -110,6 +113,6 @@ def test_what_is_advised_works(case: tuple[str, str, int, str, str], tmp_path: P
 def test_a_right_network_has_no_mistake_and_is_left_as_it_was(tmp_path: Path) -> None:
     network = network_of(NETWORK, tmp_path)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert find_mistake(network, torch.rand(2, 3, 32, 32), classes=10) is None
+    assert find_mistake(walk(network, torch.rand(2, 3, 32, 32)), classes=10) is None
     assert network.training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())

@@ -875,8 +875,7 @@ def test_a_smoke_test_has_small_images_of_the_same_shape(
     tmp_path: Path, source: Any, fallback: Any, shape: tuple[int, ...], classes: int
 ) -> None:
     data = images_of(source, tmp_path, shape[-1], fallback=fallback)
-    source = partial(sources.smoke_source(data), count=30)
-    smoke = sources.load(replace(data, source=source, fallback=None))
+    smoke = sources.load(sources.stand_in(data, 30))
     assert tuple(smoke.train.images.shape) == (30, *shape)
     assert len(smoke.train.classes) == classes
     assert smoke.fallback is None
@@ -888,7 +887,7 @@ def test_a_smoke_test_of_unknown_shape_is_refused_with_what_to_add(
 ) -> None:
     name = source.__name__
     with refused(f"--smoke with data.source={name}", "fallback=partial(Synthetic"):
-        sources.smoke_source(images_of(source, tmp_path))
+        sources.stand_in(images_of(source, tmp_path), 30)
 
 
 def test_an_image_set_moves_to_a_device_as_a_whole() -> None:
