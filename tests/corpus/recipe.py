@@ -11,12 +11,11 @@ from tests.corpus.classical import CLASSICAL
 
 def network(name: str = "LeNet", double: bool = False) -> nn.Module:
     """By its name, which begins with its library where it has one; in float64 if asked for."""
-    made = single_network(name)
+    made = _single(name)
     return made.double() if double else made
 
 
-def single_network(name: str) -> nn.Module:
-    """In float32."""
+def _single(name: str) -> nn.Module:
     if name in CLASSICAL:
         return CLASSICAL[name]()
     from tests.corpus import libraries

@@ -20,8 +20,8 @@ from launcher.distributed.world import ALONE
 from launcher.errors import TrainingError
 from launcher.training.loop import fit
 from launcher.training.smoke import SmokeTest, smoke_version
-from tests.corpus.recipe import single_network
-from tests.corpus.trial import names, pixels
+from tests.corpus.recipe import network
+from tests.corpus.trial import names, size_of
 from tests.support.helpers import context_of
 
 OPTIMIZERS: dict[str, Callable[[NamedParameters], Optimizer]] = {
@@ -40,16 +40,15 @@ def shuffled(images: Tensor, draws: Draws) -> Tensor:
 
 def verdict(name: str, optimizer: str, seed: int, is_sound: bool) -> str:
     """That of the launcher's own smoke test."""
-    size = int(pixels(name)[0].partition("=")[2]) if pixels(name) else 32
     images = Images(
-        partial(Synthetic, size=size),
+        partial(Synthetic, size=size_of(name)),
         batch_size=64,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         augment=() if is_sound else (shuffled,),
     )
     recipe = Recipe(
-        model=partial(single_network, name),
+        model=partial(network, name),
         data=images,
         optimizer=OPTIMIZERS[optimizer],
         epochs=1,

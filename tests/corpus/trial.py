@@ -34,7 +34,8 @@ class Trial:
 
 def try_network(name: str, folder: Path) -> Trial:
     """Train on 1 rank and on 2, there once in one piece and once in two."""
-    words = [f"model.name={name}", f"model.double={name in CLASSICAL}", *pixels(name)]
+    words = [f"model.name={name}", f"model.double={name in CLASSICAL}"]
+    words += [f"data.source.size={size_of(name)}"]
     for run, ranks in (("one", 1), ("two", 2)):
         train(folder, ranks, *words, "--name", run)
     train(folder, 2, *words, "--name", "pieces", "--max-steps", str(STEPS - 1))
@@ -49,14 +50,14 @@ def try_network(name: str, folder: Path) -> Trial:
     )
 
 
-def pixels(name: str) -> list[str]:
-    """The size of its images as a setting, where it is another one."""
+def size_of(name: str) -> int:
+    """Of the images that it is tried with, in pixels."""
     library, _, own_name = name.partition("/")
     if library == "torchvision":
         from tests.corpus.libraries import TORCHVISION
 
-        return [f"data.source.size={TORCHVISION[own_name][1]}"]
-    return []
+        return TORCHVISION[own_name][1]
+    return 32
 
 
 def train(folder: Path, ranks: int, *words: str) -> None:
@@ -72,7 +73,7 @@ def is_same_on_each_rank(name: str) -> bool:
     """Whether the scores of an image depend on that image alone: neither BatchNorm nor dropout."""
     torch.manual_seed(0)
     network = recipe.network(name, double=True)
-    size = int(pixels(name)[0].partition("=")[2]) if pixels(name) else 32
+    size = size_of(name)
     images = torch.randn(4, 3, size, size, dtype=torch.float64)
     network.eval()(images)  # lazy layers find their sizes
     network.train()

@@ -42,8 +42,7 @@ def warm() -> None:
     for module in _IMPORTED:
         import_module(module)
     CIFAR10.url = "http://127.0.0.1:9/cifar-10-python.tar.gz"
-    for name in ("WANDB_MODE", "ACCELERATE_USE_CPU"):
-        os.environ[name] = {"WANDB_MODE": "disabled"}.get(name, "true")
+    os.environ.update(WANDB_MODE="disabled", ACCELERATE_USE_CPU="true")
 
 
 def run(words: Sequence[str], folder: Path, seconds: float = 30.0) -> Outcome:
