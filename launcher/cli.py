@@ -7,10 +7,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
@@ -25,6 +24,7 @@ from launcher.errors import (
     RankError,
     UserError,
 )
+from launcher.utils.arguments import Parser, positive, seconds
 from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
@@ -46,13 +46,6 @@ this run; `launcher RECIPE --help` lists them. `launcher submit --help` says how
 to train in a Slurm job."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in the form of all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, expected=_USAGE, instead="see launcher --help")
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code, which errors.py explains."""
     logging.basicConfig(format="launcher: %(message)s")
@@ -61,6 +54,8 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each wait of seconds is a warning
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
+        if words[:1] and words[0] in _COMMANDS:  # which a signal ends at once: they lose nothing
+            return _COMMANDS[words[0]](words[1:])
         with signals.listening():  # before torch is imported: that takes seconds
             world = slurm_env.world_of_this_process()
             if world.is_launched:
@@ -74,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if world.is_main or isinstance(error, RankError):  # all ranks raise any other one
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
-    except SystemExit as error:  # not argparse's: `_Parser.error` raises
+    except SystemExit as error:  # not argparse's: `Parser.error` raises
         sys.stderr.write(redacted(f"launcher: the recipe's code called sys.exit({error.code})\n"))
         return EXIT_FAULT
     except Exception:
@@ -83,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launcher",
         usage=_USAGE,
         description=_DESCRIPTION,
@@ -98,11 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--help-all", dest="help", action="store_const", const="all", help=more)
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
     add("--name", help="the name of the run and its folder")
-    add("--max-steps", type=_positive, metavar="N", help="stop after N steps")
+    add("--max-steps", type=positive, metavar="N", help="stop after N steps")
     add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
     add("--project", help="the project in Weights & Biases")
-    add("--log-every", type=_positive, metavar="N", help="steps between two readings of the loss")
+    add("--log-every", type=positive, metavar="N", help="steps between two readings of the loss")
     add("--resume", action="store_true", help="continue the newest run, or the one of --name")
     add("--init-from", metavar="RUN|FILE", help="begin with the weights of a run or a file")
     add("--skip", metavar="A,B", help="weights that --init-from leaves as the model makes them")
@@ -111,49 +106,41 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", default="1e", metavar="N", help=every)
     add(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         metavar="S",
         help="seconds until a rank that does not answer ends the run",
     )
     add(
         "--join-timeout",
-        type=_seconds,
+        type=seconds,
         default=300.0,
         metavar="S",
         help="... to wait for all ranks",
     )
     before = "save and stop so long before the end of a batch job (default: %(default)s)"
-    add("--save-before", type=_positive, default=120, metavar="SECONDS", help=before)
+    add("--save-before", type=positive, default=120, metavar="SECONDS", help=before)
     add("--profile", action="store_true", help="train some tens of steps: where does the time go?")
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
-    add("--world-size", type=_positive, metavar="N", help="with --dry-run: plan and predict N")
+    add("--world-size", type=positive, metavar="N", help="with --dry-run: plan and predict N")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no whole number from 1 to 999,999,999,999"
-        )
-    return int(text)
+def _submit(words: list[str]) -> int:
+    from launcher.cluster import submit
+
+    return submit.main(words, _refuse_wrong_words)
 
 
-def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < 1e6:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+def _check(words: list[str]) -> int:
+    from launcher.checks import check
+
+    return check.main(words, _load)
+
+
+_COMMANDS = {"submit": _submit, "check": _check}
 
 
 def _run(words: list[str], world: World) -> int:
-    if words[:1] == ["submit"]:
-        from launcher.cluster import submit
-
-        return submit.main(words[1:], _refuse_wrong_words)
-    if words[:1] == ["check"]:
-        from launcher.checks import check
-
-        return check.main(words[1:], _load)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
     named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
@@ -251,7 +238,7 @@ def _cadence(text: str) -> "SaveInterval":
         return SaveInterval()
     unit = text[-1:] if text[-1:] in ("m", "e") else ""
     try:
-        number = _positive(text.removesuffix(unit))
+        number = positive(text.removesuffix(unit))
     except argparse.ArgumentTypeError:
         raise UserError(
             f"--checkpoint-every {text:.40}",

@@ -5,33 +5,37 @@ each question; exit code 0, or 2 where one of them is answered by a mistake.
 """
 
 import argparse
-import dataclasses
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from launcher import run
 from launcher.checks.layers import Layer, walk
 from launcher.checks.mistakes import find_mistake
+from launcher.checks.verdicts import (
+    Deadline,
+    Verdict,
+    as_json,
+    closing_line,
+    exit_code,
+    make_console,
+    show,
+)
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.data.sources import Data
-from launcher.errors import EXIT_USER, UserError
+from launcher.errors import UserError
 from launcher.training.model import build_network, two_images
-from launcher.utils.redaction import redacted
+from launcher.utils.arguments import Parser, seconds
 from launcher.utils.text import count
 
 IMAGES = 64  # of the embedded set, in place of the recipe's own
-WIDTH = 100  # of a table that goes into a file
+LIMIT = 60.0  # seconds
 _USAGE = "launcher check RECIPE [name=value ...] [--json]"
 _DESCRIPTION = "Try a recipe's network and functions on two images, in seconds."
 
@@ -39,60 +43,37 @@ Load = Callable[[str, list[str]], LoadedRecipe]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The answer to one question; `mistake` is empty where all is well."""
-
-    question: str
-    answer: str
-    mistake: str = ""
-
-
-@dataclass(frozen=True)
 class Report:
-    """What was found, for people and for machines."""
+    """What was found: the layers of the network, and an answer to each question."""
 
-    recipe: str
-    seconds: float
     layers: tuple[Layer, ...]
     verdicts: tuple[Verdict, ...]
-
-    @property
-    def is_good(self) -> bool:
-        """Whether nothing is wrong."""
-        return not any(verdict.mistake for verdict in self.verdicts)
-
-    def as_json(self) -> str:
-        """One object, with a list of layers and one of verdicts."""
-        layers = [layer.as_dict() for layer in self.layers]
-        verdicts = [dataclasses.asdict(verdict) for verdict in self.verdicts]
-        about = {"recipe": self.recipe, "good": self.is_good, "seconds": round(self.seconds, 3)}
-        return json.dumps(about | {"verdicts": verdicts, "layers": layers}, indent=2)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, expected=_USAGE, instead="see launcher check --help")
 
 
 def main(words: Sequence[str], load: Load) -> int:
     """Run the words behind `launcher check`; `load` makes the recipe of a path and overrides."""
-    parser = _Parser(prog="launcher check", usage=_USAGE, description=_DESCRIPTION)
+    parser = Parser(prog="launcher check", usage=_USAGE, description=_DESCRIPTION)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="for machines: one JSON object")
+    limit = "seconds that it may take (default: %(default)g)"
+    parser.add_argument("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
     arguments = parser.parse_intermixed_args(words)
     if not arguments.words:
         parser.error("no recipe is named")
-    report = check(load(arguments.words[0], arguments.words[1:]))
+    deadline = Deadline(arguments.limit)
+    loaded = load(arguments.words[0], arguments.words[1:])
+    report = check(loaded)
     if arguments.json:
-        sys.stdout.write(redacted(report.as_json()) + "\n")
+        about = {"recipe": loaded.name, "layers": [layer.as_dict() for layer in report.layers]}
+        sys.stdout.write(as_json(about, report.verdicts, deadline) + "\n")
     else:
-        _show(report)
-    return 0 if report.is_good else EXIT_USER
+        _show(loaded.name, report)
+        sys.stdout.write(closing_line(deadline) + "\n")
+    return exit_code(report.verdicts)
 
 
 def check(loaded: LoadedRecipe) -> Report:
     """Answer each question about a recipe, on the CPU."""
-    begin = time.perf_counter()
     recipe = loaded.recipe
     data = _few_images(recipe)
     torch.manual_seed(recipe.seed)
@@ -107,10 +88,10 @@ def check(loaded: LoadedRecipe) -> Report:
     except Exception:
         mistake = None  # which building it again puts into words
     if mistake:
-        verdicts.append(Verdict("network", mistake.what, mistake.instead))
+        verdicts.append(Verdict("network", mistake.what, "wrong", mistake.instead))
     else:
         verdicts.extend(_of_recipe(loaded, data, layers))
-    return Report(loaded.name, time.perf_counter() - begin, layers, tuple(verdicts))
+    return Report(layers, tuple(verdicts))
 
 
 def _few_images(recipe: Recipe) -> Data:
@@ -134,7 +115,7 @@ def _of_recipe(loaded: LoadedRecipe, data: Data, layers: tuple[Layer, ...]) -> I
         yield Verdict("functions", "optimizer, schedule, augmentation and loss take what they get")
     except UserError as error:
         known = f"{error.given}; expected {error.expected}"
-        yield Verdict("recipe", known, error.instead)
+        yield Verdict("recipe", known, "wrong", error.instead)
 
 
 def _cost(layers: tuple[Layer, ...]) -> str:
@@ -147,14 +128,12 @@ def _cost(layers: tuple[Layer, ...]) -> str:
     )
 
 
-def _show(report: Report) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    table = Table(title=f"launcher check: {report.recipe}", title_justify="left")
-    for name in ("layer", "kind", "makes", "parameters", "MFLOPs", "KiB"):
-        is_number = name in ("parameters", "MFLOPs", "KiB")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_number)
+def _show(name: str, report: Report) -> None:
+    console = make_console()
+    table = Table(title=f"launcher check: {name}", title_justify="left")
+    for column in ("layer", "kind", "makes", "parameters", "MFLOPs", "KiB"):
+        is_number = column in ("parameters", "MFLOPs", "KiB")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=not is_number)
     for layer in report.layers:
         table.add_row(
             *(layer.name or "the network", layer.kind, layer.describe_made()),
@@ -164,9 +143,4 @@ def _show(report: Report) -> None:
     if report.layers:
         console.print(table)
     for verdict in report.verdicts:
-        sign = "[red]wrong[/red]" if verdict.mistake else "[green]good[/green]"
-        console.print(f"{verdict.question:<10}{sign:<5}", end="  ")
-        console.print(redacted(verdict.answer), markup=False, soft_wrap=True)
-        if verdict.mistake:
-            console.print(" " * 17 + redacted(verdict.mistake), markup=False, soft_wrap=True)
-    console.print(f"in {report.seconds:.1f} s", markup=False)
+        show(verdict, console)

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NoReturn
 
 from launcher.cluster import kubernetes, sbatch, status
 from launcher.cluster.job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
+from launcher.utils.arguments import Parser
 
 Check = Callable[[Sequence[str]], None]
 SLURM_SITE = Path("deploy") / "slurm_site.sh"
@@ -37,11 +37,6 @@ _PASSED_ON = (  # options of the launcher itself
 _TIME = re.compile(r"(?:(\d{1,8})-)?(\d{1,8}(?::\d{1,8}){0,2})")
 _ANSWER = re.compile(r"^(?:Submitted batch job )?(\d+)(?:;\S+)?[^\S\n]*$", re.MULTILINE | re.ASCII)
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of the brackets of a tuple
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, expected=_USAGE, instead="see launcher submit --help")
 
 
 def main(words: Sequence[str], check: Check = lambda words: None) -> int:
@@ -75,7 +70,7 @@ def main(words: Sequence[str], check: Check = lambda words: None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launcher submit",
         usage=_USAGE,
         description=_DESCRIPTION,

@@ -22,8 +22,8 @@ def test_a_good_recipe_shows_its_layers(name: str, capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     assert "Conv2d" in output
     assert "\x1b" not in output
-    assert "network   good" in output
-    assert "functions good" in output
+    assert "network     good" in output
+    assert "functions   good" in output
     assert list(Path().iterdir()) == []
 
 
@@ -43,7 +43,7 @@ def test_the_numbers_are_those_of_the_layers(capsys: pytest.CaptureFixture[str])
 def test_a_wrong_network_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", SIMPLECNN, "model.classes=7"]) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert "network   wrong  it ends in 7 scores for 10 classes" in lines
+    assert "network     wrong     it ends in 7 scores for 10 classes" in lines
     assert lines[-2].strip() == "write layers.7 = nn.Linear(2048, 10)"
 
 
@@ -51,13 +51,13 @@ def test_what_a_run_would_refuse_is_a_verdict(capsys: pytest.CaptureFixture[str]
     source = Path(SIMPLECNN).read_text().replace("epochs=10", "epochs=10, loss=wrong")
     Path("mine.py").write_text(f"def wrong(scores, labels):\n    return scores.sum()\n{source}")
     assert main(["check", "mine.py"]) == 2
-    assert "recipe    wrong" in capsys.readouterr().out
+    assert "recipe      wrong" in capsys.readouterr().out
 
 
 def test_a_model_that_cannot_be_built_is_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", SIMPLECNN, "model.width=-1"]) == 2
     output = capsys.readouterr().out
-    assert "recipe    wrong" in output
+    assert "recipe      wrong" in output
     assert "cannot be built" in output
 
 

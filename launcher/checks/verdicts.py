@@ -1,0 +1,126 @@
+"""What `check`, `verify` and `doctor` answer: a line for each question, within a time limit."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Literal
+
+from rich.console import Console
+
+from launcher.errors import EXIT_USER
+from launcher.utils.redaction import redacted
+
+WIDTH = 100  # of what goes into a file or a pipe
+Standing = Literal["good", "wrong", "notice", "not asked"]
+_COLOURS = {"good": "green", "wrong": "red", "notice": "yellow", "not asked": "dim"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to one question; `instead` says what to do where all is not well."""
+
+    question: str
+    answer: str
+    standing: Standing = "good"
+    instead: str = ""
+
+
+class TimeUpError(Exception):
+    """The limit of a command is reached."""
+
+
+class Deadline:
+    """The end of a command's time, counted from its making."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._begin = time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._begin
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end, at least 0."""
+        return max(0.0, self.seconds - self.spent)
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Raise `TimeUpError` in the block at the end of the time.
+
+        For the main thread, and as soon as Python runs there: an operation of torch ends first.
+        """
+
+        def end(number: int, frame: FrameType | None) -> None:
+            raise TimeUpError
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def answers(
+    questions: Mapping[str, Callable[[], Iterable[Verdict]]], deadline: Deadline
+) -> Iterator[Verdict]:
+    """Ask each question in turn; those that the time does not reach are named as not asked."""
+    for name, ask in questions.items():
+        found: list[Verdict] = []
+        try:
+            if not deadline.left:
+                raise TimeUpError
+            with deadline.enforced():
+                for verdict in ask():
+                    found.append(verdict)  # noqa: PERF402 -- kept where the time ends
+        except TimeUpError:
+            more = f"{deadline.seconds:g} s are over; --limit SECONDS gives it more"
+            found.append(Verdict(name, more, "not asked"))
+        yield from found
+
+
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """0, or 2 where an answer is wrong."""
+    return EXIT_USER if any(verdict.standing == "wrong" for verdict in verdicts) else 0
+
+
+def make_console() -> Console:
+    """For stdout: as wide as the terminal, or as a page where there is none."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+def show(verdict: Verdict, console: Console) -> None:
+    """One line, and below it what to do."""
+    colour = _COLOURS[verdict.standing]
+    sign = f"[{colour}]{verdict.standing:<10}[/{colour}]"
+    console.print(f"{verdict.question:<12}{sign}", end="")
+    console.print(redacted(verdict.answer), markup=False, soft_wrap=True)
+    if verdict.instead:
+        console.print(" " * 22 + redacted(verdict.instead), markup=False, soft_wrap=True)
+
+
+def closing_line(deadline: Deadline) -> str:
+    """How long it took, of how long it may take."""
+    return f"in {deadline.spent:.1f} s, of at most {deadline.seconds:g}"
+
+
+def as_json(about: Mapping[str, Any], verdicts: Sequence[Verdict], deadline: Deadline) -> str:
+    """One object for machines: `good`, seconds, the verdicts, and what else there is."""
+    outcome = {
+        "good": not exit_code(verdicts),
+        "seconds": round(deadline.spent, 3),
+        "limit": deadline.seconds,
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    return redacted(json.dumps({**outcome, **about}, indent=2))

@@ -1,0 +1,32 @@
+"""argparse, with its complaints in the form of all others."""
+
+import argparse
+from contextlib import suppress
+from typing import NoReturn
+
+from launcher.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `UserError`s; it needs a `prog` and a `usage`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what was wrong, how the command is written, and where its words are listed."""
+        raise UserError(message, expected=str(self.usage), instead=f"see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for `type=`."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no whole number from 1 to 999,999,999,999"
+        )
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A number of seconds above 0, for `type=`."""
+    with suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
