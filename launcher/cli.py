@@ -19,6 +19,7 @@ from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_SAVED,
+    EXIT_USER,
     LauncherError,
     OtherRankError,
     RankError,
@@ -121,7 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-before", type=positive, default=120, metavar="SECONDS", help=before)
     add("--profile", action="store_true", help="train some tens of steps: where does the time go?")
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
-    add("--world-size", type=positive, metavar="N", help="with --dry-run: plan and predict N")
     return parser
 
 
@@ -132,6 +132,15 @@ def _submit(words: list[str]) -> int:
 
 
 def _check(words: list[str]) -> int:
+    world = slurm_env.world_of_this_process()
+    if not world.is_main:
+        return EXIT_USER
+    if world.size > 1:
+        raise UserError(
+            f"check on {world.size} processes",
+            expected="1, which plans for others",
+            instead=f"type python -m launcher check RECIPE --world-size {world.size}",
+        )
     from launcher.checks import check
 
     return check.main(words, _load)
@@ -150,8 +159,6 @@ def _run(words: list[str], world: World) -> int:
         sys.stdout.write(parser.format_help())
         return 0
     refuse_misplaced(unknown)
-    if arguments.world_size and not arguments.dry_run:
-        parser.error("--world-size goes with --dry-run")
     shows = arguments.help or arguments.dry_run
     save_before = timedelta(seconds=arguments.save_before)
     job = slurm_env.Allocation(world) if shows else slurm_env.enter(os.environ, world, save_before)
@@ -225,7 +232,7 @@ def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env
         host_facts=job.facts,
     )
     if arguments.dry_run:
-        return _dry_run(loaded, options, job.world, arguments.world_size)
+        return _dry_run(loaded, options, job.world)
     result = run.train_loaded(loaded, options, job.world)
     return EXIT_SAVED if result.stopped else 0
 
@@ -250,28 +257,22 @@ def _cadence(text: str) -> "SaveInterval":
     return SaveInterval(epochs=number) if unit == "e" else SaveInterval(steps=number)
 
 
-def _dry_run(
-    loaded: "LoadedRecipe", options: "RunOptions", world: World, world_size: int | None
-) -> int:
+def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
     from launcher import run
-    from launcher.checks import timing
     from launcher.data import sources
     from launcher.training.model import build_network
 
     data = sources.load(loaded.recipe.data)
-    plan = run.plan_for(loaded, data, options, world_size or world.size)
+    plan = run.plan_for(loaded, data, options, world.size)
     network = build_network(loaded.recipe, data.train)
     facts = run.describe(loaded, data, plan, network)
     if world.size == 1:  # several would have to meet for it
-        run.preflight_anywhere(loaded.recipe, plan, network, data)
+        with run.dry_context(loaded.recipe, plan, network, data):
+            pass
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
         warning = redacted(run.fallback_warning(data))
         sys.stdout.write(f"{warning}\n" if warning else "")
-        sys.stdout.flush()  # what follows takes seconds
-    if world_size and world.size == 1:
-        lines = timing.scaling_lines(loaded.recipe, plan, network, data, world)
-        sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0

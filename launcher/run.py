@@ -170,17 +170,22 @@ def report_first_failure(group: RankGroup, moment: Callable[[], str]) -> Iterato
         raise attributed_error from None
 
 
-def preflight_anywhere(recipe: Recipe, plan: Plan, network: nn.Module, data: Data) -> None:
-    """What a run tries before training, for a dry run, which may be far from the machine it is for.
+@contextmanager
+def dry_context(
+    recipe: Recipe, plan: Plan, network: nn.Module, data: Data
+) -> Iterator[TrainContext]:
+    """A training that has passed the preflight of a run, on a machine that may be far from its own.
 
-    So in fp32, and without what only a GPU or several ranks have.
+    So in fp32, and without what only a GPU or several ranks have. Raises `UserError` as a run does.
     """
     recipe = replace(recipe, precision="fp32", compile=False, sync_batch_norm=False)
     try:
         accelerator = create_accelerator("fp32")
         if recipe.initialize is not None:
             initialize(network, recipe, data.train, accelerator.device)
-        preflight(make_context(network, recipe, plan, accelerator, data))
+        ctx = make_context(network, recipe, plan, accelerator, data)
+        preflight(ctx)
+        yield ctx
     finally:
         reset_accelerator()
 

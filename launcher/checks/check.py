@@ -1,23 +1,30 @@
-"""`launcher check RECIPE`: the network layer by layer, and the recipe's own functions, untrained.
+"""`launcher check RECIPE`: what can be known of a recipe in seconds, before it is trained.
 
-Where the shape of the images is known without their files, nothing is read. One verdict line for
-each question; exit code 0, or 2 where one of them is answered by a mistake.
+One verdict line for each question; exit code 0, or 2 where one of them is answered by a mistake.
+Nothing is fetched; where the images are not on the disk, embedded ones of their shape stand in.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from launcher import run
+from launcher.checks import behaviour, cost, images, learning
 from launcher.checks.layers import Layer, walk
 from launcher.checks.mistakes import find_mistake
+from launcher.checks.plots import WIDTH, half_blocks, plot
 from launcher.checks.verdicts import (
     Deadline,
     Verdict,
+    answers,
     as_json,
     closing_line,
     exit_code,
@@ -25,122 +32,272 @@ from launcher.checks.verdicts import (
     show,
 )
 from launcher.config.loader import LoadedRecipe
-from launcher.config.options import RunOptions
-from launcher.config.recipe import Recipe
+from launcher.config.plan import Plan, make_plan
 from launcher.data import sources
 from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images
-from launcher.utils.arguments import Parser, seconds
+from launcher.training.state import TrainContext
+from launcher.utils.arguments import Parser, positive, seconds
 from launcher.utils.text import count
 
-IMAGES = 64  # of the embedded set, in place of the recipe's own
+IMAGES = 256  # embedded ones, in place of the recipe's own
 LIMIT = 60.0  # seconds
-_USAGE = "launcher check RECIPE [name=value ...] [--json]"
-_DESCRIPTION = "Try a recipe's network and functions on two images, in seconds."
+_USAGE = "launcher check RECIPE [name=value ...] [options]"
+_DESCRIPTION = "What can be known of a recipe in seconds, before it is trained."
 
 Load = Callable[[str, list[str]], LoadedRecipe]
 
 
-@dataclass(frozen=True)
-class Report:
-    """What was found: the layers of the network, and an answer to each question."""
+@dataclass
+class Subject:
+    """What is checked, and what the questions have found of it so far.
 
-    layers: tuple[Layer, ...]
-    verdicts: tuple[Verdict, ...]
+    `data` are the recipe's own images or, where `stands_in`, embedded ones of their shape; `layers`
+    are those of its network; `ctx` is a training that has passed the preflight.
+    """
+
+    loaded: LoadedRecipe
+    world_size: int
+    data: Data | None = None
+    stands_in: bool = False
+    layers: tuple[Layer, ...] = ()
+    ctx: TrainContext | None = None
+    exit_stack: ExitStack = field(default_factory=ExitStack)
+
+    def plan(self, data: Data) -> Plan:
+        """The steps of a training on so many ranks, of all images if their number is known."""
+        numbers = len(data.train), len(data.test)
+        if self.stands_in:
+            numbers = sources.known_counts(self.loaded.recipe.data) or numbers
+        train, test = numbers
+        return make_plan(
+            self.loaded.recipe, world_size=self.world_size, train_images=train, test_images=test
+        )
 
 
 def main(words: Sequence[str], load: Load) -> int:
     """Run the words behind `launcher check`; `load` makes the recipe of a path and overrides."""
+    arguments = _parse(words)
+    deadline = Deadline(arguments.limit)
+    loaded = load(arguments.words[0], arguments.words[1:])
+    subject = Subject(loaded, arguments.world_size or 1)
+    console = make_console()
+    console.record, console.quiet = bool(arguments.save), arguments.json
+    console.print(f"launcher check: {loaded.name}", markup=False)
+    verdicts: list[Verdict] = []
+    with subject.exit_stack:
+        for verdict in answers(_questions(subject, arguments), deadline):
+            if subject.layers and not any(v.question == "network" for v in verdicts):
+                console.print(_table(subject.layers))
+            verdicts.append(verdict)
+            show(verdict, console)
+    if arguments.save:
+        _save(subject, arguments.save, console)
+    if arguments.json:
+        about = {"recipe": loaded.name, "layers": [layer.as_dict() for layer in subject.layers]}
+        sys.stdout.write(as_json(about, verdicts, deadline) + "\n")
+    console.print(closing_line(deadline))
+    return exit_code(verdicts)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="launcher check", usage=_USAGE, description=_DESCRIPTION)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="for machines: one JSON object")
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    ranks = "plan for N ranks, and predict what a step takes on them"
+    add("--world-size", type=positive, metavar="N", help=ranks)
+    add("--overfit", action="store_true", help="train 32 images for 100 steps: can it learn them?")
+    add("--near", action="store_true", help="look for test images that nearly are training images")
+    add("--save", type=Path, metavar="FOLDER", help="write check.txt and samples.png there")
+    runs = "where run folders would go: is there room? (default: %(default)s)"
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help=runs)
+    add("--json", action="store_true", help="for machines: one JSON object")
     limit = "seconds that it may take (default: %(default)g)"
-    parser.add_argument("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
+    add("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
     arguments = parser.parse_intermixed_args(words)
     if not arguments.words:
         parser.error("no recipe is named")
-    deadline = Deadline(arguments.limit)
-    loaded = load(arguments.words[0], arguments.words[1:])
-    report = check(loaded)
-    if arguments.json:
-        about = {"recipe": loaded.name, "layers": [layer.as_dict() for layer in report.layers]}
-        sys.stdout.write(as_json(about, report.verdicts, deadline) + "\n")
+    return arguments
+
+
+def _questions(
+    subject: Subject, arguments: argparse.Namespace
+) -> dict[str, Callable[[], Iterator[Verdict]]]:
+    """In the order in which one needs what another has found."""
+    questions: dict[str, Callable[[], Iterator[Verdict]]] = {
+        "data": partial(_data, subject, near=arguments.near),
+        "network": partial(_network, subject),
+        "functions": partial(_functions, subject),
+        "learning": partial(_learning, subject),
+        "schedule": partial(_schedule, subject),
+        "cost": partial(_cost, subject, arguments.runs),
+    }
+    if arguments.world_size:
+        questions["ranks"] = partial(_ranks, subject)
+    if arguments.overfit:
+        questions["overfit"] = partial(_overfit, subject)
+    return questions
+
+
+def _data(subject: Subject, *, near: bool) -> Iterator[Verdict]:
+    wanted = subject.loaded.recipe.data
+    try:
+        subject.data = sources.open_on_disk(wanted)
+    except UserError as error:
+        yield _refused("data", error)
     else:
-        _show(loaded.name, report)
-        sys.stdout.write(closing_line(deadline) + "\n")
-    return exit_code(report.verdicts)
+        if subject.data:
+            yield from images.describe_images(subject.data, wanted, near=near)
+            return
+    try:
+        subject.data = sources.load(sources.stand_in(wanted, IMAGES))
+        subject.stands_in = True
+    except UserError:
+        if subject.data is None:
+            yield Verdict("data", "their shape is not known without their files", "not asked")
+        return
+    missing = f"the images are not in {wanted.root!r}: embedded ones of their shape stand in"
+    advice = "type data.root=FOLDER, or train once, which fetches them"
+    yield Verdict("data", missing, "not asked", advice)
 
 
-def check(loaded: LoadedRecipe) -> Report:
-    """Answer each question about a recipe, on the CPU."""
-    recipe = loaded.recipe
-    data = _few_images(recipe)
+def _network(subject: Subject) -> Iterator[Verdict]:
+    recipe, data = subject.loaded.recipe, subject.data
+    if data is None:
+        return
     torch.manual_seed(recipe.seed)
-    layers: tuple[Layer, ...] = ()
-    verdicts = []
     try:
         network = recipe.model()
-        images = two_images(network, recipe, data.train, "contiguous")
-        walked = walk(network, images)
-        layers = tuple(walked.layers)
-        mistake = find_mistake(walked, len(data.train.classes))
+        walked = walk(network, two_images(network, recipe, data.train, "contiguous"))
     except Exception:
-        mistake = None  # which building it again puts into words
-    if mistake:
-        verdicts.append(Verdict("network", mistake.what, "wrong", mistake.instead))
-    else:
-        verdicts.extend(_of_recipe(loaded, data, layers))
-    return Report(layers, tuple(verdicts))
-
-
-def _few_images(recipe: Recipe) -> Data:
-    """Embedded ones of the same shape and classes; the recipe's own where these are not known."""
-    try:
-        images = sources.stand_in(recipe.data, IMAGES)
-    except UserError:
-        images = recipe.data
-    return sources.load(images)
-
-
-def _of_recipe(loaded: LoadedRecipe, data: Data, layers: tuple[Layer, ...]) -> Iterator[Verdict]:
-    recipe = loaded.recipe
-    size = min(recipe.data.batch_size, len(data.train))
-    recipe = replace(recipe, data=replace(recipe.data, batch_size=size), accumulate=1)
+        walked = None  # which building it again puts into words
+    found = []
+    if walked:
+        subject.layers = tuple(walked.layers)
+        if mistake := find_mistake(walked, len(data.train.classes)):
+            found = [Verdict("network", mistake.what, "wrong", mistake.instead)]
+        else:
+            found = list(behaviour.find_behaviour(walked, recipe))
+            found += behaviour.small_batches(walked.network, subject.plan(data))
+    yield from found
+    if exit_code(found):
+        return
     try:
         network = build_network(recipe, data.train)
-        plan = run.plan_for(replace(loaded, recipe=recipe), data, RunOptions(), 1)
-        yield Verdict("network", _cost(layers))
-        run.preflight_anywhere(recipe, plan, network, data)
-        yield Verdict("functions", "optimizer, schedule, augmentation and loss take what they get")
+        context = run.dry_context(recipe, subject.plan(data), network, data)
+        subject.ctx = subject.exit_stack.enter_context(context)
     except UserError as error:
-        known = f"{error.given}; expected {error.expected}"
-        yield Verdict("recipe", known, "wrong", error.instead)
+        yield _refused("network" if walked is None else "functions", error)
+        return
+    yield Verdict("network", _describe(subject.layers), figures=_totals(subject.layers))
+    for note in subject.ctx.notes:
+        yield Verdict("network", note, "notice")
 
 
-def _cost(layers: tuple[Layer, ...]) -> str:
-    parameters = sum({layer.module: layer.parameters for layer in layers}.values())
-    flops = sum(layer.flops for layer in layers)
-    activations = sum(layer.activations for layer in layers)
+def _functions(subject: Subject) -> Iterator[Verdict]:
+    if subject.ctx:
+        yield Verdict("functions", "optimizer, schedule, augmentation and loss take what they get")
+
+
+def _learning(subject: Subject) -> Iterator[Verdict]:
+    if subject.ctx:
+        yield learning.first_loss(subject.ctx)
+
+
+def _overfit(subject: Subject) -> Iterator[Verdict]:
+    if subject.ctx and subject.data:
+        network = build_network(subject.loaded.recipe, subject.data.train)
+        yield learning.overfit(subject.ctx, network)
+
+
+def _schedule(subject: Subject) -> Iterator[Verdict]:
+    """The learning rate of the first group over the training."""
+    ctx = subject.ctx
+    if ctx is None:
+        return
+    plan, schedule = ctx.plan, ctx.recipe.schedule
+    steps = [1 + round(i * (plan.steps - 1) / (WIDTH - 1)) for i in range(WIDTH)]
+    rates = [ctx.state.learning_rate_at(plan.fraction(step), schedule) for step in steps]
+    highest = max(rates)
+    at = steps[rates.index(highest)]
+    figures = {"steps": plan.steps, "first": rates[0], "highest": highest, "last": rates[-1]}
+    length = f"{count(plan.epochs, 'epoch')} of {count(plan.steps_per_epoch, 'step')}"
+    if min(rates) == highest:
+        yield Verdict("schedule", f"learning rate {highest:g} in {length}", figures=figures)
+        return
+    warm_up = f", highest at step {at:,} ({at / plan.steps:.0%})" if rates[0] < highest else ""
+    answer = f"learning rate {rates[0]:.3g} at first, {rates[-1]:.3g} at last{warm_up}, in {length}"
+    lines = plot(rates, "step 1", f"{plan.steps:,}")
+    yield Verdict("schedule", answer, lines=lines, figures=figures)
+
+
+def _cost(subject: Subject, runs: Path) -> Iterator[Verdict]:
+    if subject.ctx:
+        ctx, recipe = subject.ctx, subject.loaded.recipe
+        yield cost.describe_time(ctx)  # a step of which makes the optimizer's state
+        yield cost.describe_memory(ctx, recipe, subject.layers)
+        yield cost.describe_disk(ctx, runs)
+
+
+def _ranks(subject: Subject) -> Iterator[Verdict]:
+    if subject.ctx:
+        yield cost.describe_ranks(subject.ctx, subject.loaded.recipe)
+
+
+def _refused(question: str, error: UserError) -> Verdict:
+    known = f"{error.given}; expected {error.expected}"
+    return Verdict(question, known, "wrong", error.instead)
+
+
+# What is shown and saved
+
+
+def _totals(layers: tuple[Layer, ...]) -> dict[str, int]:
+    return {
+        "layers": len(layers),
+        "parameters": sum({layer.module: layer.parameters for layer in layers}.values()),
+        "flops": sum(layer.flops for layer in layers),
+        "activations": sum(layer.activations for layer in layers),
+    }
+
+
+def _describe(layers: tuple[Layer, ...]) -> str:
+    totals = _totals(layers)
     return (
-        f"{count(len(layers), 'layer')}, {parameters:,} parameters in them; for one image "
-        f"{flops / 1e6:.1f} MFLOPs forwards and {activations / 1024:,.0f} KiB of activations"
+        f"{count(totals['layers'], 'layer')}, {totals['parameters']:,} parameters in them; for one "
+        f"image {totals['flops'] / 1e6:.1f} MFLOPs forwards and {totals['activations'] / 1024:,.0f}"
+        " KiB of activations"
     )
 
 
-def _show(name: str, report: Report) -> None:
-    console = make_console()
-    table = Table(title=f"launcher check: {name}", title_justify="left")
-    for column in ("layer", "kind", "makes", "parameters", "MFLOPs", "KiB"):
+def _table(layers: tuple[Layer, ...]) -> Table:
+    table = Table()
+    for column in ("layer", "kind", "takes", "makes", "parameters", "MFLOPs", "KiB"):
         is_number = column in ("parameters", "MFLOPs", "KiB")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=not is_number)
-    for layer in report.layers:
+    for layer in layers:
         table.add_row(
-            *(layer.name or "the network", layer.kind, layer.describe_made()),
+            *(layer.name or "the network", layer.kind, *layer.describe_shapes()),
             *(f"{layer.parameters:,}", f"{layer.flops / 1e6:.2f}"),
             f"{layer.activations / 1024:,.1f}",
         )
-    if report.layers:
-        console.print(table)
-    for verdict in report.verdicts:
-        show(verdict, console)
+    return table
+
+
+def _save(subject: Subject, folder: Path, console: Console) -> None:
+    """The text as it stands on the screen, and what the network will see."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "check.txt").write_text(console.export_text(clear=False))
+        if subject.data and subject.ctx:
+            pictures = images.samples(subject.loaded.recipe, subject.data.train)
+            images.write_samples(pictures, folder / "samples.png")
+    except OSError as error:
+        raise UserError(
+            f"--save {folder} ({error.strerror})",
+            expected="a folder that can be written",
+            instead="type --save build, for example",
+        ) from None
+    if subject.data and console.color_system == "truecolor":
+        console.print(half_blocks(images.joined(pictures[:2])[:, : console.width]))

@@ -29,9 +29,10 @@ class Layer:
         """The name of its class."""
         return type(self.module).__name__
 
-    def describe_made(self) -> str:
-        """What it makes of one image: `16 x 32 x 32`."""
-        return " x ".join(map(str, self.made[1:]))
+    def describe_shapes(self) -> tuple[str, str]:
+        """What it gets of one image and what it makes of it: `16 x 32 x 32`."""
+        given, made = (" x ".join(map(str, shape[1:])) for shape in (self.given, self.made))
+        return given, made
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -117,7 +117,7 @@ def table(
     batch_size: int,
     clusters: Sequence[Cluster] = CLUSTERS,
 ) -> list[str]:
-    """The lines of `--dry-run --world-size`: a row for each world size that was measured."""
+    """The lines of `check --world-size`: a row for each world size that was measured."""
     lines = []
     for cluster in clusters:
         alone = predict(computes[1], gradient_bytes, 1, cluster)

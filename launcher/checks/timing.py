@@ -33,7 +33,7 @@ LEAST_IMAGES = 2  # BatchNorm may refuse a single one, and a second costs little
 def scaling_lines(
     recipe: Recipe, plan: Plan, network: nn.Module, data: Data, world: World = ALONE
 ) -> list[str]:
-    """What `--dry-run --world-size` prints: measured compute, assumed links, predicted steps."""
+    """What `check --world-size` prints: measured compute, assumed links, predicted steps."""
     wanted, _ = choose_precision(recipe.precision, has_gpu=True)
     precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
     accelerator = create_accelerator(precision, world)
@@ -60,8 +60,8 @@ def scaling_lines(
     return lines
 
 
-def measure(ctx: TrainContext) -> Compute:
-    """The compute of one rank in a full step of `ctx.plan`: the fastest of a few steps.
+def measure(ctx: TrainContext, most: int = STEPS) -> Compute:
+    """The compute of one rank in a full step of `ctx.plan`: the fastest of at most so many steps.
 
     Not their mean, since whatever else the machine does only adds to it.
     """
@@ -91,13 +91,13 @@ def measure(ctx: TrainContext) -> Compute:
         return _seconds(forward), _seconds(backward), _seconds(update)
 
     step()  # whatever is only done once
-    forward, backward, update = min(_repeated(step), key=sum)
+    forward, backward, update = min(_repeated(step, most), key=sum)
     return Compute(plan.accumulate * (forward + backward) + update, backward)
 
 
-def _repeated(step: Callable[[], tuple[float, ...]]) -> Iterable[tuple[float, ...]]:
+def _repeated(step: Callable[[], tuple[float, ...]], most: int) -> Iterable[tuple[float, ...]]:
     until = time.perf_counter() + SECONDS
-    for number in range(STEPS):
+    for number in range(most):
         if number and time.perf_counter() > until:
             return
         yield step()

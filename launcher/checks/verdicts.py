@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any, Literal
 
@@ -21,12 +21,23 @@ _COLOURS = {"good": "green", "wrong": "red", "notice": "yellow", "not asked": "d
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to one question; `instead` says what to do where all is not well."""
+    """The answer to one question; `instead` says what to do where all is not well.
+
+    `lines` are a picture or a table below it, for people; `figures` are numbers, for machines.
+    """
 
     question: str
     answer: str
     standing: Standing = "good"
     instead: str = ""
+    lines: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without what is only to be looked at."""
+        whole = asdict(self)
+        del whole["lines"]
+        return whole
 
 
 class TimeUpError(Exception):
@@ -108,6 +119,8 @@ def show(verdict: Verdict, console: Console) -> None:
     console.print(redacted(verdict.answer), markup=False, soft_wrap=True)
     if verdict.instead:
         console.print(" " * 22 + redacted(verdict.instead), markup=False, soft_wrap=True)
+    for line in verdict.lines:
+        console.print(" " * 22 + redacted(line), markup=False, soft_wrap=True)
 
 
 def closing_line(deadline: Deadline) -> str:
@@ -121,6 +134,6 @@ def as_json(about: Mapping[str, Any], verdicts: Sequence[Verdict], deadline: Dea
         "good": not exit_code(verdicts),
         "seconds": round(deadline.spent, 3),
         "limit": deadline.seconds,
-        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "verdicts": [verdict.as_dict() for verdict in verdicts],
     }
     return redacted(json.dumps({**outcome, **about}, indent=2))

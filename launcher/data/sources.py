@@ -66,6 +66,25 @@ class Data:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
+@dataclass(frozen=True)
+class _Published:
+    """What is known of a set of torchvision without its files."""
+
+    size: int  # pixels
+    channels: int
+    classes: int
+    train: int
+    test: int
+
+
+_KNOWN = {
+    "CIFAR10": _Published(32, 3, 10, 50_000, 10_000),
+    "CIFAR100": _Published(32, 3, 100, 50_000, 10_000),
+    "SVHN": _Published(32, 3, 10, 73_257, 26_032),
+    **dict.fromkeys(("MNIST", "FashionMNIST", "KMNIST"), _Published(28, 1, 10, 60_000, 10_000)),
+}
+
+
 class _UnavailableError(Exception):
     """The images are neither on disk nor reachable."""
 
@@ -106,6 +125,21 @@ def load(data: Images) -> Data:
                 instead="type data.root=FOLDER, or declare fallback=Synthetic in the recipe",
             ) from None
         loaded = Data(train, test, short_name(data.fallback), fallback=why)
+    check(loaded, data)
+    return loaded
+
+
+def open_on_disk(data: Images) -> Data | None:
+    """The images of a recipe if this disk holds them: nothing is fetched, nothing stands in.
+
+    Raises `UserError` as `load` does, where they are there but not as they should be.
+    """
+    data = replace(data, root=os.path.expanduser(data.root))
+    try:
+        train, test = _open_both(data.source, data.root, fetch=False)
+    except _UnavailableError:
+        return None
+    loaded = Data(train, test, short_name(data.source))
     check(loaded, data)
     return loaded
 
@@ -153,12 +187,16 @@ def stand_in(data: Images, count: int) -> Images:
     return replace(data, source=source, fallback=None)
 
 
+def known_counts(data: Images) -> tuple[int, int] | None:
+    """How many training and test images a published set has; None for others."""
+    known = _KNOWN.get(short_name(data.source))
+    return (known.train, known.test) if known else None
+
+
 def _known_shape(data: Images) -> dict[str, int]:
     name = short_name(data.source)
-    if name in ("MNIST", "FashionMNIST", "KMNIST"):
-        return {"size": 28, "channels": 1, "classes": 10}
-    if name in ("CIFAR10", "SVHN", "CIFAR100"):
-        return {"classes": 100 if name == "CIFAR100" else 10}
+    if known := _KNOWN.get(name):
+        return {"size": known.size, "channels": known.channels, "classes": known.classes}
     raise UserError(
         f"--smoke with data.source={name}, whose shape is not known without its files",
         expected="a recipe that declares what stands in for it",
@@ -166,10 +204,12 @@ def _known_shape(data: Images) -> dict[str, int]:
     )
 
 
-def _open_both(source: Source, root: str) -> tuple[ImageSet, ImageSet]:
+def _open_both(source: Source, root: str, *, fetch: bool = True) -> tuple[ImageSet, ImageSet]:
     """Both halves at once, since most of it is reading and hashing of files."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = list(pool.map(partial(_open, source, root), (True, False)))
+    if not fetch and None in found:
+        raise _UnavailableError("is not to be fetched")
     train, test = (
         _fetch(source, root, train) if half is None else half
         for train, half in zip((True, False), found, strict=True)
@@ -396,8 +436,11 @@ def _channels_last(images: Tensor) -> Tensor:
 def _check_labels(labels: Tensor, classes: tuple[str, ...], name: str) -> None:
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
     if not len(labels) or low < 0 or high >= len(classes):
+        counts_from_one = low == 1 and high == len(classes)
         raise UserError(
             f"labels from {low} to {high} in {name}" if len(labels) else f"no images in {name}",
             expected=f"labels from 0 to {len(classes) - 1}, one for each of its classes",
-            instead="mend the data set, or its list `classes`",
+            instead="give it `targets - 1`: classes count from 0"
+            if counts_from_one
+            else "mend the data set, or its list `classes`",
         )

@@ -37,19 +37,28 @@ def is_users(error: Exception, kinds: tuple[type[Exception], ...]) -> bool:
 
 def user_location(error: Exception) -> str:
     """` (file, line n)` of the user's code, where it can be told."""
-    line = user_line(error)
-    return f" ({line.filename}, line {line.lineno})" if line else ""
+    return describe_line(user_line(error))
 
 
 def user_line(error: BaseException) -> traceback.FrameSummary | None:
     """The innermost line behind an exception that is neither of a library nor of the launcher."""
+    return innermost_user_line(traceback.extract_tb(error.__traceback__))
+
+
+def innermost_user_line(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
+    """Of frames, outermost first: the last one that is neither of a library nor the launcher's."""
     return next(
         (
             frame
-            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            for frame in reversed(frames)
             if Path(frame.filename).is_file()  # compiled code names files that are elsewhere
             and not frame.filename.startswith(_LIBRARIES)
             and {"site-packages", "dist-packages"}.isdisjoint(Path(frame.filename).parts)
         ),
         None,
     )
+
+
+def describe_line(line: traceback.FrameSummary | None) -> str:
+    """` (file, line n)`; empty where there is none."""
+    return f" ({line.filename}, line {line.lineno})" if line else ""

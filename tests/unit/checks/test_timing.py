@@ -1,4 +1,4 @@
-"""What a dry run for N ranks measures and prints."""
+"""What `check --world-size N` measures and prints."""
 
 from typing import ClassVar
 

@@ -1,0 +1,245 @@
+"""What a network does that its layers do not show: random evaluation, lost gradients, softmax."""
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, nll_loss
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launcher.checks.layers import Walk
+from launcher.checks.verdicts import Verdict
+from launcher.config.plan import Plan
+from launcher.config.recipe import Recipe
+from launcher.training.model import restored_afterwards, upcast
+from launcher.utils.text import count
+from launcher.utils.user_code import describe_line, function_of, innermost_user_line
+
+NAME = "network"
+_SHOWN = 3  # names of layers in one line
+
+
+def find_behaviour(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
+    """What is wrong with a network that takes the images and makes a score for each class."""
+    if created := list(_created(walked)):  # which draws its weights in each evaluation
+        yield from created
+        return
+    yield from _random_evaluation(walked)
+    yield from _probabilities(walked, recipe)
+    yield from _gradients(walked, recipe)
+    yield from _shared(walked.network)
+
+
+def small_batches(network: nn.Module, plan: Plan) -> Iterator[Verdict]:
+    """BatchNorm over a single image has no other images to compare it with."""
+    norms = [n for n, module in network.named_modules() if isinstance(module, _BatchNorm)]
+    images = plan.batch_size // plan.num_micro_batches
+    if norms and images < 2:
+        yield Verdict(
+            NAME,
+            f"BatchNorm ({_some(norms)}) over 1 image: {plan.describe_batch()}",
+            "wrong",
+            f"type data.batch_size={8 * plan.num_micro_batches}, for example, or use GroupNorm",
+        )
+
+
+def declared(network: nn.Module, name: str) -> str:
+    """` (file, line n)` where the user's class makes a layer; empty where it cannot be told."""
+    *parents, leaf = name.split(".")
+    while leaf.isdecimal() and parents:  # within a Sequential: the line of that
+        *parents, leaf = parents
+    made_in = type(network.get_submodule(".".join(parents))).__init__
+    try:
+        file, (lines, first) = inspect.getsourcefile(made_in), inspect.getsourcelines(made_in)
+    except (OSError, TypeError):
+        return ""
+    for number, line in enumerate(lines, first):
+        if re.search(rf"\bself\.{re.escape(leaf)}\s*[=:]", line):
+            return f" ({file}, line {number})"
+    return ""
+
+
+def _created(walked: Walk) -> Iterator[Verdict]:
+    """Layers with weights that are no part of the network, so that nobody trains them."""
+    known, found = set(walked.network.modules()), {}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module not in known and any(True for _ in module.parameters(recurse=False)):
+            line = innermost_user_line(traceback.extract_stack())
+            found[describe_line(line)] = module
+
+    handle = register_module_forward_pre_hook(before)
+    try:
+        _evaluated(walked)
+    finally:
+        handle.remove()
+    for place, module in found.items():
+        yield Verdict(
+            NAME,
+            f"{module} is made in forward{place}: its weights are new in each call",
+            "wrong",
+            "make it in __init__ as self.layer = ..., and call self.layer(x) there",
+        )
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the user's line of the first operation that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.line = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not self.line and torch.Tag.nondeterministic_seeded in func.tags:
+            self.line = describe_line(innermost_user_line(traceback.extract_stack()))
+        return func(*args, **(kwargs or {}))
+
+
+def _random_evaluation(walked: Walk) -> Iterator[Verdict]:
+    with _Watch() as watch:
+        first, second = _evaluated(walked, times=2)
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True):
+        drawn = f"random numbers are drawn in eval mode{watch.line}"
+        cause = drawn if watch.line else "it keeps something from one call to the next"
+        yield Verdict(
+            NAME,
+            f"two evaluations of the same image differ: {cause}",
+            "wrong",
+            "use nn.Dropout made in __init__, or F.dropout(x, p, training=self.training)"
+            if watch.line
+            else "keep nothing in forward, or keep it in a buffer that evaluation does not change",
+        )
+
+
+def _probabilities(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
+    """A softmax where the loss has its own, or none where it needs one: by the output alone."""
+    scores = upcast(walked.output)
+    takes_scores = _is_loss(recipe.loss, cross_entropy, nn.CrossEntropyLoss)
+    takes_logs = _is_loss(recipe.loss, nll_loss, nn.NLLLoss)
+    one = torch.ones(len(scores), dtype=scores.dtype)
+    are_shares = bool((scores >= 0).all()) and torch.allclose(scores.sum(1), one, atol=1e-4)
+    are_logs = torch.allclose(scores.exp().sum(1), one, atol=1e-4)
+    last = f": {walked.layers[-1].name}" if walked.layers else ""
+    if takes_scores and are_shares:
+        yield Verdict(
+            NAME,
+            f"its scores are probabilities (each row sums to 1){last}, of which cross_entropy "
+            "takes the softmax once more: it trains slowly and never becomes sure",
+            "wrong",
+            "return the scores before the softmax",
+        )
+    elif takes_scores and are_logs:
+        more = "which cross_entropy takes once more, to no effect"
+        yield Verdict(
+            NAME,
+            f"its scores are log-probabilities{last}, {more}",
+            "notice",
+            "return the scores before the log_softmax, or write loss=nll_loss",
+        )
+    elif takes_logs and not are_logs:
+        yield Verdict(
+            NAME,
+            "nll_loss takes log-probabilities, and its scores are none",
+            "wrong",
+            "write loss=cross_entropy, or return x.log_softmax(1)",
+        )
+
+
+def _is_loss(loss: Any, function: Any, kind: type[nn.Module]) -> bool:
+    return function_of(loss) is function or isinstance(loss, kind)
+
+
+def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
+    network = walked.network
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    frozen = [n for n, p in network.named_parameters() if not p.requires_grad]
+    if frozen:
+        yield Verdict(
+            NAME,
+            f"{count(len(frozen), 'parameter')} frozen by requires_grad=False: {_some(frozen)}",
+            "notice",
+            "leave it so if they are to stay as they are",
+        )
+    lost = _without_gradient(walked, trained) if recipe.unused_parameters == "refuse" else []
+    called = {layer.name for layer in walked.layers}
+    passed = [name for name in lost if name.rpartition(".")[0] in called]
+    unused = [name for name in lost if name not in passed]
+    if passed:
+        layer = passed[-1].rpartition(".")[0]
+        yield Verdict(
+            NAME,
+            f"no gradient comes to {_some(passed)}: the way from there to the scores is cut behind "
+            f"{layer}{declared(network, layer)}",
+            "wrong",
+            "leave out detach(), .data, .item(), numpy and torch.no_grad() behind it, or call "
+            "requires_grad_(False) on what is not to be trained",
+        )
+    elif unused:
+        layer = unused[0].rpartition(".")[0] or unused[0]
+        yield Verdict(
+            NAME,
+            f"forward does not use {_some(unused)}{declared(network, layer)}",
+            "wrong",
+            "use it or leave it out; unused_parameters=allow where it is used in some steps only",
+        )
+
+
+def _without_gradient(walked: Walk, trained: Mapping[str, nn.Parameter]) -> list[str]:
+    network, was_training = walked.network, walked.network.training
+    network.train()
+    try:
+        with restored_afterwards(network, walked.images.device):
+            output = network(walked.images)
+            if output.requires_grad:
+                upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
+            return [name for name, parameter in trained.items() if parameter.grad is None]
+    except Exception:  # in training mode it fails: which is tried, and said, by what trains
+        return []
+    finally:
+        network.train(was_training)
+
+
+def _shared(network: nn.Module) -> Iterator[Verdict]:
+    """One layer at two places: often `[nn.Conv2d(...)] * 3`."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if any(True for _ in module.parameters(recurse=False)):
+            names.setdefault(module, []).append(name)
+    for module, places in names.items():
+        if len(places) > 1:
+            yield Verdict(
+                NAME,
+                f"{_some(places)} are one {type(module).__name__}, with the same weights"
+                f"{declared(network, places[0])}",
+                "notice",
+                "leave it so if they are to share them; else write a new layer for each: "
+                "[nn.Linear(...) for _ in range(n)], not [nn.Linear(...)] * n",
+            )
+
+
+@contextmanager
+def _evaluating(walked: Walk) -> Iterator[None]:
+    was_training = walked.network.training
+    walked.network.eval()
+    with restored_afterwards(walked.network, walked.images.device), torch.no_grad():
+        yield
+    walked.network.train(was_training)
+
+
+def _evaluated(walked: Walk, times: int = 1) -> list[Tensor]:
+    with _evaluating(walked):
+        return [upcast(walked.network(walked.images)) for _ in range(times)]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,211 @@
+"""What a training will take: memory of a device, room on the disk, time of an epoch."""
+
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from launcher.checkpoint.checkpoint import KEPT
+from launcher.checks import timing
+from launcher.checks.layers import Layer
+from launcher.checks.verdicts import Verdict
+from launcher.config.plan import Plan
+from launcher.config.recipe import Recipe
+from launcher.config.slots import DRAWS_PER_AUGMENTATION
+from launcher.data.batches import steps_per_chunk
+from launcher.distributed.accelerator import device_name
+from launcher.training.model import restored_afterwards, upcast
+from launcher.training.state import TrainContext, evaluating
+
+NAME = "cost"
+_SMALL, _LARGER = 2, 4  # images of the two passes between whose memory the images' own is told
+_MEASURED = 5  # steps at most, of which the fastest counts
+_LONG_STEP = 0.3  # seconds, at which a step is long enough to be measured
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PURE = {"pure_bf16", "pure_fp16"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank's device holds at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    images: int  # the data set, and the pictures of the next steps
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def describe_memory(ctx: TrainContext, recipe: Recipe, layers: tuple[Layer, ...]) -> Verdict:
+    """The peak on each rank, predicted for the precision that the recipe names."""
+    memory = predict_memory(ctx, recipe, layers)
+    parts = {name: size for name, size in vars(memory).items() if size}
+    told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    precision = recipe.precision or "fp32"
+    return Verdict(
+        NAME,
+        f"about {_size(memory.total)} of memory on each rank in {precision}: {told}",
+        figures={"memory": memory.total, **parts},
+    )
+
+
+def predict_memory(ctx: TrainContext, recipe: Recipe, layers: tuple[Layer, ...]) -> Memory:
+    """From a pass forwards and backwards on two and on four images, and one optimizer step.
+
+    Left out are the workspace of the device's libraries and what its allocator cannot use.
+    """
+    state, plan, train = ctx.state, ctx.plan, ctx.data.train
+    pure = recipe.precision in _PURE
+    weights = _bytes(state.network.parameters()) + _bytes(state.network.buffers())
+    gradients = _bytes(p for p in state.network.parameters() if p.requires_grad)
+    halves = 2 if pure else 1
+    fixed, each = _activations(ctx, recipe)
+    own = -(-plan.batch_size // plan.num_micro_batches)
+    # In the backward pass the gradient of an output is made while that of the next one is there.
+    widest = 2 * max((layer.activations for layer in layers), default=0)
+    widest //= 1 if recipe.precision in (None, "fp32") else 2
+    step_images = -(-plan.batch_size // plan.world_size)
+    chunk = steps_per_chunk(plan, ctx.normalize.image_bytes, torch.device("cuda"))
+    pictures = chunk * step_images * ctx.normalize.image_bytes // halves
+    draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
+    size_of_one = train.images[0].nbytes
+    whole_set = (plan.train_images + plan.test_images) * (size_of_one + 8) + 2 * draws
+    return Memory(
+        weights=weights // halves,
+        gradients=gradients // halves,
+        optimizer=optimizer_bytes(ctx) // halves,
+        average=weights if recipe.average else 0,
+        activations=fixed + own * (each + widest),
+        images=whole_set + pictures,
+    )
+
+
+def _activations(ctx: TrainContext, recipe: Recipe) -> tuple[int, int]:
+    """Bytes that autograd keeps between the passes: those of any batch, and those of each image."""
+    small, larger = (_kept(ctx, recipe, size) for size in (_SMALL, _LARGER))
+    each = max(0, larger - small) // (_LARGER - _SMALL)
+    return max(0, small - _SMALL * each), each
+
+
+def _kept(ctx: TrainContext, recipe: Recipe, size: int) -> int:
+    network = ctx.state.network
+    own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
+    kept: dict[int, Tensor] = {}  # by storage; held, so that no other takes its place
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor
+
+    images = ctx.normalize(ctx.data.train.images[:1].repeat(size, 1, 1, 1))
+    device = images.device.type
+    half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
+    cast = torch.autocast(device, dtype=half) if half else nullcontext()
+    network.train()
+    with restored_afterwards(network, images.device), saved_tensors_hooks(pack, lambda x: x), cast:
+        upcast(network(images))
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+
+
+def optimizer_bytes(ctx: TrainContext) -> int:
+    """What the optimizer keeps of the parameters after a step."""
+    values = [v for state in ctx.state.optimizer.state.values() for v in state.values()]
+    return _bytes(value for value in values if isinstance(value, Tensor))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# On the disk
+
+
+def describe_disk(ctx: TrainContext, runs: Path) -> Verdict:
+    """The checkpoints that are kept at once, and the one being written, against the free room."""
+    network, state = ctx.state.network, ctx.state
+    weights = _bytes(network.state_dict().values())
+    average = weights if state.ema_model is not None else 0
+    checkpoint = weights + average + optimizer_bytes(ctx)
+    needed = (KEPT + 1) * checkpoint + 2 * weights
+    folder = next(path for path in (runs, *runs.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    answer = f"a checkpoint has {_size(checkpoint)}, a run up to {_size(needed)}; "
+    answer += f"{_size(free)} are free in {folder}"
+    figures = {"checkpoint": checkpoint, "run": needed, "free": free}
+    if needed > free:
+        advice = "make room there, or name another folder with --runs"
+        return Verdict(NAME, answer, "wrong", advice, figures=figures)
+    return Verdict(NAME, answer, figures=figures)
+
+
+# In time
+
+
+def describe_time(ctx: TrainContext) -> Verdict:
+    """An epoch on this machine alone, from a few steps and a pass of evaluation."""
+    plan = ctx.plan
+    size, seconds = _measured_step(ctx)
+    steps = plan.train_images / size * seconds
+    tested = _evaluation_of_one(ctx) * plan.test_images
+    device = device_name(ctx.accelerator)
+    whole = plan.epochs * (steps + tested)
+    return Verdict(
+        NAME,
+        f"an epoch takes about {_duration(steps + tested)} on this machine alone ({device}, fp32, "
+        f"not compiled), all {plan.epochs:,} of them {_duration(whole)}",
+        figures={"epoch_seconds": steps + tested, "seconds": whole},
+    )
+
+
+def _measured_step(ctx: TrainContext) -> tuple[int, float]:
+    """So many images, and the seconds of a step on them; fewer than a batch where that is long."""
+    plan: Plan = replace(ctx.plan, world_size=1)
+    size = min(8, plan.batch_size)
+    while True:
+        alone = replace(plan, batch_size=size, accumulate=1)
+        seconds = timing.measure(replace(ctx, plan=alone), _MEASURED).total
+        if size == plan.batch_size or seconds > _LONG_STEP:
+            return size, seconds
+        size = min(plan.batch_size, 4 * size)
+
+
+def _evaluation_of_one(ctx: TrainContext) -> float:
+    images, taken = ctx.data.test.images[:64], []
+    with evaluating(ctx.state.eval_model) as score:
+        for _ in range(3):  # the first prepares what others use again
+            begin = time.perf_counter()
+            score(ctx.normalize(images)).sum().item()
+            taken.append(time.perf_counter() - begin)
+    return min(taken) / len(images)
+
+
+def describe_ranks(ctx: TrainContext, recipe: Recipe) -> Verdict:
+    """What docs/scaling.md predicts for the plan's number of ranks."""
+    lines = timing.scaling_lines(recipe, ctx.plan, ctx.state.network, ctx.data)
+    return Verdict("ranks", ctx.plan.describe_batch(), lines=tuple(lines))
+
+
+def _size(number: int) -> str:
+    for unit, power in (("GB", 3), ("MB", 2), ("KB", 1)):
+        if number >= 0.95 * 1000**power:
+            return f"{number / 1000**power:.1f} {unit}"
+    return f"{number} bytes"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

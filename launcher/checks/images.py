@@ -1,0 +1,251 @@
+"""The images of a recipe: how many of each class, which stand twice, what they look like."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from launcher.checks.verdicts import Verdict
+from launcher.config.plan import make_plan
+from launcher.config.recipe import Images, Recipe
+from launcher.data.batches import Batches, Normalize, epoch_order
+from launcher.data.sources import Data, ImageSet
+from launcher.utils.text import count
+
+NAME = "data"
+MEASURED = 10_000  # images, of which mean and std are told
+IMBALANCED = 3  # times as many images of one class as of another
+SAMPLES, EPOCHS = 8, 5  # pictures of the strip beside each other, and below each other
+NEAR = 4  # bits of 64 in which two pictures may differ that are nearly the same
+_NEAR_PIXELS = 16.0  # ... and by so much, of 255, on average
+_CHUNK = 2**22  # comparisons at once
+_SHOWN = 3
+
+
+def describe_images(data: Data, images: Images, *, near: bool) -> Iterator[Verdict]:
+    """One verdict after another; `near` also looks for pictures that are nearly the same."""
+    yield _classes(data)
+    yield from _empty_classes(data)
+    yield _twice(data)
+    if near:
+        yield _nearly_twice(data)
+    yield _statistics(data.train, images)
+
+
+def _classes(data: Data) -> Verdict:
+    numbers = _counts(data.train), _counts(data.test)
+    figures = {
+        "classes": list(data.train.classes),
+        "train": numbers[0].tolist(),
+        "test": numbers[1].tolist(),
+    }
+    parts = []
+    for half, each in zip(("training", "test"), numbers, strict=True):
+        low, high = int(each.min()), int(each.max())
+        if low == high:
+            parts.append(f"{low:,} {half} images of each")
+        else:
+            few, many = (data.train.classes[int(at)] for at in (each.argmin(), each.argmax()))
+            parts.append(f"from {low:,} ({few}) to {high:,} ({many}) {half} images")
+    answer = f"{count(len(data.train.classes), 'class')}: {', '.join(parts)}"
+    present = numbers[0][numbers[0] > 0]
+    if len(present) and present.max() >= IMBALANCED * present.min():
+        return Verdict(NAME, answer, "notice", _advice(numbers[0]), figures=figures)
+    return Verdict(NAME, answer, figures=figures)
+
+
+def _advice(each: Tensor) -> str:
+    """Weights by which all classes count alike, where there are few enough to write down."""
+    weights = each.sum() / (len(each) * each.clamp(min=1))
+    written = ", ".join(f"{weight:.3g}" for weight in weights.tolist())
+    example = f"({written})" if len(each) <= 20 else "images / (classes * images of the class)"
+    return (
+        "accuracy then says little of the rare classes; to weigh all alike, write loss=partial("
+        f"cross_entropy, weight=torch.tensor({example}))"
+    )
+
+
+def _empty_classes(data: Data) -> Iterator[Verdict]:
+    for half, images in (("training", data.train), ("test", data.test)):
+        lacking = [data.train.classes[int(at)] for at in (_counts(images) == 0).nonzero()]
+        if lacking:
+            yield Verdict(
+                NAME,
+                f"no {half} image of {_some(lacking)}",
+                "notice",
+                "leave the class out of `classes`, or add images of it",
+            )
+
+
+def _counts(images: ImageSet) -> Tensor:
+    return torch.bincount(images.labels.cpu(), minlength=len(images.classes))
+
+
+def _twice(data: Data) -> Verdict:
+    """Images that are the same to the byte: within the training set, and in both sets."""
+    first: dict[bytes, int] = {}
+    again, other_label = 0, 0
+    for index, digest in enumerate(_digests(data.train)):
+        before = first.setdefault(digest, index)
+        if before != index:
+            again += 1
+            other_label += int(data.train.labels[before] != data.train.labels[index])
+    pairs = [
+        (index, first[digest])
+        for index, digest in enumerate(_digests(data.test))
+        if digest in first
+    ]
+    figures = {"train_twice": again, "with_two_labels": other_label, "in_both": len(pairs)}
+    answer = "no test image is a training image as well"
+    if pairs:
+        shown = ", ".join(f"{test} = {train}" for test, train in pairs[:_SHOWN])
+        answer = f"{count(len(pairs), 'test image')} of {len(data.test):,} in training as well, "
+        answer += f"counted from 0: {shown}{', ...' * (len(pairs) > _SHOWN)}"
+    if again:
+        answer += f"; {count(again, 'training image')} there more than once"
+        answer += f", {other_label:,} of them with two labels" if other_label else ""
+    if pairs or other_label:
+        advice = "take them out of one of the sets: their accuracy is remembered, not learnt"
+        if not pairs:
+            advice = "decide on one label for each"
+        return Verdict(NAME, answer, "notice", advice, figures=figures)
+    return Verdict(NAME, answer, figures=figures)
+
+
+def _digests(images: ImageSet) -> Iterator[bytes]:
+    for picture in images.images.cpu().numpy():
+        yield blake2b(picture.tobytes(), digest_size=16).digest()
+
+
+def _nearly_twice(data: Data) -> Verdict:
+    pairs = near_pairs(data.test.images, data.train.images)
+    figures = {"near": len(pairs)}
+    if not pairs:
+        return Verdict(NAME, "no test image nearly is a training image", figures=figures)
+    shown = ", ".join(f"{test} ~ {train}" for test, train in pairs[:_SHOWN])
+    return Verdict(
+        NAME,
+        f"{count(len(pairs), 'test image')} of {len(data.test):,} nearly in training as well: "
+        f"{shown}{', ...' * (len(pairs) > _SHOWN)}",
+        "notice",
+        "look at them: photographs of one moment belong in the same half",
+        figures=figures,
+    )
+
+
+def near_pairs(some: Tensor, others: Tensor) -> list[tuple[int, int]]:
+    """For each image of `some` that nearly is one of `others`, both places; uint8 `(n, h, w, c)`.
+
+    By a hash of 64 bits, whether each of 8 x 8 fields is darker than the next (Krawetz, "Kind of
+    Like That", 2013), and then by the pixels: plain grounds have like hashes.
+    """
+    hashes = _hashes(some), _hashes(others)
+    pairs = []
+    step = max(1, _CHUNK // len(others))
+    for first in range(0, len(some), step):
+        part = hashes[0][first : first + step]
+        distances = numpy.bitwise_count(part[:, None] ^ hashes[1][None, :])
+        for row, column in zip(*numpy.nonzero(distances <= NEAR), strict=True):
+            one, other = some[first + int(row)].float(), others[int(column)].float()
+            if (one - other).abs().mean() <= _NEAR_PIXELS:
+                pairs.append((first + int(row), int(column)))
+    return list({pair[0]: pair for pair in reversed(pairs)}.values())[::-1]
+
+
+def _hashes(images: Tensor) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.uint64]]":
+    found = []
+    for part in torch.split(images.cpu(), 5000):
+        grey = part.permute(0, 3, 1, 2).float().mean(1, keepdim=True)
+        fields = adaptive_avg_pool2d(grey, (8, 9))[:, 0]
+        darker = (fields[:, :, :-1] < fields[:, :, 1:]).flatten(1).numpy()
+        found.append(numpy.packbits(darker, axis=1).view(numpy.uint64)[:, 0])
+    return numpy.concatenate(found)
+
+
+def _statistics(train: ImageSet, images: Images) -> Verdict:
+    """The recipe's mean and std beside those of the images."""
+    step = -(-len(train) // MEASURED)
+    pixels = train.images[::step].cpu()
+    total = torch.zeros(2, pixels.shape[-1], dtype=torch.float64)
+    for part in torch.split(pixels, 500):
+        values = part.reshape(-1, part.shape[-1]).float()
+        total += torch.stack([values.sum(0), values.square_().sum(0)])
+    number = pixels[..., 0].numel()
+    mean = total[0] / number / 255
+    std = (total[1] / number / 255**2 - mean.square()).clamp(min=0).sqrt()
+    figures = {"mean": mean.tolist(), "std": std.tolist()}
+    measured = f"mean=({_numbers(mean)}), std=({_numbers(std)})"
+    shift = (mean - torch.tensor(images.mean)).abs() / torch.tensor(images.std)
+    scale = std / torch.tensor(images.std)
+    answer = f"the images have {measured}"
+    is_normal = bool((shift <= 1).all() and (scale >= 1 / 3).all() and (scale <= 3).all())
+    if is_normal:
+        return Verdict(NAME, answer, figures=figures)
+    found = f"the recipe makes of them a mean up to {shift.max():.1f} and a std down to "
+    return Verdict(
+        NAME, f"{answer}; {found}{scale.min():.2f}", "notice", f"write {measured}", figures=figures
+    )
+
+
+def _numbers(values: Tensor) -> str:
+    return ", ".join(f"{value:.3f}" for value in values.tolist()) + "," * (len(values) == 1)
+
+
+# What the network will see
+
+
+def samples(recipe: Recipe, train: ImageSet) -> Tensor:
+    """Pictures of several classes as they are, and below each as some epochs train on it.
+
+    uint8 `(1 + epochs, pictures, h, w, c)`, by the code that trains: augmentation and mixing.
+    """
+    chosen = _of_each_class(train)
+    few = ImageSet(train.images[chosen].cpu(), train.labels[chosen].cpu(), train.classes)
+    data = replace(recipe.data, batch_size=len(few))
+    recipe = replace(recipe, data=data, epochs=EPOCHS, accumulate=1, sync_batch_norm=False)
+    plan = make_plan(recipe, world_size=1, train_images=len(few), test_images=len(few))
+    shape = few.images.shape[1:]
+    batches = Batches(few, recipe, plan, Normalize(data, shape, torch.zeros(()), True), rank=0)
+    rows = [few.images]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    for epoch in range(1, EPOCHS + 1):
+        ((_, (batch,)),) = batches.epoch(epoch)
+        # A batch comes in the order of its epoch.
+        order = epoch_order(recipe.seed, epoch, len(few)).argsort()
+        pictures = ((batch.images * std + mean) * 255).round().clamp(0, 255).byte()
+        rows.append(pictures[order].permute(0, 2, 3, 1))
+    return torch.stack(rows)
+
+
+def _of_each_class(train: ImageSet) -> list[int]:
+    labels = train.labels.tolist()
+    firsts = {label: index for index, label in reversed(list(enumerate(labels)))}
+    chosen = [firsts[label] for label in sorted(firsts)][:SAMPLES]
+    others = [index for index in range(len(labels)) if index not in chosen]
+    return chosen + others[: SAMPLES - len(chosen)]
+
+
+def write_samples(pictures: Tensor, path: Path) -> None:
+    """As one PNG, each pixel enlarged so that people can see it."""
+    rows = joined(pictures)
+    times = max(1, 64 // pictures.shape[2])
+    image = Image.fromarray(rows.numpy())
+    image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST).save(path)
+
+
+def joined(pictures: Tensor) -> Tensor:
+    """`(rows, columns, h, w, c)` as one picture `(rows * h, columns * w, 3)`."""
+    rows, columns, height, width, channels = pictures.shape
+    whole = pictures.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    return (whole if channels == 3 else whole[..., :1].expand(-1, -1, 3)).contiguous()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

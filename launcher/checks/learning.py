@@ -1,0 +1,92 @@
+"""Does the network learn at all: its first loss, and whether it can learn 32 images by heart."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from launcher.checks.plots import at_most, plot
+from launcher.checks.verdicts import Verdict
+from launcher.config.plan import make_plan
+from launcher.data.sources import Data, ImageSet
+from launcher.training.loop import fit
+from launcher.training.metrics import EpochReport, StepReport
+from launcher.training.model import initialize, restored_afterwards, upcast
+from launcher.training.state import TrainContext, make_context
+
+NAME = "learning"
+IMAGES, STEPS = 32, 100  # that --overfit trains, and for how long
+FIRST = 64  # images of the first loss
+_LEARNT = 0.1  # of the first loss
+_HIGH = 2.0  # times log(classes)
+
+
+def first_loss(ctx: TrainContext) -> Verdict:
+    """The loss before training, which for equal scores of all classes is their logarithm."""
+    network, train = ctx.state.network, ctx.data.train
+    chosen = torch.arange(0, len(train), max(1, len(train) // FIRST))[:FIRST]
+    images = ctx.normalize(train.images[chosen])
+    network.train()
+    with restored_afterwards(network, ctx.accelerator.device), torch.no_grad():
+        loss = float(ctx.loss(upcast(network(images)), train.labels[chosen], images))
+    even = math.log(len(train.classes))
+    answer = f"the first loss is {loss:.3f}; equal scores for all classes give {even:.3f}"
+    figures = {"first_loss": loss, "even": even}
+    if not math.isfinite(loss):
+        advice = "look for a division by zero, a logarithm of zero or weights that are not finite"
+        return Verdict(NAME, answer, "wrong", advice, figures=figures)
+    if loss > _HIGH * even:
+        advice = "its first scores are large: smaller first weights, or a norm before the last "
+        advice += "layer, save the steps that unlearn them"
+        return Verdict(NAME, answer, "notice", advice, figures=figures)
+    return Verdict(NAME, answer, figures=figures)
+
+
+def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
+    """Train a new network on one batch of 32 images for 100 steps, the whole schedule over them.
+
+    The images are as they are, neither augmented nor mixed.
+    """
+    few = _few(ctx.data.train)
+    recipe = replace(
+        ctx.recipe,
+        data=replace(ctx.recipe.data, batch_size=len(few), augment=(), mix=None),
+        epochs=STEPS,
+        accumulate=1,
+        average=None,
+        views=None,
+    )
+    plan = make_plan(recipe, world_size=1, train_images=len(few), test_images=len(few), log_every=1)
+    data = Data(few, few, ctx.data.name)
+    if recipe.initialize is not None:
+        initialize(network, recipe, ctx.data.train, ctx.accelerator.device)
+    own = make_context(network, recipe, plan, ctx.accelerator, data)
+    losses, right = [], 0.0
+    for event in fit(own):
+        if isinstance(event, StepReport):
+            losses.append(event.loss)
+        elif isinstance(event, EpochReport):
+            right = event.test.accuracy
+    answer = f"the loss of {len(few)} images went from {losses[0]:.3f} to {losses[-1]:.3g} in "
+    answer += f"{len(losses)} steps, and {right:.0%} of them are classified rightly"
+    lines = plot(at_most([max(0.0, loss) for loss in losses]), "1", f"step {len(losses)}")
+    figures = {"first": losses[0], "last": losses[-1], "accuracy": right}
+    if losses[-1] <= _LEARNT * losses[0] or right == 1:  # with smoothed labels no loss is zero
+        return Verdict("overfit", answer, lines=lines, figures=figures)
+    return Verdict(
+        "overfit",
+        answer,
+        "wrong",
+        "try optimizer.lr ten times smaller and larger; if neither helps, look for a gradient that "
+        "is cut, labels that do not belong to their images, or far too much dropout",
+        lines,
+        figures,
+    )
+
+
+def _few(train: ImageSet) -> ImageSet:
+    """Of all classes alike, as far as there are enough."""
+    order = torch.argsort(train.labels.cpu(), stable=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(IMAGES, len(order))).long()]
+    return ImageSet(train.images[chosen], train.labels[chosen], train.classes)

@@ -1,0 +1,48 @@
+"""Curves and pictures in a terminal, of block characters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.style import Style
+from rich.text import Text
+
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+WIDTH, HEIGHT = 60, 4  # characters
+
+
+def plot(values: Sequence[float], first: str, last: str) -> tuple[str, ...]:
+    """Bars from zero to the highest value, which stands beside them; the axis from first to last.
+
+    `values` are as many as there are columns, and not negative.
+    """
+    highest = max(values) or 1.0
+    label = f"{highest:.3g} "
+    rows = []
+    for row in range(HEIGHT - 1, -1, -1):
+        levels = [round(value / highest * HEIGHT * 8) - row * 8 for value in values]
+        bars = "".join(_EIGHTHS[min(8, max(0, level))] for level in levels)
+        rows.append((label if row == HEIGHT - 1 else " " * len(label)) + bars)
+    axis = first + last.rjust(len(values) - len(first))
+    return (*rows, " " * len(label) + axis)
+
+
+def at_most(values: Sequence[float], columns: int = WIDTH) -> list[float]:
+    """So many of the values, evenly spread, with the first and the last."""
+    if len(values) <= columns:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (columns - 1))] for i in range(columns)]
+
+
+def half_blocks(pixels: Any) -> Text:
+    """A picture, uint8 `(h, w, 3)`, in a truecolor terminal: two rows of pixels in each line."""
+    text = Text()
+    for row in range(0, len(pixels) - 1, 2):
+        for upper, lower in zip(pixels[row].tolist(), pixels[row + 1].tolist(), strict=True):
+            colours = Style(color=_rgb(upper), bgcolor=_rgb(lower))
+            text.append("▀", colours)
+        text.append("\n")
+    return text
+
+
+def _rgb(colour: list[int]) -> str:
+    return "rgb({},{},{})".format(*colour)
