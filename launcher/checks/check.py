@@ -179,13 +179,14 @@ def _network(subject: Subject) -> Iterator[Verdict]:
             found = [Verdict("network", mistake.what, "wrong", mistake.instead)]
         else:
             found = list(behaviour.find_behaviour(walked, recipe))
-            found += behaviour.small_batches(walked.network, subject.plan(data))
     yield from found
     if exit_code(found):
         return
     try:
+        plan = subject.plan(data)
         network = build_network(recipe, data.train)
-        context = run.dry_context(recipe, subject.plan(data), network, data)
+        yield from behaviour.small_batches(network, plan)
+        context = run.dry_context(recipe, plan, network, data)
         subject.ctx = subject.exit_stack.enter_context(context)
     except UserError as error:
         yield _refused("network" if walked is None else "functions", error)
@@ -236,7 +237,7 @@ def _cost(subject: Subject, runs: Path) -> Iterator[Verdict]:
     if subject.ctx:
         ctx, recipe = subject.ctx, subject.loaded.recipe
         yield cost.describe_time(ctx)  # a step of which makes the optimizer's state
-        yield cost.describe_memory(ctx, recipe, subject.layers)
+        yield cost.describe_memory(ctx, recipe)
         yield cost.describe_disk(ctx, runs)
 
 

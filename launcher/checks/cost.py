@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from launcher.checkpoint.checkpoint import KEPT
 from launcher.checks import timing
-from launcher.checks.layers import Layer
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
@@ -48,9 +47,9 @@ class Memory:
         return sum(vars(self).values())
 
 
-def describe_memory(ctx: TrainContext, recipe: Recipe, layers: tuple[Layer, ...]) -> Verdict:
+def describe_memory(ctx: TrainContext, recipe: Recipe) -> Verdict:
     """The peak on each rank, predicted for the precision that the recipe names."""
-    memory = predict_memory(ctx, recipe, layers)
+    memory = predict_memory(ctx, recipe)
     parts = {name: size for name, size in vars(memory).items() if size}
     told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     precision = recipe.precision or "fp32"
@@ -61,61 +60,89 @@ def describe_memory(ctx: TrainContext, recipe: Recipe, layers: tuple[Layer, ...]
     )
 
 
-def predict_memory(ctx: TrainContext, recipe: Recipe, layers: tuple[Layer, ...]) -> Memory:
-    """From a pass forwards and backwards on two and on four images, and one optimizer step.
+def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
+    """From a pass forwards on two and on four images, after an optimizer step.
 
     Left out are the workspace of the device's libraries and what its allocator cannot use.
     """
     state, plan, train = ctx.state, ctx.plan, ctx.data.train
-    pure = recipe.precision in _PURE
+    halves = 2 if recipe.precision in _PURE else 1
     weights = _bytes(state.network.parameters()) + _bytes(state.network.buffers())
-    gradients = _bytes(p for p in state.network.parameters() if p.requires_grad)
-    halves = 2 if pure else 1
-    fixed, each = _activations(ctx, recipe)
-    own = -(-plan.batch_size // plan.num_micro_batches)
-    # In the backward pass the gradient of an output is made while that of the next one is there.
-    widest = 2 * max((layer.activations for layer in layers), default=0)
-    widest //= 1 if recipe.precision in (None, "fp32") else 2
+    images = -(-plan.batch_size // plan.num_micro_batches)
+    gradients, activations = _peak(ctx, recipe, images)
     step_images = -(-plan.batch_size // plan.world_size)
     chunk = steps_per_chunk(plan, ctx.normalize.image_bytes, torch.device("cuda"))
     pictures = chunk * step_images * ctx.normalize.image_bytes // halves
     draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
-    size_of_one = train.images[0].nbytes
-    whole_set = (plan.train_images + plan.test_images) * (size_of_one + 8) + 2 * draws
+    of_one = train.images[0].nbytes + train.labels[0].nbytes
     return Memory(
         weights=weights // halves,
         gradients=gradients // halves,
         optimizer=optimizer_bytes(ctx) // halves,
         average=weights if recipe.average else 0,
-        activations=fixed + own * (each + widest),
-        images=whole_set + pictures,
+        activations=activations,
+        images=(plan.train_images + plan.test_images) * of_one + 2 * draws + pictures,
     )
 
 
-def _activations(ctx: TrainContext, recipe: Recipe) -> tuple[int, int]:
-    """Bytes that autograd keeps between the passes: those of any batch, and those of each image."""
-    small, larger = (_kept(ctx, recipe, size) for size in (_SMALL, _LARGER))
-    each = max(0, larger - small) // (_LARGER - _SMALL)
-    return max(0, small - _SMALL * each), each
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes that there are when the backward pass comes to a layer."""
+
+    kept: int  # by autograd, for this layer and those before it
+    flowing: int  # the gradients of what the layer was given and of what it made
+    gradients: int  # of the parameters, of this layer and those behind it
 
 
-def _kept(ctx: TrainContext, recipe: Recipe, size: int) -> int:
+def _peak(ctx: TrainContext, recipe: Recipe, images: int) -> tuple[int, int]:
+    """Bytes of gradients and activations at the moment when both together are most.
+
+    What is kept and flows grows with the images by a straight line, which two passes tell.
+    """
+    small, larger = (_moments(ctx, recipe, size) for size in (_SMALL, _LARGER))
+    highest = (0, 0)
+    for first, second in zip(small, larger, strict=True):
+        sizes = first.kept + first.flowing, second.kept + second.flowing
+        each = (sizes[1] - sizes[0]) / (_LARGER - _SMALL)
+        activations = max(0, round(sizes[0] + (images - _SMALL) * each))
+        highest = max(highest, (first.gradients, activations), key=sum)
+    return highest
+
+
+def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
+    """One for each call of a layer, one for the end of the forward pass, one for the update."""
     network = ctx.state.network
-    own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
+    gradients = _bytes(p for p in network.parameters() if p.requires_grad)
+    # With foreach, the update makes a second copy of the gradients.
+    moments = [_Moment(kept=0, flowing=gradients, gradients=gradients)]
     kept: dict[int, Tensor] = {}  # by storage; held, so that no other takes its place
+    passed: set[nn.Module] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
         return tensor
 
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        before = {p for m in passed for p in m.parameters(recurse=False) if p.requires_grad}
+        flowing = _bytes(v for v in (*inputs, output) if isinstance(v, Tensor))
+        moments.append(_Moment(held(), flowing, gradients - _bytes(before)))
+        passed.add(module)
+
+    def held() -> int:
+        return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
     images = ctx.normalize(ctx.data.train.images[:1].repeat(size, 1, 1, 1))
-    device = images.device.type
     half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
-    cast = torch.autocast(device, dtype=half) if half else nullcontext()
+    cast = torch.autocast(images.device.type, dtype=half) if half else nullcontext()
+    leaves = [module for module in network.modules() if not any(True for _ in module.children())]
+    handles = [leaf.register_forward_hook(note) for leaf in leaves]
     network.train()
     with restored_afterwards(network, images.device), saved_tensors_hooks(pack, lambda x: x), cast:
         upcast(network(images))
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    for handle in handles:
+        handle.remove()
+    return [*moments, _Moment(kept=held(), flowing=0, gradients=0)]
 
 
 def optimizer_bytes(ctx: TrainContext) -> int:

@@ -10,6 +10,7 @@ from launcher.checks.plots import at_most, plot
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import make_plan
 from launcher.data.sources import Data, ImageSet
+from launcher.errors import NotFiniteError
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
 from launcher.training.model import initialize, restored_afterwards, upcast
@@ -63,11 +64,14 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
         initialize(network, recipe, ctx.data.train, ctx.accelerator.device)
     own = make_context(network, recipe, plan, ctx.accelerator, data)
     losses, right = [], 0.0
-    for event in fit(own):
-        if isinstance(event, StepReport):
-            losses.append(event.loss)
-        elif isinstance(event, EpochReport):
-            right = event.test.accuracy
+    try:
+        for event in fit(own):
+            if isinstance(event, StepReport):
+                losses.append(event.loss)
+            elif isinstance(event, EpochReport):
+                right = event.test.accuracy
+    except NotFiniteError as error:
+        return Verdict("overfit", str(error), "wrong")
     answer = f"the loss of {len(few)} images went from {losses[0]:.3f} to {losses[-1]:.3g} in "
     answer += f"{len(losses)} steps, and {right:.0%} of them are classified rightly"
     lines = plot(at_most([max(0.0, loss) for loss in losses]), "1", f"step {len(losses)}")

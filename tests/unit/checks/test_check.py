@@ -1,14 +1,27 @@
-"""`launcher check`: verdict lines, a table, JSON, and exit code 0 or 2."""
+"""`launcher check`: verdict lines, a table, JSON, files, and exit code 0 or 2."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from launcher.cli import main
 from tests.support.helpers import RECIPES
 
 SIMPLECNN = str(RECIPES / "simplecnn.py")
+OWN_IMAGES = """
+
+from dataclasses import replace
+from functools import partial
+from launcher import Synthetic, cosine
+from torch.optim.lr_scheduler import OneCycleLR
+
+recipe = replace(
+    recipe, data=replace(recipe.data, source=partial(Synthetic, count=640), fallback=None)
+)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -16,20 +29,38 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["simplecnn", "pictures64", "resnet18"])
+def write_recipe(more: str = "", before: str = "") -> str:
+    """SimpleCNN on embedded images, changed by code behind it and before it."""
+    Path("mine.py").write_text(f"{before}\n{Path(SIMPLECNN).read_text()}{OWN_IMAGES}{more}\n")
+    return "mine.py"
+
+
+def report_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["check", "--json", *words]) in (0, 2)
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def verdict_on(question: str, report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(v for v in report["verdicts"] if v["question"] == question)
+    return found
+
+
+@pytest.mark.parametrize("name", ["simplecnn", "pictures64"])
 def test_a_good_recipe_shows_its_layers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(RECIPES / f"{name}.py")]) == 0
     output = capsys.readouterr().out
-    assert "Conv2d" in output
+    assert output.count("Conv2d") == 2
     assert "\x1b" not in output
-    assert "network     good" in output
-    assert "functions   good" in output
+    assert "data        not asked " in output
+    for question in ("network", "functions", "learning", "schedule", "cost"):
+        assert f"{question:<12}good      " in output
+    assert "of at most 60" in output.splitlines()[-1]
     assert list(Path().iterdir()) == []
 
 
 def test_the_numbers_are_those_of_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", SIMPLECNN, "--json", "model.width=4"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    report = report_of(capsys, SIMPLECNN, "model.width=4")
     assert report["good"]
     first, *_, last = report["layers"]
     assert (first["name"], first["kind"]) == ("layers.0", "Conv2d")
@@ -48,17 +79,116 @@ def test_a_wrong_network_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_a_run_would_refuse_is_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    source = Path(SIMPLECNN).read_text().replace("epochs=10", "epochs=10, loss=wrong")
-    Path("mine.py").write_text(f"def wrong(scores, labels):\n    return scores.sum()\n{source}")
-    assert main(["check", "mine.py"]) == 2
-    assert "recipe      wrong" in capsys.readouterr().out
+    wrong = "def wrong(scores, labels):\n    return scores.sum()\n"
+    report = report_of(capsys, write_recipe("recipe = replace(recipe, loss=wrong)", wrong))
+    assert verdict_on("functions", report)["standing"] == "wrong"
+    assert not report["good"]
 
 
 def test_a_model_that_cannot_be_built_is_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", SIMPLECNN, "model.width=-1"]) == 2
+    verdict = verdict_on("network", report_of(capsys, SIMPLECNN, "model.width=-1"))
+    assert verdict["standing"] == "wrong"
+    assert "cannot be built" in verdict["answer"]
+
+
+def test_the_recipes_own_images_are_described(capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of(capsys, write_recipe())
+    assert verdict_on("data", report)["figures"]["train"] == [64] * 10
+    assert verdict_on("schedule", report)["figures"]["steps"] == 10 * 10
+
+
+def test_published_sets_are_counted_without_their_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict_on("schedule", report_of(capsys, SIMPLECNN))["figures"]["steps"] == 10 * 782
+
+
+def test_labels_that_count_from_1_are_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    own = """
+class FromOne(Synthetic):
+    def __init__(self, root="", train=True, download=False):
+        super().__init__(root, train, download, count=100)
+        self.targets = self.targets + 1
+
+recipe = replace(recipe, data=replace(recipe.data, source=FromOne, fallback=None))
+"""
+    path = write_recipe(own)
+    assert main(["check", path]) == 2
     output = capsys.readouterr().out
-    assert "recipe      wrong" in output
-    assert "cannot be built" in output
+    assert "labels from 1 to 10 in FromOne" in output
+    assert "give it `targets - 1`" in output
+    mended = Path(path).read_text().replace("self.targets + 1", "self.targets + 1 - 1")
+    Path(path).write_text(mended)
+    assert main(["check", path]) == 0
+
+
+def test_images_of_unknown_shape_leave_the_rest_unasked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = "\nfrom launcher import Folder\nrecipe = replace(recipe, data=replace(recipe.data, "
+    report = report_of(capsys, write_recipe(own + "source=Folder, fallback=None, root='no'))"))
+    (verdict,) = report["verdicts"]
+    assert verdict["standing"] == "not asked"
+
+
+@pytest.mark.parametrize("slot", ["partial(cosine, warmup=0.25)", "partial(OneCycleLR, max_lr=1)"])
+def test_the_schedule_is_drawn(slot: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", write_recipe(f"recipe = replace(recipe, schedule={slot})")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith("schedule"))
+    assert "in 10 epochs of 10 steps" in lines[at]
+    assert "highest at step" in lines[at]
+    assert "█" in lines[at + 4]
+    assert lines[at + 5].split() == ["step", "1", "100"]
+
+
+def test_ranks_are_planned_and_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", write_recipe(), "--world-size", "8"]) == 0
+    output = capsys.readouterr().out
+    assert "ranks       good      64 = 8 ranks x 8 images" in output
+    assert "InfiniBand" in output
+    assert main(["check", write_recipe(), "--world-size", "65"]) == 2
+    assert "a global batch of 64 images over 65 ranks" in capsys.readouterr().out
+
+
+def test_what_is_saved_is_what_was_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", write_recipe(), "--save", "found/here"]) == 0
+    shown = capsys.readouterr().out
+    text = Path("found/here/check.txt").read_text()
+    assert text.strip() in shown
+    assert "layers.7" in text
+    with Image.open("found/here/samples.png") as image:
+        assert image.size == (8 * 64, 6 * 64)
+    assert main(["check", write_recipe(), "--save", "mine.py/x"]) == 2
+    assert "expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_overfit_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of(capsys, write_recipe(), "--overfit")
+    assert verdict_on("overfit", report)["figures"]["accuracy"] > 0.9
+
+
+def test_the_limit_is_kept_and_what_it_cut_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = "\nimport time\n\ndef slow(fraction):\n    time.sleep(0.2)\n    return 1.0\n"
+    path = write_recipe(f"{slow}\nrecipe = replace(recipe, schedule=slow)")
+    report = report_of(capsys, path, "--limit", "3")
+    assert report["limit"] == 3
+    assert report["seconds"] < 4
+    cut = [v["question"] for v in report["verdicts"] if v["standing"] == "not asked"]
+    assert "network" in cut or "cost" in cut
+    assert "--limit SECONDS" in report["verdicts"][-1]["answer"]
+
+
+def test_several_processes_are_refused_by_one_of_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (place | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["check", SIMPLECNN]) == 2
+    assert "--world-size 2" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["check", SIMPLECNN]) == 2
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -68,6 +198,7 @@ def test_a_model_that_cannot_be_built_is_a_verdict(capsys: pytest.CaptureFixture
         (["--jsn"], "unrecognized arguments: --jsn"),
         (["nowhere.py"], "no such file"),
         ([SIMPLECNN, "optimizer.lrr=1"], "did you mean optimizer.lr?"),
+        ([SIMPLECNN, "--limit", "no"], "'no' is no number of seconds"),
     ],
 )
 def test_wrong_words_are_one_line(

@@ -49,9 +49,7 @@ def test_equal_classes_and_right_numbers_are_good(recipe: Recipe, data: Data) ->
     assert statistics.figures["std"] == pytest.approx(std.tolist(), abs=1e-5)
 
 
-def test_a_rare_class_is_told_with_weights_that_count_all_alike(
-    recipe: Recipe, data: Data
-) -> None:
+def test_a_rare_class_is_told_with_weights_that_count_all_alike(recipe: Recipe, data: Data) -> None:
     few = (data.train.labels == 3).nonzero()[:2, 0]
     kept = torch.cat([few, (data.train.labels != 3).nonzero()[:, 0]])
     train = ImageSet(data.train.images[kept], data.train.labels[kept], data.train.classes)
@@ -68,7 +66,9 @@ def test_a_rare_class_is_told_with_weights_that_count_all_alike(
 def test_a_class_without_images_is_named(recipe: Recipe, data: Data) -> None:
     classes = (*data.train.classes, "unicorn")
     train, test = (replace(half, classes=classes) for half in (data.train, data.test))
-    answers = [verdict.answer for verdict in told(replace(data, train=train, test=test), recipe.data)]
+    answers = [
+        verdict.answer for verdict in told(replace(data, train=train, test=test), recipe.data)
+    ]
     assert "no training image of unicorn" in answers
     assert "no test image of unicorn" in answers
 
@@ -105,7 +105,8 @@ def test_numbers_that_are_far_from_the_images_are_told(recipe: Recipe, data: Dat
     verdict = told(data, wrong)[-1]
     assert verdict.standing == "notice"
     mean, std = (
-        eval(part.partition("=")[2]) for part in verdict.instead.removeprefix("write ").split(", std")
+        eval(part.partition("=")[2])
+        for part in verdict.instead.removeprefix("write ").split(", std")
     )
     assert told(data, replace(wrong, mean=mean, std=std))[-1].standing == "good"
 

@@ -1,0 +1,144 @@
+"""Memory, disk and time that are predicted, against what torch, the files and a training take."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.optim import SGD, Adam
+
+from launcher import Recipe, Synthetic, ema
+from launcher.checkpoint import checkpoint
+from launcher.checks import cost
+from launcher.config import loader
+from launcher.config.plan import START
+from launcher.training.loop import fit, make_batches
+from launcher.training.metrics import LossTracker
+from launcher.training.state import TrainContext
+from launcher.training.step import train_step
+from tests.support.helpers import RECIPES, context_of, tiny_recipe
+
+
+def recipe_of(name: str, batch_size: int) -> Recipe:
+    recipe = loader.load(RECIPES / f"{name}.py").recipe
+    source = partial(Synthetic, count=4 * batch_size)
+    data = replace(recipe.data, source=source, batch_size=batch_size)
+    return replace(recipe, data=data, precision="fp32", compile=False)
+
+
+@contextmanager
+def stepping(ctx: TrainContext) -> Iterator[list[int]]:
+    """The peak of a second step, as torch's own tracker of tensors sees it."""
+    steps = make_batches(ctx).epoch(1)
+    tracker = LossTracker(1, ctx.accelerator.device, ctx.sum_over_ranks)
+    number, batches = next(steps)
+    train_step(ctx, batches, number, tracker)
+    peak: list[int] = []
+    yield peak
+    number, batches = next(steps)
+    memory = MemTracker()
+    memory.track_external(ctx.state.network, ctx.state.optimizer, batches[0].images)
+    with memory:
+        train_step(ctx, batches, number, tracker)
+    peak += [sum(kinds["Total"] for kinds in memory.get_tracker_snapshot("peak").values())]
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("simplecnn", 64), ("resnet18", 32)])
+def test_the_memory_is_what_torch_counts(name: str, batch_size: int) -> None:
+    recipe = recipe_of(name, batch_size)
+    ctx = context_of(recipe)
+    with stepping(ctx) as peak:
+        memory = cost.predict_memory(ctx, recipe)
+    assert memory.total - memory.images == pytest.approx(peak[0], rel=0.05)
+
+
+def test_accumulation_and_ranks_divide_the_activations() -> None:
+    recipe = recipe_of("simplecnn", 64)
+    alone = cost.predict_memory(context_of(recipe), recipe)
+    ctx = context_of(replace(recipe, accumulate=4))
+    split = cost.predict_memory(ctx, recipe)
+    assert split.activations == pytest.approx(alone.activations / 4, rel=0.01)
+    ctx = replace(ctx, plan=replace(ctx.plan, world_size=4))
+    assert cost.predict_memory(ctx, recipe).activations < 0.3 * split.activations
+
+
+def test_half_precision_needs_less() -> None:
+    recipe = recipe_of("simplecnn", 64)
+    ctx = context_of(recipe)
+    whole = cost.predict_memory(ctx, recipe)
+    half = cost.predict_memory(ctx, replace(recipe, precision="bf16"))
+    assert half.weights == whole.weights
+    assert 0.4 < half.activations / whole.activations < 0.8  # the indices of pooling stay int64
+    pure = cost.predict_memory(ctx, replace(recipe, precision="pure_bf16"))
+    assert pure.weights == whole.weights // 2
+
+
+def wide() -> nn.Module:
+    """Mostly numbers: the names of a checkpoint are small beside them."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 100), nn.Linear(100, 10))
+
+
+@pytest.mark.parametrize("average", [None, partial(ema, decay=0.9)])
+def test_a_checkpoint_has_the_size_that_is_told(average: None, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        model=wide,
+        optimizer=partial(Adam, lr=1e-3),
+        average=average,
+        epochs=1,
+    )
+    ctx = context_of(recipe)
+    for _ in fit(ctx, START):
+        pass
+    told = cost.describe_disk(ctx, tmp_path / "not" / "there")
+    folder = checkpoint.write(
+        checkpoint.capture(ctx, {"progress": {"step": 10, "epochs": 1}}), tmp_path
+    )
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    assert told.figures["checkpoint"] == pytest.approx(written, rel=0.05)
+    assert told.standing == "good"
+    assert str(tmp_path) in told.answer
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ctx = context_of(tiny_recipe())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    told = cost.describe_disk(ctx, tmp_path)
+    assert told.standing == "wrong"
+    assert "0 bytes are free" in told.answer
+
+
+class Slow(nn.Module):
+    """10 ms for each call, whatever the images; and 2 ms for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(0.01 + 0.002 * len(images))
+        return self.layer(images.mean((2, 3)))
+
+
+def test_an_epoch_takes_about_what_its_steps_take() -> None:
+    recipe = tiny_recipe(model=Slow, optimizer=partial(SGD, lr=0.1), epochs=3)
+    told = cost.describe_time(context_of(recipe))
+    # 100 images in batches of 10, each of them 30 ms; and 20 in one pass of evaluation
+    assert told.figures["epoch_seconds"] == pytest.approx(10 * 0.03 + 0.05, rel=0.5)
+    assert told.figures["seconds"] == 3 * told.figures["epoch_seconds"]
+
+
+def test_the_ranks_are_those_of_the_plan() -> None:
+    recipe = tiny_recipe()
+    ctx = context_of(recipe)
+    verdict = cost.describe_ranks(replace(ctx, plan=replace(ctx.plan, world_size=5)), recipe)
+    assert verdict.answer == "10 = 5 ranks x 2 images"
+    assert any(line.split()[:1] == ["5"] for line in verdict.lines)
+    assert torch.is_grad_enabled()
