@@ -27,6 +27,7 @@ from launcher.errors import (
 )
 from launcher.utils.arguments import Parser, positive, seconds
 from launcher.utils.redaction import redacted
+from launcher.utils.text import drop_stdout
 
 if TYPE_CHECKING:
     from launcher.config.loader import LoadedRecipe
@@ -56,12 +57,15 @@ def main(words: Sequence[str] | None = None) -> int:
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         if words[:1] and words[0] in _COMMANDS:  # which a signal ends at once: they lose nothing
-            return _COMMANDS[words[0]](words[1:])
-        with signals.listening():  # before torch is imported: that takes seconds
-            world = slurm_env.world_of_this_process()
-            if world.is_launched:
-                signals.watch_launcher()
-            return _run(words, world)
+            code = _COMMANDS[words[0]](words[1:])
+        else:
+            with signals.listening():  # before torch is imported: that takes seconds
+                world = slurm_env.world_of_this_process()
+                if world.is_launched:
+                    signals.watch_launcher()
+                code = _run(words, world)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OtherRankError as error:
@@ -70,7 +74,12 @@ def main(words: Sequence[str] | None = None) -> int:
         if world.is_main or isinstance(error, RankError):  # all ranks raise any other one
             sys.stderr.write(redacted(f"launcher: {error}\n"))
         return error.exit_code
+    except BrokenPipeError:
+        drop_stdout()
+        return EXIT_FAULT
     except SystemExit as error:  # not argparse's: `Parser.error` raises
+        if isinstance(error.__context__, BrokenPipeError):  # rich's, which drops stdout itself
+            return EXIT_FAULT
         sys.stderr.write(redacted(f"launcher: the recipe's code called sys.exit({error.code})\n"))
         return EXIT_FAULT
     except Exception:

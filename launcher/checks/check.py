@@ -145,21 +145,21 @@ def _data(subject: Subject, *, near: bool) -> Iterator[Verdict]:
     try:
         subject.data = sources.open_on_disk(wanted)
     except UserError as error:
-        yield _refused("data", error)
+        found = [_refused("data", error)]
     else:
-        if subject.data:
-            yield from images.describe_images(subject.data, wanted, near=near)
-            return
+        missing = f"the images are not in {wanted.root!r}: embedded ones of their shape stand in"
+        advice = "type data.root=FOLDER, or train once, which fetches them"
+        found = [Verdict("data", missing, "not asked", advice)]
+    if subject.data:
+        yield from images.describe_images(subject.data, wanted, near=near)
+        return
     try:
         subject.data = sources.load(sources.stand_in(wanted, IMAGES))
         subject.stands_in = True
     except UserError:
-        if subject.data is None:
-            yield Verdict("data", "their shape is not known without their files", "not asked")
-        return
-    missing = f"the images are not in {wanted.root!r}: embedded ones of their shape stand in"
-    advice = "type data.root=FOLDER, or train once, which fetches them"
-    yield Verdict("data", missing, "not asked", advice)
+        if not exit_code(found):
+            found = [Verdict("data", "their shape is not known without their files", "not asked")]
+    yield from found
 
 
 def _network(subject: Subject) -> Iterator[Verdict]:
@@ -276,7 +276,7 @@ def _table(layers: tuple[Layer, ...]) -> Table:
     table = Table()
     for column in ("layer", "kind", "takes", "makes", "parameters", "MFLOPs", "KiB"):
         is_number = column in ("parameters", "MFLOPs", "KiB")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=not is_number)
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for layer in layers:
         table.add_row(
             *(layer.name or "the network", layer.kind, *layer.describe_shapes()),

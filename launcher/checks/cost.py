@@ -35,10 +35,9 @@ class Memory:
     """Bytes that one rank's device holds at the peak of a step."""
 
     weights: int
-    gradients: int
     optimizer: int
     average: int
-    activations: int
+    passes: int  # activations and gradients, whose sum goes up and down within a step
     images: int  # the data set, and the pictures of the next steps
 
     @property
@@ -51,7 +50,8 @@ def describe_memory(ctx: TrainContext, recipe: Recipe) -> Verdict:
     """The peak on each rank, predicted for the precision that the recipe names."""
     memory = predict_memory(ctx, recipe)
     parts = {name: size for name, size in vars(memory).items() if size}
-    told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    words = {"passes": "activations and gradients"}
+    told = ", ".join(f"{words.get(name, name)} {_size(size)}" for name, size in parts.items())
     precision = recipe.precision or "fp32"
     return Verdict(
         NAME,
@@ -69,7 +69,6 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     halves = 2 if recipe.precision in _PURE else 1
     weights = _bytes(state.network.parameters()) + _bytes(state.network.buffers())
     images = -(-plan.batch_size // plan.num_micro_batches)
-    gradients, activations = _peak(ctx, recipe, images)
     step_images = -(-plan.batch_size // plan.world_size)
     chunk = steps_per_chunk(plan, ctx.normalize.image_bytes, torch.device("cuda"))
     pictures = chunk * step_images * ctx.normalize.image_bytes // halves
@@ -77,10 +76,9 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     of_one = train.images[0].nbytes + train.labels[0].nbytes
     return Memory(
         weights=weights // halves,
-        gradients=gradients // halves,
         optimizer=optimizer_bytes(ctx) // halves,
         average=weights if recipe.average else 0,
-        activations=activations,
+        passes=_peak(ctx, recipe, images),
         images=(plan.train_images + plan.test_images) * of_one + 2 * draws + pictures,
     )
 
@@ -89,24 +87,23 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
 class _Moment:
     """Bytes that there are when the backward pass comes to a layer."""
 
-    kept: int  # by autograd, for this layer and those before it
-    flowing: int  # the gradients of what the layer was given and of what it made
-    gradients: int  # of the parameters, of this layer and those behind it
+    of_images: int  # kept by autograd up to this layer; gradients of what it was given and made
+    gradients: int  # of the parameters of this layer and those behind it
 
 
-def _peak(ctx: TrainContext, recipe: Recipe, images: int) -> tuple[int, int]:
-    """Bytes of gradients and activations at the moment when both together are most.
+def _peak(ctx: TrainContext, recipe: Recipe, images: int) -> int:
+    """Bytes of activations and gradients at the moment when both together are most.
 
     What is kept and flows grows with the images by a straight line, which two passes tell.
     """
+    halves = 2 if recipe.precision in _PURE else 1
     small, larger = (_moments(ctx, recipe, size) for size in (_SMALL, _LARGER))
-    highest = (0, 0)
+    sums = []
     for first, second in zip(small, larger, strict=True):
-        sizes = first.kept + first.flowing, second.kept + second.flowing
-        each = (sizes[1] - sizes[0]) / (_LARGER - _SMALL)
-        activations = max(0, round(sizes[0] + (images - _SMALL) * each))
-        highest = max(highest, (first.gradients, activations), key=sum)
-    return highest
+        each = (second.of_images - first.of_images) / (_LARGER - _SMALL)
+        of_images = max(0, round(first.of_images + (images - _SMALL) * each))
+        sums.append(of_images + first.gradients // halves)
+    return max(sums)
 
 
 def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
@@ -115,7 +112,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     weights = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
     gradients = _bytes(p for p in network.parameters() if p.requires_grad)
     # With foreach, the update makes a second copy of the gradients.
-    moments = [_Moment(kept=0, flowing=gradients, gradients=gradients)]
+    moments = [_Moment(of_images=0, gradients=2 * gradients)]
     kept: dict[int, Tensor] = {}  # by storage; held, so that no other takes its place
     passed: set[nn.Module] = set()
 
@@ -126,7 +123,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         before = {p for m in passed for p in m.parameters(recurse=False) if p.requires_grad}
         flowing = _bytes(v for v in (*inputs, output) if isinstance(v, Tensor))
-        moments.append(_Moment(held(), flowing, gradients - _bytes(before)))
+        moments.append(_Moment(held() + flowing, gradients - _bytes(before)))
         passed.add(module)
 
     def held() -> int:
@@ -142,7 +139,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
         upcast(network(images))
     for handle in handles:
         handle.remove()
-    return [*moments, _Moment(kept=held(), flowing=0, gradients=0)]
+    return [*moments, _Moment(of_images=held(), gradients=0)]
 
 
 def optimizer_bytes(ctx: TrainContext) -> int:

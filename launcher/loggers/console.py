@@ -19,6 +19,7 @@ from launcher.config.plan import Plan
 from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils.redaction import redacted
+from launcher.utils.text import drop_stdout
 
 
 class Console(Logger):
@@ -29,10 +30,14 @@ class Console(Logger):
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """Write one line, and flush."""
+        """Write one line, and flush; a training does not end with the reader of its output."""
         if self._stream is not None:
-            self._stream.write(redacted(text) + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(redacted(text) + "\n")
+                self._stream.flush()
+            except BrokenPipeError:
+                self._stream = None
+                drop_stdout()
 
     def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
         """What is about to run; `warning` stands out."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from launcher import Synthetic
 from launcher.cli import main
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
@@ -321,3 +323,28 @@ def test_pictures64_trains_on_folders_of_png_files(capsys: pytest.CaptureFixture
     rows = [json.loads(line) for line in Path("runs/own/metrics.jsonl").read_text().splitlines()]
     assert {row["test/images"] for row in rows} == {60}
     assert rows[-1]["test/accuracy"] > 0.5  # chance is 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([SIMPLECNN, *TINY, "--help-all"], 1),
+        ([SIMPLECNN, *TINY, "--dry-run"], 1),
+        (["check", SIMPLECNN], 1),
+        ([SIMPLECNN, *TINY, "--max-steps", "7", "--name", "on"], 0),  # a training goes on
+    ],
+)
+def test_a_reader_that_has_ended_costs_no_traceback(
+    words: list[str], code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "launcher", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = tmp_path / "errors"
+    with os.fdopen(writer, "wb") as gone, errors.open("wb") as file:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = forked.Popen(command, cwd=tmp_path, env=environment, stdout=gone, stderr=file)
+        assert process.wait(60) == code, errors.read_text()
+    assert errors.read_text() == ""
+    if code == 0:
+        assert Path("runs/on/final.safetensors").is_file()

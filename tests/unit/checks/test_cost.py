@@ -65,9 +65,9 @@ def test_accumulation_and_ranks_divide_the_activations() -> None:
     alone = cost.predict_memory(context_of(recipe), recipe)
     ctx = context_of(replace(recipe, accumulate=4))
     split = cost.predict_memory(ctx, recipe)
-    assert split.activations == pytest.approx(alone.activations / 4, rel=0.01)
+    assert split.passes == pytest.approx(alone.passes / 4, rel=0.01)
     ctx = replace(ctx, plan=replace(ctx.plan, world_size=4))
-    assert cost.predict_memory(ctx, recipe).activations < 0.3 * split.activations
+    assert cost.predict_memory(ctx, recipe).passes < 0.3 * split.passes
 
 
 def test_half_precision_needs_less() -> None:
@@ -76,7 +76,7 @@ def test_half_precision_needs_less() -> None:
     whole = cost.predict_memory(ctx, recipe)
     half = cost.predict_memory(ctx, replace(recipe, precision="bf16"))
     assert half.weights == whole.weights
-    assert 0.4 < half.activations / whole.activations < 0.8  # the indices of pooling stay int64
+    assert 0.4 < half.passes / whole.passes < 0.8  # the indices of pooling stay int64
     pure = cost.predict_memory(ctx, replace(recipe, precision="pure_bf16"))
     assert pure.weights == whole.weights // 2
 
