@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from launcher.checkpoint import checkpoint, run_dir
+from launcher.checkpoint import checkpoint, outcomes, run_dir
 from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
@@ -27,7 +28,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import flatten, short_name
 from launcher.config.slots import Precision
 from launcher.data import cache
-from launcher.data.sources import Data
+from launcher.data.sources import Data, digest
 from launcher.distributed import process_group, signals
 from launcher.distributed.accelerator import (
     choose_precision,
@@ -52,7 +53,7 @@ from launcher.loggers.console import Console, first_step_line, make_console, tta
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
-from launcher.training.metrics import Best, EpochReport, StepReport
+from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
 from launcher.training.model import build_network, count_parameters, initialize
 from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
@@ -119,6 +120,7 @@ class ActiveRun:
     last: Best | None = None
     losses: list[float] = field(default_factory=list)
     final_loss: float = 0.0  # of the test images, in the last evaluation
+    report: EpochReport | None = None  # of the last evaluation
     stopped: bool = False
     unsaved: str = ""
 
@@ -380,6 +382,7 @@ def log_and_run(
                 rows |= profiler.rows(facts["precision"])
             loggers.console.closing(rows)
         finally:
+            saver.end(exit_code)
             loggers.finish(exit_code)
     return run.result()
 
@@ -410,7 +413,14 @@ def describe_run(
     def write() -> ResumePoint:
         train = ctx.data.train
         shape = list(train.images.shape[1:])
-        about = {"name": loaded.name, "classes": list(train.classes), "image_shape": shape}
+        about = {
+            "name": loaded.name,
+            "classes": list(train.classes),
+            "image_shape": shape,
+            "data_digest": digest(ctx.data),
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "samples": sample_indices(len(ctx.data.test)),
+        }
         own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
         notes = start.notes
         if damaged := own.forget_after(start.progress.epochs):
@@ -514,6 +524,8 @@ def run_loop(
             before = {step for step in run.ctx.skip_steps if step < error.step}
             run.ctx = replace(run.ctx, skip_steps=frozenset(before | {error.step}))
     lost = run.unsaved if run.stopped else run.saver.weights(run.ctx.state.eval_model, "final")
+    if run.report:
+        run.saver.outcomes(run.report, run.ctx.data.test, "last")
     run.saver.wait()
     accelerator = run.ctx.accelerator
     accelerator.wait_for_everyone()  # no rank ends while the state is being written
@@ -537,11 +549,13 @@ def handle_event(run: ActiveRun, event: Event) -> None:
             run.highest = run.last
         if is_better(event, run.best) and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
+            saver.outcomes(event, run.ctx.data.test, "best")
+        run.report = event
         loggers.epoch(event, plan, run.best)
         if not math.isfinite(event.test.loss):
             saver.complain(f"the test loss of epoch {event.epoch} is {event.test.loss}")
         run.final_loss = event.test.loss
-        saver.epoch(event.metrics() | {"data": run.ctx.data.name})
+        saver.epoch(event.metrics() | {"data": run.ctx.data.name}, outcomes.details(event))
     else:
         run.stopped = event.stops
         details = checkpoint_details(run, event.progress)

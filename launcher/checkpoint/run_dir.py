@@ -5,6 +5,9 @@ runs/NAME/
     run.json            the options: command, versions, devices, data
     recipe.py           the source of the recipe
     metrics.jsonl       one JSON object per epoch
+    details.jsonl       ... with its confusion matrix and the scores of some images
+    best.npz, last.npz  what was said of each test image in that epoch: see outcomes.py
+    end.json            how the last attempt ended
     checkpoints/        the last three, from which --resume continues: see checkpoints.py
     best.safetensors    the weights of the epoch with the highest test accuracy
     final.safetensors   the weights at the end
@@ -30,12 +33,14 @@ from launcher.utils.redaction import cleaned, redacted
 
 # What lies in a run folder before its first epoch or checkpoint.
 _BEFORE_TRAINING = frozenset(
-    ("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl")
+    ("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl", "end.json")
 )
+_LINES = ("metrics.jsonl", "details.jsonl")
 _FILES = (
     *("config.json", "run.json", "recipe.py", "metrics.jsonl", ".lock", "wandb-rows.jsonl"),
-    *("best.safetensors", "final.safetensors"),
+    *("best.safetensors", "final.safetensors", "details.jsonl", "best.npz", "last.npz", "end.json"),
 )
+_LOCK_SECONDS = 0.5  # `launcher runs` holds the lock for an instant, to see whether it is free
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
 
 
@@ -62,6 +67,7 @@ class RunDir:
             _write_json(self.path / "config.json", config)
             _write_json(self.path / "run.json", {**run, **versioned})
             atomic_write.replace(self.path / "recipe.py", redacted(source).encode())
+            (self.path / "end.json").unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error) from None
         return replace(self, identity=identity)
@@ -80,16 +86,24 @@ class RunDir:
         """Whether what `describe` wrote is still there."""
         return (self.path / "run.json").is_file()
 
-    def record(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        atomic_write.append(self.path / "metrics.jsonl", json.dumps(metrics, allow_nan=False))
+    def record(self, metrics: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`, and one to `details.jsonl`."""
+        for name, line in zip(_LINES, (metrics, details), strict=True):
+            atomic_write.append(self.path / name, json.dumps(line, allow_nan=False))
+
+    def end(self, exit_code: int) -> None:
+        """Write how this attempt ended, and when."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        _write_json(self.path / "end.json", {"exit_code": exit_code, "time": now})
 
     def forget_after(self, epochs: int) -> int:
-        """Drop the lines of `metrics.jsonl` that a resumed run will write again.
+        """Drop the lines of epochs that a resumed run will write again.
 
         Returns how many were dropped since they are damaged, but for a last one that a crash cut.
         """
-        path = self.path / "metrics.jsonl"
+        return sum(self._forget(self.path / name, epochs) for name in _LINES)
+
+    def _forget(self, path: Path, epochs: int) -> int:
         if not path.is_file():
             return 0
         lines = path.read_bytes().splitlines(keepends=True)
@@ -113,7 +127,7 @@ class RunDir:
         """
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOCK_SECONDS)
         except Timeout:
             raise UserError(
                 f"the run {self.path} is being trained by another process",

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from launcher.checkpoint import checkpoint
+from launcher.checkpoint import checkpoint, outcomes
 from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.run_dir import RunDir
+from launcher.data.sources import ImageSet
+from launcher.training.metrics import EpochReport
 from launcher.training.state import TrainContext
 
 
@@ -52,15 +54,26 @@ class Saver:
         save = partial(checkpoint.save_weights, network, path)
         return self._attempt(f"the {which} weights", save)
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """Append the figures of an epoch to metrics.jsonl."""
+    def outcomes(self, report: EpochReport, test: ImageSet, which: Literal["best", "last"]) -> None:
+        """Write what was said of each test image in the best or the last epoch."""
+        if self.folder is not None and self._writer is not None:
+            path = self.folder.path / f"{which}.npz"
+            self._attempt(path.name, lambda: outcomes.of_epoch(report, test).write(path))
+
+    def end(self, exit_code: int) -> None:
+        """Write how this attempt ended."""
+        if self.folder is not None:
+            self._attempt("end.json", partial(self.folder.end, exit_code))
+
+    def epoch(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Append the figures of an epoch."""
         if self.folder is None or self._writer is None:
             return
         if not self.folder.is_described:
             self.complain(
                 f"{self.folder.path} was removed: what is still to come cannot be resumed"
             )
-        self._attempt("metrics.jsonl", partial(self.folder.record, row))
+        self._attempt("metrics.jsonl", partial(self.folder.record, row, details))
 
     def forget_after(self, epochs: int) -> None:
         """Drop the figures of later epochs, which will be trained again."""

@@ -57,6 +57,7 @@ def _written(loaded: Data) -> Iterator[str]:
     content = {
         "images": (loaded.train.images, loaded.test.images),
         "labels": (loaded.train.labels, loaded.test.labels),
+        "files": (loaded.train.files, loaded.test.files),
         "classes": loaded.train.classes,  # both halves have the same: `sources.check`
         "name": loaded.name,
         "fallback": loaded.fallback,
@@ -83,8 +84,10 @@ def _map(place: str) -> Data | None:
     except (OSError, RuntimeError):
         return None
     train, test = (
-        ImageSet(images, labels, content["classes"])
-        for images, labels in zip(content["images"], content["labels"], strict=True)
+        ImageSet(images, labels, content["classes"], files)
+        for images, labels, files in zip(
+            content["images"], content["labels"], content["files"], strict=True
+        )
     )
     return Data(train, test, content["name"], content["fallback"])
 

@@ -20,7 +20,7 @@ TEST_EVERY = 5
 
 
 class Folder:
-    """RGB pictures of `size` pixels square, as uint8 `(n, size, size, 3)`.
+    """RGB pictures of `size` pixels square, as uint8 `(n, size, size, 3)`; `files` below `root`.
 
     Larger or oblong pictures are scaled to the shorter side and cropped around the middle.
     Raises `FileNotFoundError` where there is no folder `root`, and `UserError` where it is empty
@@ -45,6 +45,7 @@ class Folder:
             raise _empty(half)
         self.classes = names
         self.targets = numpy.array([label for _, label in files])
+        self.files = [str(file.relative_to(root)) for file, _ in files]
         self.data: Any = numpy.empty((len(files), size, size, 3), numpy.uint8)
 
         def read(index: int) -> None:

@@ -1,5 +1,6 @@
 """The test images, each exactly once, over all ranks; and what the samples among them look like."""
 
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 from launcher.config.slots import Views
 from launcher.data.batches import shard_bounds
 from launcher.distributed.stop_sync import StoppedError, StopSync
-from launcher.training.metrics import ConfusionAccumulator, Evaluation, sample_indices
+from launcher.training.metrics import ConfusionAccumulator, Evaluation, OutcomeTable, sample_indices
 from launcher.training.model import upcast
 from launcher.training.state import TrainContext, evaluating
 
@@ -20,6 +21,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate each test image exactly once, on whichever rank; by its `views` where given.
 
+    Without views, the outcome of each image is kept.
+
     Raises `StoppedError` where the ranks agree to stop: they are asked before each batch that all
     of them have.
     """
@@ -27,6 +30,7 @@ def evaluate(
     accumulator = ConfusionAccumulator(
         len(test.classes), accelerator.device, ctx.loss.class_weights
     )
+    table = OutcomeTable(len(test), accelerator.device) if views is None else None
     start, stop = shard_bounds(len(test), accelerator.num_processes, accelerator.process_index)
     on_cpu = accelerator.device.type == "cpu"
     size = EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH
@@ -40,7 +44,12 @@ def evaluate(
             logits = upcast(views(score, images) if views else score(images))
             labels = test.labels[part]
             accumulator.add(logits, labels, ctx.loss(logits, labels, images))
+            if table:
+                table.add(first, logits, labels)
     evaluation = accumulator.evaluation(ctx.sum_over_ranks(accumulator.counts))
+    if table:
+        outcomes = ctx.sum_over_ranks(table.values).cpu().numpy()
+        evaluation = replace(evaluation, outcomes=outcomes)
     assert evaluation.images == len(test), "an image was counted twice or not at all"
     return evaluation
 

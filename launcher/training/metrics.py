@@ -7,7 +7,7 @@ never the means averaged, so every image counts once, on whichever rank it was.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
@@ -37,11 +37,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The test images, each counted once. `confusion[truth][prediction]` counts images."""
+    """The test images, each counted once. `confusion[truth][prediction]` counts images.
+
+    `outcomes` are those of each image in their order, as `OutcomeTable` makes them.
+    """
 
     loss: float
     confusion: tuple[tuple[int, ...], ...]
     in_top5: int
+    outcomes: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def images(self) -> int:
@@ -254,6 +258,27 @@ class ConfusionAccumulator:
         weights = [1.0] * self._classes if self._weights is None else self._weights.tolist()
         weight = sum(map(mul, images, weights))
         return Evaluation(loss / weight if weight else math.nan, confusion, int(in_top5))
+
+
+class OutcomeTable:
+    """What the model says of each test image, of which one rank fills in its own.
+
+    float32 `(images, 4)`: the predicted class, the probabilities of the true and of the predicted
+    class, and the loss, which is minus the logarithm of the former whatever the recipe's loss is.
+    The rows of other ranks are zero, so that their sum over the ranks is exact.
+    """
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        """For all images of the test set, on whichever rank."""
+        self.values = torch.zeros(images, 4, device=device)
+
+    def add(self, first: int, logits: Tensor, labels: Tensor) -> None:
+        """Images from `first` on: logits `(n, classes)`, labels `(n,)`. Does not wait."""
+        logs = logits.log_softmax(dim=1)
+        best, predicted = logs.max(dim=1)
+        of_truth = logs.gather(1, labels[:, None])[:, 0]
+        columns = (predicted, of_truth.exp(), best.exp(), -of_truth)
+        self.values[first : first + len(labels)] = torch.stack([c.float() for c in columns], 1)
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -183,7 +183,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     run.describe({"epochs": 1}, {"name": "net"}, "source")
     save_weights(Tiny(), run.final)
     with pytest.raises(OSError, match="symbolic"):
-        run.record({"epoch": 1})
+        run.record({"epoch": 1}, {"epoch": 1})
     assert (outside / "file").read_text() == "precious"
     (folder / "checkpoints").symlink_to(outside)
     with pytest.raises(UserError, match="is a link to"):

@@ -191,7 +191,7 @@ def test_epochs_that_will_be_repeated_are_forgotten(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
     folder.forget_after(0)
     for epoch in (1, 2, 3):
-        folder.record({"epoch": epoch})
+        folder.record({"epoch": epoch}, {"epoch": epoch})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "tes')  # cut off by a kill
     folder.forget_after(2)

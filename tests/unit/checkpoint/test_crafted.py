@@ -261,10 +261,10 @@ def test_figures_are_not_written_into_a_fifo_nor_read_forever(tmp_path: Path) ->
     as_fifo(path)
     assert folder.forget_after(1) == 0
     with pytest.raises(OSError, match="metrics"):
-        folder.record({"epoch": 1})
+        folder.record({"epoch": 1}, {"epoch": 1})
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(OSError, match="no plain file"):
-        folder.record({"epoch": 1})
+        folder.record({"epoch": 1}, {"epoch": 1})
     os.close(reader)
 
 

@@ -63,7 +63,7 @@ def test_records_are_one_json_object_a_line(tmp_path: Path) -> None:
     folder = run_dir.create(tmp_path, "mine", "net")
     folder.describe({"epochs": 1}, {"data": "x"}, "source")
     for epoch in (1, 2):
-        folder.record({"epoch": epoch, "test/accuracy": 0.5})
+        folder.record({"epoch": epoch, "test/accuracy": 0.5}, {"epoch": epoch})
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     assert json.loads((folder.path / "run.json").read_text())["versions"]["torch"]

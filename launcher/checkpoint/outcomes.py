@@ -1,0 +1,144 @@
+"""What the model said of each test image, with some of the pictures: plain files of a run.
+
+`best.npz` and `last.npz` hold arrays that numpy reads without pickle; `details.jsonl` has a line
+for each epoch. So a report needs neither the data set nor the network.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+from launcher.data.sources import ImageSet
+from launcher.training.metrics import EpochReport, sample_indices
+from launcher.utils import atomic_write
+
+LARGEST = 64  # pixels: larger pictures are kept smaller
+WORST, SUREST = 48, 24  # pictures of mistakes, and of right answers, that are kept at least
+OF_A_CELL = 4  # ... of each cell of the confusion matrix
+MOST_PICTURES = 500
+TOP = 5  # classes of each sample
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Of n test images, in the order of the data set; pictures of k of them.
+
+    `loss` is minus the logarithm of `probability_of_truth`.
+    """
+
+    epoch: int
+    truth: NDArray[Any]  # int32 (n,)
+    predicted: NDArray[Any]  # int32 (n,)
+    probability_of_truth: NDArray[Any]  # float32 (n,)
+    probability: NDArray[Any]  # float32 (n,), of the predicted class
+    loss: NDArray[Any]  # float32 (n,)
+    files: NDArray[Any]  # text (n,), or (0,) where the images have no files of their own
+    pictured: NDArray[Any]  # int32 (k,): the places of the images whose pictures are kept
+    pictures: NDArray[Any]  # uint8 (k, h, w, c)
+
+    @property
+    def mistakes(self) -> NDArray[Any]:
+        """The places of the images that were taken for another class, the highest loss first."""
+        return _by(-self.loss, self.truth != self.predicted)
+
+    @property
+    def surest(self) -> NDArray[Any]:
+        """The places of those that were recognized, the highest probability first."""
+        return _by(-self.probability, self.truth == self.predicted)
+
+    def write(self, path: Path) -> None:
+        """The arrays under their names; whole, or not at all."""
+        content = io.BytesIO()
+        numpy.savez(content, **{f.name: getattr(self, f.name) for f in fields(self)})
+        atomic_write.replace(path, content.getvalue(), is_kept=False)
+
+
+def read(path: Path) -> Outcomes | None:
+    """What `write` wrote; None where there is no such file, or not a whole one."""
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            values = {field.name: arrays[field.name] for field in fields(Outcomes)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        return None
+    return Outcomes(**{**values, "epoch": int(values["epoch"])})
+
+
+def of_epoch(report: EpochReport, test: ImageSet) -> Outcomes:
+    """From an evaluation of these images, on whichever device they are."""
+    table = report.test.outcomes
+    assert table is not None
+    truth = test.labels.cpu().numpy().astype(numpy.int32)
+    columns = (table[:, number].astype(numpy.float32) for number in (1, 2, 3))
+    of_truth, probability, loss = columns
+    none = numpy.zeros(0, numpy.int32)
+    outcomes = Outcomes(
+        epoch=report.epoch,
+        truth=truth,
+        predicted=table[:, 0].astype(numpy.int32),
+        probability_of_truth=of_truth,
+        probability=probability,
+        loss=loss,
+        files=numpy.array(test.files, dtype=numpy.str_),
+        pictured=none,
+        pictures=none,
+    )
+    pictured = _to_picture(outcomes)
+    images = test.images[pictured.tolist()].cpu().numpy()
+    values = {f.name: getattr(outcomes, f.name) for f in fields(outcomes)}
+    return Outcomes(**{**values, "pictured": pictured, "pictures": _small(images)})
+
+
+def details(report: EpochReport) -> dict[str, Any]:
+    """A line of `details.jsonl`: the cells of the confusion matrix that are not zero, as
+    `[truth, prediction, images]`; and of each sample its best classes, as `[class, probability]`.
+    """
+    confusion = numpy.array(report.test.confusion)
+    cells = [[*map(int, place), int(confusion[*place])] for place in numpy.argwhere(confusion)]
+    best = numpy.argsort(-report.probabilities, axis=1, kind="stable")[:, :TOP]
+    samples = [
+        [[int(c), round(float(p), 4)] for c, p in zip(row, scores[row], strict=True)]
+        for row, scores in zip(best, report.probabilities, strict=True)
+    ]
+    return {"epoch": report.epoch, "confusion": cells, "samples": samples}
+
+
+def _by(keys: NDArray[Any], chosen: NDArray[Any]) -> NDArray[Any]:
+    """The places that are `chosen`, by their keys; equal ones by their place."""
+    order = numpy.argsort(keys, kind="stable")
+    return order[chosen[order]]
+
+
+def _to_picture(outcomes: Outcomes) -> NDArray[Any]:
+    """The samples, the worst and the surest, and then some of each cell of the matrix."""
+    mistakes, surest = outcomes.mistakes, outcomes.surest
+    order = numpy.concatenate([mistakes, surest[::-1]])  # of each cell, the worst or least sure
+    cells = outcomes.truth[order].astype(numpy.int64) * (outcomes.predicted.max() + 1)
+    cells += outcomes.predicted[order]
+    by_cell = numpy.argsort(cells, kind="stable")
+    starts = numpy.searchsorted(cells[by_cell], cells[by_cell], side="left")
+    is_first = numpy.zeros(len(order), bool)
+    is_first[by_cell[numpy.arange(len(order)) - starts < OF_A_CELL]] = True
+    chosen = [
+        numpy.array(sample_indices(len(order))),
+        *(mistakes[:WORST], surest[:SUREST], order[is_first]),
+    ]
+    places = dict.fromkeys(numpy.concatenate(chosen).tolist())
+    return numpy.array(list(places)[:MOST_PICTURES], numpy.int32)
+
+
+def _small(images: NDArray[Any]) -> NDArray[Any]:
+    """uint8 `(k, h, w, c)` with no side above `LARGEST`."""
+    height, width = images.shape[1:3]
+    if max(height, width) <= LARGEST:
+        return images
+    scale = LARGEST / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    modes = [image[..., 0] if image.shape[-1] == 1 else image for image in images]
+    resized = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in modes]
+    return numpy.stack([numpy.asarray(r).reshape(size[1], size[0], -1) for r in resized])
