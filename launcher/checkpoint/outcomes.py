@@ -62,9 +62,9 @@ class Outcomes:
 def read(path: Path) -> Outcomes | None:
     """What `write` wrote; None where there is no such file, or not a whole one."""
     try:
-        with numpy.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             values = {field.name: arrays[field.name] for field in fields(Outcomes)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
         return None
     return Outcomes(**{**values, "epoch": int(values["epoch"])})
 

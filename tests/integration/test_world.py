@@ -77,6 +77,30 @@ def test_evaluation_counts_each_image_once(results: Results, name: str, size: in
     assert [sum(map(sum, table)) for table in many["confusions"]] == [IMAGES // 5] * 2
 
 
+@pytest.mark.parametrize("size", [2, FOUR])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_each_image_has_the_outcome_that_one_process_gives_it(
+    results: Results, name: str, size: int
+) -> None:
+    one, many = results[1][name], results[size][name]
+    for first, second in zip(one["outcomes"], many["outcomes"], strict=True):
+        assert torch.equal(first[:, 0], second[:, 0])
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    if not name.startswith("float32"):  # in which two losses may change places
+        assert many["worst"] == one["worst"]
+
+
+def test_the_outcomes_are_those_of_the_matrix_and_of_the_loss(results: Results) -> None:
+    found = results[1]["float64"]
+    rows = zip(found["outcomes"], found["confusions"], found["test_losses"], strict=True)
+    for outcomes, confusion, loss in rows:
+        predicted = torch.bincount(outcomes[:, 0].long(), minlength=len(confusion))
+        assert predicted.tolist() == torch.tensor(confusion).sum(0).tolist()
+        assert float(outcomes[:, 3].mean()) == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(outcomes[:, 3].neg().exp(), outcomes[:, 1])
+        assert (outcomes[:, 2] >= outcomes[:, 1]).all()
+
+
 def test_training_moved_the_parameters(results: Results) -> None:
     for name in SCENARIOS:
         losses = results[1][name]["train_losses"]

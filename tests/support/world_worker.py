@@ -31,6 +31,7 @@ from launcher import (
     mirrored_and_shifted,
     mixup,
 )
+from launcher.checkpoint.outcomes import of_epoch
 from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
 from launcher.training.loop import fit
@@ -172,6 +173,8 @@ def run(recipe: Recipe, world: World) -> dict[str, object]:
         "test_losses": [report.test.loss for report in epochs],
         "confusions": [report.test.confusion for report in epochs],
         "in_top5": [report.test.in_top5 for report in epochs],
+        "worst": [of_epoch(report, ctx.data.test).mistakes.tolist() for report in epochs],
+        "outcomes": [torch.from_numpy(report.test.outcomes) for report in epochs],
         "with_views": [report.test_tta.confusion for report in epochs if report.test_tta],
     }
 
