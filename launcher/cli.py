@@ -155,7 +155,19 @@ def _check(words: list[str]) -> int:
     return check.main(words, _load)
 
 
-_COMMANDS = {"submit": _submit, "check": _check}
+def _runs(words: list[str]) -> int:
+    from launcher.results import runs
+
+    return runs.main(words)
+
+
+def _compare(words: list[str]) -> int:
+    from launcher.results import compare
+
+    return compare.main(words)
+
+
+_COMMANDS = {"submit": _submit, "check": _check, "runs": _runs, "compare": _compare}
 
 
 def _run(words: list[str], world: World) -> int:

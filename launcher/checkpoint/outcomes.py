@@ -8,15 +8,17 @@ import io
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
 from PIL import Image
 
-from launcher.data.sources import ImageSet
-from launcher.training.metrics import EpochReport, sample_indices
 from launcher.utils import atomic_write
+
+if TYPE_CHECKING:  # torch: seconds, for those who only read
+    from launcher.data.sources import ImageSet
+    from launcher.training.metrics import EpochReport
 
 LARGEST = 64  # pixels: larger pictures are kept smaller
 WORST, SUREST = 48, 24  # pictures of mistakes, and of right answers, that are kept at least
@@ -69,8 +71,10 @@ def read(path: Path) -> Outcomes | None:
     return Outcomes(**{**values, "epoch": int(values["epoch"])})
 
 
-def of_epoch(report: EpochReport, test: ImageSet) -> Outcomes:
+def of_epoch(report: "EpochReport", test: "ImageSet") -> Outcomes:
     """From an evaluation of these images, on whichever device they are."""
+    from launcher.training.metrics import sample_indices
+
     table = report.test.outcomes
     assert table is not None
     truth = test.labels.cpu().numpy().astype(numpy.int32)
@@ -88,13 +92,13 @@ def of_epoch(report: EpochReport, test: ImageSet) -> Outcomes:
         pictured=none,
         pictures=none,
     )
-    pictured = _to_picture(outcomes)
+    pictured = _to_picture(outcomes, sample_indices(len(truth)))
     images = test.images[pictured.tolist()].cpu().numpy()
     values = {f.name: getattr(outcomes, f.name) for f in fields(outcomes)}
     return Outcomes(**{**values, "pictured": pictured, "pictures": _small(images)})
 
 
-def details(report: EpochReport) -> dict[str, Any]:
+def details(report: "EpochReport") -> dict[str, Any]:
     """A line of `details.jsonl`: the cells of the confusion matrix that are not zero, as
     `[truth, prediction, images]`; and of each sample its best classes, as `[class, probability]`.
     """
@@ -114,7 +118,7 @@ def _by(keys: NDArray[Any], chosen: NDArray[Any]) -> NDArray[Any]:
     return order[chosen[order]]
 
 
-def _to_picture(outcomes: Outcomes) -> NDArray[Any]:
+def _to_picture(outcomes: Outcomes, samples: list[int]) -> NDArray[Any]:
     """The samples, the worst and the surest, and then some of each cell of the matrix."""
     mistakes, surest = outcomes.mistakes, outcomes.surest
     order = numpy.concatenate([mistakes, surest[::-1]])  # of each cell, the worst or least sure
@@ -125,7 +129,7 @@ def _to_picture(outcomes: Outcomes) -> NDArray[Any]:
     is_first = numpy.zeros(len(order), bool)
     is_first[by_cell[numpy.arange(len(order)) - starts < OF_A_CELL]] = True
     chosen = [
-        numpy.array(sample_indices(len(order))),
+        numpy.array(samples),
         *(mistakes[:WORST], surest[:SUREST], order[is_first]),
     ]
     places = dict.fromkeys(numpy.concatenate(chosen).tolist())

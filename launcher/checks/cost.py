@@ -21,6 +21,7 @@ from launcher.data.batches import steps_per_chunk
 from launcher.distributed.accelerator import device_name
 from launcher.training.model import restored_afterwards, upcast
 from launcher.training.state import TrainContext, evaluating
+from launcher.utils.text import sizes
 
 NAME = "cost"
 _SMALL, _LARGER = 2, 4  # images of the two passes between whose memory the images' own is told
@@ -51,11 +52,11 @@ def describe_memory(ctx: TrainContext, recipe: Recipe) -> Verdict:
     memory = predict_memory(ctx, recipe)
     parts = {name: size for name, size in vars(memory).items() if size}
     words = {"passes": "activations and gradients"}
-    told = ", ".join(f"{words.get(name, name)} {_size(size)}" for name, size in parts.items())
+    told = ", ".join(f"{words.get(name, name)} {sizes(size)}" for name, size in parts.items())
     precision = recipe.precision or "fp32"
     return Verdict(
         NAME,
-        f"about {_size(memory.total)} of memory on each rank in {precision}: {told}",
+        f"about {sizes(memory.total)} of memory on each rank in {precision}: {told}",
         figures={"memory": memory.total, **parts},
     )
 
@@ -149,7 +150,7 @@ def optimizer_bytes(ctx: TrainContext) -> int:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.elementsizes() for tensor in tensors)
 
 
 # On the disk
@@ -164,8 +165,8 @@ def describe_disk(ctx: TrainContext, runs: Path) -> Verdict:
     needed = (KEPT + 1) * checkpoint + 2 * weights
     folder = next(path for path in (runs, *runs.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
-    answer = f"a checkpoint has {_size(checkpoint)}, a run up to {_size(needed)}; "
-    answer += f"{_size(free)} are free in {folder}"
+    answer = f"a checkpoint has {sizes(checkpoint)}, a run up to {sizes(needed)}; "
+    answer += f"{sizes(free)} are free in {folder}"
     figures = {"checkpoint": checkpoint, "run": needed, "free": free}
     if needed > free:
         advice = "make room there, or name another folder with --runs"
@@ -218,13 +219,6 @@ def describe_ranks(ctx: TrainContext, recipe: Recipe) -> Verdict:
     """What docs/scaling.md predicts for the plan's number of ranks."""
     lines = timing.scaling_lines(recipe, ctx.plan, ctx.state.network, ctx.data)
     return Verdict("ranks", ctx.plan.describe_batch(), lines=tuple(lines))
-
-
-def _size(number: int) -> str:
-    for unit, power in (("GB", 3), ("MB", 2), ("KB", 1)):
-        if number >= 0.95 * 1000**power:
-            return f"{number / 1000**power:.1f} {unit}"
-    return f"{number} bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from launcher.checkpoint.run_files import RunFiles
 from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
 from launcher.utils import atomic_write, json_text
@@ -101,52 +101,20 @@ def _rows(path: Path, runs: Path, queue: dict[str, str] | None) -> list[tuple[st
 
 
 def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[str, ...]:
-    folder = runs / run.run
-    epochs = _epochs(folder / "metrics.jsonl")
-    done = (folder / "final.safetensors").is_file()
+    files = RunFiles(runs / run.run)
+    done = (files.path / "final.safetensors").is_file()
     job = run.number.partition("_")[0]
     attempts = len(list((runs / JOBS_FOLDER).glob(f"{run.run}-{job}-*.log")))
-    best = max((row["test/accuracy"] for row in epochs), default=None)
+    best = max((row["test/accuracy"] for row in files.epochs), default=None)
     return (
         run.run,
         run.number,
         "unknown" if queue is None else queue.get(run.number, "done" if done else "ended"),
         str(attempts) if attempts else "-",
-        f"{epochs[-1]['epoch'] if epochs else 0}/{_planned_epochs(folder)}",
+        f"{files.epochs[-1]['epoch'] if files.epochs else 0}/{files.planned_epochs or '-'}",
         "-" if best is None else f"{best:.2%}",
         str(run.setting),  # in a damaged record it may be anything
     )
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole: the last one may be being written."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    except OSError:
-        text = ""
-    rows = map(_parsed, text.splitlines())
-    return [
-        row
-        for row in rows
-        if isinstance(row, dict)
-        and "epoch" in row
-        and isinstance(accuracy := row.get("test/accuracy"), int | float)
-        and 0 <= accuracy <= 1
-    ]
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json_text.parse(line)
-    except ValueError:
-        return None
-
-
-def _planned_epochs(folder: Path) -> str:
-    try:
-        return str(json_text.read(folder / "config.json")["epochs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "-"
 
 
 def ask_queue() -> dict[str, str] | None:

@@ -10,6 +10,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{ending}"
 
 
+def sizes(number: int) -> str:
+    """`12.3 MB`, in powers of a thousand."""
+    for unit, power in (("GB", 3), ("MB", 2), ("KB", 1)):
+        if number >= 0.95 * 1000**power:
+            return f"{number / 1000**power:.1f} {unit}"
+    return f"{number} bytes"
+
+
 def drop_stdout() -> None:
     """Write to nowhere from now on: who read the output, such as `head`, has ended.
 

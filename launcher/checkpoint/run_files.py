@@ -1,0 +1,204 @@
+"""What a run folder says: for those who only look, while the run goes on or after its end.
+
+Whatever is absent, damaged or half written is left out; nothing here writes or waits.
+"""
+
+import fcntl
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.checkpoint import outcomes
+from launcher.checkpoint.outcomes import Outcomes
+from launcher.errors import EXIT_SAVED, UserError
+from launcher.utils import json_text
+
+State = Literal["running", "done", "stopped", "failed"]
+_ACCURACY = re.compile(rb'"test/accuracy": ([0-9.eE+-]+)')
+_SHOWN = 5  # names of runs, in a refusal
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """That of the folder."""
+        return self.path.name
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """`run.json`: classes, versions, devices, data."""
+        return _read_object(self.path / "run.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`: the settings of the recipe."""
+        return _read_object(self.path / "config.json")
+
+    @cached_property
+    def source(self) -> str:
+        """The text of the recipe file; empty where there was none."""
+        try:
+            return (self.path / "recipe.py").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The whole lines of `metrics.jsonl`."""
+        return [
+            row
+            for row in _read_lines(self.path / "metrics.jsonl")
+            if isinstance(accuracy := row.get("test/accuracy"), int | float) and 0 <= accuracy <= 1
+        ]
+
+    @cached_property
+    def details(self) -> list[dict[str, Any]]:
+        """The whole lines of `details.jsonl`."""
+        return _read_lines(self.path / "details.jsonl")
+
+    @cached_property
+    def best(self) -> Outcomes | None:
+        """What was said of the test images in the best epoch."""
+        return outcomes.read(self.path / "best.npz")
+
+    @cached_property
+    def last(self) -> Outcomes | None:
+        """... and in the last one."""
+        return outcomes.read(self.path / "last.npz")
+
+    @property
+    def recipe(self) -> str:
+        """The name of the recipe."""
+        return str(self.about.get("name", "?"))
+
+    @property
+    def planned_epochs(self) -> int | None:
+        """How many epochs the run was to have."""
+        epochs = self.config.get("epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The highest test accuracy of an epoch."""
+        return max(self._accuracies, default=None)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are in `metrics.jsonl`."""
+        return len(self._accuracies)
+
+    @cached_property
+    def _accuracies(self) -> list[float]:
+        """Without parsing every line: of a thousand runs that would take long."""
+        try:
+            return [float(found) for found in _ACCURACY.findall(_bytes(self.path, "metrics.jsonl"))]
+        except ValueError:
+            return [row["test/accuracy"] for row in self.epochs]
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """`end.json`: the exit code of the last attempt, and when it ended."""
+        return _read_object(self.path / "end.json")
+
+    @property
+    def state(self) -> State:
+        """Whether it runs, and how it ended; a process that was killed has said nothing."""
+        if self.is_locked:
+            return "running"
+        code = self.end.get("exit_code")
+        return "done" if code == 0 else "stopped" if code == EXIT_SAVED else "failed"
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process holds the folder: as far as the file system tells other machines."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return False
+
+    @property
+    def started(self) -> datetime | None:
+        """When the last attempt began."""
+        try:
+            return datetime.fromisoformat(str(self.about.get("started", "")))
+        except ValueError:
+            return None
+
+    @property
+    def size(self) -> int:
+        """The bytes of all its files."""
+        total = 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                try:
+                    total += os.lstat(os.path.join(folder, name)).st_size
+                except OSError:  # gone meanwhile
+                    continue
+        return total
+
+
+def all_runs(runs: Path) -> list[RunFiles]:
+    """Those in a folder of runs, by their names."""
+    found = runs.glob("*/run.json") if os.path.isdir(runs) else ()
+    return [RunFiles(path.parent) for path in sorted(found)]
+
+
+def find(word: str, runs: Path = Path("runs")) -> RunFiles:
+    """The run of a path, or of a name below `runs`. Raises `UserError` where there is none."""
+    for path in (Path(word), runs / word):
+        if os.path.isfile(path / "run.json"):
+            return RunFiles(path)
+    known = [run.name for run in all_runs(runs)]
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    names = ", ".join(known[-_SHOWN:]) + more if known else f"no run in {runs} yet"
+    raise UserError(
+        f"{word}, which is no run folder",
+        expected="the folder of a run, or its name",
+        instead=f"there {'are' if known else 'is'} {names}; see launcher runs",
+    )
+
+
+def _bytes(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes() if (folder / name).is_file() else b""
+    except OSError:
+        return b""
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json_text.read(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The last line may be being written."""
+    rows = []
+    for line in _bytes(path.parent, path.name).splitlines():
+        try:
+            row = json_text.parse(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+            rows.append(row)
+    return rows

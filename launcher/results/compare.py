@@ -1,0 +1,264 @@
+"""`launcher compare A B ...`: what differs between runs, and whether their figures do.
+
+Runs that differ in nothing but their seed are repeats of one experiment: they are one column of
+the figures, with mean and standard deviation.
+"""
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launcher.checkpoint.run_files import RunFiles, find
+from launcher.utils.arguments import Parser
+from launcher.utils.redaction import redacted
+
+_USAGE = "launcher compare RUN RUN [RUN ...] [--json]"
+_WIDTH = 110  # of a table that goes into a file
+_OF_A_RUN = ("seed", "data.root")  # settings in which repeats of one experiment differ
+_FIGURES = {
+    "best accuracy": "test/accuracy",
+    "last accuracy": "test/accuracy",
+    "last test loss": "test/loss",
+    "last training loss": "train/loss",
+    "images/s": "train/images_per_second",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment, and its figures: a value for each run that has one."""
+
+    runs: tuple[RunFiles, ...]
+    figures: Mapping[str, tuple[float, ...]]
+
+    @property
+    def name(self) -> str:
+        """Of its runs."""
+        names = [run.name for run in self.runs]
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} runs)"
+
+    @property
+    def seeds(self) -> list[Any]:
+        """Of its runs."""
+        return [run.config.get("seed") for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether two experiments differ: a two-sided t-test of their best accuracies."""
+
+    kind: str  # paired, by seeds, or Welch's
+    difference: float
+    t: float
+    freedom: float
+    p: float
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words behind `launcher compare`."""
+    parser = Parser(prog="launcher compare", usage=_USAGE, description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="a run folder, or the name of a run")
+    add("--runs", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help="of names")
+    add("--json", action="store_true", help="for machines: one object")
+    arguments = parser.parse_args(words)
+    if len(arguments.runs) < 2:
+        parser.error("a comparison needs two runs at least")
+    runs = [find(word, arguments.folder) for word in arguments.runs]
+    groups = grouped(runs)
+    if arguments.json:
+        sys.stdout.write(redacted(json.dumps(as_dict(runs, groups), indent=2)) + "\n")
+    else:
+        _show(runs, groups)
+    return 0
+
+
+# What differs
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested settings under dotted names."""
+    if isinstance(value, Mapping):
+        items: list[tuple[str, Any]] = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        items = [(str(number), item) for number, item in enumerate(value)]
+    else:
+        return {prefix.removesuffix("."): value}
+    return {k: v for name, item in items for k, v in flat(item, f"{prefix}{name}.").items()}
+
+
+def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Of each name that not all have with the same value, the values; None where it is absent."""
+    names = {name: None for mapping in values for name in mapping}
+    rows = {name: [mapping.get(name) for mapping in values] for name in names}
+    return {name: row for name, row in rows.items() if any(cell != row[0] for cell in row)}
+
+
+def environment(run: RunFiles) -> dict[str, Any]:
+    """Versions, devices, precision, length and data of a run."""
+    about = run.about
+    facts = ("devices", "precision", "memory", "batch", "steps", "data")
+    named = {name: about.get(name) for name in facts}
+    named["images (digest)"] = about.get("data_digest")
+    versions = about.get("versions")
+    return {**named, **(versions if isinstance(versions, dict) else {})}
+
+
+def source_difference(first: RunFiles, second: RunFiles) -> list[str]:
+    """A unified diff of the recipe files; empty where they are equal."""
+    before, after = (run.source.splitlines() for run in (first, second))
+    one, two = (str(run.path / "recipe.py") for run in (first, second))
+    return list(difflib.unified_diff(before, after, one, two, lineterm="", n=2))
+
+
+# The figures
+
+
+def grouped(runs: Sequence[RunFiles]) -> list[Group]:
+    """Repeats of one experiment together, in the order of the first of each."""
+    groups: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        settings = {n: v for n, v in flat(run.config).items() if n not in _OF_A_RUN}
+        groups.setdefault(json.dumps([settings, run.source], sort_keys=True), []).append(run)
+    return [Group(tuple(group), _figures(group)) for group in groups.values()]
+
+
+def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:
+    found: dict[str, list[float]] = {name: [] for name in _FIGURES}
+    for run in runs:
+        for name, key in _FIGURES.items():
+            values = [row.get(key) for row in run.epochs]
+            numbers = [value for value in values if isinstance(value, int | float)]
+            if numbers:
+                found[name].append(max(numbers) if name == "best accuracy" else numbers[-1])
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def compared(first: Group, second: Group) -> Comparison | None:
+    """Paired where both have the same seeds, else Welch's; None with less than two runs each."""
+    one, two = first.figures["best accuracy"], second.figures["best accuracy"]
+    if len(one) < 2 or len(two) < 2:
+        return None
+    same = len(one) == len(two) and None not in first.seeds and len(set(first.seeds)) == len(one)
+    if same and sorted(first.seeds) == sorted(second.seeds):
+        by_seed = [dict(zip(g.seeds, v, strict=True)) for g, v in ((first, one), (second, two))]
+        gaps = [by_seed[1][seed] - by_seed[0][seed] for seed in by_seed[0]]
+        kind, freedom, error = "paired", len(gaps) - 1.0, stdev(gaps) / math.sqrt(len(gaps))
+    else:
+        parts = [stdev(values) ** 2 / len(values) for values in (one, two)]
+        kind, error = "Welch's", math.sqrt(sum(parts))
+        squares = [part**2 / (len(v) - 1) for part, v in zip(parts, (one, two), strict=True)]
+        freedom = sum(parts) ** 2 / sum(squares) if sum(squares) else 1.0
+    difference = fmean(two) - fmean(one)
+    if not error:
+        t, p = (math.inf, 0.0) if difference else (0.0, 1.0)
+        return Comparison(kind, difference, t, freedom, p)
+    t = difference / error
+    return Comparison(kind, difference, t, freedom, two_sided(t, freedom))
+
+
+def two_sided(t: float, freedom: float) -> float:
+    """The probability of a value as far from zero as `t` in Student's distribution.
+
+    By Simpson's rule over the angle, in which the density is a power of the cosine.
+    """
+    limit, steps = math.atan(abs(t) / math.sqrt(freedom)), 2000
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
+    heights = [math.cos(limit * i / steps) ** (freedom - 1) for i in range(steps + 1)]
+    inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
+    area = math.exp(scale) * limit / steps / 3 * (heights[0] + inner + heights[-1])
+    return max(0.0, 1 - 2 * area)
+
+
+# What is shown
+
+
+def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]:
+    """All of it, for JSON."""
+    tests = [
+        {"first": a.name, "second": b.name, **vars(test)}
+        for a, b in pairwise(groups)
+        if (test := compared(a, b))
+    ]
+    return {
+        "runs": [str(run.path) for run in runs],
+        "settings": differing([flat(run.config) for run in runs]),
+        "environment": differing([environment(run) for run in runs]),
+        "source": [source_difference(runs[0], run) for run in runs[1:]],
+        "groups": [{"runs": [r.name for r in g.runs], "figures": g.figures} for g in groups],
+        "tests": tests,
+    }
+
+
+def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    names = [run.name for run in runs]
+    for title, values in (
+        ("settings", [flat(run.config) for run in runs]),
+        ("environment", [environment(run) for run in runs]),
+    ):
+        rows = differing(values)
+        if rows:
+            cells = {name: [_cell(value) for value in row] for name, row in rows.items()}
+            console.print(_table(title, names, cells))
+        else:
+            console.print(f"{title}: no difference", markup=False)
+    for run in runs[1:]:
+        for line in source_difference(runs[0], run):
+            style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
+            console.print(Text(_printable(redacted(line)), style))
+    columns = [group.name for group in groups]
+    figures = {name: [_mean(group.figures[name], name) for group in groups] for name in _FIGURES}
+    console.print(_table("figures", columns, figures))
+    for first, second in pairwise(groups):
+        if test := compared(first, second):
+            console.print(_sentence(first, second, test), markup=False, soft_wrap=True)
+
+
+def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in (title, *names):
+        table.add_column(Text(_printable(name)), overflow="fold")
+    for name, cells in rows.items():
+        table.add_row(Text(_printable(name)), *(Text(_printable(cell)) for cell in cells))
+    return table
+
+
+def _cell(value: Any) -> str:
+    return (
+        "-" if value is None else redacted(value if isinstance(value, str) else json.dumps(value))
+    )
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _mean(values: Sequence[float], name: str) -> str:
+    form = "{:.2%}" if "accuracy" in name else "{:,.4g}"
+    if not values:
+        return "-"
+    mean = form.format(fmean(values))
+    return f"{mean} +- {form.format(stdev(values))} (n={len(values)})" if values[1:] else mean
+
+
+def _sentence(first: Group, second: Group, test: Comparison) -> str:
+    differ = "differ" if test.p < 0.05 else "do not differ for certain"
+    n = f"n={len(first.runs)} and {len(second.runs)}"
+    return (
+        f"best accuracy of {first.name} and {second.name}: they {differ} ({test.difference:+.2%}, "
+        f"{test.kind} t={test.t:.2f}, p={test.p:.3g}, {n})"
+    )

@@ -1,0 +1,132 @@
+"""`launcher runs`: a line for each run of a folder, with its state and its best figure."""
+
+import fnmatch
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launcher.checkpoint.run_files import RunFiles, all_runs
+from launcher.errors import UserError
+from launcher.utils.arguments import Parser
+from launcher.utils.text import sizes
+
+_USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
+_COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
+_WIDTH = 110  # of a table that goes into a file
+_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a line says; `age` in seconds since the last attempt began, `size` in bytes."""
+
+    name: str
+    recipe: str
+    state: str
+    epoch: int
+    planned: int | None
+    best: float | None
+    age: float | None
+    size: int
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words behind `launcher runs`."""
+    parser = Parser(prog="launcher runs", usage=_USAGE, description=__doc__)
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=Path("runs"), help="default: runs")
+    add("--sort", choices=_COLUMNS, default="age", help="default: the newest first")
+    matches = "only such runs, as recipe=simplecnn or name=first-*; again for more"
+    add("--filter", action="append", default=[], metavar="COLUMN=VALUE", help=matches)
+    add("--json", action="store_true", help="for machines: a list of objects")
+    arguments = parser.parse_args(words)
+    rows = [row_of(run) for run in all_runs(arguments.folder)]
+    if not rows:
+        raise UserError(
+            f"{arguments.folder}, in which there is no run",
+            expected="a folder of runs",
+            instead="type launcher runs FOLDER, or train a recipe first",
+        )
+    rows = [row for row in rows if all(_matches(row, text) for text in arguments.filter)]
+    rows.sort(key=_sort_key(arguments.sort))
+    if arguments.json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        return 0
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(_table(rows))
+    return 0
+
+
+def row_of(run: RunFiles) -> Row:
+    """Read one run folder."""
+    age = (datetime.now(UTC) - run.started).total_seconds() if run.started else None
+    return Row(
+        run.name,
+        run.recipe,
+        run.state,
+        run.epoch,
+        run.planned_epochs,
+        run.best_accuracy,
+        age,
+        run.size,
+    )
+
+
+def _matches(row: Row, text: str) -> bool:
+    column, equals, value = text.partition("=")
+    if not equals or column not in ("name", "recipe", "state"):
+        raise UserError(
+            f"--filter {text}",
+            expected="name, recipe or state, = and what it is to be",
+            instead="type --filter recipe=simplecnn, for example",
+        )
+    return fnmatch.fnmatchcase(str(getattr(row, column)), value)
+
+
+def _sort_key(column: str) -> Callable[[Row], Any]:
+    """Words forwards, numbers from the highest down, ages from the newest on; the unknown last."""
+
+    def key(row: Row) -> Any:
+        value = getattr(row, column)
+        if column == "age":
+            return (value is None, value or 0.0)
+        return (value is None, -value if isinstance(value, int | float) else value or 0.0)
+
+    return key
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in _COLUMNS:
+        is_number = column in ("epoch", "best", "age", "size")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
+    for row in rows:
+        planned = "?" if row.planned is None else row.planned
+        best = "-" if row.best is None else f"{row.best:.2%}"
+        cells = (row.name, row.recipe, row.state, f"{row.epoch}/{planned}", best)
+        table.add_row(*map(_text, (*cells, _age(row.age), sizes(row.size))))
+    return table
+
+
+def _text(cell: str) -> Text:
+    """Brackets are no markup, and what no terminal shows is a question mark."""
+    return Text("".join(letter if letter.isprintable() else "?" for letter in cell))
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, letter in _UNITS:
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {letter}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -1,0 +1,137 @@
+"""`launcher compare`: what differs, the figures beside each other, and whether they do."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoint.run_files import RunFiles
+from launcher.cli import main
+from launcher.results.compare import compared, differing, flat, grouped, two_sided
+from tests.unit.results.test_runs import write_run
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def repeats(
+    name: str, best: tuple[float, ...], first_seed: int = 0, **settings: Any
+) -> list[RunFiles]:
+    return [
+        RunFiles(write_run(f"{name}-{n}", (0.1, value), seed=first_seed + n, **settings))
+        for n, value in enumerate(best)
+    ]
+
+
+def test_settings_code_and_environment_that_differ_are_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = write_run("one", optimizer={"lr": 0.1}, data={"augment": [{"call": "a:flip"}]})
+    two = write_run("two", (0.8,), optimizer={"lr": 0.2}, data={"augment": []})
+    (one / "recipe.py").write_text("a = 1\nb = 2\n")
+    (two / "recipe.py").write_text("a = 1\nb = 3\n")
+    about = json.loads((two / "run.json").read_text()) | {"data_digest": "beef"}
+    (two / "run.json").write_text(json.dumps(about))
+    assert main(["compare", "one", "runs/two"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["optimizer.lr", "0.1", "0.2"] in lines
+    assert ["data.augment.0.call", "a:flip", "-"] in lines
+    assert ["images", "(digest)", "-", "beef"] in lines
+    assert ["-b", "=", "2"] in lines
+    assert ["+b", "=", "3"] in lines
+    assert ["best", "accuracy", "70.00%", "80.00%"] in lines
+    assert ["last", "accuracy", "60.00%", "80.00%"] in lines
+    assert ["last", "training", "loss", "-", "-"] in lines
+    assert not any("seed" in line for line in lines)
+    assert main(["compare", "one", "two", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["settings"]["optimizer.lr"] == [0.1, 0.2]
+    assert whole["environment"] == {"images (digest)": [None, "beef"]}
+    assert whole["source"][0][-2:] == ["-b = 2", "+b = 3"]
+
+
+def test_equal_runs_differ_in_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run("one")
+    write_run("two")
+    assert main(["compare", "one", "two"]) == 0
+    output = capsys.readouterr().out
+    assert "settings: no difference" in output
+    assert "environment: no difference" in output
+    assert "two (2 runs)" in output
+
+
+def test_repeats_are_one_group_with_mean_and_deviation(capsys: pytest.CaptureFixture[str]) -> None:
+    repeats("slow", (0.90, 0.92, 0.94), lr=0.1)
+    repeats("fast", (0.95, 0.97, 0.99), lr=0.2)
+    names = [f"{name}-{n}" for name in ("slow", "fast") for n in range(3)]
+    assert main(["compare", *names]) == 0
+    output = capsys.readouterr().out
+    assert "92.00% +- 2.00% (n=3)" in output
+    assert "they differ (+5.00%, paired t=inf, p=0, n=3 and 3)" in output
+
+
+def test_a_secret_in_a_setting_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run("one", url="https://user:hunter2secret@host/x")
+    write_run("two", url="https://user:other2secret@host/x")
+    for words in ([], ["--json"]):
+        assert main(["compare", "one", "two", *words]) == 0
+        assert "2secret" not in capsys.readouterr().out
+
+
+def test_tests_agree_with_published_values() -> None:
+    # From Student's table: the two-sided 5 % and 1 % points.
+    for t, freedom, p in ((12.706, 1, 0.05), (2.228, 10, 0.05), (3.169, 10, 0.01), (2.0, 60, 0.05)):
+        assert two_sided(t, freedom) == pytest.approx(p, abs=2e-4)
+    assert two_sided(0.0, 5) == pytest.approx(1.0)
+    assert two_sided(1e6, 5) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_welch_where_the_seeds_are_others() -> None:
+    # Welch (1947) as in scipy.stats.ttest_ind([.90,.91,.93], [.94,.95,.99,.96], equal_var=False)
+    first = repeats("a", (0.90, 0.91, 0.93), lr=0.1)
+    second = repeats("b", (0.94, 0.95, 0.99, 0.96), first_seed=7, lr=0.2)
+    one, two = grouped([*first, *second])
+    test = compared(one, two)
+    assert test is not None
+    assert test.kind == "Welch's"
+    mean = [sum(g) / len(g) for g in ((0.90, 0.91, 0.93), (0.94, 0.95, 0.99, 0.96))]
+    error = math.sqrt(0.000233333 / 3 + 0.000466667 / 4)
+    assert test.t == pytest.approx((mean[1] - mean[0]) / error, rel=1e-4)
+    assert 4.5 < test.freedom < 5
+    assert 0.01 < test.p < 0.03
+
+
+def test_paired_where_the_seeds_are_the_same() -> None:
+    first = repeats("a", (0.90, 0.92, 0.94), lr=0.1)
+    second = repeats("b", (0.91, 0.94, 0.95), lr=0.2)
+    test = compared(*grouped([*reversed(first), *second]))
+    assert test is not None
+    assert test.kind == "paired"
+    assert test.freedom == 2
+    # gaps of 1, 2 and 1 %: 4/3 over (1/sqrt(3))/sqrt(3)
+    assert test.t == pytest.approx(4.0)
+    assert test.p == pytest.approx(0.0572, abs=1e-3)
+
+
+def test_one_run_of_each_is_no_test() -> None:
+    one, two = grouped([*repeats("a", (0.9,), lr=1), *repeats("b", (0.8,), lr=2)])
+    assert compared(one, two) is None
+
+
+def test_nested_settings_have_dotted_names() -> None:
+    assert flat({"a": {"b": 1, "c": [{"d": 2}, {"d": 3}]}, "e": [1, 2]}) == {
+        "a.b": 1,
+        "a.c.0.d": 2,
+        "a.c.1.d": 3,
+        "e": [1, 2],
+    }
+    assert differing([{"a": 1, "b": 2}, {"a": 1, "c": 3}]) == {"b": [2, None], "c": [None, 3]}
+
+
+def test_one_run_is_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "one"]) == 2
+    assert "two runs at least" in capsys.readouterr().err
