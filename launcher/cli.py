@@ -167,7 +167,19 @@ def _compare(words: list[str]) -> int:
     return compare.main(words)
 
 
-_COMMANDS = {"submit": _submit, "check": _check, "runs": _runs, "compare": _compare}
+def _predict(words: list[str]) -> int:
+    from launcher.results import predict
+
+    return predict.main(words)
+
+
+_COMMANDS = {
+    "submit": _submit,
+    "check": _check,
+    "runs": _runs,
+    "compare": _compare,
+    "predict": _predict,
+}
 
 
 def _run(words: list[str], world: World) -> int:

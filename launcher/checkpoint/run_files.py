@@ -172,7 +172,7 @@ def find(word: str, runs: Path = Path("runs")) -> RunFiles:
     raise UserError(
         f"{word}, which is no run folder",
         expected="the folder of a run, or its name",
-        instead=f"there {'are' if known else 'is'} {names}; see launcher runs",
+        instead=f"there {'are' if known[1:] else 'is'} {names}; see launcher runs",
     )
 
 

@@ -20,7 +20,6 @@ from launcher import run
 from launcher.checks import behaviour, cost, images, learning
 from launcher.checks.layers import Layer, walk
 from launcher.checks.mistakes import find_mistake
-from launcher.checks.plots import WIDTH, half_blocks, plot
 from launcher.checks.verdicts import (
     Deadline,
     Verdict,
@@ -39,6 +38,7 @@ from launcher.errors import UserError
 from launcher.training.model import build_network, two_images
 from launcher.training.state import TrainContext
 from launcher.utils.arguments import Parser, positive, seconds
+from launcher.utils.plots import WIDTH, half_blocks, plot
 from launcher.utils.text import count
 
 IMAGES = 256  # embedded ones, in place of the recipe's own

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from launcher.checks.plots import at_most, plot
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import make_plan
 from launcher.data.sources import Data, ImageSet
@@ -15,6 +14,7 @@ from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
 from launcher.training.model import initialize, restored_afterwards, upcast
 from launcher.training.state import TrainContext, make_context
+from launcher.utils.plots import at_most, plot
 
 NAME = "learning"
 IMAGES, STEPS = 32, 100  # that --overfit trains, and for how long

@@ -40,12 +40,15 @@ class TrainedRun:
         scaled and cropped to the run's size. Raises `UserError` for tensors of another shape.
         """
         several = pictures if isinstance(pictures, list) else [pictures]
-        pixels = torch.stack([self._pixels(picture) for picture in several])
-        like, shape = first_parameter(self.model), torch.Size(self.image_shape)
-        return Normalize(self.recipe.data, shape, like, contiguous=True)(pixels)
+        return self.normalize(torch.stack([self.pixels(picture) for picture in several]))
 
-    def _pixels(self, picture: Picture) -> Tensor:
-        """uint8 `(h, w, c)`."""
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 `(n, h, w, c)` to what the model takes, on its device."""
+        like, shape = first_parameter(self.model), torch.Size(self.image_shape)
+        return Normalize(self.recipe.data, shape, like, contiguous=True)(pixels.to(like.device))
+
+    def pixels(self, picture: Picture) -> Tensor:
+        """A picture as uint8 `(h, w, c)` of the run's size."""
         height, width, channels = self.image_shape
         if isinstance(picture, Tensor):
             wanted = (channels, height, width)

@@ -1,0 +1,135 @@
+"""`launcher predict`: what a run says of pictures of any kind and size, in any number."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from launcher import load_run
+from launcher.cli import main
+from launcher.results import predict
+from tests.support.helpers import RECIPES
+
+CLASSES = ("disk", "ring", "square", "frame", "cross")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run called `own` has been trained, on embedded images."""
+    folder = tmp_path_factory.mktemp("predict")
+    recipe = str(RECIPES / "pictures64.py")
+    few = ["data.fallback.count=60", "data.batch_size=20", "epochs=1", "data.root=nowhere"]
+    words = [recipe, *few, "--wandb", "off", "--runs", str(folder / "runs"), "--name", "own"]
+    assert main(words) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def pictures(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each class three pictures, of another mode and size each, and two that are none."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(trained / "runs")
+    random = numpy.random.default_rng(0)
+    for name in CLASSES:
+        Path("photos", name).mkdir(parents=True)
+        for number, mode in enumerate(("RGB", "L", "RGBA")):
+            pixels = random.integers(0, 256, (70 + 9 * number, 90, 3), dtype=numpy.uint8)
+            image = Image.fromarray(pixels).convert(mode)
+            image.save(Path("photos", name, f"{number}.png"))
+    Path("photos/disk/broken.png").write_bytes(b"no picture")
+    Path("photos/disk/.hidden.png").write_bytes(b"no picture")
+    Path("photos/disk/notes.txt").write_text("no picture")
+
+
+def rows_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    assert main(["predict", "own", "--json", *words]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_probabilities_are_those_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(capsys, "photos/ring/0.png", "photos/ring/2.png")
+    run = load_run("runs/own")
+    pictures: list[Any] = [row["file"] for row in rows]
+    with torch.no_grad():
+        shares = run.model(run.prepare(pictures)).softmax(1)
+    for row, share in zip(rows, shares, strict=True):
+        found = {best["class"]: best["probability"] for best in row["best"]}
+        assert list(found) == [run.classes[i] for i in share.argsort(descending=True)]
+        assert list(found.values()) == pytest.approx(sorted(share.tolist())[::-1], abs=1e-5)
+        assert "truth" not in row  # a file that is named says nothing of its class
+
+
+def test_a_folder_is_read_whole_and_its_names_are_the_truth(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "BATCH", 4)  # several batches, the last of another size
+    assert main(["predict", "own", "photos", "--csv", "out.csv"]) == 0
+    printed = capsys.readouterr()
+    assert "photos/disk/broken.png cannot be read as a picture" in printed.err
+    lines = printed.out.splitlines()
+    assert "15 pictures, 1 could not be read" in lines
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [
+        f"photos/{name}/{number}.png" for name in sorted(CLASSES) for number in range(3)
+    ]
+    right = sum(row["truth"] == row["class1"] for row in rows)
+    assert f"accuracy {right / 15:.2%} of 15 whose folder is a class" in lines
+    assert all(row["truth"] == Path(row["file"]).parent.name for row in rows)
+
+
+def test_patterns_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(capsys, "photos/*/1.png", "--weights", "final")
+    assert len(rows) == 5
+    assert {row["truth"] for row in rows} == set(CLASSES)
+
+
+def test_names_are_no_markup_and_no_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("[red]\x1b[31m.png").write_bytes(Path("photos/disk/0.png").read_bytes())
+    assert main(["predict", "own", "[[]red*"]) == 0
+    output = capsys.readouterr().out
+    assert "[red]?[31m.png  " in output
+
+
+def test_only_broken_pictures_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "own", "photos/disk/broken.png"]) == 2
+    printed = capsys.readouterr()
+    assert "0 pictures, 1 could not be read" in printed.out
+    assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["own"], "no run or no picture is named"),
+        (["own", "nothing"], "in which no picture is found"),
+        (["own", "photos/disk/notes"], "in which no picture is found"),
+        (["other", "photos"], "there is own"),
+        (["own", "photos", "--csv", "photos"], "expected a file that can be written"),
+        (["own", "photos", "--weights", "first"], "invalid choice: 'first'"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", *words]) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert part in errors
+
+
+def test_a_truecolor_terminal_shows_the_first_pictures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert main(["predict", "own", "photos/disk/0.png"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("▀") > 100
+    assert "photos/disk/0.png  " in output
