@@ -152,7 +152,7 @@ def test_a_run_is_found_by_its_path_or_its_name() -> None:
     path = write_run("first")
     assert find("first").path == path
     assert find("runs/first").path == path
-    with refused("secnd, which is no run folder", "there are first", "launcher runs"):
+    with refused("secnd, which is no run folder", "there is first", "launcher runs"):
         find("secnd")
     with refused("no run in elsewhere yet"):
         find("first", Path("elsewhere"))
