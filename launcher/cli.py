@@ -25,7 +25,7 @@ from launcher.errors import (
     RankError,
     UserError,
 )
-from launcher.utils.arguments import Parser, positive, seconds
+from launcher.utils.arguments import Parser, Shown, positive, seconds
 from launcher.utils.redaction import redacted
 from launcher.utils.text import drop_stdout
 
@@ -77,6 +77,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         drop_stdout()
         return EXIT_FAULT
+    except Shown:
+        return 0
     except SystemExit as error:  # not argparse's: `Parser.error` raises
         if isinstance(error.__context__, BrokenPipeError):  # rich's, which drops stdout itself
             return EXIT_FAULT
@@ -173,12 +175,19 @@ def _predict(words: list[str]) -> int:
     return predict.main(words)
 
 
+def _export(words: list[str]) -> int:
+    from launcher.results import export
+
+    return export.main(words)
+
+
 _COMMANDS = {
     "submit": _submit,
     "check": _check,
     "runs": _runs,
     "compare": _compare,
     "predict": _predict,
+    "export": _export,
 }
 
 

@@ -93,7 +93,7 @@ def load_run(
 
 
 def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
-    """The recipe in the folder with the settings of the run that concern the model's input."""
+    """The recipe in the folder with the settings of the run that concern the model and its images."""
     source = path / "recipe.py"
     if not source.is_file() or not source.read_bytes().strip():
         raise UserError(
@@ -104,6 +104,10 @@ def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
     recipe = loader.load(source).recipe
     own = {f"model.{name}": value for name, value in config["model"].items() if name != "call"}
     own |= {f"data.{name}": config["data"].get(name) for name in ("mean", "std")}
+    for slot in ("source", "fallback"):  # by which the test images are found again
+        settings = config["data"].get(slot)
+        if isinstance(settings, Mapping):
+            own |= {f"data.{slot}.{n}": v for n, v in settings.items() if n != "call"}
     plain = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
     return override(recipe, [f"{name}={_as_word(value)}" for name, value in plain.items()])
 

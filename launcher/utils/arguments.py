@@ -7,12 +7,20 @@ from typing import NoReturn
 from launcher.errors import UserError
 
 
+class Shown(SystemExit):
+    """The text of --help was shown: the command is done."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `UserError`s; it needs a `prog` and a `usage`."""
 
     def error(self, message: str) -> NoReturn:
         """Say what was wrong, how the command is written, and where its words are listed."""
         raise UserError(message, expected=str(self.usage), instead=f"see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Behind --help; not to be taken for a `sys.exit` of the recipe's code."""
+        raise Shown(status)
 
 
 def positive(text: str) -> int:

@@ -348,3 +348,11 @@ def test_a_reader_that_has_ended_costs_no_traceback(
     assert errors.read_text() == ""
     if code == 0:
         assert Path("runs/on/final.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["check", "submit", "runs", "compare", "predict", "export"])
+def test_each_command_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"usage: launcher {command} ")
+    assert printed.err == ""

@@ -1,0 +1,331 @@
+"""`launcher export RUN --to FORM FOLDER`: the trained network as a file that runs elsewhere.
+
+An export proves itself: the test images go through the exported form once more, and its scores are
+compared with those of the run's own network, and its answers with those that the run wrote down.
+Otherwise it is refused, and nothing is left behind.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim
+
+from launcher.checkpoint.checkpoint import load_weights, save_weights
+from launcher.checkpoint.run_files import RunFiles, find
+from launcher.data import sources
+from launcher.data.sources import ImageSet
+from launcher.errors import UserError
+from launcher.results.card import model_card
+from launcher.results.load import TrainedRun, load_run
+from launcher.training.model import build_network, upcast
+from launcher.utils.arguments import Parser
+from launcher.utils.text import count, sizes
+
+FORMS = ("torch", "onnx", "safetensors", "hub")
+# Of a score, relative to the largest one: float32 is summed in another order by other programs.
+TOLERANCE = 1e-4
+# Of the probability that a run wrote down: exactly so in fp32, rounded in half precision.
+RECORDED, RECORDED_HALF = 1e-3, 0.1
+BATCH = 200
+_USAGE = "launcher export RUN --to torch|onnx|safetensors|hub FOLDER [--from-pixels]"
+
+Answer = Callable[[Tensor], Tensor]  # what the exported form makes of a batch
+
+
+class Deployed(nn.Module):
+    """The network in evaluation mode; with `from_pixels`, normalization before and softmax behind.
+
+    So it takes normalized images `(n, c, h, w)` and returns scores, or uint8 ones and returns
+    probabilities.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, run: TrainedRun, *, from_pixels: bool) -> None:
+        """Of a run."""
+        super().__init__()
+        self.network, self.from_pixels = run.model, from_pixels
+        data = run.recipe.data
+        for name, values in (("mean", data.mean), ("std", data.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores, or probabilities."""
+        if not self.from_pixels:
+            return upcast(self.network(images))
+        normalized = (images.float() / 255 - self.mean) / self.std
+        return upcast(self.network(normalized)).softmax(1)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared: of so many test images, the largest gap of an output."""
+
+    images: int
+    gap: float
+    accuracy: float
+    whole: bool  # all test images of the run, and not those that it kept
+
+    def sentence(self) -> str:
+        """For the terminal and the model card."""
+        which = f"all {self.images:,} test images" if self.whole else f"{self.images:,} images"
+        return (
+            f"on {which}, outputs within {self.gap:.1e} of the trained network's and the "
+            f"same answers; accuracy {self.accuracy:.2%}"
+        )
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words behind `launcher export`."""
+    parser = Parser(prog="launcher export", usage=_USAGE, description=__doc__)
+    add = parser.add_argument
+    add("run", nargs="?", help="a run folder, or the name of a run")
+    add("folder", nargs="?", type=Path, help="a new folder for the export")
+    add("--to", choices=FORMS, default="torch", help="default: torch (torch.export)")
+    add("--from-pixels", action="store_true", help="uint8 pictures in, probabilities out")
+    add("--weights", choices=("best", "final"), default="best", help="default: best")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs of names are")
+    add("--data", metavar="ROOT", help="where the images are, if no longer in data.root")
+    arguments = parser.parse_intermixed_args(words)
+    if arguments.folder is None:
+        parser.error("no run or no folder is named")
+    _refuse_taken(arguments.folder)
+    files = find(arguments.run, arguments.runs)
+    run = load_run(files.path, weights=arguments.weights)
+    test, whole = test_images(files, run, arguments.data)
+    folder = arguments.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        answer = write(run, files, arguments.to, temporary, from_pixels=arguments.from_pixels)
+        recorded = files.best if arguments.weights == "best" else files.last
+        proof = prove(run, answer, test, from_pixels=arguments.from_pixels)
+        if whole and recorded is not None:
+            refuse_other_answers(run, test, recorded.probability_of_truth, files)
+        proof = replace(proof, whole=whole)
+        if arguments.to == "hub":
+            card = model_card(files, proof.sentence(), proof.accuracy)
+            (temporary / "README.md").write_text(card)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sizes(sum(path.stat().st_size for path in folder.iterdir()))
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    sys.stdout.write(f"{folder}: {names} ({size})\nproved {proof.sentence()}\n")
+    return 0
+
+
+def _refuse_taken(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise UserError(
+            f"{folder}, which exists already",
+            expected="a new folder for the export",
+            instead=f"type {folder}-2, for example, or remove it",
+        )
+
+
+# The images of the proof
+
+
+def test_images(files: RunFiles, run: TrainedRun, root: str | None) -> tuple[ImageSet, bool]:
+    """The test images of the run, and True; else those that it kept, and False.
+
+    Raises `UserError` where there are neither.
+    """
+    data = run.recipe.data
+    root = root or files.config.get("data", {}).get("root")
+    data = replace(data, root=root) if isinstance(root, str) else data
+    for source in filter(None, (data.source, data.fallback)):
+        loaded = sources.open_on_disk(replace(data, source=source, fallback=None))
+        if loaded is not None and sources.digest(loaded) == files.about.get("data_digest"):
+            return loaded.test, True
+    kept = files.best or files.last
+    if kept is None or kept.pictures.shape[1:] != run.image_shape:
+        raise UserError(
+            f"{files.path}, whose images are not on this machine",
+            expected="its test images, by which the export is proved",
+            instead="type --data FOLDER, in which they are",
+        )
+    labels = torch.from_numpy(kept.truth[kept.pictured].astype("int64"))
+    return ImageSet(torch.from_numpy(kept.pictures), labels, run.classes), False
+
+
+# The forms
+
+
+def write(
+    run: TrainedRun, files: RunFiles, form: str, folder: Path, *, from_pixels: bool
+) -> Answer:
+    """Write one form; returns what reads it back and answers by it.
+
+    Raises `UserError` where the network cannot be exported, or what is needed is not installed.
+    """
+    if form in ("safetensors", "hub"):
+        return _write_weights(run, files, folder)
+    deployed = Deployed(run, from_pixels=from_pixels).eval()
+    example = _example(run, from_pixels=from_pixels)
+    shapes = ({0: Dim("batch", min=1)},)
+    try:
+        if form == "onnx":
+            return _write_onnx(run, deployed, example, folder / "model.onnx")
+        program = torch.export.export(deployed, (example,), dynamic_shapes=shapes, strict=False)
+    except UserError:
+        raise
+    except Exception as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{type(run.model).__name__}, which cannot be exported as {form}: {line}",
+            expected="a network whose forward depends on the images alone, in any number",
+            instead="write x.flatten(1) for x.view(...) with numbers, or type --to safetensors",
+        ) from error
+    path = folder / "model.pt2"
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(about(run, files))})
+    module = torch.export.load(path).module()
+    return lambda images: module(images)
+
+
+def _example(run: TrainedRun, *, from_pixels: bool) -> Tensor:
+    height, width, channels = run.image_shape
+    pixels = torch.zeros(2, height, width, channels, dtype=torch.uint8)
+    return pixels.permute(0, 3, 1, 2).contiguous() if from_pixels else run.normalize(pixels)
+
+
+def _write_onnx(run: TrainedRun, deployed: nn.Module, example: Tensor, path: Path) -> Answer:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 -- which torch's exporter needs
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--to onnx needs the module {error.name!r}, which is not installed",
+            expected="onnx, onnxscript and onnxruntime",
+            instead="type pip install 'launcher[export]'",
+        ) from None
+    program = torch.onnx.export(
+        deployed,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["scores"],
+        dynamic_shapes=({0: Dim("batch", min=1)},),
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"classes": json.dumps(run.classes)})
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def answer(images: Tensor) -> Tensor:
+        (scores,) = session.run(None, {"images": images.numpy()})
+        return torch.from_numpy(scores)
+
+    return answer
+
+
+def _write_weights(run: TrainedRun, files: RunFiles, folder: Path) -> Answer:
+    path = folder / "model.safetensors"
+    save_weights(run.model, path)
+    (folder / "config.json").write_text(json.dumps(about(run, files), indent=2) + "\n")
+    if files.source:
+        (folder / "recipe.py").write_text(files.source)
+    shape = run.image_shape
+    blank = ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), run.classes)
+    network = build_network(run.recipe, blank)
+    load_weights(network, path)
+    return lambda images: upcast(network.eval()(images))
+
+
+def about(run: TrainedRun, files: RunFiles) -> dict[str, Any]:
+    """What somebody needs to use the network: its classes, its input, where it comes from."""
+    height, width, channels = run.image_shape
+    return {
+        "classes": list(run.classes),
+        "input": {
+            "shape": ["n", channels, height, width],
+            "scale": "pixels / 255, minus mean, over std",
+            "mean": list(run.recipe.data.mean),
+            "std": list(run.recipe.data.std),
+        },
+        "recipe": files.config,
+        "versions": files.about.get("versions", {}),
+    }
+
+
+# The proof
+
+
+def prove(run: TrainedRun, answer: Answer, test: ImageSet, *, from_pixels: bool) -> Proof:
+    """Compare the exported form with the trained network on the test images.
+
+    Raises `UserError` where an output differs by more than the tolerance, or an answer that is not
+    a tie within it.
+    """
+    gaps, largest, right = [0.0], 1.0, 0
+    for first in range(0, len(test), BATCH):
+        pixels = test.images[first : first + BATCH]
+        given = pixels.permute(0, 3, 1, 2).contiguous() if from_pixels else run.normalize(pixels)
+        with torch.inference_mode():
+            expected = upcast(run.model.eval()(run.normalize(pixels)))
+        expected = expected.softmax(1) if from_pixels else expected
+        with torch.no_grad():
+            found = answer(given)
+        if found.shape != expected.shape or not found.isfinite().all():
+            raise _refused(f"makes {tuple(found.shape)} of {tuple(given.shape)}, or no numbers")
+        gap = float((found - expected).abs().max())
+        largest = max(largest, float(expected.abs().max()))
+        gaps.append(gap)
+        best = expected.topk(2).values
+        is_clear = best[:, 0] - best[:, 1] > 2 * TOLERANCE * largest
+        differ = (found.argmax(1) != expected.argmax(1)) & is_clear
+        if gap > TOLERANCE * largest or bool(differ.any()):
+            more = f", and {count(int(differ.sum()), 'answer')} of {len(pixels)} differ"
+            raise _refused(f"its outputs are up to {gap:.3g} beside the trained network's{more}")
+        right += int((found.argmax(1) == test.labels[first : first + BATCH]).sum())
+    return Proof(len(test), max(gaps), right / len(test), whole=True)
+
+
+def refuse_other_answers(
+    run: TrainedRun, test: ImageSet, recorded: NDArray[Any], files: RunFiles
+) -> None:
+    """Raise `UserError` where the network does not say what the run wrote down of each image.
+
+    So weights that were changed since, or another recipe file, are found.
+    """
+    shares = []
+    for first in range(0, len(test), BATCH):
+        part = slice(first, first + BATCH)
+        with torch.inference_mode():
+            scores = upcast(run.model(run.normalize(test.images[part])))
+        shares.append(scores.softmax(1).gather(1, test.labels[part, None])[:, 0])
+    if len(recorded) != len(test):
+        return
+    gap = float(numpy.abs(torch.cat(shares).numpy() - recorded).max())
+    is_half = not str(files.about.get("precision", "fp32")).startswith("fp32")
+    if gap > (RECORDED_HALF if is_half else RECORDED):
+        raise _refused(
+            f"{files.path} has other weights than those that it evaluated: a probability is "
+            f"{gap:.3g} beside the one that was written down"
+        )
+
+
+def _refused(what: str) -> UserError:
+    return UserError(
+        f"the export is not the trained network: {what}",
+        expected=f"outputs within {TOLERANCE:g} of the largest, and the same answers",
+        instead="keep the run as it is, and try another form with --to",
+    )

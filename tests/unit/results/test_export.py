@@ -1,0 +1,224 @@
+"""`launcher export`: each form answers as the trained network does, or is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from launcher import load_run
+from launcher.checkpoint.run_files import find
+from launcher.cli import main
+from launcher.results import export
+from launcher.results.export import prove
+from tests.support.helpers import RECIPES, refused
+
+RECIPE = RECIPES / "pictures64.py"
+FEW = ("data.fallback.count=60", "data.batch_size=20", "epochs=1", "data.root=nowhere")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with one called `own`; its network has BatchNorm."""
+    folder = tmp_path_factory.mktemp("export")
+    source = RECIPE.read_text().replace("nn.Conv2d(10, 20", "nn.BatchNorm2d(10), nn.Conv2d(10, 20")
+    (folder / "mine.py").write_text(source)
+    words = [str(folder / "mine.py"), *FEW, "--wandb", "off", "--runs", str(folder / "runs")]
+    assert main([*words, "--name", "own"]) == 0
+    return folder / "runs"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def exported(runs: Path, *words: str, folder: str = "out") -> Path:
+    assert main(["export", "own", folder, "--runs", str(runs), *words]) == 0
+    return Path(folder)
+
+
+def expected(runs: Path, pixels: Tensor) -> Tensor:
+    run = load_run(runs / "own")
+    with torch.no_grad():
+        scores: Tensor = run.model(run.normalize(pixels))
+    return scores
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (7, 64, 64, 3), dtype=torch.uint8)
+
+
+def test_a_torch_program_takes_any_number_of_images(
+    runs: Path, pixels: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported(runs) / "model.pt2"
+    assert "proved on all 12 test images" in capsys.readouterr().out
+    extra = {"about.json": ""}
+    module = torch.export.load(path, extra_files=extra).module()
+    assert json.loads(extra["about.json"])["classes"] == list(load_run(runs / "own").classes)
+    normalized = load_run(runs / "own").normalize(pixels)
+    torch.testing.assert_close(module(normalized), expected(runs, pixels))
+    torch.testing.assert_close(module(normalized[:1]), expected(runs, pixels)[:1])
+
+
+def test_pixels_in_and_probabilities_out(runs: Path, pixels: Tensor) -> None:
+    module = torch.export.load(exported(runs, "--from-pixels") / "model.pt2").module()
+    shares = module(pixels.permute(0, 3, 1, 2))
+    torch.testing.assert_close(shares, expected(runs, pixels).softmax(1))
+
+
+@pytest.mark.parametrize("from_pixels", [False, True])
+def test_onnx_runs_without_torch(runs: Path, pixels: Tensor, from_pixels: bool) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    words = ["--from-pixels"] if from_pixels else []
+    path = exported(runs, "--to", "onnx", *words) / "model.onnx"
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.get_modelmeta().custom_metadata_map["classes"]
+    assert json.loads(found) == list(load_run(runs / "own").classes)
+    given = load_run(runs / "own").normalize(pixels)
+    wanted = expected(runs, pixels)
+    if from_pixels:
+        given, wanted = pixels.permute(0, 3, 1, 2).contiguous(), wanted.softmax(1)
+    (scores,) = session.run(None, {"images": given.numpy()})
+    numpy.testing.assert_allclose(scores, wanted.numpy(), atol=1e-5)
+
+
+def test_weights_come_with_what_is_needed_to_use_them(runs: Path) -> None:
+    folder = exported(runs, "--to", "safetensors")
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "recipe.py",
+    }
+    weights, own = load_file(folder / "model.safetensors"), load_file(runs / "own/best.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in own.items())
+    about = json.loads((folder / "config.json").read_text())
+    assert about["input"]["shape"] == ["n", 3, 64, 64]
+
+
+def test_a_folder_for_the_hub_has_a_card(runs: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(exported(runs, "--to", "hub") / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    (result,) = card.data.eval_results
+    rows = (runs / "own/metrics.jsonl").read_text().splitlines()
+    assert result.metric_value == pytest.approx(json.loads(rows[-1])["test/accuracy"], abs=1e-4)
+    assert "proved on all 12 test images" in card.text
+    assert "one** training run" in card.text
+
+
+def leftovers() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
+def test_changed_weights_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "own/best.safetensors"
+    before = path.read_bytes()
+    weights = load_file(path)
+    next(v for n, v in weights.items() if n.endswith("weight")).mul_(1.5)
+    save_file(weights, path)
+    try:
+        assert main(["export", "own", "out", "--runs", str(runs)]) == 2
+    finally:
+        path.write_bytes(before)
+    assert "other weights than those that it evaluated" in capsys.readouterr().err
+    assert leftovers() == []
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+def test_an_exporter_that_is_wrong_is_refused(
+    form: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BatchNorm left in training mode, and a weight that is changed on the way."""
+    if form in ("torch", "onnx"):
+        monkeypatch.setattr(export.Deployed, "eval", lambda self: self.train())
+    else:
+        save = export.save_weights
+
+        def wrong(network: Any, path: Path) -> None:
+            save(network, path)
+            weights = load_file(path)
+            next(v for n, v in weights.items() if n.endswith("weight"))[0] += 0.5
+            save_file(weights, path)
+
+        monkeypatch.setattr(export, "save_weights", wrong)
+    assert main(["export", "own", "out", "--to", form, "--runs", str(runs)]) == 2
+    errors = capsys.readouterr().err
+    assert "the export is not the trained network" in errors or "cannot be exported" in errors
+    assert leftovers() == []
+
+
+def test_a_run_whose_images_are_gone_is_proved_by_those_that_it_kept(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export.sources, "open_on_disk", lambda data: None)
+    exported(runs)
+    assert "proved on 12 images" in capsys.readouterr().out
+    (runs / "own/best.npz").rename(runs / "own/kept")
+    (runs / "own/last.npz").rename(runs / "own/kept-last")
+    try:
+        assert main(["export", "own", "other", "--runs", str(runs)]) == 2
+    finally:
+        (runs / "own/kept").rename(runs / "own/best.npz")
+        (runs / "own/kept-last").rename(runs / "own/last.npz")
+    assert "type --data FOLDER" in capsys.readouterr().err
+
+
+def test_a_network_that_depends_on_more_than_the_images_is_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = RECIPE.read_text().replace(
+        "return self.layers(images)", "return self.layers(images) * (len(images) > 3 or 1)"
+    )
+    source = source.replace("len(images) > 3", "float(images.sum()) != 0.123 and len(images) > 3")
+    (tmp_path / "odd.py").write_text(source)
+    words = [str(tmp_path / "odd.py"), *FEW, "--wandb", "off", "--runs", "runs"]
+    assert main([*words, "--name", "odd"]) == 0
+    capsys.readouterr()
+    assert main(["export", "odd", "out"]) == 2
+    errors = capsys.readouterr().err
+    assert "cannot be exported as torch" in errors or "is not the trained network" in errors
+    assert not Path("out").exists()
+
+
+def test_a_proof_sees_a_small_gap(runs: Path) -> None:
+    run, files = load_run(runs / "own"), find("own", runs)
+    test, whole = export.test_images(files, run, None)
+    assert whole
+
+    def right(images: Tensor) -> Tensor:
+        return run.model(images)  # type: ignore[no-any-return]
+
+    assert prove(run, right, test, from_pixels=False).gap == 0
+    with refused("up to 0.1"):
+        prove(run, lambda images: right(images) + 0.1, test, from_pixels=False)
+    with refused("or no numbers"):
+        prove(run, lambda images: right(images) * torch.nan, test, from_pixels=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["own"], "no run or no folder is named"),
+        (["own", "taken"], "taken, which exists already"),
+        (["other", "out"], "there is own"),
+        (["own", "out", "--to", "tflite"], "invalid choice: 'tflite'"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    words: list[str], part: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").mkdir()
+    assert main(["export", *words, "--runs", str(runs)]) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert part in errors
