@@ -93,7 +93,7 @@ def load_run(
 
 
 def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
-    """The recipe in the folder with the settings of the run that concern the model and its images."""
+    """The recipe in the folder, with the run's settings of the model and of its images."""
     source = path / "recipe.py"
     if not source.is_file() or not source.read_bytes().strip():
         raise UserError(

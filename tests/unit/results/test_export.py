@@ -196,7 +196,7 @@ def test_a_proof_sees_a_small_gap(runs: Path) -> None:
     assert whole
 
     def right(images: Tensor) -> Tensor:
-        return run.model(images)  # type: ignore[no-any-return]
+        return run.model(images)
 
     assert prove(run, right, test, from_pixels=False).gap == 0
     with refused("up to 0.1"):
