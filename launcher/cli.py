@@ -19,6 +19,7 @@ from launcher.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_SAVED,
+    EXIT_USER,
     LauncherError,
     OtherRankError,
     RankError,
@@ -137,7 +138,25 @@ def _check(words: list[str]) -> int:
     return check.main(words, _load)
 
 
-_COMMANDS = {"submit": _submit, "check": _check}
+def _doctor(words: list[str]) -> int:
+    from launcher.checks import doctor
+
+    world = slurm_env.world_of_this_process()
+    world = slurm_env.with_known_address(os.environ, world)
+
+    def refuse() -> None:
+        if "SLURM_JOB_ID" in os.environ:
+            slurm_env.check(os.environ, world)
+
+    try:
+        return doctor.main(words, world, refuse)
+    except UserError:  # what was typed was typed for all ranks
+        if world.is_main:
+            raise
+        raise OtherRankError(EXIT_USER) from None
+
+
+_COMMANDS = {"submit": _submit, "check": _check, "doctor": _doctor}
 
 
 def _run(words: list[str], world: World) -> int:

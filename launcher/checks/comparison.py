@@ -1,0 +1,554 @@
+"""What the facts of all ranks say together: a verdict for each question, outliers by name.
+
+Pure: from values alone, so it is the same for one rank and for a thousand.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from launcher.checks.links import Collective, Link, Offset
+from launcher.checks.machine import Facts, Tracking, read
+from launcher.checks.products import Product
+from launcher.checks.verdicts import Verdict
+from launcher.distributed.world import World
+from launcher.utils.text import count
+
+SLOW = 0.7  # of the median of its peers: an outlier
+_SLOW_LINK = 0.3  # of what its interface promises; protocols and other users take their part
+_SKEW = 1.0  # seconds between two clocks
+_NEAR = 5e-3  # seconds to another node: more is another building
+_LITTLE = 2**30  # bytes free for runs, or of memory
+_LITTLE_SHARED = 2**29  # of /dev/shm, where NCCL needs it
+_FEW_FILES = 1024  # open ones
+_NAMED = 4  # outliers in a line
+_ROWS = 32  # of the table
+_REFUSED = ("Python", "torch", "torchvision", "accelerate", "launcher")  # where they differ
+_MISSING = "killed, stopped, not started or cut off: look for it on its machine"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one rank found together with the others; `links` go by the first rank of a node."""
+
+    product: Product
+    links: Mapping[str, Link] = field(default_factory=dict)
+    sees_mark: bool | None = None  # of rank 0 in the folder of runs; None: not asked
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that rank 0 knows; a rank that did not answer is in none of the mappings."""
+
+    world: World
+    facts: dict[int, Facts]
+    offsets: Mapping[int, Offset] = field(default_factory=dict)
+    findings: Mapping[int, Findings] = field(default_factory=dict)
+    collectives: Mapping[int, Collective] = field(default_factory=dict)
+    group: Sequence[int] = ()  # the ranks that were to reduce together
+    tracking: Tracking | None = None
+    apart: str = ""  # why the ranks did not meet
+
+    @property
+    def firsts(self) -> list[Facts]:
+        """The first rank of each node that answered, which speaks for it."""
+        by_node: dict[int, Facts] = {}
+        for rank in sorted(self.facts):
+            by_node.setdefault(self.facts[rank].node, self.facts[rank])
+        return [by_node[node] for node in sorted(by_node)]
+
+    def name(self, rank: int) -> str:
+        """Host and rank; the host of one that said nothing is that of its node, if it has one."""
+        if rank in self.facts:
+            return self.facts[rank].name
+        node = rank // self.world.local_size
+        host = next((facts.host for facts in self.firsts if facts.node == node), "an unknown host")
+        return f"rank {rank} on {host}"
+
+
+def read_findings(values: Mapping[str, Any]) -> Findings:
+    """What another rank found, from JSON."""
+    links = {rank: read(Link, link) for rank, link in values["links"].items()}
+    return Findings(read(Product, values["product"]), links, values.get("sees_mark"))
+
+
+def verdicts(report: Report) -> list[Verdict]:
+    """An answer to each question."""
+    return [verdict for question in _QUESTIONS for verdict in question(report)]
+
+
+def as_values(report: Report) -> dict[str, Any]:
+    """The report for machines: what each rank said."""
+    ranks = []
+    for rank in range(report.world.size):
+        if rank not in report.facts:
+            ranks.append({"rank": rank, "answered": False})
+            continue
+        values: dict[str, Any] = {"answered": True, **asdict(report.facts[rank])}
+        for name, found in (
+            ("clock", report.offsets.get(rank)),
+            ("findings", report.findings.get(rank)),
+            ("all_reduce", report.collectives.get(rank)),
+        ):
+            values[name] = asdict(found) if found else None
+        ranks.append(values)
+    tracking = asdict(report.tracking) if report.tracking else None
+    return {"world_size": report.world.size, "ranks": ranks, "tracking": tracking}
+
+
+def node_table(report: Report) -> list[str]:
+    """The nodes side by side, a line each; nothing where there is one rank."""
+    if report.world.size == 1:
+        return []
+    rows = [("node", "ranks", "cores", "threads", "memory", "GPUs", "free", "written", "clock")]
+    for first in report.firsts[:_ROWS]:
+        ranks = [facts for facts in report.facts.values() if facts.node == first.node]
+        cores, memory, disk = first.cores, first.memory, first.disk
+        offset = report.offsets.get(first.rank)
+        rows.append(
+            (
+                first.host,
+                f"{len(ranks)} of {first.local_size}",
+                f"{cores.granted}" if cores else "?",
+                f"{cores.threads}" if cores else "?",
+                _bytes(memory.granted) if memory else "?",
+                "?" if first.gpus is None else f"{len(first.gpus)}",
+                _bytes(disk.free) if disk else "?",
+                f"{_bytes(disk.speed)}/s" if disk else "?",
+                f"{offset.seconds:+.3f} s" if offset else "-" if first.rank == 0 else "?",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if len(report.firsts) > _ROWS:
+        lines.append(f"and {count(len(report.firsts) - _ROWS, 'node')} more; --json shows all")
+    return lines
+
+
+# Questions about the ranks
+
+
+def _launch(report: Report) -> Iterator[Verdict]:
+    world = report.world
+    mistakes = {
+        mistake: facts.name
+        for facts in reversed(list(report.facts.values()))
+        for mistake in facts.mistakes
+    }
+    for mistake, name in mistakes.items():
+        yield Verdict("launch", f"{mistake.what} ({name})", "wrong", mistake.instead)
+    missing = [rank for rank in range(world.size) if rank not in report.facts]
+    if report.apart:
+        yield Verdict("launch", report.apart, "wrong", _why_apart(report))
+    elif missing:
+        names = _listed(map(report.name, missing))
+        yield Verdict("launch", f"no answer from {names}", "wrong", _MISSING)
+    elif not mistakes:
+        nodes = len(report.firsts)
+        yield Verdict(
+            "launch",
+            f"{count(world.size, 'rank')} on {count(nodes, 'node')}, started by "
+            f"{world.launcher.value}",
+        )
+    lost = [rank for rank in sorted(report.facts) if rank not in report.findings]
+    if lost and not report.apart:
+        names = _listed(map(report.name, lost))
+        yield Verdict("launch", f"no answer any more from {names}", "wrong", _MISSING)
+    for question, why in _unanswered(report):
+        yield Verdict(question, why, "wrong", "see what it waits for on that machine")
+
+
+def _why_apart(report: Report) -> str:
+    port = report.facts[0].port
+    if port is not None and port.state == "taken":
+        return f"end {port.owner or 'what listens there'}, or choose another port"
+    return "MASTER_ADDR and MASTER_PORT are to lead to the machine of rank 0, from every machine"
+
+
+def _unanswered(report: Report) -> Iterator[tuple[str, str]]:
+    """Questions without an answer, with those who did not give one."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for facts in report.facts.values():
+        for question, why in facts.unanswered.items():
+            found.setdefault((question, why), []).append(facts.name)
+    for (question, why), names in found.items():
+        yield question, f"{why} ({_listed(names)})"
+
+
+def _versions(report: Report) -> Iterator[Verdict]:
+    usual: dict[str, str] = {}
+    differing, standing = [], "good"
+    for name in dict.fromkeys(n for facts in report.facts.values() for n in facts.versions):
+        held = {facts.name: facts.versions.get(name, "?") for facts in report.facts.values()}
+        usual[name] = Counter(held.values()).most_common(1)[0][0]
+        others: dict[str, list[str]] = {}
+        for rank, version in held.items():
+            if version != usual[name]:
+                others.setdefault(version, []).append(rank)
+        differing += [f"{name} {version} on {_listed(r)}" for version, r in others.items()]
+        if others and (name in _REFUSED or standing == "wrong"):
+            standing = "wrong"
+        elif others:
+            standing = "notice"
+    text = ", ".join(f"{name} {version}" for name, version in usual.items())
+    if differing:
+        text += f"; but {'; '.join(differing)}"
+    instead = "a run is refused where they differ: install the same on every machine"
+    if standing == "wrong":
+        yield Verdict("versions", text, "wrong", instead)
+    elif standing == "notice":
+        yield Verdict("versions", text, "notice", "install the same on every machine")
+    else:
+        yield Verdict("versions", text)
+
+
+def _gpus(report: Report) -> Iterator[Verdict]:
+    held = {facts.name: facts.gpus for facts in report.firsts if facts.gpus is not None}
+    if not held:
+        return
+    named = {name: _models([gpu.name for gpu in gpus]) for name, gpus in held.items()}
+    usual = Counter(named.values()).most_common(1)[0][0]
+    text = f"{usual}{' on every node' if len(held) > 1 else ''}"
+    others = [f"{models} for {name}" for name, models in named.items() if models != usual]
+    clocks = [gpu.clock for gpus in held.values() for gpu in gpus if gpu.clock]
+    if clocks:
+        text += f", {min(clocks)} to {max(clocks)} MHz now"
+    if others:
+        yield Verdict("GPUs", f"{text}; but {_listed(others)}", "notice", "ask for equal nodes")
+    else:
+        yield Verdict("GPUs", text)
+    for name, gpus in held.items():
+        for number, gpu in enumerate(gpus):
+            if gpu.ecc_errors:
+                what = f"{count(gpu.ecc_errors, 'memory error')} (ECC) of GPU {number} for {name}"
+                yield Verdict("GPUs", what, "wrong", "give the node back and have it looked at")
+            if gpu.throttled:
+                what = f"GPU {number} for {name} is slowed down by {gpu.throttled}"
+                yield Verdict("GPUs", what, "notice", "have the cooling and the power looked at")
+
+
+def _models(names: Sequence[str]) -> str:
+    counted = Counter(names)
+    return ", ".join(f"{number} x {name}" for name, number in counted.items()) or "none: CPUs"
+
+
+def _cores(report: Report) -> Iterator[Verdict]:
+    held = [facts for facts in report.facts.values() if facts.cores]
+    many, few = [], []
+    for facts in held:
+        cores = facts.cores
+        assert cores
+        share = max(1, cores.granted // facts.local_size)
+        if cores.threads * facts.local_size > max(cores.granted, facts.local_size):
+            many.append((facts, share))
+        elif cores.threads < share and (cores.threads == 1 or 2 * cores.threads <= share):
+            few.append((facts, share))
+    for found, what in ((many, "too many"), (few, "few")):
+        if found:
+            facts, share = found[0]
+            names = _listed(f"{_cores_of(f)}" for f, _ in found)
+            instead = f"type export OMP_NUM_THREADS={share} before the launch"
+            yield Verdict("cores", f"{what} threads: {names}", "notice", instead)
+    if held and not many and not few:
+        texts = Counter(_cores_of(facts, with_name=False) for facts in held)
+        yield Verdict("cores", _listed(texts))
+
+
+def _cores_of(facts: Facts, with_name: bool = True) -> str:
+    cores = facts.cores
+    assert cores
+    quota = f" (a quota of {cores.quota:g})" if cores.quota is not None else ""
+    text = (
+        f"{count(cores.usable, 'core')}{quota} for {count(facts.local_size, 'process')} of "
+        f"{count(cores.threads, 'thread')}"
+    )
+    return f"{text} ({facts.name})" if with_name else text
+
+
+def _memory(report: Report) -> Iterator[Verdict]:
+    held = [facts for facts in report.firsts if facts.memory]
+    if not held:
+        return
+    memories = [facts.memory for facts in held if facts.memory]
+    text = (
+        f"{_bytes(min(m.available for m in memories))} free of "
+        f"{_bytes(min(m.granted for m in memories))}, /dev/shm "
+        f"{_bytes(min(m.shared for m in memories))}, "
+        f"{min(m.open_files for m in memories):,} open files"
+    )
+    yield Verdict("memory", text if len(held) == 1 else f"at least {text} on every node")
+    little = [
+        f"{_bytes(min(m.available, m.limit or m.available))} free ({facts.name})"
+        for facts in held
+        if (m := facts.memory) and min(m.available, m.limit or m.available) < _LITTLE
+    ]
+    if little:
+        yield Verdict("memory", _listed(little), "notice", "ask for more, or end what takes it")
+    shared = [f.name for f in held if f.gpus and f.memory and f.memory.shared < _LITTLE_SHARED]
+    if shared and report.world.size > 1:
+        instead = "start the container with --ipc=host or --shm-size=1g: NCCL needs it"
+        yield Verdict("memory", f"a small /dev/shm ({_listed(shared)})", "notice", instead)
+    files = [f.name for f in held if f.memory and f.memory.open_files < _FEW_FILES]
+    if files:
+        few = f"fewer than {_FEW_FILES:,} open files ({_listed(files)})"
+        yield Verdict("memory", few, "notice", "type ulimit -n 4096 before the launch")
+
+
+# Questions about folders
+
+
+def _disk(report: Report) -> Iterator[Verdict]:
+    for facts in report.firsts:
+        if (disk := facts.disk) is None:
+            continue
+        where = f"{disk.folder} ({facts.name})"
+        room = f"{_bytes(disk.free)} of {_bytes(disk.total)} free"
+        refused = f"{where} cannot be written: {disk.fault}; {room}"
+        if disk.fault and facts.rank == 0:
+            instead = "make room or name another folder with --runs: nothing could be saved"
+            yield Verdict("disk", refused, "wrong", instead)
+        elif disk.fault:
+            instead = "a run there could not go on if this became machine 0"
+            yield Verdict("disk", refused, "notice", instead)
+        elif disk.free < _LITTLE:
+            yield Verdict("disk", f"{where} has {room}", "notice", "make room for checkpoints")
+        elif facts.rank == 0:
+            speed = f"written at {_bytes(disk.speed)}/s, a new file replaces an old one"
+            yield Verdict("disk", f"{where} has {room}, {speed}")
+    blind = [rank for rank, found in report.findings.items() if found.sees_mark is False]
+    if blind:
+        names = _listed(map(report.name, sorted(blind)))
+        what = f"the folder of runs is another one for {names} than for rank 0"
+        instead = "--resume goes on only while the same machine is machine 0; else share it"
+        yield Verdict("disk", what, "notice", instead)
+    elif any(found.sees_mark for found in report.findings.values()):
+        yield Verdict("disk", "all nodes see the same folder of runs")
+
+
+def _cache(report: Report) -> Iterator[Verdict]:
+    held = {facts.name: facts.cache for facts in report.facts.values() if facts.cache}
+    faulty = [f"{cache.fault} ({name})" for name, cache in held.items() if cache.fault]
+    shared = [
+        f"{cache.folder}: {cache.shared} ({name})" for name, cache in held.items() if cache.shared
+    ]
+    instead = "export TORCHINDUCTOR_CACHE_DIR=FOLDER, to a local folder of your own"
+    if faulty:
+        yield Verdict("cache", f"of torch.compile: {_listed(faulty)}", "notice", instead)
+    if shared:
+        yield Verdict("cache", f"of torch.compile: {_listed(shared)}", "notice", instead)
+    if held and not faulty and not shared:
+        least = min(held.values(), key=lambda cache: cache.free)
+        yield Verdict("cache", f"of torch.compile: {least.folder}, {_bytes(least.free)} free")
+
+
+# Questions about the network
+
+
+def _clocks(report: Report) -> Iterator[Verdict]:
+    if len(report.firsts) < 2:
+        return
+    offsets = report.offsets
+    far = [
+        f"{report.name(rank)} is {abs(o.seconds):.2f} s {'ahead of' if o.seconds > 0 else 'behind'}"
+        f" rank 0 (± {o.bound:.3f} s)"
+        for rank, o in offsets.items()
+        if abs(o.seconds) - o.bound > _SKEW
+    ]
+    if far:
+        instead = "synchronize the clocks (chrony): logs and time limits go by them"
+        yield Verdict("clocks", _listed(far), "notice", instead)
+    elif offsets:
+        most = max(offsets.values(), key=lambda o: abs(o.seconds))
+        yield Verdict(
+            "clocks",
+            f"at most {abs(most.seconds) * 1e3:.1f} ms apart (± {most.bound * 1e3:.1f} ms)",
+        )
+
+
+def _network(report: Report) -> Iterator[Verdict]:
+    port = report.facts[0].port
+    if port is not None and port.state == "taken":
+        what = f"port {port.number} is taken by {port.owner or 'a process'}"
+        alone = report.world.size == 1
+        instead = "type --main_process_port (accelerate) or --master-port (torchrun) with another"
+        yield Verdict("port", what, "notice" if alone else "wrong", instead)
+    elif port is not None:
+        yield Verdict("port", f"port {port.number} was free")
+    several = len({facts.host for facts in report.firsts}) > 1
+    bad = False
+    for facts in report.firsts:
+        place = facts.place
+        if place is None:
+            continue
+        if several and place.is_loopback:
+            device = place.towards_first or "eth0"
+            reason = place.fault or f"{place.origin} resolves to {place.address}"
+            what = f"{reason}: other machines cannot reach it ({facts.name})"
+            instead = f"type export GLOO_SOCKET_IFNAME={device} NCCL_SOCKET_IFNAME={device} there"
+            yield Verdict("host name", what, "wrong", instead)
+            bad = True
+        elif place.fault:
+            instead = "enter it in /etc/hosts; several machines would need GLOO_SOCKET_IFNAME"
+            yield Verdict("host name", f"{place.fault} ({facts.name})", "notice", instead)
+            bad = True
+    if not bad and (place := report.facts[0].place):
+        speed = f", {place.speed / 1e3:g} Gb/s" if place.speed else ""
+        yield Verdict(
+            "host name", f"{place.address} of {place.interface}{speed}, by {place.origin}"
+        )
+
+
+def _links(report: Report) -> Iterator[Verdict]:
+    links = [
+        (rank, int(other), link)
+        for rank, found in report.findings.items()
+        for other, link in found.links.items()
+    ]
+    faults = [
+        f"from {report.name(rank)} to {report.name(other)}: {link.fault}"
+        for rank, other, link in links
+        if link.fault
+    ]
+    if faults:
+        instead = "look for a firewall between them: ranks connect at ports that the system chooses"
+        yield Verdict("links", f"no connection {_listed(faults)}", "wrong", instead)
+    good = [item for item in links if not item[2].fault]
+    if not good:
+        return
+    measured = [item for item in good if item[2].bandwidth]
+    usual = median(link.bandwidth for _, _, link in measured) if measured else 0.0
+    slow = []
+    for rank, other, link in measured:
+        promised = min(_promised(report, rank), _promised(report, other))
+        is_outlier = len(measured) > 2 and link.bandwidth < SLOW * usual
+        if is_outlier or link.bandwidth < _SLOW_LINK * promised:
+            promise = f" of {_rate(promised)}" if promised else ""
+            slow.append(
+                f"{_rate(link.bandwidth)}{promise} from {report.name(other)} to {report.name(rank)}"
+            )
+    nearest = min(link.latency for _, _, link in good)
+    farthest = max(good, key=lambda item: item[2].latency)
+    text = f"{nearest * 1e3:.2f} to {farthest[2].latency * 1e3:.2f} ms"
+    text += f", {_rate(min((i[2].bandwidth for i in measured), default=0))} or more"
+    instead = "look at cable, switch and driver of that node, or whether others use the network"
+    if slow:
+        yield Verdict("links", _listed(slow), "notice", instead)
+    if farthest[2].latency > _NEAR:
+        far = f"between {report.name(farthest[0])} and {report.name(farthest[1])}"
+        what = f"{farthest[2].latency * 1e3:.1f} ms {far}"
+        yield Verdict("links", what, "notice", "ask for nodes beside each other")
+    elif not slow:
+        yield Verdict("links", f"{text} between nodes, both ways")
+
+
+def _promised(report: Report, rank: int) -> float:
+    """Bytes per second of the interface; 0: not known."""
+    facts = report.facts.get(rank)
+    return facts.place.speed * 1e6 / 8 if facts and facts.place else 0.0
+
+
+def _all_reduce(report: Report) -> Iterator[Verdict]:
+    if report.world.size == 1:
+        return
+    if not report.group:
+        if not report.apart:
+            yield Verdict("all-reduce", "it needs two ranks that reach each other", "not asked")
+        return
+    lost = [rank for rank in report.group if rank not in report.collectives]
+    faults = [f"{report.name(r)}: {c.fault}" for r, c in report.collectives.items() if c.fault]
+    if lost:
+        names = _listed(map(report.name, lost))
+        yield Verdict("all-reduce", f"no answer any more from {names}", "wrong", _MISSING)
+    elif faults:
+        instead = "see the lines above; else ask the network's people about these machines"
+        yield Verdict("all-reduce", f"not over in time: {_listed(faults)}", "wrong", instead)
+    if lost or faults:
+        return
+    found = report.collectives[0]
+    size = len(report.group)
+    parts = [f"{_bytes(int(n))} in {s * 1e3:.3g} ms" for n, s in found.seconds.items()]
+    largest, took = max((int(n), s) for n, s in found.seconds.items())
+    speed = 2 * (size - 1) / size * largest / took  # what a ring sends through each link
+    text = f"{found.backend}, {count(size, 'rank')}: {', '.join(parts)}; {_rate(speed)} per link"
+    promised = min((_promised(report, facts.rank) for facts in report.firsts), default=0.0)
+    if len(report.firsts) > 1 and promised:
+        text += f", of {_rate(promised)}"
+        if largest >= 2**20 and speed < _SLOW_LINK * promised and found.backend == "gloo":
+            instead = "the lines about links and cores may say why"
+            yield Verdict("all-reduce", text, "notice", instead)
+            return
+    yield Verdict("all-reduce", text)
+
+
+# Questions about computing
+
+
+def _products(report: Report) -> Iterator[Verdict]:
+    products = {rank: found.product for rank, found in report.findings.items()}
+    faults = [f"{p.fault} ({report.name(rank)})" for rank, p in products.items() if p.fault]
+    if faults:
+        yield Verdict("product", _listed(faults), "wrong", "do not train on it: have it looked at")
+    for device in dict.fromkeys(p.device for p in products.values() if p.device):
+        peers = {rank: p.speed for rank, p in products.items() if p.device == device}
+        usual = median(peers.values())
+        slow = [
+            f"{report.name(rank)} computes at {speed / usual:.0%} of the speed of its peers"
+            for rank, speed in peers.items()
+            if speed < SLOW * usual
+        ]
+        text = f"{usual / 1e9:,.0f} GFLOP/s in float32 on {device}"
+        if slow:
+            instead = "look for other work there, a quota or heat: all ranks wait for the slowest"
+            yield Verdict("product", f"{text}; {_listed(slow)}", "notice", instead)
+        else:
+            yield Verdict("product", f"{text}, and right")
+
+
+def _tracking(report: Report) -> Iterator[Verdict]:
+    if report.tracking is None:
+        return
+    mode, notice = report.tracking.mode, report.tracking.notice
+    if notice:
+        reason = notice.removeprefix("W&B keeps the run offline: ")
+        instead = "a run with --wandb off does not ask for it"
+        yield Verdict("W&B", f"{mode}: {reason}", "notice", instead)
+    else:
+        yield Verdict("W&B", f"a run is kept {mode}" if mode != "off" else "off")
+
+
+_QUESTIONS: tuple[Callable[[Report], Iterator[Verdict]], ...] = (
+    *(_launch, _versions, _gpus, _cores, _memory, _clocks, _disk, _cache),
+    *(_network, _links, _all_reduce, _products, _tracking),
+)
+
+
+# Words
+
+
+def _listed(parts: Iterable[str]) -> str:
+    found = list(parts)
+    more = len(found) - _NAMED
+    return "; ".join(found[:_NAMED]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def _bytes(number: float) -> str:
+    """`3.2 GB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TB"
+
+
+def _rate(bytes_per_second: float) -> str:
+    """`9.4 Gb/s`, as links are sold."""
+    return (
+        f"{bytes_per_second * 8 / 1e9:.3g} Gb/s"
+        if bytes_per_second >= 1.25e8
+        else f"{bytes_per_second * 8 / 1e6:.3g} Mb/s"
+    )

@@ -1,0 +1,56 @@
+"""A matrix product on the device of each rank: how fast, and whether it is right."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from launcher.distributed.accelerator import runs_on_cpu, synchronize
+from launcher.distributed.world import World
+
+_ROUNDS, _SECONDS = 5, 0.2  # longer than the 0.1 s in which a control group grants its quota
+_SIZES = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the device made of it: the median of a few rounds."""
+
+    device: str = ""
+    speed: float = 0.0  # floating-point operations per second
+    fault: str = ""
+
+
+def multiply(world: World) -> Product:
+    """Multiply whole numbers, of which every product and sum is exact in every precision."""
+    import torch
+
+    if runs_on_cpu(world):
+        device, name = torch.device("cpu"), "CPU"
+    else:
+        device = torch.device("cuda", world.device)
+        name = torch.cuda.get_device_name(device)
+    size = _SIZES[device.type]
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randint(-4, 5, (size, size), generator=generator).float().to(device) for _ in range(2)
+    )
+    product = left @ right
+    ones = torch.ones(size, dtype=torch.float64, device=device)
+    expected = left.double() @ (right.double() @ ones)
+    fault = ""
+    if not torch.isfinite(product).all():
+        fault = "the product of two matrices of whole numbers is not finite"
+    elif not torch.equal(product.double() @ ones, expected):
+        fault = "the product of two matrices of whole numbers is wrong"
+    per_second = median(_per_second(lambda: left @ right) for _ in range(_ROUNDS))
+    return Product(name, 2 * size**3 * per_second, fault)
+
+
+def _per_second(work: Callable[[], object]) -> float:
+    done, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < _SECONDS:
+        work()
+        synchronize()
+        done += 1
+    return done / spent
