@@ -59,6 +59,11 @@ class Report:
             by_node.setdefault(self.facts[rank].node, self.facts[rank])
         return [by_node[node] for node in sorted(by_node)]
 
+    @property
+    def lost(self) -> list[int]:
+        """Ranks that answered at first, and then no more."""
+        return [] if self.apart else [rank for rank in self.facts if rank not in self.findings]
+
     def name(self, rank: int) -> str:
         """Host and rank; the host of one that said nothing is that of its node, if it has one."""
         if rank in self.facts:
@@ -144,30 +149,28 @@ def _launch(report: Report) -> Iterator[Verdict]:
         yield Verdict("launch", f"{mistake.what} ({name})", "wrong", mistake.instead)
     missing = [rank for rank in range(world.size) if rank not in report.facts]
     if report.apart:
-        yield Verdict("launch", report.apart, "wrong", _why_apart(report))
+        yield from _why_apart(report)
     elif missing:
         names = _listed(map(report.name, missing))
         yield Verdict("launch", f"no answer from {names}", "wrong", _MISSING)
-    elif not mistakes:
-        nodes = len(report.firsts)
-        yield Verdict(
-            "launch",
-            f"{count(world.size, 'rank')} on {count(nodes, 'node')}, started by "
-            f"{world.launcher.value}",
-        )
-    lost = [rank for rank in sorted(report.facts) if rank not in report.findings]
-    if lost and not report.apart:
-        names = _listed(map(report.name, lost))
+    if report.lost:
+        names = _listed(map(report.name, report.lost))
         yield Verdict("launch", f"no answer any more from {names}", "wrong", _MISSING)
+    if not (mistakes or missing or report.lost):
+        what = f"{count(world.size, 'rank')} on {count(len(report.firsts), 'node')}"
+        yield Verdict("launch", f"{what}, started by {world.launcher.value}")
     for question, why in _unanswered(report):
         yield Verdict(question, why, "wrong", "see what it waits for on that machine")
 
 
-def _why_apart(report: Report) -> str:
-    port = report.facts[0].port
-    if port is not None and port.state == "taken":
-        return f"end {port.owner or 'what listens there'}, or choose another port"
-    return "MASTER_ADDR and MASTER_PORT are to lead to the machine of rank 0, from every machine"
+def _why_apart(report: Report) -> Iterator[Verdict]:
+    """Why the ranks did not meet, where no other line says it."""
+    first = report.facts[0]
+    if "torch" in first.unanswered or (first.port and first.port.state == "taken"):
+        return
+    own = first.place.address if first.place else "its address"
+    instead = f"MASTER_ADDR is to lead to the machine of rank 0 ({own}) from every machine"
+    yield Verdict("launch", report.apart, "wrong", instead)
 
 
 def _unanswered(report: Report) -> Iterator[tuple[str, str]]:
@@ -373,9 +376,10 @@ def _clocks(report: Report) -> Iterator[Verdict]:
 def _network(report: Report) -> Iterator[Verdict]:
     port = report.facts[0].port
     if port is not None and port.state == "taken":
-        what = f"port {port.number} is taken by {port.owner or 'a process'}"
+        owner = port.owner or "a process"
+        what = f"port {port.number}, at which the ranks meet, is taken by {owner}"
         alone = report.world.size == 1
-        instead = "type --main_process_port (accelerate) or --master-port (torchrun) with another"
+        instead = "end it, or choose another by --main_process_port, --master-port or MASTER_PORT"
         yield Verdict("port", what, "notice" if alone else "wrong", instead)
     elif port is not None:
         yield Verdict("port", f"port {port.number} was free")
@@ -390,7 +394,8 @@ def _network(report: Report) -> Iterator[Verdict]:
             reason = place.fault or f"{place.origin} resolves to {place.address}"
             what = f"{reason}: other machines cannot reach it ({facts.name})"
             instead = f"type export GLOO_SOCKET_IFNAME={device} NCCL_SOCKET_IFNAME={device} there"
-            yield Verdict("host name", what, "wrong", instead)
+            works = report.group and not _faulty(report)  # by luck: who connects to whom
+            yield Verdict("host name", what, "notice" if works else "wrong", instead)
             bad = True
         elif place.fault:
             instead = "enter it in /etc/hosts; several machines would need GLOO_SOCKET_IFNAME"
@@ -408,6 +413,7 @@ def _links(report: Report) -> Iterator[Verdict]:
         (rank, int(other), link)
         for rank, found in report.findings.items()
         for other, link in found.links.items()
+        if int(other) not in report.lost  # of which it is said already
     ]
     faults = [
         f"from {report.name(rank)} to {report.name(other)}: {link.fault}"
@@ -434,7 +440,10 @@ def _links(report: Report) -> Iterator[Verdict]:
     nearest = min(link.latency for _, _, link in good)
     farthest = max(good, key=lambda item: item[2].latency)
     text = f"{nearest * 1e3:.2f} to {farthest[2].latency * 1e3:.2f} ms"
-    text += f", {_rate(min((i[2].bandwidth for i in measured), default=0))} or more"
+    if measured:
+        text += f", {_rate(min(link.bandwidth for _, _, link in measured))} or more"
+    pairs = {(rank, other) for rank, other, _ in good}
+    ways = "both ways" if all((other, rank) in pairs for rank, other in pairs) else "one way"
     instead = "look at cable, switch and driver of that node, or whether others use the network"
     if slow:
         yield Verdict("links", _listed(slow), "notice", instead)
@@ -443,7 +452,7 @@ def _links(report: Report) -> Iterator[Verdict]:
         what = f"{farthest[2].latency * 1e3:.1f} ms {far}"
         yield Verdict("links", what, "notice", "ask for nodes beside each other")
     elif not slow:
-        yield Verdict("links", f"{text} between nodes, both ways")
+        yield Verdict("links", f"{text} between nodes, {ways}")
 
 
 def _promised(report: Report, rank: int) -> float:
@@ -460,7 +469,7 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
             yield Verdict("all-reduce", "it needs two ranks that reach each other", "not asked")
         return
     lost = [rank for rank in report.group if rank not in report.collectives]
-    faults = [f"{report.name(r)}: {c.fault}" for r, c in report.collectives.items() if c.fault]
+    faults = _faulty(report)
     if lost:
         names = _listed(map(report.name, lost))
         yield Verdict("all-reduce", f"no answer any more from {names}", "wrong", _MISSING)
@@ -483,6 +492,11 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
             yield Verdict("all-reduce", text, "notice", instead)
             return
     yield Verdict("all-reduce", text)
+
+
+def _faulty(report: Report) -> list[str]:
+    """What those say whose all-reduce came to no end."""
+    return [f"{report.name(r)}: {c.fault}" for r, c in report.collectives.items() if c.fault]
 
 
 # Questions about computing

@@ -93,7 +93,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
         else:
             code = _other_rank(own, patient)
     except RankError as error:  # of another rank than 0
-        sys.stderr.write(f"launcher: {error}\n")
+        patient.complain(redacted(f"launcher: {error}\n"))
         code = error.exit_code
     if patient.has_left_threads:
         sys.stdout.flush()
@@ -133,6 +133,14 @@ class Patient:
         """`join` is how many of the seconds the ranks may take to meet."""
         self.deadline, self.join = deadline, join
         self.has_left_threads = False
+        self._stderr = os.dup(2)  # which a thread that opens the store has silenced meanwhile
+
+    def complain(self, line: str) -> None:
+        """Write to stderr, even where a thread that was left behind has silenced it."""
+        if self.has_left_threads:
+            os.write(self._stderr, line.encode())
+        else:
+            sys.stderr.write(line)
 
     def left(self, part: float = 1.0) -> float:
         """Seconds until this part of the limit is over."""
@@ -198,6 +206,12 @@ def _tracking() -> Tracking:
     return Tracking(*wandb.mode_here())
 
 
+def _refuse_without_torch(facts: Facts) -> None:
+    """Raise `RankError`: a second import beside one that is under way ends the process."""
+    if why := facts.unanswered.get("torch"):
+        raise RankError(f"{facts.name} cannot import torch: {why}", EXIT_USER)
+
+
 def _meet(world: World, patient: Patient) -> Board:
     """The board of all ranks; raises `RankError` where this one does not find it."""
     name = f"rank {world.rank}"
@@ -205,7 +219,7 @@ def _meet(world: World, patient: Patient) -> Board:
         machine.resolve(world.address)
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        join = max(1.0, patient.join - patient.deadline.spent)
+        join = float(max(1, round(patient.join - patient.deadline.spent)))
         host = None if world.hosts_store else "rank 0"
         opening = in_thread(lambda: open_store(world.address, world.port, join, name, host))
         store = patient.result(opening, join + ANSWER)
@@ -262,35 +276,47 @@ def _reduce(world: World, group: Group, board: Board, patient: Patient) -> Colle
 
 def _first_rank(own: Own, patient: Patient, shown: "Shown") -> int:
     """Lead the others, print, and return the exit code of all."""
-    world = own.world
-    report = Report(world, {0: ask_machine(own, patient)})
-    tracking = in_thread(_tracking)  # after torch: imports in two threads get into each other's way
-    board = None
-    try:
-        if world.size > 1:
-            board = _meet(world, patient)
-            report = _lead(report, board, patient, tracking)
-        else:
-            tracked = _tracked(tracking, patient)
-            found = _find(world, Plan([0], [0], [None], None), patient)
-            report = replace(report, findings={0: found}, tracking=tracked)
-    except RankError as error:
-        report = replace(report, apart=str(error), tracking=_tracked(tracking, patient))
+    report, board = _examined(own, patient)
     code = shown(report, patient.deadline)
     if board is not None:
         board.put("code", code)
-        if world.hosts_store:  # it ends with this process
+        if own.world.hosts_store:  # it ends with this process
             board.wait_for_count("left", len(report.facts) - 1, min(_LEAVING, patient.left()))
     return code
 
 
-def _lead(report: Report, board: Board, patient: Patient, tracking: "Future[Tracking]") -> Report:
-    world = report.world
-    own, listener = _listen(report.facts[0])
-    join = patient.join - patient.deadline.spent
-    answers = board.collect([f"facts/{rank}" for rank in range(1, world.size)], join)
-    facts = {0: own, **{int(key.split("/")[1]): read_facts(answers[key]) for key in answers}}
-    tracked = _tracked(tracking, patient)
+def _examined(own: Own, patient: Patient) -> tuple[Report, Board | None]:
+    """All that can be found out, and the board, where the others wait for the exit code."""
+    world = own.world
+    report = Report(world, {0: ask_machine(own, patient)})
+    try:
+        _refuse_without_torch(report.facts[0])
+    except RankError as error:
+        return replace(report, apart=str(error)), None
+    # Not at once with torch: imports in two threads get into each other's way.
+    tracking = in_thread(_tracking)
+    if world.size == 1:
+        tracked = _tracked(tracking, patient)
+        found = _find(world, Plan([0], [0], [None], None), patient)
+        return replace(report, findings={0: found}, tracking=tracked), None
+    try:
+        board = _meet(world, patient)
+    except RankError as error:
+        return replace(report, apart=str(error), tracking=_tracked(tracking, patient)), None
+    facts, listener = _listen(report.facts[0])
+    keys = [f"facts/{rank}" for rank in range(1, world.size)]
+    answers = board.collect(keys, patient.join - patient.deadline.spent)
+    others = {_rank_of(key): read_facts(answers[key]) for key in answers}
+    tracked = _tracked(tracking, patient)  # before anything is measured
+    report = _lead(Report(world, {0: facts, **others}, tracking=tracked), board, patient)
+    if listener:
+        listener.close()
+    return report, board
+
+
+def _lead(report: Report, board: Board, patient: Patient) -> Report:
+    """Measure with all ranks that have answered."""
+    world, facts = report.world, report.facts
     plan = _plan(facts)
     board.put("plan", asdict(plan))
     offsets = links.ask_clocks(board, plan.firsts[1:], _CLOCKS)
@@ -298,7 +324,7 @@ def _lead(report: Report, board: Board, patient: Patient, tracking: "Future[Trac
     findings = {0: _find(world, plan, patient)}
     keys = [f"findings/{rank}" for rank in plan.ranks[1:]]
     answers = board.collect(keys, patient.left(_FINDINGS) + 1)
-    findings |= {int(key.split("/")[1]): read_findings(answers[key]) for key in answers}
+    findings |= {_rank_of(key): read_findings(answers[key]) for key in answers}
     _remove(plan.mark)
     group = _group(facts, findings, patient)
     board.put("group", asdict(group))
@@ -308,10 +334,14 @@ def _lead(report: Report, board: Board, patient: Patient, tracking: "Future[Trac
         keys = [f"collective/{rank}" for rank in group.ranks[1:]]
         answers = board.collect(keys, patient.left(_COLLECTIVE))
         for key in answers:
-            collectives[int(key.split("/")[1])] = machine.read(Collective, answers[key])
-    if listener:
-        listener.close()
-    return Report(world, facts, offsets, findings, collectives, group.ranks, tracked)
+            collectives[_rank_of(key)] = machine.read(Collective, answers[key])
+    return replace(
+        report, offsets=offsets, findings=findings, collectives=collectives, group=group.ranks
+    )
+
+
+def _rank_of(key: str) -> int:
+    return int(key.rpartition("/")[2])
 
 
 def _listen(facts: Facts) -> tuple[Facts, Listener | None]:
@@ -383,6 +413,7 @@ def _other_rank(own: Own, patient: Patient) -> int:
     """Answer rank 0's questions; the exit code is rank 0's."""
     world = own.world
     facts = ask_machine(own, patient)
+    _refuse_without_torch(facts)
     board = _meet(world, patient)
     facts, listener = _listen(facts)
     board.put(f"facts/{world.rank}", asdict(facts))
@@ -395,6 +426,8 @@ def _other_rank(own: Own, patient: Patient) -> int:
         listener.close()
     if code is None:
         said = f"rank 0 did not say what it found within {patient.deadline.seconds:g} s"
+        if board.is_lost:
+            said = "rank 0, or the key-value store there, does not answer any more"
         where = f"rank {world.rank} of {world.size} on {socket.gethostname()}"
         raise RankError(f"{said} ({where})", EXIT_USER)
     return int(code)
