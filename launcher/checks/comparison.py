@@ -218,9 +218,11 @@ def _gpus(report: Report) -> Iterator[Verdict]:
     usual = Counter(named.values()).most_common(1)[0][0]
     text = f"{usual}{' on every node' if len(held) > 1 else ''}"
     others = [f"{models} for {name}" for name, models in named.items() if models != usual]
-    clocks = [gpu.clock for gpus in held.values() for gpu in gpus if gpu.clock]
-    if clocks:
-        text += f", {min(clocks)} to {max(clocks)} MHz now"
+    clocked = [gpu for gpus in held.values() for gpu in gpus if gpu.clock]
+    if clocked:
+        clocks = [gpu.clock for gpu in clocked]
+        most = max(gpu.most_clock for gpu in clocked)
+        text += f"; clocks now {min(clocks)} to {max(clocks)} MHz, at most {most}"
     if others:
         yield Verdict("GPUs", f"{text}; but {_listed(others)}", "notice", "ask for equal nodes")
     else:
@@ -382,7 +384,7 @@ def _network(report: Report) -> Iterator[Verdict]:
         instead = "end it, or choose another by --main_process_port, --master-port or MASTER_PORT"
         yield Verdict("port", what, "notice" if alone else "wrong", instead)
     elif port is not None:
-        yield Verdict("port", f"port {port.number} was free")
+        yield Verdict("port", f"port {port.number}: {port.state}")
     several = len({facts.host for facts in report.firsts}) > 1
     bad = False
     for facts in report.firsts:
@@ -445,13 +447,13 @@ def _links(report: Report) -> Iterator[Verdict]:
     pairs = {(rank, other) for rank, other, _ in good}
     ways = "both ways" if all((other, rank) in pairs for rank, other in pairs) else "one way"
     instead = "look at cable, switch and driver of that node, or whether others use the network"
-    if slow:
+    if slow:  # and late for that reason, perhaps
         yield Verdict("links", _listed(slow), "notice", instead)
-    if farthest[2].latency > _NEAR:
+    elif farthest[2].latency > _NEAR:
         far = f"between {report.name(farthest[0])} and {report.name(farthest[1])}"
         what = f"{farthest[2].latency * 1e3:.1f} ms {far}"
         yield Verdict("links", what, "notice", "ask for nodes beside each other")
-    elif not slow:
+    else:
         yield Verdict("links", f"{text} between nodes, {ways}")
 
 
@@ -480,7 +482,7 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
         return
     found = report.collectives[0]
     size = len(report.group)
-    parts = [f"{_bytes(int(n))} in {s * 1e3:.3g} ms" for n, s in found.seconds.items()]
+    parts = [f"{_bytes(int(n))} in {_short(s * 1e3)} ms" for n, s in found.seconds.items()]
     largest, took = max((int(n), s) for n, s in found.seconds.items())
     speed = 2 * (size - 1) / size * largest / took  # what a ring sends through each link
     text = f"{found.backend}, {count(size, 'rank')}: {', '.join(parts)}; {_rate(speed)} per link"
@@ -554,15 +556,17 @@ def _bytes(number: float) -> str:
     """`3.2 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if number < 1024:
-            return f"{number:.3g} {unit}"
+            return f"{_short(number)} {unit}"
         number /= 1024
-    return f"{number:.3g} TB"
+    return f"{_short(number)} TB"
 
 
 def _rate(bytes_per_second: float) -> str:
     """`9.4 Gb/s`, as links are sold."""
-    return (
-        f"{bytes_per_second * 8 / 1e9:.3g} Gb/s"
-        if bytes_per_second >= 1.25e8
-        else f"{bytes_per_second * 8 / 1e6:.3g} Mb/s"
-    )
+    megabits = bytes_per_second * 8 / 1e6
+    return f"{_short(megabits / 1e3)} Gb/s" if megabits >= 1e3 else f"{_short(megabits)} Mb/s"
+
+
+def _short(number: float) -> str:
+    """Three digits, and all of a larger number: `0.0123`, `1024`."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

@@ -405,8 +405,10 @@ def _group(facts: Mapping[int, Facts], findings: Mapping[int, Findings], patient
 def _tracked(tracking: "Future[Tracking]", patient: Patient) -> Tracking:
     try:
         return patient.result(tracking, min(_TRACKING, patient.left(_END)))
+    except TimeoutError:
+        return Tracking("offline", f"no answer within {_TRACKING:g} s")
     except Exception as error:
-        return Tracking("offline", f"{error}".split("\n")[0] or type(error).__name__)
+        return Tracking("offline", f"{type(error).__name__}: {error}".split("\n")[0])
 
 
 def _other_rank(own: Own, patient: Patient) -> int:

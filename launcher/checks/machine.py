@@ -207,13 +207,14 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "missing"
-    found["driver"] = _driver()
+    found["driver"] = driver()
     return found
 
 
-def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+def driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of NVIDIA's kernel module."""
     with suppress(OSError):
-        found = re.search(r"Kernel Module\D*([\d.]+)", path.read_text())
+        found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", path.read_text())
         return found.group(1) if found else "unknown"
     return "none"
 
@@ -306,11 +307,11 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
-        found.append(_ask_driver(str(device.uuid), Gpu(device.name, device.total_memory)))
+        found.append(ask_driver(str(device.uuid), Gpu(device.name, device.total_memory)))
     return tuple(found)
 
 
-def _ask_driver(uuid: str, gpu: Gpu) -> Gpu:
+def ask_driver(uuid: str, gpu: Gpu) -> Gpu:
     """Add clocks, errors and throttling, where nvidia-ml-py is installed and may ask."""
     try:
         import pynvml
