@@ -4,16 +4,13 @@ Pure: from values alone, so it is the same for one rank and for a thousand.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from typing import Any
 
-from launcher.checks.links import Collective, Link, Offset
-from launcher.checks.machine import Facts, Tracking, read
-from launcher.checks.products import Product
+from launcher.checks.facts import Facts
+from launcher.checks.links import Link
+from launcher.checks.report import Report, in_bits, in_bytes, listed, short
 from launcher.checks.verdicts import Verdict
-from launcher.distributed.world import World
 from launcher.utils.text import count
 
 SLOW = 0.7  # of the median of its peers: an outlier
@@ -23,116 +20,13 @@ _NEAR = 5e-3  # seconds to another node: more is another building
 _LITTLE = 2**30  # bytes free for runs, or of memory
 _LITTLE_SHARED = 2**29  # of /dev/shm, where NCCL needs it
 _FEW_FILES = 1024  # open ones
-_NAMED = 4  # outliers in a line
-_ROWS = 32  # of the table
 _REFUSED = ("Python", "torch", "torchvision", "accelerate", "launcher")  # where they differ
 _MISSING = "killed, stopped, not started or cut off: look for it on its machine"
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What one rank found together with the others; `links` go by the first rank of a node."""
-
-    product: Product
-    links: Mapping[str, Link] = field(default_factory=dict)
-    sees_mark: bool | None = None  # of rank 0 in the folder of runs; None: not asked
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that rank 0 knows; a rank that did not answer is in none of the mappings."""
-
-    world: World
-    facts: dict[int, Facts]
-    offsets: Mapping[int, Offset] = field(default_factory=dict)
-    findings: Mapping[int, Findings] = field(default_factory=dict)
-    collectives: Mapping[int, Collective] = field(default_factory=dict)
-    group: Sequence[int] = ()  # the ranks that were to reduce together
-    tracking: Tracking | None = None
-    apart: str = ""  # why the ranks did not meet
-
-    @property
-    def firsts(self) -> list[Facts]:
-        """The first rank of each node that answered, which speaks for it."""
-        by_node: dict[int, Facts] = {}
-        for rank in sorted(self.facts):
-            by_node.setdefault(self.facts[rank].node, self.facts[rank])
-        return [by_node[node] for node in sorted(by_node)]
-
-    @property
-    def lost(self) -> list[int]:
-        """Ranks that answered at first, and then no more."""
-        return [] if self.apart else [rank for rank in self.facts if rank not in self.findings]
-
-    def name(self, rank: int) -> str:
-        """Host and rank; the host of one that said nothing is that of its node, if it has one."""
-        if rank in self.facts:
-            return self.facts[rank].name
-        node = rank // self.world.local_size
-        host = next((facts.host for facts in self.firsts if facts.node == node), "an unknown host")
-        return f"rank {rank} on {host}"
-
-
-def read_findings(values: Mapping[str, Any]) -> Findings:
-    """What another rank found, from JSON."""
-    links = {rank: read(Link, link) for rank, link in values["links"].items()}
-    return Findings(read(Product, values["product"]), links, values.get("sees_mark"))
 
 
 def verdicts(report: Report) -> list[Verdict]:
     """An answer to each question."""
     return [verdict for question in _QUESTIONS for verdict in question(report)]
-
-
-def as_values(report: Report) -> dict[str, Any]:
-    """The report for machines: what each rank said."""
-    ranks = []
-    for rank in range(report.world.size):
-        if rank not in report.facts:
-            ranks.append({"rank": rank, "answered": False})
-            continue
-        values: dict[str, Any] = {"answered": True, **asdict(report.facts[rank])}
-        for name, found in (
-            ("clock", report.offsets.get(rank)),
-            ("findings", report.findings.get(rank)),
-            ("all_reduce", report.collectives.get(rank)),
-        ):
-            values[name] = asdict(found) if found else None
-        ranks.append(values)
-    tracking = asdict(report.tracking) if report.tracking else None
-    return {"world_size": report.world.size, "ranks": ranks, "tracking": tracking}
-
-
-def node_table(report: Report) -> list[str]:
-    """The nodes side by side, a line each; nothing where there is one rank."""
-    if report.world.size == 1:
-        return []
-    rows = [("node", "ranks", "cores", "threads", "memory", "GPUs", "free", "written", "clock")]
-    for first in report.firsts[:_ROWS]:
-        ranks = [facts for facts in report.facts.values() if facts.node == first.node]
-        cores, memory, disk = first.cores, first.memory, first.disk
-        offset = report.offsets.get(first.rank)
-        rows.append(
-            (
-                first.host,
-                f"{len(ranks)} of {first.local_size}",
-                f"{cores.granted}" if cores else "?",
-                f"{cores.threads}" if cores else "?",
-                _bytes(memory.granted) if memory else "?",
-                "?" if first.gpus is None else f"{len(first.gpus)}",
-                _bytes(disk.free) if disk else "?",
-                f"{_bytes(disk.speed)}/s" if disk else "?",
-                f"{offset.seconds:+.3f} s" if offset else "-" if first.rank == 0 else "?",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    if len(report.firsts) > _ROWS:
-        lines.append(f"and {count(len(report.firsts) - _ROWS, 'node')} more; --json shows all")
-    return lines
 
 
 # Questions about the ranks
@@ -151,10 +45,10 @@ def _launch(report: Report) -> Iterator[Verdict]:
     if report.apart:
         yield from _why_apart(report)
     elif missing:
-        names = _listed(map(report.name, missing))
+        names = listed(map(report.name, missing))
         yield Verdict("launch", f"no answer from {names}", "wrong", _MISSING)
     if report.lost:
-        names = _listed(map(report.name, report.lost))
+        names = listed(map(report.name, report.lost))
         yield Verdict("launch", f"no answer any more from {names}", "wrong", _MISSING)
     if not (mistakes or missing or report.lost):
         what = f"{count(world.size, 'rank')} on {count(len(report.firsts), 'node')}"
@@ -180,7 +74,7 @@ def _unanswered(report: Report) -> Iterator[tuple[str, str]]:
         for question, why in facts.unanswered.items():
             found.setdefault((question, why), []).append(facts.name)
     for (question, why), names in found.items():
-        yield question, f"{why} ({_listed(names)})"
+        yield question, f"{why} ({listed(names)})"
 
 
 def _versions(report: Report) -> Iterator[Verdict]:
@@ -193,7 +87,7 @@ def _versions(report: Report) -> Iterator[Verdict]:
         for rank, version in held.items():
             if version != usual[name]:
                 others.setdefault(version, []).append(rank)
-        differing += [f"{name} {version} on {_listed(r)}" for version, r in others.items()]
+        differing += [f"{name} {version} on {listed(r)}" for version, r in others.items()]
         if others and (name in _REFUSED or standing == "wrong"):
             standing = "wrong"
         elif others:
@@ -224,7 +118,7 @@ def _gpus(report: Report) -> Iterator[Verdict]:
         most = max(gpu.most_clock for gpu in clocked)
         text += f"; clocks now {min(clocks)} to {max(clocks)} MHz, at most {most}"
     if others:
-        yield Verdict("GPUs", f"{text}; but {_listed(others)}", "notice", "ask for equal nodes")
+        yield Verdict("GPUs", f"{text}; but {listed(others)}", "notice", "ask for equal nodes")
     else:
         yield Verdict("GPUs", text)
     for name, gpus in held.items():
@@ -256,12 +150,12 @@ def _cores(report: Report) -> Iterator[Verdict]:
     for found, what in ((many, "too many"), (few, "few")):
         if found:
             facts, share = found[0]
-            names = _listed(f"{_cores_of(f)}" for f, _ in found)
+            names = listed(f"{_cores_of(f)}" for f, _ in found)
             instead = f"type export OMP_NUM_THREADS={share} before the launch"
             yield Verdict("cores", f"{what} threads: {names}", "notice", instead)
     if held and not many and not few:
         texts = Counter(_cores_of(facts, with_name=False) for facts in held)
-        yield Verdict("cores", _listed(texts))
+        yield Verdict("cores", listed(texts))
 
 
 def _cores_of(facts: Facts, with_name: bool = True) -> str:
@@ -281,26 +175,26 @@ def _memory(report: Report) -> Iterator[Verdict]:
         return
     memories = [facts.memory for facts in held if facts.memory]
     text = (
-        f"{_bytes(min(m.available for m in memories))} free of "
-        f"{_bytes(min(m.granted for m in memories))}, /dev/shm "
-        f"{_bytes(min(m.shared for m in memories))}, "
+        f"{in_bytes(min(m.available for m in memories))} free of "
+        f"{in_bytes(min(m.granted for m in memories))}, /dev/shm "
+        f"{in_bytes(min(m.shared for m in memories))}, "
         f"{min(m.open_files for m in memories):,} open files"
     )
     yield Verdict("memory", text if len(held) == 1 else f"at least {text} on every node")
     little = [
-        f"{_bytes(min(m.available, m.limit or m.available))} free ({facts.name})"
+        f"{in_bytes(min(m.available, m.limit or m.available))} free ({facts.name})"
         for facts in held
         if (m := facts.memory) and min(m.available, m.limit or m.available) < _LITTLE
     ]
     if little:
-        yield Verdict("memory", _listed(little), "notice", "ask for more, or end what takes it")
+        yield Verdict("memory", listed(little), "notice", "ask for more, or end what takes it")
     shared = [f.name for f in held if f.gpus and f.memory and f.memory.shared < _LITTLE_SHARED]
     if shared and report.world.size > 1:
         instead = "start the container with --ipc=host or --shm-size=1g: NCCL needs it"
-        yield Verdict("memory", f"a small /dev/shm ({_listed(shared)})", "notice", instead)
+        yield Verdict("memory", f"a small /dev/shm ({listed(shared)})", "notice", instead)
     files = [f.name for f in held if f.memory and f.memory.open_files < _FEW_FILES]
     if files:
-        few = f"fewer than {_FEW_FILES:,} open files ({_listed(files)})"
+        few = f"fewer than {_FEW_FILES:,} open files ({listed(files)})"
         yield Verdict("memory", few, "notice", "type ulimit -n 4096 before the launch")
 
 
@@ -312,7 +206,7 @@ def _disk(report: Report) -> Iterator[Verdict]:
         if (disk := facts.disk) is None:
             continue
         where = f"{disk.folder} ({facts.name})"
-        room = f"{_bytes(disk.free)} of {_bytes(disk.total)} free"
+        room = f"{in_bytes(disk.free)} of {in_bytes(disk.total)} free"
         refused = f"{where} cannot be written: {disk.fault}; {room}"
         if disk.fault and facts.rank == 0:
             instead = "make room or name another folder with --runs: nothing could be saved"
@@ -323,11 +217,11 @@ def _disk(report: Report) -> Iterator[Verdict]:
         elif disk.free < _LITTLE:
             yield Verdict("disk", f"{where} has {room}", "notice", "make room for checkpoints")
         elif facts.rank == 0:
-            speed = f"written at {_bytes(disk.speed)}/s, a new file replaces an old one"
+            speed = f"written at {in_bytes(disk.speed)}/s, a new file replaces an old one"
             yield Verdict("disk", f"{where} has {room}, {speed}")
     blind = [rank for rank, found in report.findings.items() if found.sees_mark is False]
     if blind:
-        names = _listed(map(report.name, sorted(blind)))
+        names = listed(map(report.name, sorted(blind)))
         what = f"the folder of runs is another one for {names} than for rank 0"
         instead = "--resume goes on only while the same machine is machine 0; else share it"
         yield Verdict("disk", what, "notice", instead)
@@ -343,12 +237,12 @@ def _cache(report: Report) -> Iterator[Verdict]:
     ]
     instead = "export TORCHINDUCTOR_CACHE_DIR=FOLDER, to a local folder of your own"
     if faulty:
-        yield Verdict("cache", f"of torch.compile: {_listed(faulty)}", "notice", instead)
+        yield Verdict("cache", f"of torch.compile: {listed(faulty)}", "notice", instead)
     if shared:
-        yield Verdict("cache", f"of torch.compile: {_listed(shared)}", "notice", instead)
+        yield Verdict("cache", f"of torch.compile: {listed(shared)}", "notice", instead)
     if held and not faulty and not shared:
         least = min(held.values(), key=lambda cache: cache.free)
-        yield Verdict("cache", f"of torch.compile: {least.folder}, {_bytes(least.free)} free")
+        yield Verdict("cache", f"of torch.compile: {least.folder}, {in_bytes(least.free)} free")
 
 
 # Questions about the network
@@ -366,7 +260,7 @@ def _clocks(report: Report) -> Iterator[Verdict]:
     ]
     if far:
         instead = "synchronize the clocks (chrony): logs and time limits go by them"
-        yield Verdict("clocks", _listed(far), "notice", instead)
+        yield Verdict("clocks", listed(far), "notice", instead)
     elif offsets:
         most = max(offsets.values(), key=lambda o: abs(o.seconds))
         yield Verdict(
@@ -424,37 +318,40 @@ def _links(report: Report) -> Iterator[Verdict]:
     ]
     if faults:
         instead = "look for a firewall between them: ranks connect at ports that the system chooses"
-        yield Verdict("links", f"no connection {_listed(faults)}", "wrong", instead)
+        yield Verdict("links", f"no connection {listed(faults)}", "wrong", instead)
     good = [item for item in links if not item[2].fault]
     if not good:
         return
-    measured = [item for item in good if item[2].bandwidth]
+    if slow := _slow_links(report, good):  # and late for that reason, perhaps
+        instead = "look at cable, switch and driver there, or whether others use the network"
+        yield Verdict("links", listed(slow), "notice", instead)
+        return
+    latencies = sorted((link.latency, rank, other) for rank, other, link in good)
+    most, rank, other = latencies[-1]
+    if most > _NEAR:
+        what = f"{most * 1e3:.1f} ms between {report.name(rank)} and {report.name(other)}"
+        yield Verdict("links", what, "notice", "ask for nodes beside each other")
+        return
+    text = f"{latencies[0][0] * 1e3:.2f} to {most * 1e3:.2f} ms"
+    if measured := [link.bandwidth for _, _, link in good if link.bandwidth]:
+        text += f", {in_bits(min(measured))} or more"
+    pairs = {(rank, other) for rank, other, _ in good}
+    ways = "both ways" if all((other, rank) in pairs for rank, other in pairs) else "one way"
+    yield Verdict("links", f"{text} between nodes, {ways}")
+
+
+def _slow_links(report: Report, links: Sequence[tuple[int, int, Link]]) -> list[str]:
+    """Those slower than their peers, or than the network card promises; from where to where."""
+    measured = [item for item in links if item[2].bandwidth]
     usual = median(link.bandwidth for _, _, link in measured) if measured else 0.0
     slow = []
     for rank, other, link in measured:
         promised = min(_promised(report, rank), _promised(report, other))
         is_outlier = len(measured) > 2 and link.bandwidth < SLOW * usual
         if is_outlier or link.bandwidth < _SLOW_LINK * promised:
-            promise = f" of {_rate(promised)}" if promised else ""
-            slow.append(
-                f"{_rate(link.bandwidth)}{promise} from {report.name(other)} to {report.name(rank)}"
-            )
-    nearest = min(link.latency for _, _, link in good)
-    farthest = max(good, key=lambda item: item[2].latency)
-    text = f"{nearest * 1e3:.2f} to {farthest[2].latency * 1e3:.2f} ms"
-    if measured:
-        text += f", {_rate(min(link.bandwidth for _, _, link in measured))} or more"
-    pairs = {(rank, other) for rank, other, _ in good}
-    ways = "both ways" if all((other, rank) in pairs for rank, other in pairs) else "one way"
-    instead = "look at cable, switch and driver of that node, or whether others use the network"
-    if slow:  # and late for that reason, perhaps
-        yield Verdict("links", _listed(slow), "notice", instead)
-    elif farthest[2].latency > _NEAR:
-        far = f"between {report.name(farthest[0])} and {report.name(farthest[1])}"
-        what = f"{farthest[2].latency * 1e3:.1f} ms {far}"
-        yield Verdict("links", what, "notice", "ask for nodes beside each other")
-    else:
-        yield Verdict("links", f"{text} between nodes, {ways}")
+            speed = in_bits(link.bandwidth) + (f" of {in_bits(promised)}" if promised else "")
+            slow.append(f"{speed} from {report.name(other)} to {report.name(rank)}")
+    return slow
 
 
 def _promised(report: Report, rank: int) -> float:
@@ -473,22 +370,22 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
     lost = [rank for rank in report.group if rank not in report.collectives]
     faults = _faulty(report)
     if lost:
-        names = _listed(map(report.name, lost))
+        names = listed(map(report.name, lost))
         yield Verdict("all-reduce", f"no answer any more from {names}", "wrong", _MISSING)
     elif faults:
         instead = "see the lines above; else ask the network's people about these machines"
-        yield Verdict("all-reduce", f"not over in time: {_listed(faults)}", "wrong", instead)
+        yield Verdict("all-reduce", f"not over in time: {listed(faults)}", "wrong", instead)
     if lost or faults:
         return
     found = report.collectives[0]
     size = len(report.group)
-    parts = [f"{_bytes(int(n))} in {_short(s * 1e3)} ms" for n, s in found.seconds.items()]
+    parts = [f"{in_bytes(int(n))} in {short(s * 1e3)} ms" for n, s in found.seconds.items()]
     largest, took = max((int(n), s) for n, s in found.seconds.items())
     speed = 2 * (size - 1) / size * largest / took  # what a ring sends through each link
-    text = f"{found.backend}, {count(size, 'rank')}: {', '.join(parts)}; {_rate(speed)} per link"
+    text = f"{found.backend}, {count(size, 'rank')}: {', '.join(parts)}; {in_bits(speed)} per link"
     promised = min((_promised(report, facts.rank) for facts in report.firsts), default=0.0)
     if len(report.firsts) > 1 and promised:
-        text += f", of {_rate(promised)}"
+        text += f", of {in_bits(promised)}"
         if largest >= 2**20 and speed < _SLOW_LINK * promised and found.backend == "gloo":
             instead = "the lines about links and cores may say why"
             yield Verdict("all-reduce", text, "notice", instead)
@@ -508,7 +405,7 @@ def _products(report: Report) -> Iterator[Verdict]:
     products = {rank: found.product for rank, found in report.findings.items()}
     faults = [f"{p.fault} ({report.name(rank)})" for rank, p in products.items() if p.fault]
     if faults:
-        yield Verdict("product", _listed(faults), "wrong", "do not train on it: have it looked at")
+        yield Verdict("product", listed(faults), "wrong", "do not train on it: have it looked at")
     for device in dict.fromkeys(p.device for p in products.values() if p.device):
         peers = {rank: p.speed for rank, p in products.items() if p.device == device}
         usual = median(peers.values())
@@ -520,7 +417,7 @@ def _products(report: Report) -> Iterator[Verdict]:
         text = f"{usual / 1e9:,.0f} GFLOP/s in float32 on {device}"
         if slow:
             instead = "look for other work there, a quota or heat: all ranks wait for the slowest"
-            yield Verdict("product", f"{text}; {_listed(slow)}", "notice", instead)
+            yield Verdict("product", f"{text}; {listed(slow)}", "notice", instead)
         else:
             yield Verdict("product", f"{text}, and right")
 
@@ -541,32 +438,3 @@ _QUESTIONS: tuple[Callable[[Report], Iterator[Verdict]], ...] = (
     *(_launch, _versions, _gpus, _cores, _memory, _clocks, _disk, _cache),
     *(_network, _links, _all_reduce, _products, _tracking),
 )
-
-
-# Words
-
-
-def _listed(parts: Iterable[str]) -> str:
-    found = list(parts)
-    more = len(found) - _NAMED
-    return "; ".join(found[:_NAMED]) + (f"; and {more:,} more" if more > 0 else "")
-
-
-def _bytes(number: float) -> str:
-    """`3.2 GB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1024:
-            return f"{_short(number)} {unit}"
-        number /= 1024
-    return f"{_short(number)} TB"
-
-
-def _rate(bytes_per_second: float) -> str:
-    """`9.4 Gb/s`, as links are sold."""
-    megabits = bytes_per_second * 8 / 1e6
-    return f"{_short(megabits / 1e3)} Gb/s" if megabits >= 1e3 else f"{_short(megabits)} Mb/s"
-
-
-def _short(number: float) -> str:
-    """Three digits, and all of a larger number: `0.0123`, `1024`."""
-    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

@@ -24,17 +24,11 @@ from typing import Any, TypeVar
 
 from launcher.checks import links, machine, products
 from launcher.checks.board import ANSWER, Board
-from launcher.checks.comparison import (
-    Findings,
-    Report,
-    as_values,
-    node_table,
-    read_findings,
-    verdicts,
-)
+from launcher.checks.comparison import verdicts
+from launcher.checks.facts import Facts, Mistake, Tracking, read, read_facts
 from launcher.checks.links import Collective, Group, Link, Listener
-from launcher.checks.machine import Facts, Mistake, Tracking, read_facts
 from launcher.checks.products import Product
+from launcher.checks.report import Findings, Report, as_values, node_table, read_findings
 from launcher.checks.verdicts import (
     Deadline,
     as_json,
@@ -95,10 +89,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
     except RankError as error:  # of another rank than 0
         patient.complain(redacted(f"launcher: {error}\n"))
         code = error.exit_code
-    if patient.has_left_threads:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    patient.end(code)
     return code
 
 
@@ -142,6 +133,14 @@ class Patient:
         else:
             sys.stderr.write(line)
 
+    def end(self, code: int) -> None:
+        """End the process where a thread was left behind; torch would wait for it, or abort."""
+        if self.has_left_threads:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        os.close(self._stderr)
+
     def left(self, part: float = 1.0) -> float:
         """Seconds until this part of the limit is over."""
         return max(0.0, part * self.deadline.seconds - self.deadline.spent)
@@ -179,7 +178,7 @@ def ask_machine(own: Own, patient: Patient) -> Facts:
         try:
             answers[name] = patient.result(future, patient.left(_LOCAL))
         except Exception as error:  # whatever it is, the other questions have their answers
-            unanswered[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+            unanswered[name] = _in_words(error)
     of_torch = answers.pop("torch", {})
     answers["versions"] |= of_torch.pop("versions", {})
     return Facts(
@@ -198,6 +197,12 @@ def ask_machine(own: Own, patient: Patient) -> Facts:
 def _ask_torch(world: World) -> dict[str, Any]:
     found = {"versions": machine.versions_of_torch(), "gpus": machine.gpus()}
     return {**found, "cores": machine.cores(world)}
+
+
+def _in_words(error: Exception) -> str:
+    """The first line of an error, with its kind; a time-out of ours says all itself."""
+    kind = "" if isinstance(error, TimeoutError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".split("\n")[0]
 
 
 def _tracking() -> Tracking:
@@ -249,7 +254,7 @@ def _find(world: World, plan: Plan, patient: Patient) -> Findings:
         multiplying = in_thread(lambda: products.multiply(world))
         product = patient.result(multiplying, patient.left(_FINDINGS))
     except Exception as error:  # as of a GPU that is broken
-        product = Product(fault=f"{type(error).__name__}: {error}".split("\n")[0])
+        product = Product(fault=_in_words(error))
     if world.rank in plan.firsts and len(plan.firsts) > 1:
         trying = in_thread(lambda: links.try_links(plan.firsts.index(world.rank), plan.addresses))
         with suppress(TimeoutError):
@@ -268,7 +273,7 @@ def _reduce(world: World, group: Group, board: Board, patient: Patient) -> Colle
         return patient.result(reducing, group.seconds + 1)
     except Exception as error:
         patient.has_left_threads = True  # of the process group
-        return Collective(fault=f"{error}".split("\n")[0] or type(error).__name__)
+        return Collective(fault=_in_words(error))
 
 
 # Rank 0, which leads, and the others, which follow
@@ -334,7 +339,7 @@ def _lead(report: Report, board: Board, patient: Patient) -> Report:
         keys = [f"collective/{rank}" for rank in group.ranks[1:]]
         answers = board.collect(keys, patient.left(_COLLECTIVE))
         for key in answers:
-            collectives[_rank_of(key)] = machine.read(Collective, answers[key])
+            collectives[_rank_of(key)] = read(Collective, answers[key])
     return replace(
         report, offsets=offsets, findings=findings, collectives=collectives, group=group.ranks
     )
@@ -408,7 +413,7 @@ def _tracked(tracking: "Future[Tracking]", patient: Patient) -> Tracking:
     except TimeoutError:
         return Tracking("offline", f"no answer within {_TRACKING:g} s")
     except Exception as error:
-        return Tracking("offline", f"{type(error).__name__}: {error}".split("\n")[0])
+        return Tracking("offline", _in_words(error))
 
 
 def _other_rank(own: Own, patient: Patient) -> int:

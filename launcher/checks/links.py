@@ -15,7 +15,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from launcher.checks.board import Board
-from launcher.distributed.accelerator import runs_on_cpu, synchronize
+from launcher.checks.products import device_of
+from launcher.distributed.accelerator import synchronize
 from launcher.distributed.process_group import RankGroup, Timeouts
 from launcher.distributed.store import in_thread
 from launcher.distributed.world import World
@@ -185,7 +186,7 @@ def all_reduce(world: World, group: Group, store: "Store") -> Collective:
     import torch
     from torch import distributed
 
-    device = torch.device("cpu") if runs_on_cpu(world) else torch.device("cuda", world.device)
+    device = device_of(world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # At its time-out NCCL ends the process. Gloo raises, which is a good end of the thread.

@@ -61,7 +61,7 @@ def ranks(tmp_path: Path) -> Iterator[Doctor]:
     for process in doctor.processes:
         if process.poll() is None:
             process.kill()
-            process.wait()
+        process.communicate()
 
 
 @pytest.fixture

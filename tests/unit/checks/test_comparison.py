@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from launcher.checks.comparison import Findings, Report, as_values, node_table, verdicts
-from launcher.checks.links import Collective, Link, Offset
-from launcher.checks.machine import (
+from launcher.checks.comparison import verdicts
+from launcher.checks.facts import (
     Cache,
     Cores,
     Disk,
@@ -20,7 +19,9 @@ from launcher.checks.machine import (
     Port,
     Tracking,
 )
+from launcher.checks.links import Collective, Link, Offset
 from launcher.checks.products import Product
+from launcher.checks.report import Findings, Report, as_values, node_table
 from launcher.checks.verdicts import Verdict, exit_code
 from launcher.distributed.world import Launcher, World
 

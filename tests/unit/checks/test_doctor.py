@@ -10,7 +10,7 @@ import pytest
 
 from launcher.checks import doctor, products
 from launcher.checks.doctor import Patient, addresses_of
-from launcher.checks.machine import Facts, Place
+from launcher.checks.facts import Facts, Place
 from launcher.checks.verdicts import Deadline
 from launcher.cli import main
 from launcher.distributed.store import in_thread

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.checks import machine
-from launcher.checks.machine import Cores, Facts, Gpu, Memory, Mistake, Place, Port
+from launcher.checks.facts import Cores, Facts, Gpu, Memory, Mistake, Place, Port, read_facts
 from launcher.distributed.world import ALONE, World
 
 
@@ -32,10 +32,10 @@ def test_facts_travel_as_json_and_unknown_fields_are_passed_over() -> None:
         place=Place("gpu1", "10.0.0.1"),
         mistakes=(Mistake("one", "two"),),
     )
-    assert machine.read_facts(asdict(facts)) == facts
+    assert read_facts(asdict(facts)) == facts
     newer = {**asdict(facts), "colour": "red", "cores": {**asdict(Cores(4, 2.5, 2)), "heat": 3}}
-    assert machine.read_facts(newer) == facts
-    assert machine.read_facts({"rank": 1}).cores is None
+    assert read_facts(newer) == facts
+    assert read_facts({"rank": 1}).cores is None
 
 
 def test_the_limits_of_control_groups_of_version_2(tmp_path: Path) -> None:
