@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import launcher
+from launcher import __version__
 from launcher.checks.facts import Cache, Cores, Disk, Gpu, Memory, Place, Port
 from launcher.distributed.accelerator import set_threads, usable_cores
 from launcher.distributed.world import World
@@ -31,7 +31,7 @@ _DEFAULT_PORT = 29500  # that of torchrun and Accelerate
 
 def versions() -> dict[str, str]:
     """What is installed, from files alone: torch takes seconds to import, or does not import."""
-    found = {"Python": platform.python_version(), "launcher": launcher.__version__}
+    found = {"Python": platform.python_version(), "launcher": __version__}
     for name in ("torch", "torchvision", "accelerate", "wandb"):
         try:
             found[name] = metadata.version(name)
