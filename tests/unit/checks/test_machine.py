@@ -73,8 +73,14 @@ def test_a_quota_grants_whole_cores() -> None:
 
 
 def test_cores_and_threads_are_those_of_a_run() -> None:
-    cores = machine.cores(World(threads=1), {"OMP_NUM_THREADS": "1"})
-    assert cores.threads == 1
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        cores = machine.cores(World(threads=before + 1), {"OMP_NUM_THREADS": "1"})
+    finally:
+        torch.set_num_threads(before)
+    assert (cores.threads, cores.chosen) == (before + 1, "1")
     assert cores.usable == len(os.sched_getaffinity(0))
 
 
