@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.node_network import NETWORKS, Node, needs_networks, network
 from tests.support.processes import ACCELERATE_2, PYTHON, ROOT, TORCHRUN, free_port, places_of
+from tests.support.slurm_cluster import Slurm
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +129,25 @@ def test_two_machines_are_well(ranks: Doctor, pair: list[Node]) -> None:
     assert [line.split()[0] for line in output.splitlines()[1:4]] == ["node", "node1", "node2"]
     assert ranks.wait(1) == ""
     assert list(ranks.folder.iterdir()) == []
+
+
+@pytest.mark.slurm
+def test_the_tasks_of_a_job_are_well(slurm: Slurm, tmp_path: Path) -> None:
+    """Two nodes of Slurm, which are this machine both."""
+    command = ("srun", "-N2", "--time=1", "python", "-m", "launcher", "doctor", "--json")
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**slurm.environment, "WANDB_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [rank["node"] for rank in found["ranks"]] == [0, 1]
+    assert found["verdicts"][0]["answer"] == "2 ranks on 2 nodes, started by srun"
+    assert found["ranks"][1]["findings"]["links"]["0"]["bandwidth"] > 0
 
 
 def test_processes_that_accelerate_does_not_start_are_missed(ranks: Doctor) -> None:

@@ -1,6 +1,8 @@
 """`launcher doctor` as one process: lines, JSON, exit codes, and nothing left behind."""
 
 import json
+import os
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -15,6 +17,8 @@ from launcher.checks.verdicts import Deadline
 from launcher.cli import main
 from launcher.distributed.store import in_thread
 from launcher.distributed.world import World
+from tests.support import forked
+from tests.support.processes import free_port, places_of
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +99,6 @@ def test_a_rank_that_does_not_find_the_others_says_so_and_ends(
 
 
 def test_rank_0_without_the_others_names_them(capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.support.processes import free_port
-
     world = World(size=2, local_size=2, address="127.0.0.1", port=free_port())
     began = time.monotonic()
     assert doctor.main(["--limit", "9", "--join-timeout", "1"], world, lambda: None) == 2
@@ -105,6 +107,25 @@ def test_rank_0_without_the_others_names_them(capsys: pytest.CaptureFixture[str]
     assert "launch      wrong     no answer from rank 1 on " in output
     assert "all-reduce  not asked" in output
     assert "product     good" in output
+
+
+def test_two_ranks_answer_each_other(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "launcher", "doctor", "--json")
+    paths = [tmp_path / f"output-{rank}" for rank in range(2)]
+    ranks = []
+    for place, path in zip(places_of(2), paths, strict=True):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **place}
+        with path.open("w") as file:
+            ranks.append(
+                forked.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
+            )
+    assert [rank.wait(60) for rank in ranks] == [0, 0], paths[0].read_text() + paths[1].read_text()
+    found = json.loads(paths[0].read_text())
+    assert found["verdicts"][0]["answer"].startswith("2 ranks on 1 node")
+    assert [rank["findings"]["product"]["fault"] for rank in found["ranks"]] == ["", ""]
+    assert all(rank["all_reduce"]["seconds"]["1024"] > 0 for rank in found["ranks"])
+    assert paths[1].read_text() == ""
+    assert sorted(tmp_path.iterdir()) == paths
 
 
 def test_without_torch_the_other_answers_are_given(
