@@ -50,6 +50,7 @@ LIMIT = 60.0  # seconds
 # When each part ends at the latest, as parts of the limit; all take seconds where all is well.
 _LOCAL, _JOIN, _FINDINGS, _COLLECTIVE, _END = 0.35, 0.5, 0.7, 0.92, 0.97
 _REDUCING = 12.0  # seconds of all-reduce at most
+_MEASURING = 3.0  # seconds for it at least, however late it is
 _LEAVING = 2.0  # seconds that rank 0 keeps its store for the others
 _CLOCKS = 5.0  # seconds for the clocks of all nodes
 _TRACKING = 10.0  # seconds for W&B, which takes 6 at most without a network
@@ -250,15 +251,16 @@ class Plan:
 def _find(world: World, plan: Plan, patient: Patient) -> Findings:
     """Compute, and look for the other nodes."""
     product, reached, sees_mark = Product(), dict[str, Link](), None
+    most = max(_MEASURING, patient.left(_FINDINGS))
     try:
         multiplying = in_thread(lambda: products.multiply(world))
-        product = patient.result(multiplying, patient.left(_FINDINGS))
+        product = patient.result(multiplying, most)
     except Exception as error:  # as of a GPU that is broken
         product = Product(fault=_in_words(error))
     if world.rank in plan.firsts and len(plan.firsts) > 1:
         trying = in_thread(lambda: links.try_links(plan.firsts.index(world.rank), plan.addresses))
         with suppress(TimeoutError):
-            found = patient.result(trying, patient.left(_FINDINGS))
+            found = patient.result(trying, most)
             reached = {str(plan.firsts[node]): link for node, link in found.items()}
         if plan.mark and not world.is_main:
             looking = in_thread(partial(machine.sees, plan.mark, _MARK))
