@@ -54,7 +54,8 @@ def _launch(report: Report) -> Iterator[Verdict]:
         what = f"{count(world.size, 'rank')} on {count(len(report.firsts), 'node')}"
         yield Verdict("launch", f"{what}, started by {world.launcher.value}")
     for question, why in _unanswered(report):
-        yield Verdict(question, why, "wrong", "see what it waits for there, or give it longer by --limit")
+        instead = "see what it waits for there, or give it longer by --limit"
+        yield Verdict(question, why, "wrong", instead)
 
 
 def _why_apart(report: Report) -> Iterator[Verdict]:

@@ -65,8 +65,10 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
 
     `refuse` raises `UserError` where the batch system would start something else than was meant.
     """
-    parser = Parser(prog="launcher doctor", usage=_USAGE, description=_DESCRIPTION)
+    # argparse's own --help ends the process by an exception.
+    parser = Parser(prog="launcher doctor", usage=_USAGE, description=_DESCRIPTION, add_help=False)
     add = parser.add_argument
+    add("--help", "-h", action="store_true", help="this text")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
     add("--json", action="store_true", help="for machines: one JSON object")
     limit = "seconds that it may take (default: %(default)g)"
@@ -74,6 +76,9 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
     join = "... of which so many to wait for all ranks (default, and most: half of them)"
     add("--join-timeout", type=seconds, default=LIMIT, metavar="SECONDS", help=join)
     arguments = parser.parse_args(words)
+    if arguments.help:
+        sys.stdout.write(parser.format_help() if world.is_main else "")
+        return 0
     deadline = Deadline(arguments.limit)
     patient = Patient(deadline, min(arguments.join_timeout, _JOIN * deadline.seconds))
     own = Own(world, arguments.runs, _mistakes(world, refuse))

@@ -84,6 +84,15 @@ def test_a_slip_of_the_finger_is_one_line(
     assert capsys.readouterr().err == ""
 
 
+def test_help_is_printed_once_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--help"]) == 0
+    output, error = capsys.readouterr()
+    assert "--join-timeout SECONDS" in output
+    assert error == ""
+    assert doctor.main(["-h"], World(rank=1, size=2), lambda: None) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_rank_that_does_not_find_the_others_says_so_and_ends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
