@@ -15,7 +15,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,7 +48,7 @@ from launcher.utils.text import count
 T = TypeVar("T")
 LIMIT = 60.0  # seconds
 # When each part ends at the latest, as parts of the limit; all take seconds where all is well.
-_LOCAL, _JOIN, _FINDINGS, _COLLECTIVE, _END = 0.35, 0.5, 0.7, 0.92, 0.97
+_LOCAL, _JOIN, _FINDINGS, _COLLECTIVE, _END = 0.45, 0.5, 0.7, 0.92, 0.97
 _REDUCING = 12.0  # seconds of all-reduce at most
 _MEASURING = 3.0  # seconds for it at least, however late it is
 _LEAVING = 2.0  # seconds that rank 0 keeps its store for the others
@@ -81,7 +81,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
         return 0
     deadline = Deadline(arguments.limit)
     patient = Patient(deadline, min(arguments.join_timeout, _JOIN * deadline.seconds))
-    own = Own(world, arguments.runs, _mistakes(world, refuse))
+    own = Own(world, arguments.runs, refuse)
     if world.is_main and not arguments.json:
         _print(
             f"launcher doctor: {count(world.size, 'rank')}, rank 0 on {socket.gethostname()}; "
@@ -99,28 +99,13 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
     return code
 
 
-def _mistakes(world: World, refuse: Callable[[], None]) -> tuple[Mistake, ...]:
-    """For what a run of this world would be refused."""
-    found = []
-    for check in (
-        refuse,
-        lambda: check_world(world, world.size),
-        lambda: refuse_unusable(os.environ),
-    ):
-        try:
-            check()
-        except UserError as error:
-            found.append(Mistake(f"{error.given}; expected {error.expected}", error.instead))
-    return tuple(found)
-
-
 @dataclass(frozen=True)
 class Own:
-    """This rank: its place in the world, the folder of runs, and why a run is refused."""
+    """This rank: its place in the world, the folder of runs, and what refuses the world."""
 
     world: World
     runs: Path
-    mistakes: tuple[Mistake, ...] = ()
+    refuse: Callable[[], None]
 
 
 class Patient:
@@ -172,8 +157,9 @@ def ask_machine(own: Own, patient: Patient) -> Facts:
         "memory": in_thread(machine.memory),
         "place": in_thread(lambda: machine.place(world)),
         "cache": in_thread(machine.compile_cache),
-        "torch": in_thread(lambda: _ask_torch(world)),
     }
+    asked["torch"] = torch = in_thread(lambda: _ask_torch(world))
+    asked["mistakes"] = in_thread(lambda: _mistakes(own, torch))
     if world.local_rank == 0:
         asked["disk"] = in_thread(lambda: machine.disk(own.runs))
     if world.hosts_store:
@@ -193,7 +179,6 @@ def ask_machine(own: Own, patient: Patient) -> Facts:
         local_rank=world.local_rank,
         local_size=world.local_size,
         host=socket.gethostname(),
-        mistakes=own.mistakes,
         unanswered=unanswered,
         **answers,
         **of_torch,
@@ -203,6 +188,22 @@ def ask_machine(own: Own, patient: Patient) -> Facts:
 def _ask_torch(world: World) -> dict[str, Any]:
     found = {"versions": machine.versions_of_torch(), "gpus": machine.gpus()}
     return {**found, "cores": machine.cores(world)}
+
+
+def _mistakes(own: Own, torch: "Future[Any]") -> tuple[Mistake, ...]:
+    """For what a run of this world would be refused."""
+    wait([torch])  # Accelerate imports it too
+    found = []
+    for check in (
+        own.refuse,
+        lambda: check_world(own.world, own.world.size),
+        lambda: refuse_unusable(os.environ),
+    ):
+        try:
+            check()
+        except UserError as error:
+            found.append(Mistake(f"{error.given}; expected {error.expected}", error.instead))
+    return tuple(found)
 
 
 def _in_words(error: Exception) -> str:
@@ -227,7 +228,8 @@ def _meet(world: World, patient: Patient) -> Board:
     """The board of all ranks; raises `RankError` where this one does not find it."""
     name = f"rank {world.rank}"
     try:
-        machine.resolve(world.address)
+        resolving = in_thread(lambda: machine.resolve(world.address))
+        patient.result(resolving, max(1.0, patient.join - patient.deadline.spent))
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         join = float(max(1, round(patient.join - patient.deadline.spent)))

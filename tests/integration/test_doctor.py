@@ -19,7 +19,7 @@ from tests.support.slurm_cluster import Slurm
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 30.0  # seconds, for faults of which a part is waited for
+LIMIT = 40.0  # seconds, for faults of which a part is waited for
 STARTING = 15.0  # seconds for Python itself to start and end, on a busy machine
 QUOTAS = Path("/sys/fs/cgroup/cpu")
 
