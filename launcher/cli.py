@@ -181,6 +181,24 @@ def _export(words: list[str]) -> int:
     return export.main(words)
 
 
+def _doctor(words: list[str]) -> int:
+    from launcher.checks import doctor
+
+    world = slurm_env.world_of_this_process()
+    world = slurm_env.with_known_address(os.environ, world)
+
+    def refuse() -> None:
+        if "SLURM_JOB_ID" in os.environ:
+            slurm_env.check(os.environ, world)
+
+    try:
+        return doctor.main(words, world, refuse)
+    except UserError:  # what was typed was typed for all ranks
+        if world.is_main:
+            raise
+        raise OtherRankError(EXIT_USER) from None
+
+
 _COMMANDS = {
     "submit": _submit,
     "check": _check,
@@ -188,6 +206,7 @@ _COMMANDS = {
     "compare": _compare,
     "predict": _predict,
     "export": _export,
+    "doctor": _doctor,
 }
 
 

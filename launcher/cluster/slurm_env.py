@@ -269,8 +269,7 @@ def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> A
         if number_in(environ, "SLURM_PROCID", 0) != first or (world.is_launched and world.rank > 0):
             raise OtherRankError(error.exit_code) from None
         raise RankError(f"{error}", error.exit_code) from None
-    if world.launcher is Launcher.SRUN and world.size > 1 and "MASTER_ADDR" not in environ:
-        world = replace(world, address=_address(world.address))
+    world = with_known_address(environ, world)
     attempt = number_in(environ, "SLURM_RESTART_COUNT", 0) + 1
     about = f"Slurm {environ['SLURM_JOB_ID']}, attempt {attempt}"
     end = _end_of_job(environ) if world.is_main else None
@@ -280,6 +279,13 @@ def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> A
     about += f", ends {_clock(end)}; saves and stops by itself {_clock(saves)}"
     reason = f"the time limit of the job at {_clock(end)}"
     return Allocation(world, {"batch job": about}, saves, reason)
+
+
+def with_known_address(environ: Mapping[str, str], world: World) -> World:
+    """The world with an address of rank 0 that this machine knows, where srun only gives a name."""
+    if world.launcher is Launcher.SRUN and world.size > 1 and "MASTER_ADDR" not in environ:
+        return replace(world, address=_address(world.address))
+    return world
 
 
 def stop_time(now: float, end: float, save_before: timedelta) -> float:

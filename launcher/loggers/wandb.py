@@ -279,6 +279,23 @@ def start(mode: str | None, run: WandbRun, data: Data) -> Logger:
         return NullLogger(f"W&B is off: {_one_line(error)}")
 
 
+def mode_here() -> tuple[str, str]:
+    """The mode in which a run would begin here, and why it is not online if it could be.
+
+    Nothing is begun, and nothing is left in the present folder; a login takes a few seconds at
+    most. For a process that does not log afterwards.
+    """
+    if os.environ.get("WANDB_MODE") in ("off", "disabled"):
+        return "off", ""
+    _set_environment()
+    import wandb
+
+    try:
+        return _choose(None)
+    finally:
+        wandb.teardown()
+
+
 def _caption(truth: str, guess: str, confidence: float) -> str:
     return f"{guess} {confidence:.0%}" + ("" if guess == truth else f" (is {truth})")
 
@@ -304,10 +321,14 @@ def _confusion(report: EpochReport, classes: Sequence[str]) -> Any:
 def _prepare_environment(folder: Path) -> None:
     """Set what the client reads while it is imported, and where it keeps what it will upload."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     # Elsewhere, the tables of an offline run may be gone when `wandb sync` looks for them.
     os.environ["WANDB_DATA_DIR"] = str(folder.absolute() / "wandb" / "data")
+
+
+def _set_environment() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _settings() -> "wandb.Settings":

@@ -135,7 +135,9 @@ def marked(command: str) -> object:
 def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    shows = any(word in command for word in ("--help", "--dry-run", "--smoke", " check "))
+    shows = any(
+        word in command for word in ("--help", "--dry-run", "--smoke", " check ", " doctor")
+    )
     if "--init-from" in command:
         (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
         assert run(earlier, folder, SHORT)[0] == 0
@@ -146,6 +148,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
         assert "optimizer.lr" in output
     elif "check" in command:
         assert "network   good" in output
+    elif " doctor" in command:
+        assert "product     " in output
     elif "--dry-run" in command:
         assert "256 = 8 ranks x 32 images" in output
     else:

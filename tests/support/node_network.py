@@ -42,8 +42,12 @@ class Node:
 
     def kill(self) -> None:
         """Lose the machine's processes, all at once and without a word."""
-        for pid in _ip("netns", "pids", self._space).split():
-            os.kill(int(pid), signal.SIGKILL)
+        for pid in self.pids():
+            os.kill(pid, signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """The processes that run on this machine."""
+        return [int(pid) for pid in _ip("netns", "pids", self._space).split()]
 
     def cut(self) -> None:
         """Pull the cable out."""
@@ -53,11 +57,21 @@ class Node:
         """Put the cable back."""
         _ip("-n", self._switch, "link", "set", self._port, "up")
 
+    def slow(self, rate: str) -> None:
+        """Let no more than this leave the machine: `20mbit`."""
+        limit = ("tbf", "rate", rate, "burst", "32kbit", "latency", "50ms")
+        add = ("ip", "netns", "exec", self._space, "tc", "qdisc", "add", "dev", "eth0", "root")
+        subprocess.run([*add, *limit], check=True)
+
+    def write_hosts(self, hosts: str) -> None:
+        """Change the names that the machine knows."""
+        Path("/etc/netns", self._space, "hosts").write_text(hosts)
+
     def _make(self, hosts: str) -> None:
         _ip("netns", "add", self._space)
         folder = Path("/etc/netns", self._space)  # what `ip netns exec` shows as /etc
         folder.mkdir(parents=True)
-        (folder / "hosts").write_text(hosts)
+        self.write_hosts(hosts)
         peer = ("peer", "name", "eth0", "netns", self._space)
         _ip("-n", self._switch, "link", "add", self._port, "type", "veth", *peer)
         _ip("-n", self._switch, "link", "set", self._port, "master", "bridge", "up")
@@ -68,7 +82,7 @@ class Node:
     def _remove(self) -> None:
         self.kill()
         until = time.monotonic() + 10
-        while _ip("netns", "pids", self._space).strip() and time.monotonic() < until:
+        while self.pids() and time.monotonic() < until:
             time.sleep(0.05)
         _ip("netns", "delete", self._space)
         shutil.rmtree(Path("/etc/netns", self._space))

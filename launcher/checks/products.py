@@ -1,0 +1,69 @@
+"""A matrix product on the device of each rank: how fast, and whether it is right."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from launcher.distributed.accelerator import runs_on_cpu, synchronize
+from launcher.distributed.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+_ROUNDS, _SECONDS = 5, 0.2  # longer than the 0.1 s in which a control group grants its quota
+_SIZE, _SIZE_ON_CPU = 4096, 512
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the device made of it: the median of a few rounds."""
+
+    device: str = ""
+    speed: float = 0.0  # floating-point operations per second
+    fault: str = ""
+
+
+def device_of(world: World) -> "torch.device":
+    """The device on which a run of this rank would compute."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator()
+    if runs_on_cpu(world) or kind is None:
+        return torch.device("cpu")
+    return torch.device(kind.type, world.device)
+
+
+def multiply(world: World) -> Product:
+    """Multiply whole numbers, of which every product and sum is exact in every precision."""
+    import torch
+
+    device = device_of(world)
+    name = "CPU" if device.type == "cpu" else str(device.type)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    size = _SIZE_ON_CPU if device.type == "cpu" else _SIZE
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randint(-4, 5, (size, size), generator=generator).float().to(device) for _ in range(2)
+    )
+    product = (left @ right).cpu()
+    ones = torch.ones(size, dtype=torch.float64)  # which not every device has
+    expected = left.cpu().double() @ (right.cpu().double() @ ones)
+    fault = ""
+    if not torch.isfinite(product).all():
+        fault = "the product of two matrices of whole numbers is not finite"
+    elif not torch.equal(product.double() @ ones, expected):
+        fault = "the product of two matrices of whole numbers is wrong"
+    per_second = median(_per_second(lambda: left @ right) for _ in range(_ROUNDS))
+    return Product(name, 2 * size**3 * per_second, fault)
+
+
+def _per_second(work: Callable[[], object]) -> float:
+    done, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < _SECONDS:
+        work()
+        synchronize()
+        done += 1
+    return done / spent
