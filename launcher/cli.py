@@ -137,7 +137,17 @@ def _check(words: list[str]) -> int:
     return check.main(words, _load)
 
 
-_COMMANDS = {"submit": _submit, "check": _check}
+def _verify(words: list[str]) -> int:
+    from launcher.checks import ranks
+
+    if not {"--help", "-h"} & set(words):
+        ranks.start_server()  # which imports torch while this process does
+    from launcher.checks import verify
+
+    return verify.main(words, _load)
+
+
+_COMMANDS = {"submit": _submit, "check": _check, "verify": _verify}
 
 
 def _run(words: list[str], world: World) -> int:
