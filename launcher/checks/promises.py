@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launcher.checks.differences import (
     EXACT,
@@ -95,9 +96,8 @@ class Promises:
         """N ranks equal one: in float64, where rounding explains no difference."""
         name, many = "ranks", f"{self._size} ranks"
         if refusal := self._refuses_double():
-            yield Verdict(
-                name, f"asked in float64, in which the network fails: {refusal}", "not asked"
-            )
+            what = f"asked in float64, in which training fails ({refusal})"
+            yield Verdict(name, f"{what}; {self._in_own_precision()}", "not asked")
             return
         one, other = self._trials.run(self._one), self._trials.run(self._many)
         if step := first_other_images(one, other):
@@ -105,7 +105,8 @@ class Promises:
             return
         deviation = self._deviation(self._one, self._many)
         if deviation.is_rounding:
-            yield Verdict(name, f"{many} train as 1 does: {self._agreement(deviation)}")
+            agreement = f"{self._agreement(deviation)} ({self._in_own_precision()})"
+            yield Verdict(name, f"{many} train as 1 does: {agreement}")
             return
         apart = f"{deviation.weights:.1e} in the weights"
         own = self._layers.names
@@ -281,6 +282,13 @@ class Promises:
     def _agreement(self, deviation: Deviation) -> str:
         return f"weights to {deviation.weights:.1e} in float64 after {self._trials.steps} steps"
 
+    def _in_own_precision(self) -> str:
+        """How far the ranks are from one where additions are rounded as they are in training."""
+        alone = Trial("alone", 1)
+        self._trials.run(alone)
+        apart = self._deviation(self._own, alone).weights
+        return f"{self._recipe.precision or 'fp32'}: {apart:.1e}"
+
     def _steady(self, made: Trial, names: tuple[str, ...]) -> Trial:
         return replace(made, name=f"{made.name}-steady", steady=names)
 
@@ -310,7 +318,8 @@ class Promises:
         assert self._data is not None
         data = self._recipe.data
         guilty = unsteady_functions(self._recipe, self._data.train)
-        names = [short_name(f) for f in (*data.augment, *([data.mix] if data.mix else []))]
+        functions: list[Callable[..., Any]] = [*data.augment, *filter(None, [data.mix])]
+        names = [short_name(function) for function in functions]
         cause = "; ".join(guilty) or f"one of {', '.join(names)} follows from more than its draws"
         instead = "let it depend on images, draws.fresh and draws.fixed alone"
         return Verdict(question, f"{what}: {cause}", "wrong", instead)

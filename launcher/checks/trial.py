@@ -238,7 +238,7 @@ def checksum(value: Tensor | Mapping[str, Tensor]) -> int:
             total = crc32(checksum(tensor).to_bytes(4, "big"), total)
         return total
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+    return crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 # The work of a rank
