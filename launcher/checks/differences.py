@@ -153,6 +153,14 @@ class OwnLayers:
         parts = [kind if number == 1 else f"{number} {kind}" for kind, number in counts.items()]
         return " and ".join(parts)
 
+    def describe_remedy(self) -> str:
+        """What makes them the same on any number of ranks."""
+        remedies = ["with BatchNorm synchronized"] if self.batch_norms else []
+        if self.random:
+            kinds = dict.fromkeys(self.kinds[name] for name in self.random)
+            remedies.append(f"with {' and '.join(kinds)} switched off")
+        return " and ".join(remedies)
+
 
 def own_layers(network: nn.Module, images: Tensor) -> OwnLayers:
     """Find BatchNorm, and the layers that draw random numbers in a pass of the network as it is."""

@@ -87,6 +87,9 @@ class Promises:
             f"{count(self._trials.steps, 'step')} in {count(3, 'epoch')} on "
             f"{count(len(data.train), 'image')} of {data.name}, {self._trials.place}"
         )
+        own = self._recipe.precision
+        if self._trials.precision != own:
+            trained += f", in fp32, since {own} is slow here"
         if data.fallback:
             yield Verdict("recipe", f"{trained}: {data.fallback}", "notice")
         else:
@@ -109,15 +112,14 @@ class Promises:
             yield Verdict(name, f"{many} train as 1 does: {agreement}")
             return
         apart = f"{deviation.weights:.1e} in the weights"
-        own = self._layers.names
-        if own:
-            steady = self._steady(self._one, own), self._steady(self._many, own)
+        if self._layers.names:
+            steady = self._steady(self._one), self._steady(self._many)
             one, other = map(self._trials.run, steady)
             without = self._deviation(*steady)
             if without.is_rounding:
                 yield self._of_own_layers(name, apart, without)
                 return
-            apart = f"{without.weights:.1e} in the weights even without {self._layers.describe()}"
+            apart = f"{without.weights:.1e} in the weights even {self._layers.describe_remedy()}"
             deviation = without
         layer = first_mixing_layer(one, other)
         cause = f", first in step {deviation.step}" if deviation.step else ""
@@ -159,16 +161,15 @@ class Promises:
         if self._refuses_double():
             yield Verdict(name, "asked in float64, as above", "not asked")
             return
-        own = self._layers.names
-        begun = self._steady(self._many, own) if own else self._many
+        begun = self._steady(self._many)
         self._trials.run(begun)
         resumed = replace(begun, name="rescaled", ranks=1, resumes=True)
         step = self._trials.copy(begun, resumed)
         self._trials.run(resumed)
         deviation = self._deviation(begun, resumed)
         where = f"begun on {self._size} ranks, resumed on 1 after step {step}"
-        if own:
-            where += f", without {self._layers.describe()}"
+        if begun.synchronized or begun.steady:
+            where += f", {self._layers.describe_remedy()}"
         if deviation.is_rounding:
             yield Verdict(name, f"{where}: {self._agreement(deviation)}")
             return
@@ -248,8 +249,7 @@ class Promises:
             yield self._compiled(name, f"compile={mode}")
 
     def _compiled(self, name: str, setting: str) -> Verdict:
-        drawn = self._layers.random  # by other numbers, when compiled
-        eager = self._steady(self._one, drawn) if drawn else self._one
+        eager = self._steady(self._one)  # when compiled, they draw other numbers
         compiled = replace(eager, name="compiled", compiled=True)
         self._trials.run(eager)
         self._trials.run(compiled)
@@ -287,10 +287,16 @@ class Promises:
         alone = Trial("alone", 1)
         self._trials.run(alone)
         apart = self._deviation(self._own, alone).weights
-        return f"{self._recipe.precision or 'fp32'}: {apart:.1e}"
+        return f"{self._trials.precision or 'fp32'}: {apart:.1e}"
 
-    def _steady(self, made: Trial, names: tuple[str, ...]) -> Trial:
-        return replace(made, name=f"{made.name}-steady", steady=names)
+    def _steady(self, made: Trial) -> Trial:
+        """The same run without what is each rank's own affair, if there is such a thing."""
+        layers = self._layers
+        synchronized = bool(layers.batch_norms) and made.ranks > 1
+        if not synchronized and not layers.random:
+            return made
+        name = f"{made.name}-steady"
+        return replace(made, name=name, synchronized=synchronized, steady=layers.random)
 
     def _same_end(self, one: Trial, two: Trial) -> bool:
         same = same_state(self._trials.state(one), self._trials.state(two))
@@ -310,7 +316,7 @@ class Promises:
             reasons.append("each rank draws its own random numbers, as is meant")
         text = (
             f"{layers.describe()} alone makes {self._size} ranks differ from 1 ({apart}): "
-            f"{' and '.join(reasons)}; as in an evaluation, {self._agreement(without)}"
+            f"{' and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"
         )
         return Verdict(question, text, "notice", instead)
 

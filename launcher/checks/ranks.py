@@ -34,8 +34,16 @@ class Surroundings:
 
 def start_server() -> None:
     """Begin to import torch in the process from which the ranks will be forked."""
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
+    # It would name what processes that were killed had left, which are killed for good reasons.
+    name, quiet = "PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"
+    before = os.environ.get(name)
+    os.environ[name] = ",".join(filter(None, (before, quiet)))
+    resource_tracker.ensure_running()
+    del os.environ[name]
+    if before is not None:
+        os.environ[name] = before
     multiprocessing.set_forkserver_preload(_PRELOADED)
     forkserver.ensure_running()
 

@@ -16,7 +16,7 @@ from launcher.errors import UserError
 
 EPOCHS = 3
 MOST_EACH, LEAST_EACH = 8, 3  # images of one micro-batch, about
-TEST_EACH = 16  # images that a rank evaluates
+TEST_EACH = 8  # images that a rank evaluates
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,23 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher import run
 from launcher.checks import slices
 from launcher.checks.slices import Sizes
+from launcher.checks.synchronized import synchronize_batch_norm
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import SaveInterval
 from launcher.config.recipe import Recipe
-from launcher.distributed.accelerator import usable_cores
+from launcher.config.slots import Precision
 from launcher.distributed.process_group import Timeouts
 from launcher.distributed.world import World
 from launcher.errors import LauncherError, OtherRankError, UserError
@@ -36,7 +37,6 @@ from launcher.training.state import TrainContext
 from launcher.utils.user_code import user_location
 
 Phase = Literal["forward", "backward", "update"]
-CALIBRATION = 64  # images from which statistics that are kept fixed are taken
 _TIMEOUTS = Timeouts(join=60, collective=120)
 
 
@@ -52,6 +52,8 @@ class Subject:
     steps: int
     runs: Path
     on_cpu: bool
+    threads: int  # of each rank, the same in all runs
+    precision: Precision | None  # of what is not in float64
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,17 @@ class Kill:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the subject. `steady` are layers that stay as in an evaluation."""
+    """One run of the subject.
+
+    `synchronized`: BatchNorm normalizes by the images of all ranks. `steady` are layers that do in
+    training what they do in an evaluation.
+    """
 
     name: str
     ranks: int
     double: bool = False
     compiled: bool = False
+    synchronized: bool = False
     steady: tuple[str, ...] = ()
     resumes: bool = False
     kill: Kill | None = None
@@ -124,7 +131,9 @@ class Watcher:
         """Before the training: what stays steady, an evaluation where one is asked for, marks."""
         self._ctx = ctx
         network = ctx.state.network
-        keep_steady(ctx, self._trial.steady)
+        keep_steady(network, self._trial.steady)
+        if self._trial.synchronized and ctx.plan.world_size > 1:
+            synchronize_batch_norm()
         if self._trial.init_from:
             self.seen.evaluated = evaluate(ctx)
         self.seen.begins_with = checksum(network.state_dict())
@@ -181,41 +190,18 @@ class Watcher:
         return after
 
 
-def keep_steady(ctx: TrainContext, names: tuple[str, ...]) -> None:
-    """Let these layers do in training what they do in an evaluation, not so their children.
-
-    BatchNorm first takes its statistics from the same images on every rank.
-    """
-    chosen = [module for name, module in ctx.state.network.named_modules() if name in names]
-    norms = [module for module in chosen if isinstance(module, _BatchNorm)]
-    for module in set(chosen) - set(norms):
-        _stop_training(module)
-    if norms:
-        _calibrate(ctx, norms)
-    for module in norms:
-        _stop_training(module)
+def keep_steady(network: nn.Module, names: tuple[str, ...]) -> None:
+    """Let these layers do in training what they do in an evaluation, not so their children."""
+    for name, module in network.named_modules():
+        if name in names:
+            module.training = False
+            module.train = partial(_train_children, module)
 
 
-def _stop_training(module: nn.Module) -> None:
-    def train(mode: bool = True) -> nn.Module:
-        for child in module.children():
-            child.train(mode)
-        return module
-
-    module.training = False
-    module.train = train  # type: ignore[method-assign]
-
-
-def _calibrate(ctx: TrainContext, norms: list[_BatchNorm]) -> None:
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a mean over all that it sees
-    with torch.no_grad(), ctx.accelerator.autocast():
-        ctx.state.network.train()
-        ctx.state.network.forward(ctx.normalize(ctx.data.train.images[:CALIBRATION]))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
+    for child in module.children():
+        child.train(mode)
+    return module
 
 
 def _attributes(network: nn.Module) -> dict[str, Any]:
@@ -250,8 +236,8 @@ def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
     recipe = replace(recipe, data=images, epochs=slices.EPOCHS)
     if not trial.compiled:
         recipe = replace(recipe, compile=False)
-    if trial.double:
-        recipe = replace(recipe, precision="fp32")  # no autocast, whatever the type of the weights
+    # In float64 without autocast, whatever the type of the weights.
+    recipe = replace(recipe, precision="fp32" if trial.double else subject.precision)
     return recipe if subject.on_cpu else replace(recipe, deterministic=True)
 
 
@@ -287,8 +273,7 @@ def work(subject: Subject, trial: Trial) -> None:
     if trial.double:
         torch.set_default_dtype(torch.float64)
     world = World.from_env(os.environ)
-    threads = max(1, usable_cores() // trial.ranks)
-    world = replace(world, threads=threads, use_cpu=world.use_cpu or subject.on_cpu)
+    world = replace(world, threads=subject.threads, use_cpu=world.use_cpu or subject.on_cpu)
     watcher = Watcher(trial, world.rank)
     seen = watcher.seen
     try:

@@ -1,5 +1,6 @@
 """The runs that `verify` compares: each is made once, in a folder of its own, and then read."""
 
+import math
 import os
 import pickle
 import shutil
@@ -20,13 +21,16 @@ from launcher.checks.slices import EPOCHS, LEAST_EACH, MOST_EACH
 from launcher.checks.trial import Sighting, Subject, Trial
 from launcher.config.loader import LoadedRecipe
 from launcher.config.recipe import Recipe
+from launcher.config.slots import Precision
 from launcher.data.sources import Data
+from launcher.distributed.accelerator import usable_cores
 from launcher.distributed.environment import is_true
 from launcher.errors import UserError
-from launcher.training.model import build_network, two_images
+from launcher.training.model import build_network, two_images, upcast
 from launcher.utils import json_text
 
 RUNS = 12  # that are made, about
+MOST_STEPS, LEAST_STEPS = 20, 9  # where none are asked for
 _DOUBLE = 2.0  # times as long as in float32
 _OUTPUT = "output.txt"  # what all ranks print
 
@@ -42,7 +46,7 @@ class Settings:
     words: tuple[str, ...]
     load: Callable[[str, list[str]], LoadedRecipe]
     ranks: int
-    steps: int
+    steps: int | None  # None: as many as the time allows
     folder: Path
 
 
@@ -56,7 +60,7 @@ class Trials:
         self.settings, self._progress = settings, progress
         self._subject: Subject | None = None
         self._seen: dict[Trial, list[Sighting]] = {}
-        self.steps = settings.steps
+        self.steps = 0
         self.fingerprint = 0
 
     @property
@@ -68,15 +72,15 @@ class Trials:
         """Write the images that all runs see; few, where `seconds` are little for the network."""
         settings = self.settings
         with self._progress("opening the images"):
-            most = slices.choose_sizes(recipe, settings.ranks, settings.steps)
+            most = slices.choose_sizes(recipe, settings.ranks, settings.steps or MOST_STEPS)
             data = slices.own_images(recipe, most)
-            each = _images_in_time(recipe, data, settings, seconds)
-            sizes = slices.choose_sizes(recipe, settings.ranks, settings.steps, each)
+            effort = _effort_in_time(recipe, data, settings, seconds)
+            sizes = slices.choose_sizes(recipe, settings.ranks, effort.steps, effort.each)
             data = slices.take(data, sizes)
             images = settings.folder / "images.pt"
             slices.save(data, images)
         steps_per_epoch = -(-len(data.train) // sizes.batch)
-        self.steps = min(settings.steps, EPOCHS * steps_per_epoch)
+        self.steps = min(effort.steps, EPOCHS * steps_per_epoch)
         self.fingerprint = slices.fingerprint(data)
         gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
         self._subject = Subject(
@@ -88,6 +92,8 @@ class Trials:
             steps=self.steps,
             runs=settings.folder / "runs",
             on_cpu=gpus < settings.ranks,
+            threads=max(1, usable_cores() // settings.ranks),
+            precision=effort.precision,
         )
         self._ready.runs.mkdir()
         return data
@@ -96,7 +102,13 @@ class Trials:
     def place(self) -> str:
         """Where and on what the runs are made, in words."""
         subject = self._ready
-        return f"batches of {subject.sizes.batch} on {'CPU' if subject.on_cpu else 'GPUs'}"
+        device = "CPU" if subject.on_cpu else "GPUs, with deterministic=true"
+        return f"batches of {subject.sizes.batch} on {device}"
+
+    @property
+    def precision(self) -> Precision | None:
+        """Of the runs that are not in float64."""
+        return self._ready.precision
 
     def run(self, wanted: Trial) -> list[Sighting]:
         """What each rank of a run has seen; of one that is killed, nothing.
@@ -179,18 +191,48 @@ class Trials:
         return found
 
 
-def _images_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: float) -> int:
-    """Of a micro-batch: as many as all runs can be made with in these seconds, at a guess."""
+@dataclass(frozen=True)
+class Effort:
+    """What fits into the time: images of a micro-batch, steps, and the precision of the runs."""
+
+    each: int
+    steps: int
+    precision: Precision | None
+
+
+def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: float) -> Effort:
+    """As much as all runs can be made with in so many seconds, at a guess.
+
+    On a CPU without instructions for bfloat16 a step in it takes ten times as long as in float32.
+    """
+    parts = settings.ranks * recipe.accumulate
+    asked, precision = settings.steps or MOST_STEPS, recipe.precision
+
+    def images_in_time(precision: str | None) -> float:
+        each = _seconds_of_image(recipe, data, halves=precision in ("bf16", "pure_bf16"))
+        return seconds / (_DOUBLE * RUNS * parts * each)
+
+    fits = images_in_time(precision)
+    if fits < LEAST_EACH * min(asked, LEAST_STEPS) and not torch.cuda.is_available():
+        precision, fits = "fp32", images_in_time("fp32")
+    least = asked if settings.steps else LEAST_STEPS
+    each = max(LEAST_EACH, min(MOST_EACH, int(fits / asked)))
+    steps = max(least, min(asked, int(fits / each)))
+    return Effort(each, steps, precision)
+
+
+def _seconds_of_image(recipe: Recipe, data: Data, halves: bool) -> float:
+    """Forward and backward, the second time."""
     network = build_network(recipe, data.train).train()
     images = two_images(network, recipe, data.train, "contiguous")
-    took = []
+    took = math.inf
     for _ in range(2):
         begin = time.perf_counter()
-        network(images).sum().backward()
-        took.append((time.perf_counter() - begin) / len(images))
-    parts = settings.ranks * recipe.accumulate
-    fits = seconds / (_DOUBLE * RUNS * settings.steps * parts * min(took))
-    return max(LEAST_EACH, min(MOST_EACH, int(fits)))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
+            scores = network(images)
+        upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
+        took = (time.perf_counter() - begin) / len(images)
+    return took
 
 
 def _describe_end(code: int) -> str:

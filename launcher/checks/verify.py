@@ -75,7 +75,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("--ranks", type=positive, default=LEAST_RANKS, metavar="N", help="processes (default: 2)")
-    add("--steps", type=positive, default=20, metavar="N", help="of each run (default: 20)")
+    steps = "of each run (default: 20, or fewer for a slow network)"
+    add("--steps", type=positive, metavar="N", help=steps)
     add("--json", action="store_true", help="for machines: one JSON object")
     limit = "seconds that it may take (default: %(default)g)"
     add("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
@@ -83,7 +84,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if not arguments.words:
         parser.error("no recipe is named")
     for name, least in (("ranks", LEAST_RANKS), ("steps", LEAST_STEPS)):
-        if getattr(arguments, name) < least:
+        if (getattr(arguments, name) or least) < least:
             parser.error(f"--{name} {getattr(arguments, name)}, which are fewer than {least}")
     is_launched = not LAUNCH_MARKS.isdisjoint(os.environ)
     if is_launched or number_in(os.environ, "WORLD_SIZE", 1) > 1:
