@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from launcher.checks.trial import Sighting, StepTrace
+from launcher.checks.trial import Sighting
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Augmentation, Draws, Mixing
 from launcher.data.augment import as_augmentation
 from launcher.data.sources import ImageSet
 from launcher.training.preflight import global_states
+from launcher.utils.text import count
 from launcher.utils.user_code import place_of
 
 EXACT = 1e-8  # in float64, of numbers around 1: rounding stays far below, a fault far above
@@ -47,22 +48,20 @@ class Parting:
 def first_different_bit(one: Sequence[Sighting], two: Sequence[Sighting]) -> Parting | None:
     """Of two runs on as many ranks, over the steps that both have seen."""
     for step in sorted(set(one[0].steps) & set(two[0].steps)):
-        for mine, other in zip(one, two, strict=True):
-            parting = _in_step(step, mine.steps[step], other.steps[step], mine.kinds)
-            if parting:
-                return parting
+        pairs = [
+            (mine.steps[step], other.steps[step]) for mine, other in zip(one, two, strict=True)
+        ]
+        if any(mine.images != other.images for mine, other in pairs):
+            return Parting(step, "images")
+        for mine, other in pairs:
+            for (name, made), (_, others) in zip(mine.layers, other.layers, strict=False):
+                if made != others:
+                    return Parting(step, "layer", layer_name(name, one[0].kinds))
+        if any(mine.loss != other.loss for mine, other in pairs if not math.isnan(mine.loss)):
+            return Parting(step, "loss")
+        if any(mine.weights != other.weights for mine, other in pairs):
+            return Parting(step, "weights")
     return None
-
-
-def _in_step(step: int, one: StepTrace, two: StepTrace, kinds: dict[str, str]) -> Parting | None:
-    if one.images != two.images:
-        return Parting(step, "images")
-    for (name, mine), (_, other) in zip(one.layers, two.layers, strict=False):
-        if mine != other:
-            return Parting(step, "layer", layer_name(name, kinds))
-    if one.loss != two.loss and not math.isnan(one.loss):
-        return Parting(step, "loss")
-    return Parting(step, "weights") if one.weights != two.weights else None
 
 
 def layer_name(name: str, kinds: dict[str, str]) -> str:
@@ -140,25 +139,22 @@ class OwnLayers:
     random: tuple[str, ...]
     kinds: dict[str, str]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of them."""
-        return (*self.batch_norms, *self.random)
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.batch_norms or self.random)
 
     def describe(self) -> str:
-        """`BatchNorm2d (20 layers) and Dropout (1 layer)`."""
-        counts: dict[str, int] = {}
-        for name in self.names:
-            counts[self.kinds[name]] = counts.get(self.kinds[name], 0) + 1
-        parts = [kind if number == 1 else f"{number} {kind}" for kind, number in counts.items()]
+        """`BatchNorm and the random numbers of Dropout`."""
+        parts = [f"BatchNorm ({count(len(self.batch_norms), 'layer')})"] if self.batch_norms else []
+        if self.random:
+            kinds = dict.fromkeys(self.kinds[name] for name in self.random)
+            parts.append(f"the random numbers of {' and '.join(kinds)}")
         return " and ".join(parts)
 
     def describe_remedy(self) -> str:
         """What makes them the same on any number of ranks."""
         remedies = ["with BatchNorm synchronized"] if self.batch_norms else []
-        if self.random:
-            kinds = dict.fromkeys(self.kinds[name] for name in self.random)
-            remedies.append(f"with {' and '.join(kinds)} switched off")
+        remedies += ["without random numbers"] if self.random else []
         return " and ".join(remedies)
 
 

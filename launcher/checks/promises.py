@@ -5,7 +5,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from launcher.checks.differences import (
     EXACT,
@@ -32,6 +31,10 @@ from launcher.utils.text import count
 PART_OF_LIMIT = 0.3  # of the time, for the steps alone
 ROUNDED = 1e-5  # where float64 is out of reach
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+MOST_NAMED = 3  # attributes
+_OF_DRAWS = "let it depend on images, draws.fresh and draws.fixed alone"
+_IN_BUFFERS = "keep in buffers (register_buffer) what lasts from step to step"
+_NO_DRAWS = "write F.dropout(x, p, self.training), so that an evaluation draws none"
 _SYNC = "type sync_batch_norm=true, which torch has for GPUs"
 
 
@@ -57,6 +60,8 @@ class Promises:
         self._data: Data | None = None
         self._layers = OwnLayers((), (), {})
         self._drawing_in_evaluation: tuple[str, ...] = ()
+        self._ranks_differ = False
+        self._unsteady: list[str] | None = None
         self._own = Trial("own", self._size)
         self._one = Trial("one", 1, double=True)
         self._many = Trial("many", self._size, double=True)
@@ -104,7 +109,8 @@ class Promises:
             return
         one, other = self._trials.run(self._one), self._trials.run(self._many)
         if step := first_other_images(one, other):
-            yield self._of_images(name, f"{many} see other images than 1 in step {step}")
+            what = f"{many} see other images than 1 in step {step}"
+            yield self._of_functions(name, what) or Verdict(name, what, "wrong", _OF_DRAWS)
             return
         deviation = self._deviation(self._one, self._many)
         if deviation.is_rounding:
@@ -112,7 +118,7 @@ class Promises:
             yield Verdict(name, f"{many} train as 1 does: {agreement}")
             return
         apart = f"{deviation.weights:.1e} in the weights"
-        if self._layers.names:
+        if self._layers:
             steady = self._steady(self._one), self._steady(self._many)
             one, other = map(self._trials.run, steady)
             without = self._deviation(*steady)
@@ -121,10 +127,14 @@ class Promises:
                 return
             apart = f"{without.weights:.1e} in the weights even {self._layers.describe_remedy()}"
             deviation = without
+        self._ranks_differ = True
         layer = first_mixing_layer(one, other)
         cause = f", first in step {deviation.step}" if deviation.step else ""
         instead = "compare the loss and the layers: each image must count for itself"
-        if layer:
+        if drawing := self._drawing_in_evaluation:
+            cause += f"; random numbers are drawn in {', '.join(map(self._name, drawing))}"
+            instead = _NO_DRAWS
+        elif layer:
             cause += f": {layer} makes something else of an image when others are beside it"
             instead = "compute each image by itself in that layer"
         yield Verdict(name, f"{many} train otherwise than 1: {apart}{cause}", "wrong", instead)
@@ -144,16 +154,8 @@ class Promises:
         if parting is None and self._same_end(self._own, resumed):
             yield Verdict("resume", f"{where}: weights, optimizer and losses bit for bit the same")
             return
-        if parting and parting.what == "images":
-            yield self._of_images("resume", f"{where}: {parting.describe()}")
-            return
-        what = parting.describe() if parting else "the end differs"
-        changed = own[0].changed
-        instead = "keep in buffers (register_buffer) what lasts from step to step"
-        if changed:
-            what += f"; training changes {', '.join(changed[:3])}, which no checkpoint holds"
-            instead = f"write self.register_buffer({changed[0].rpartition('.')[2]!r}, ...) there"
-        yield Verdict("resume", f"{where}: {what}", "wrong", instead)
+        what = f"{where}: {parting.describe() if parting else 'the end differs'}"
+        yield self._of_state("resume", what) or Verdict("resume", what, "wrong", _IN_BUFFERS)
 
     def other_ranks(self) -> Iterator[Verdict]:
         """A run goes on with another number of ranks on the same way."""
@@ -173,9 +175,9 @@ class Promises:
         if deviation.is_rounding:
             yield Verdict(name, f"{where}: {self._agreement(deviation)}")
             return
-        apart = f"{deviation.weights:.1e} in the weights, first in step {deviation.step}"
-        instead = "see the lines above: what they name has this effect as well"
-        yield Verdict(name, f"{where}: {apart}", "wrong", instead)
+        what = f"{where}: {deviation.weights:.1e} in the weights, first in step {deviation.step}"
+        instead = "mend what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
+        yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def repeat(self) -> Iterator[Verdict]:
         """Two equal runs, started anew, are equal."""
@@ -187,7 +189,8 @@ class Promises:
             source = short_name(self._recipe.data.source)
             yield Verdict(
                 name,
-                f"{source} gives other images, or the same in another order, at each opening",
+                f"{source} gives other images, or the same in another order, at each opening: so "
+                "would other machines see, and a resumed run",
                 "wrong",
                 "sort what it lists, as in sorted(folder.iterdir()), and draw from a generator "
                 "with a seed of its own",
@@ -202,12 +205,9 @@ class Promises:
             runs = f"two runs of {self._trials.steps} steps on {self._size} ranks"
             yield Verdict(name, f"{runs}: bit for bit the same")
             return
-        if parting and parting.what == "images":
-            yield self._of_images(name, f"of two equal runs, {parting.describe()}")
-            return
-        what = parting.describe() if parting else "they end otherwise"
+        what = f"two equal runs: {parting.describe() if parting else 'they end otherwise'}"
         instead = "look there for a clock, a generator without a seed, or the order of a set"
-        yield Verdict(name, f"two equal runs: {what}", "wrong", instead)
+        yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def evaluation(self) -> Iterator[Verdict]:
         """N ranks count what one counts."""
@@ -232,8 +232,9 @@ class Promises:
         instead = "look for layers whose output depends on the other images of an evaluation"
         if drawing := self._drawing_in_evaluation:
             what += f"; random numbers are drawn in {', '.join(map(self._name, drawing))}"
-            instead = "write F.dropout(x, p, self.training), so that an evaluation draws none"
-        yield Verdict(name, f"{what}, loss {many.loss:.6f}", "wrong", instead)
+            instead = _NO_DRAWS
+        what = f"{what}, loss {many.loss:.6f}"
+        yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def compile(self) -> Iterator[Verdict]:
         """What is compiled trains as what is not."""
@@ -315,20 +316,31 @@ class Promises:
         if layers.random:
             reasons.append("each rank draws its own random numbers, as is meant")
         text = (
-            f"{layers.describe()} alone makes {self._size} ranks differ from 1 ({apart}): "
+            f"{self._size} ranks differ from 1 by {layers.describe()} alone ({apart}): "
             f"{' and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"
         )
         return Verdict(question, text, "notice", instead)
 
-    def _of_images(self, question: str, what: str) -> Verdict:
+    def _of_state(self, question: str, what: str) -> Verdict | None:
+        """Where a function, or a layer, keeps what no checkpoint holds."""
+        if verdict := self._of_functions(question, what):
+            return verdict
+        changed = self._trials.run(self._own)[0].changed
+        if not changed:
+            return None
+        shown = ", ".join(changed[:MOST_NAMED])
+        what = f"{what}; training changes {shown}, which no checkpoint holds"
+        instead = f"write self.register_buffer({changed[0].rpartition('.')[2]!r}, ...) there"
+        return Verdict(question, what, "wrong", instead)
+
+    def _of_functions(self, question: str, what: str) -> Verdict | None:
+        """Where an augmentation, or the mixing, makes another thing of the same images."""
         assert self._data is not None
-        data = self._recipe.data
-        guilty = unsteady_functions(self._recipe, self._data.train)
-        functions: list[Callable[..., Any]] = [*data.augment, *filter(None, [data.mix])]
-        names = [short_name(function) for function in functions]
-        cause = "; ".join(guilty) or f"one of {', '.join(names)} follows from more than its draws"
-        instead = "let it depend on images, draws.fresh and draws.fixed alone"
-        return Verdict(question, f"{what}: {cause}", "wrong", instead)
+        if self._unsteady is None:
+            self._unsteady = unsteady_functions(self._recipe, self._data.train)
+        if not self._unsteady:
+            return None
+        return Verdict(question, f"{what}: {'; '.join(self._unsteady)}", "wrong", _OF_DRAWS)
 
 
 def _failing_well(
