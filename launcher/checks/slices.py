@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy
 import torch
 
 from launcher.config.recipe import Images, Recipe
@@ -55,13 +56,14 @@ def own_images(recipe: Recipe, sizes: Sizes) -> Data:
 
 
 def take(data: Data, sizes: Sizes) -> Data:
-    """Evenly spread over each half, so that it has images of all classes."""
+    """Some of each half, in its order, and not the first: those may be of one class."""
     return replace(data, train=_take(data.train, sizes.train), test=_take(data.test, sizes.test))
 
 
 def _take(images: ImageSet, count: int) -> ImageSet:
     count = min(count, len(images))
-    chosen = torch.arange(count) * len(images) // count
+    random = numpy.random.default_rng(0)
+    chosen = torch.from_numpy(random.permutation(len(images))[:count]).sort().values
     return replace(images, images=images.images[chosen], labels=images.labels[chosen])
 
 
