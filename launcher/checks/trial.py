@@ -268,8 +268,6 @@ def result_path(subject: Subject, trial: Trial, rank: int) -> Path:
 
 def work(subject: Subject, trial: Trial) -> None:
     """Train as one rank, and leave what was seen in a file."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(subject.runs / "compiled")
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else it starts processes of its own
     if trial.double:
         torch.set_default_dtype(torch.float64)
     world = World.from_env(os.environ)

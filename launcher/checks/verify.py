@@ -47,11 +47,15 @@ def main(words: Sequence[str], load: Load) -> int:
     arguments = _parse(words)
     deadline = Deadline(arguments.limit)
     path, *overrides = arguments.words
-    loaded = load(path, overrides)
     console = make_console()
     progress = nullcontext if arguments.json else console.status
     verdicts = []
-    with _terminated_like_interrupted(), tempfile.TemporaryDirectory(prefix="launcher-") as folder:
+    with (
+        _terminated_like_interrupted(),
+        tempfile.TemporaryDirectory(prefix="launcher-") as folder,
+        _compiling_in(Path(folder)),
+    ):
+        loaded = load(path, overrides)  # which imports what makes a folder
         settings = Settings(
             (path, *overrides), load, arguments.ranks, arguments.steps, Path(folder)
         )
@@ -108,3 +112,18 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _compiling_in(folder: Path) -> Iterator[None]:
+    """Let torch.compile write there, and start no processes of its own."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= dict(zip(names, (str(folder / "compiled"), "1"), strict=True))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

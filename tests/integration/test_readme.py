@@ -43,7 +43,7 @@ TESTS = [line for line in COMMANDS if line == "pytest"]
 RECIPE, SCRIPT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MAKES = [line for line in COMMANDS if line.startswith("make ")]
 # Ways of starting that differ little from others, and take a while.
-LONG = ("--config_file", "torchrun")
+LONG = ("--config_file", "torchrun", " verify ")
 SHORT = ["--max-steps", "2", "data.batch_size=16"]
 PROGRAMS = {
     "python": [sys.executable],
@@ -135,7 +135,9 @@ def marked(command: str) -> object:
 def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    shows = any(word in command for word in ("--help", "--dry-run", "--smoke", " check "))
+    shows = any(
+        word in command for word in ("--help", "--dry-run", "--smoke", " check ", " verify ")
+    )
     if "--init-from" in command:
         (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
         assert run(earlier, folder, SHORT)[0] == 0
@@ -144,6 +146,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     assert code == 0, errors[-3000:]
     if "--help" in command:
         assert "optimizer.lr" in output
+    elif " verify " in command:
+        assert "resume      good" in output
     elif "check" in command:
         assert "network   good" in output
     elif "--dry-run" in command:

@@ -158,19 +158,19 @@ def test_the_time_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_nothing_behind(number: int, tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(RECIPES / "simplecnn.py"),
         cwd=tmp_path,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("recipe")
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert children
-    process.send_signal(number)
-    assert process.wait(30) == 130
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("recipe")
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(number)
+        assert process.wait(30) == 130
     assert psutil.wait_procs(children, timeout=20)[1] == []
     assert not list(tmp_path.glob("launcher-*"))
