@@ -140,11 +140,10 @@ def _check(words: list[str]) -> int:
 def _verify(words: list[str]) -> int:
     from launcher.checks import ranks
 
-    if not {"--help", "-h"} & set(words):
-        ranks.start_server()  # which imports torch while this process does
-    from launcher.checks import verify
+    with ranks.workplace() as folder:  # while this process imports torch, so does another one
+        from launcher.checks import verify
 
-    return verify.main(words, _load)
+        return verify.main(words, _load, folder)
 
 
 _COMMANDS = {"submit": _submit, "check": _check, "verify": _verify}

@@ -1,23 +1,27 @@
 """The processes that `verify` starts: ranks of a run, killed with all that they started.
 
 They are forked from a process that has imported torch, which takes seconds; or each is a new
-Python, with a hash seed of its own. Nothing heavy is imported here, so that `start_server` can be
-called while the command itself still imports.
+Python, with a hash seed of its own. Nothing heavy is imported here, so that it begins while the
+command itself still imports.
 """
 
 import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import psutil
 
 _PRELOADED = ["torch", "torchvision", "accelerate", "launcher.checks.trial"]
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -32,20 +36,65 @@ class Surroundings:
     output: Path
 
 
-def start_server() -> None:
-    """Begin to import torch in the process from which the ranks will be forked."""
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A temporary folder, and a process that begins to import torch for the ranks to come.
+
+    At the end, on SIGTERM as on Ctrl-C, neither is left.
+    """
     from multiprocessing import forkserver, resource_tracker
 
-    # It would name what processes that were killed had left, which are killed for good reasons.
-    name, quiet = "PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"
+    with (
+        tempfile.TemporaryDirectory(prefix="launcher-") as name,
+        _terminated_like_interrupted(),
+        # torch makes a folder there when it is imported, and compiles into it.
+        _variable("TORCHINDUCTOR_CACHE_DIR", str(Path(name, "compiled"))),
+        _variable("TORCHINDUCTOR_COMPILE_THREADS", "1"),  # in no processes of its own
+    ):
+        # It would name what ranks have left that are killed, which they are for good reasons.
+        quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+        others = os.environ.get("PYTHONWARNINGS")
+        with _variable("PYTHONWARNINGS", ",".join(filter(None, (others, quiet)))):
+            resource_tracker.ensure_running()
+        multiprocessing.set_forkserver_preload(_PRELOADED)
+        forkserver.ensure_running()
+        try:
+            yield Path(name)
+        finally:
+            _end_server()
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
-    os.environ[name] = ",".join(filter(None, (before, quiet)))
-    resource_tracker.ensure_running()
-    del os.environ[name]
-    if before is not None:
-        os.environ[name] = before
-    multiprocessing.set_forkserver_preload(_PRELOADED)
-    forkserver.ensure_running()
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_server() -> None:
+    """At once: it may still be importing."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "multiprocessing.forkserver" in " ".join(child.cmdline()):
+                child.kill()
+                child.wait(10)
 
 
 @dataclass

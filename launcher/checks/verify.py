@@ -6,13 +6,10 @@ are processes, a SIGKILL, a resume. A run that two questions need is made once.
 
 import argparse
 import os
-import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 
 from launcher.checks.promises import Promises
 from launcher.checks.trials import Settings, Trials
@@ -42,30 +39,26 @@ rank and on several, killed and resumed, twice, evaluated and compiled."""
 Load = Callable[[str, list[str]], LoadedRecipe]
 
 
-def main(words: Sequence[str], load: Load) -> int:
-    """Run the words behind `launcher verify`; `load` makes the recipe of a path and overrides."""
+def main(words: Sequence[str], load: Load, folder: Path) -> int:
+    """Run the words behind `launcher verify`; `load` makes the recipe of a path and overrides.
+
+    All that is written goes into `folder`: see `ranks.workplace`.
+    """
     arguments = _parse(words)
     deadline = Deadline(arguments.limit)
     path, *overrides = arguments.words
     console = make_console()
     progress = nullcontext if arguments.json else console.status
     verdicts = []
-    with (
-        _terminated_like_interrupted(),
-        tempfile.TemporaryDirectory(prefix="launcher-") as folder,
-        _compiling_in(Path(folder)),
-    ):
-        loaded = load(path, overrides)  # which imports what makes a folder
-        settings = Settings(
-            (path, *overrides), load, arguments.ranks, arguments.steps, Path(folder)
-        )
-        promises = Promises(loaded.recipe, Trials(settings, progress), deadline)
-        for verdict in answers(promises.questions(), deadline):
-            verdicts.append(verdict)
-            if not arguments.json:
-                show(verdict, console)
-            if verdict.question == "recipe" and verdict.standing == "wrong":
-                break  # what does not train keeps no promise
+    loaded = load(path, overrides)
+    settings = Settings((path, *overrides), load, arguments.ranks, arguments.steps, folder)
+    promises = Promises(loaded.recipe, Trials(settings, progress), deadline)
+    for verdict in answers(promises.questions(), deadline):
+        verdicts.append(verdict)
+        if not arguments.json:
+            show(verdict, console)
+        if verdict.question == "recipe" and verdict.standing == "wrong":
+            break  # what does not train keeps no promise
     if arguments.json:
         about = {"recipe": loaded.name, "ranks": arguments.ranks}
         sys.stdout.write(as_json(about, verdicts, deadline) + "\n")
@@ -98,32 +91,3 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             instead=f"type launcher verify {arguments.words[0]} --ranks {arguments.ranks}",
         )
     return arguments
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """On SIGTERM as on Ctrl-C: no process is left behind, nor the temporary folder."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _compiling_in(folder: Path) -> Iterator[None]:
-    """Let torch.compile write there, and start no processes of its own."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ |= dict(zip(names, (str(folder / "compiled"), "1"), strict=True))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value

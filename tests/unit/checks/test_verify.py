@@ -57,15 +57,15 @@ def never(path: str, words: list[str]) -> Any:
         ([SIMPLECNN, "--limit", "0"], "no number of seconds"),
     ],
 )
-def test_wrong_words_are_refused(words: list[str], part: str) -> None:
+def test_wrong_words_are_refused(words: list[str], part: str, tmp_path: Path) -> None:
     with refused(part):
-        verify.main(words, never)
+        verify.main(words, never, tmp_path)
 
 
-def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("behind accelerate launch, torchrun or srun"):
-        verify.main([SIMPLECNN], never)
+        verify.main([SIMPLECNN], never, tmp_path)
 
 
 def test_a_recipe_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
