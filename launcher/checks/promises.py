@@ -317,7 +317,7 @@ class Promises:
             reasons.append("each rank draws its own random numbers, as is meant")
         text = (
             f"{self._size} ranks differ from 1 by {layers.describe()} alone ({apart}): "
-            f"{' and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"
+            f"{', and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"
         )
         return Verdict(question, text, "notice", instead)
 
