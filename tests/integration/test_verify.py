@@ -30,11 +30,11 @@ SAID: dict[str, tuple[dict[str, str], str]] = {
     "sound": ({}, ""),
     "draws_sometimes": (
         dict.fromkeys(("ranks", "resume", "other ranks", "repeat"), "wrong"),
-        "shifted (draws_sometimes.py, line 26) draws from a global generator",
+        "draws_sometimes.py, line 26) draws from a global generator",
     ),
     "counts_calls": (
         {"resume": "wrong", "other ranks": "wrong"},
-        "shifted (counts_calls.py, line 29) keeps a state between calls",
+        "counts_calls.py, line 29) keeps a state between calls",
     ),
     "state_in_attribute": (
         {"resume": "wrong", "other ranks": "wrong", "evaluation": "wrong"},
