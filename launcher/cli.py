@@ -199,6 +199,15 @@ def _doctor(words: list[str]) -> int:
         raise OtherRankError(EXIT_USER) from None
 
 
+def _verify(words: list[str]) -> int:
+    from launcher.checks import ranks
+
+    with ranks.workplace() as folder:  # while this process imports torch, so does another one
+        from launcher.checks import verify
+
+        return verify.main(words, _load, folder)
+
+
 _COMMANDS = {
     "submit": _submit,
     "check": _check,
@@ -206,6 +215,7 @@ _COMMANDS = {
     "compare": _compare,
     "predict": _predict,
     "export": _export,
+    "verify": _verify,
     "doctor": _doctor,
 }
 

@@ -61,6 +61,8 @@ from launcher.training.state import TrainContext, make_context
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count
 
+# Is shown a training that is ready to begin, and returns it, perhaps with phases that it marks.
+Watch = Callable[[TrainContext], TrainContext]
 MOST_ROLLBACKS = 10  # a run that needs more does not get better by skipping steps
 
 
@@ -136,8 +138,10 @@ class ActiveRun:
         return RunResult(self.best, self.highest, self.last, losses, self.stopped, folder)
 
 
-def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE) -> RunResult:
-    """Train a recipe; every rank calls this.
+def train_loaded(
+    loaded: LoadedRecipe, options: RunOptions, world: World = ALONE, watch: Watch | None = None
+) -> RunResult:
+    """Train a recipe; every rank calls this. `watch` is called before the training begins.
 
     Raises `UserError` before anything is written, `TrainingError` for a loss that is not finite
     or a failed smoke test, and `RankError` where the ranks lose each other.
@@ -147,7 +151,7 @@ def train_loaded(loaded: LoadedRecipe, options: RunOptions, world: World = ALONE
     group = process_group.rendezvous(world, options.timeouts)
     try:
         with report_first_failure(group, lambda: "outside training"):
-            result = prepare_and_run(loaded, options, group)
+            result = prepare_and_run(loaded, options, group, watch)
     except BaseException:
         group.stop_heartbeat()
         raise
@@ -198,7 +202,9 @@ def _no_exit(raised: SystemExit) -> Exception:
     return error.with_traceback(raised.__traceback__)
 
 
-def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> RunResult:
+def prepare_and_run(
+    loaded: LoadedRecipe, options: RunOptions, group: RankGroup, watch: Watch | None = None
+) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     prepared = prepare_on_all_ranks(loaded, options, group)
     loaded, data = prepared.loaded, prepared.data
@@ -219,6 +225,7 @@ def prepare_and_run(loaded: LoadedRecipe, options: RunOptions, group: RankGroup)
         facts["fallback"] = fallback_warning(data)
     profiler = Profiler(ctx) if options.profile else None
     ctx = profiler.ctx if profiler else ctx
+    ctx = watch(ctx) if watch else ctx
     smoke_test = SmokeTest(ctx) if options.smoke else None
     with report_first_failure(group, lambda: describe_position(ctx)):
         result = log_and_run(ctx, loaded, options, cleaned(facts), profiler)

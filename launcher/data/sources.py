@@ -101,17 +101,17 @@ class _UnavailableError(Exception):
 _UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, AssertionError, IndexError, KeyError)
 
 
-def load(data: Images) -> Data:
+def load(data: Images, *, downloads: bool = True) -> Data:
     """Open or download the images of a recipe, or its declared fallback.
 
     Raises `UserError` for damaged files, for labels out of range, and where the images are out of
-    reach and there is no fallback.
+    reach and there is no fallback. Out of reach is what is not on disk, unless it `downloads`.
     """
     data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
     if os.path.exists(data.root) and not os.path.isdir(data.root):
         raise _no_folder(Path(data.root), "not a folder")
     try:
-        train, test = _open_both(data.source, data.root)
+        train, test = _open_both(data.source, data.root, downloads)
         loaded = Data(train, test, short_name(data.source))
     except _UnavailableError as reason:
         if data.fallback is None:
@@ -122,7 +122,7 @@ def load(data: Images) -> Data:
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
-            train, test = _open_both(data.fallback, data.root)
+            train, test = _open_both(data.fallback, data.root, downloads)
         except _UnavailableError as second:
             raise UserError(
                 f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
@@ -141,7 +141,7 @@ def open_on_disk(data: Images) -> Data | None:
     """
     data = replace(data, root=os.path.expanduser(data.root))
     try:
-        train, test = _open_both(data.source, data.root, fetch=False)
+        train, test = _open_both(data.source, data.root, downloads=False)
     except _UnavailableError:
         return None
     loaded = Data(train, test, short_name(data.source))
@@ -219,12 +219,12 @@ def _known_shape(data: Images) -> dict[str, int]:
     )
 
 
-def _open_both(source: Source, root: str, *, fetch: bool = True) -> tuple[ImageSet, ImageSet]:
+def _open_both(source: Source, root: str, downloads: bool) -> tuple[ImageSet, ImageSet]:
     """Both halves at once, since most of it is reading and hashing of files."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = list(pool.map(partial(_open, source, root), (True, False)))
-    if not fetch and None in found:
-        raise _UnavailableError("is not to be fetched")
+    if None in found and not downloads:
+        raise _UnavailableError("is not downloaded here")
     train, test = (
         _fetch(source, root, train) if half is None else half
         for train, half in zip((True, False), found, strict=True)

@@ -171,9 +171,9 @@ def _no_global_draws(function: Callable[..., Any], instead: str) -> Iterator[Non
 
     Ranks and resumed runs would see other images than 1 rank that was never interrupted.
     """
-    before = _global_states()
+    before = global_states()
     yield
-    used = [name for name, state in _global_states().items() if state != before[name]]
+    used = [name for name, state in global_states().items() if state != before[name]]
     if used:
         raise UserError(
             f"{code_name(function)} draws from the global generator of {' and '.join(used)}",
@@ -182,7 +182,7 @@ def _no_global_draws(function: Callable[..., Any], instead: str) -> Iterator[Non
         )
 
 
-def _global_states() -> dict[str, Any]:
+def global_states() -> dict[str, Any]:
     """Of the generators that Python code draws from when it names none, in comparable form."""
     kind, keys, *rest = numpy.random.get_state()
     states = [torch.default_generator.get_state().numpy().tobytes()]

@@ -43,7 +43,7 @@ TESTS = [line for line in COMMANDS if line == "pytest"]
 RECIPE, SCRIPT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MAKES = [line for line in COMMANDS if line.startswith("make ")]
 # Ways of starting that differ little from others, and take a while.
-LONG = ("--config_file", "torchrun")
+LONG = ("--config_file", "torchrun", " verify ")
 SHORT = ["--max-steps", "2", "data.batch_size=16"]
 PROGRAMS = {
     "python": [sys.executable],
@@ -136,7 +136,8 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
     shows = any(
-        word in command for word in ("--help", "--dry-run", "--smoke", " check ", " doctor")
+        word in command
+        for word in ("--help", "--dry-run", "--smoke", " check ", " verify ", " doctor")
     )
     if "--init-from" in command:
         (earlier,) = [line for line in TRAINS if line.endswith("--resume")]
@@ -146,12 +147,14 @@ def test_the_command_trains(command: str, folder: Path, monkeypatch: pytest.Monk
     assert code == 0, errors[-3000:]
     if "--help" in command:
         assert "optimizer.lr" in output
+    elif " verify " in command:
+        assert "resume      good" in output
     elif "check" in command:
-        assert "network   good" in output
+        assert "network     good" in output
     elif " doctor" in command:
         assert "product     " in output
     elif "--dry-run" in command:
-        assert "256 = 8 ranks x 32 images" in output
+        assert "256 = 1 rank x 256 images" in output
     else:
         assert "best epoch" in output
         assert ("NOT THE REAL DATA" in output) == ("--smoke" not in command)

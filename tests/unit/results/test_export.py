@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launcher import load_run
+from launcher.checkpoint.checkpoint import save_weights
 from launcher.checkpoint.run_files import find
 from launcher.cli import main
+from launcher.data import sources
 from launcher.results import export
 from launcher.results.export import prove
 from tests.support.helpers import RECIPES, refused
@@ -142,10 +144,9 @@ def test_an_exporter_that_is_wrong_is_refused(
     if form in ("torch", "onnx"):
         monkeypatch.setattr(export.Deployed, "eval", lambda self: self.train())
     else:
-        save = export.save_weights
 
         def wrong(network: Any, path: Path) -> None:
-            save(network, path)
+            save_weights(network, path)
             weights = load_file(path)
             next(v for n, v in weights.items() if n.endswith("weight"))[0] += 0.5
             save_file(weights, path)
@@ -160,7 +161,7 @@ def test_an_exporter_that_is_wrong_is_refused(
 def test_a_run_whose_images_are_gone_is_proved_by_those_that_it_kept(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export.sources, "open_on_disk", lambda data: None)
+    monkeypatch.setattr(sources, "open_on_disk", lambda data: None)
     exported(runs)
     assert "proved on 12 images" in capsys.readouterr().out
     (runs / "own/best.npz").rename(runs / "own/kept")

@@ -1,0 +1,366 @@
+"""What the launcher promises of every recipe, as questions that runs answer."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from launcher.checks.differences import (
+    EXACT,
+    OwnLayers,
+    first_different_bit,
+    first_mixing_layer,
+    first_other_images,
+    first_other_loss,
+    largest_difference,
+    own_layers,
+    same_state,
+    unsteady_functions,
+)
+from launcher.checks.trial import Kill, Phase, Trial, save_interval
+from launcher.checks.trials import TrialError, Trials
+from launcher.checks.verdicts import Deadline, Verdict
+from launcher.config.recipe import Recipe
+from launcher.config.serialize import short_name
+from launcher.data.sources import Data
+from launcher.errors import UserError
+from launcher.training.model import build_network, two_images
+from launcher.utils.text import count
+
+PART_OF_LIMIT = 0.3  # of the time, for the steps alone
+ROUNDED = 1e-5  # where float64 is out of reach
+_PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+MOST_NAMED = 3  # attributes
+_OF_DRAWS = "let it depend on images, draws.fresh and draws.fixed alone"
+_IN_BUFFERS = "keep in buffers (register_buffer) what lasts from step to step"
+_NO_DRAWS = "write F.dropout(x, p, self.training), so that an evaluation draws none"
+_SYNC = "type sync_batch_norm=true, which torch has for GPUs"
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far two runs in float64 are apart at their end, and which step was the first."""
+
+    weights: float
+    step: int | None
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether no more than the order of additions differs."""
+        return self.weights <= EXACT and self.step is None
+
+
+class Promises:
+    """The questions about one recipe."""
+
+    def __init__(self, recipe: Recipe, trials: Trials, deadline: Deadline) -> None:
+        self._recipe, self._trials, self._deadline = recipe, trials, deadline
+        self._size = trials.settings.ranks
+        self._data: Data | None = None
+        self._layers = OwnLayers((), (), {})
+        self._drawing_in_evaluation: tuple[str, ...] = ()
+        self._ranks_differ = False
+        self._unsteady: list[str] | None = None
+        self._own = Trial("own", self._size)
+        self._one = Trial("one", 1, double=True)
+        self._many = Trial("many", self._size, double=True)
+
+    def questions(self) -> Mapping[str, Callable[[], Iterator[Verdict]]]:
+        """In the order in which they are asked; the first decides whether the others are."""
+        asked = {
+            "recipe": self.recipe,
+            "ranks": self.ranks,
+            "resume": self.resume,
+            "other ranks": self.other_ranks,
+            "repeat": self.repeat,
+            "evaluation": self.evaluation,
+            "compile": self.compile,
+        }
+        return {name: _failing_well(name, question) for name, question in asked.items()}
+
+    def recipe(self) -> Iterator[Verdict]:
+        """Does it train at all, on so many ranks?"""
+        seconds = PART_OF_LIMIT * self._deadline.left
+        data = self._data = self._trials.prepare(self._recipe, seconds)
+        network = build_network(self._recipe, data.train)
+        images = two_images(network, self._recipe, data.train, "contiguous")
+        self._layers = own_layers(network.train(), images)
+        self._drawing_in_evaluation = own_layers(network.eval(), images).random
+        self._trials.run(self._own)
+        trained = (
+            f"{count(self._trials.steps, 'step')} in {count(3, 'epoch')} on "
+            f"{count(len(data.train), 'image')} of {data.name}, {self._trials.place}"
+        )
+        own = self._recipe.precision
+        if self._trials.precision != own:
+            trained += f", in fp32, since {own} is slow here"
+        if data.fallback:
+            yield Verdict("recipe", f"{trained}: {data.fallback}", "notice")
+        else:
+            yield Verdict("recipe", trained)
+
+    def ranks(self) -> Iterator[Verdict]:
+        """N ranks equal one: in float64, where rounding explains no difference."""
+        name, many = "ranks", f"{self._size} ranks"
+        if refusal := self._refuses_double():
+            what = f"asked in float64, in which training fails ({refusal})"
+            yield Verdict(name, f"{what}; {self._in_own_precision()}", "not asked")
+            return
+        one, other = self._trials.run(self._one), self._trials.run(self._many)
+        if step := first_other_images(one, other):
+            what = f"{many} see other images than 1 in step {step}"
+            yield self._of_functions(name, what) or Verdict(name, what, "wrong", _OF_DRAWS)
+            return
+        deviation = self._deviation(self._one, self._many)
+        if deviation.is_rounding:
+            agreement = f"{self._agreement(deviation)} ({self._in_own_precision()})"
+            yield Verdict(name, f"{many} train as 1 does: {agreement}")
+            return
+        apart = f"{deviation.weights:.1e} in the weights"
+        if self._layers:
+            steady = self._steady(self._one), self._steady(self._many)
+            one, other = map(self._trials.run, steady)
+            without = self._deviation(*steady)
+            if without.is_rounding:
+                yield self._of_own_layers(name, apart, without)
+                return
+            apart = f"{without.weights:.1e} in the weights even {self._layers.describe_remedy()}"
+            deviation = without
+        self._ranks_differ = True
+        layer = first_mixing_layer(one, other)
+        cause = f", first in step {deviation.step}" if deviation.step else ""
+        instead = "compare the loss and the layers: each image must count for itself"
+        if drawing := self._drawing_in_evaluation:
+            cause += f"; random numbers are drawn in {', '.join(map(self._name, drawing))}"
+            instead = _NO_DRAWS
+        elif layer:
+            cause += f": {layer} makes something else of an image when others are beside it"
+            instead = "compute each image by itself in that layer"
+        yield Verdict(name, f"{many} train otherwise than 1: {apart}{cause}", "wrong", instead)
+
+    def resume(self) -> Iterator[Verdict]:
+        """A run that is killed and resumed ends with the bits of one that was not."""
+        steps = self._trials.steps
+        step = random.randint(min(save_interval(steps) + 1, steps), steps)
+        kill = Kill(step, random.choice(_PHASES), random.randrange(self._size))
+        killed = Trial("killed", self._size, kill=kill)
+        self._trials.run(killed)
+        resumed = replace(killed, kill=None, resumes=True)
+        seen, own = self._trials.run(resumed), self._trials.run(self._own)
+        begin = min(seen[0].steps) - 1
+        where = f"rank {kill.rank} killed in step {step} ({kill.phase}), resumed after step {begin}"
+        parting = first_different_bit(own, seen)
+        if parting is None and self._same_end(self._own, resumed):
+            yield Verdict("resume", f"{where}: weights, optimizer and losses bit for bit the same")
+            return
+        what = f"{where}: {parting.describe() if parting else 'the end differs'}"
+        yield self._of_state("resume", what) or Verdict("resume", what, "wrong", _IN_BUFFERS)
+
+    def other_ranks(self) -> Iterator[Verdict]:
+        """A run goes on with another number of ranks on the same way."""
+        name = "other ranks"
+        if self._refuses_double():
+            yield Verdict(name, "asked in float64, as above", "not asked")
+            return
+        begun = self._steady(self._many)
+        self._trials.run(begun)
+        resumed = replace(begun, name="rescaled", ranks=1, resumes=True)
+        step = self._trials.copy(begun, resumed)
+        self._trials.run(resumed)
+        deviation = self._deviation(begun, resumed)
+        where = f"begun on {self._size} ranks, resumed on 1 after step {step}"
+        if begun.synchronized or begun.steady:
+            where += f", {self._layers.describe_remedy()}"
+        if deviation.is_rounding:
+            yield Verdict(name, f"{where}: {self._agreement(deviation)}")
+            return
+        what = f"{where}: {deviation.weights:.1e} in the weights, first in step {deviation.step}"
+        instead = "mend what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
+        yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
+
+    def repeat(self) -> Iterator[Verdict]:
+        """Two equal runs, started anew, are equal."""
+        name = "repeat"
+        again = Trial("again", self._size, is_new=True)
+        own, other = self._trials.run(self._own), self._trials.run(again)
+        opened = other[0].own_images
+        if opened != self._trials.fingerprint:
+            source = short_name(self._recipe.data.source)
+            yield Verdict(
+                name,
+                f"{source} gives other images, or the same in another order, at each opening: so "
+                "would other machines see, and a resumed run",
+                "wrong",
+                "sort what it lists, as in sorted(folder.iterdir()), and draw from a generator "
+                "with a seed of its own",
+            )
+            return
+        if own[0].begins_with != other[0].begins_with:
+            instead = "draw from torch's generator, which the seed of the recipe sets"
+            yield Verdict(name, "the network begins with other weights", "wrong", instead)
+            return
+        parting = first_different_bit(own, other)
+        if parting is None and self._same_end(self._own, again):
+            runs = f"two runs of {self._trials.steps} steps on {self._size} ranks"
+            yield Verdict(name, f"{runs}: bit for bit the same")
+            return
+        what = f"two equal runs: {parting.describe() if parting else 'they end otherwise'}"
+        instead = "look there for a clock, a generator without a seed, or the order of a set"
+        yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
+
+    def evaluation(self) -> Iterator[Verdict]:
+        """N ranks count what one counts."""
+        name, double = "evaluation", not self._refuses_double()
+        one = self._one if double else replace(self._one, name="alone", double=False)
+        self._trials.run(one)
+        weights = str(self._trials.final_weights(one))
+        seen = self._trials.run(
+            Trial("evaluated", self._size, double=double, init_from=weights, max_steps=1)
+        )
+        alone, many = self._trials.evaluations(one)[-1], seen[0].evaluated
+        assert many is not None
+        images, loss = alone["test/images"], alone["test/loss"] or float("nan")
+        correct = round(alone["test/accuracy"] * images)
+        apart = abs(many.loss - loss)
+        counted = f"{images} images, {correct} correct, loss {loss:.6f}"
+        others = round(many.accuracy * many.images)
+        if (many.images, others) == (images, correct) and apart <= (EXACT if double else ROUNDED):
+            yield Verdict(name, f"{self._size} ranks count as 1: {counted}, apart {apart:.1e}")
+            return
+        what = f"1 rank counts {counted}; {self._size} ranks {many.images} images, {others} correct"
+        instead = "look for layers whose output depends on the other images of an evaluation"
+        if drawing := self._drawing_in_evaluation:
+            what += f"; random numbers are drawn in {', '.join(map(self._name, drawing))}"
+            instead = _NO_DRAWS
+        what = f"{what}, loss {many.loss:.6f}"
+        yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
+
+    def compile(self) -> Iterator[Verdict]:
+        """What is compiled trains as what is not."""
+        name, mode = "compile", self._recipe.compile
+        if not mode:
+            yield Verdict(name, "the recipe does not compile", "not asked")
+        elif self._refuses_double():
+            yield Verdict(name, "asked in float64, as above", "not asked")
+        elif not _has_compiler():
+            missing = "torch.compile needs a C++ compiler, and there is none (CXX, g++, clang++)"
+            yield Verdict(name, missing, "not asked", "install g++, or type compile=false")
+        else:
+            yield self._compiled(name, f"compile={mode}")
+
+    def _compiled(self, name: str, setting: str) -> Verdict:
+        eager = self._steady(self._one)  # when compiled, they draw other numbers
+        compiled = replace(eager, name="compiled", compiled=True)
+        self._trials.run(eager)
+        self._trials.run(compiled)
+        deviation = self._deviation(eager, compiled)
+        if deviation.is_rounding:
+            return Verdict(name, f"{setting} trains as eager does: {self._agreement(deviation)}")
+        apart = f"{deviation.weights:.1e} in the weights, first in step {deviation.step}"
+        return Verdict(name, f"{setting}: {apart}", "wrong", "type compile=false")
+
+    # What several of them ask
+
+    def _refuses_double(self) -> str:
+        """Why there is no run in float64; empty where there is one."""
+        try:
+            self._trials.run(self._one)
+        except (UserError, TrialError) as error:
+            return str(error)
+        return ""
+
+    def _deviation(self, one: Trial, two: Trial) -> Deviation:
+        mine, others = self._trials.weights(one), self._trials.weights(two)
+        of_each = [
+            largest_difference(path, others[name])
+            for name, path in mine.items()
+            if name in others and name != "buffers.safetensors"
+        ]
+        seen = self._trials.run(one)[0], self._trials.run(two)[0]
+        return Deviation(max(of_each), first_other_loss(*seen))
+
+    def _agreement(self, deviation: Deviation) -> str:
+        return f"weights to {deviation.weights:.1e} in float64 after {self._trials.steps} steps"
+
+    def _in_own_precision(self) -> str:
+        """How far the ranks are from one where additions are rounded as they are in training."""
+        alone = Trial("alone", 1)
+        self._trials.run(alone)
+        apart = self._deviation(self._own, alone).weights
+        return f"{self._trials.precision or 'fp32'}: {apart:.1e}"
+
+    def _steady(self, made: Trial) -> Trial:
+        """The same run without what is each rank's own affair, if there is such a thing."""
+        layers = self._layers
+        synchronized = bool(layers.batch_norms) and made.ranks > 1
+        if not synchronized and not layers.random:
+            return made
+        name = f"{made.name}-steady"
+        return replace(made, name=name, synchronized=synchronized, steady=layers.random)
+
+    def _same_end(self, one: Trial, two: Trial) -> bool:
+        same = same_state(self._trials.state(one), self._trials.state(two))
+        return same and self._trials.evaluations(one) == self._trials.evaluations(two)
+
+    def _name(self, layer: str) -> str:
+        kind = self._layers.kinds[layer]
+        return f"{layer} ({kind})" if layer else f"the forward of {kind}"
+
+    def _of_own_layers(self, question: str, apart: str, without: Deviation) -> Verdict:
+        layers = self._layers
+        reasons, instead = [], ""
+        if layers.batch_norms:
+            reasons.append("each rank normalizes by its own images, as DDP everywhere")
+            instead = _SYNC
+        if layers.random:
+            reasons.append("each rank draws its own random numbers, as is meant")
+        text = (
+            f"{self._size} ranks differ from 1 by {layers.describe()} alone ({apart}): "
+            f"{', and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"
+        )
+        return Verdict(question, text, "notice", instead)
+
+    def _of_state(self, question: str, what: str) -> Verdict | None:
+        """Where a function, or a layer, keeps what no checkpoint holds."""
+        if verdict := self._of_functions(question, what):
+            return verdict
+        changed = self._trials.run(self._own)[0].changed
+        if not changed:
+            return None
+        shown = ", ".join(changed[:MOST_NAMED])
+        what = f"{what}; training changes {shown}, which no checkpoint holds"
+        instead = f"write self.register_buffer({changed[0].rpartition('.')[2]!r}, ...) there"
+        return Verdict(question, what, "wrong", instead)
+
+    def _of_functions(self, question: str, what: str) -> Verdict | None:
+        """Where an augmentation, or the mixing, makes another thing of the same images."""
+        assert self._data is not None
+        if self._unsteady is None:
+            self._unsteady = unsteady_functions(self._recipe, self._data.train)
+        if not self._unsteady:
+            return None
+        return Verdict(question, f"{what}: {'; '.join(self._unsteady)}", "wrong", _OF_DRAWS)
+
+
+def _failing_well(
+    name: str, question: Callable[[], Iterator[Verdict]]
+) -> Callable[[], Iterator[Verdict]]:
+    """A question whose runs fail is answered by why they do."""
+
+    def ask() -> Iterator[Verdict]:
+        try:
+            yield from question()
+        except UserError as error:
+            refused = f"{error.given}; expected {error.expected}"
+            yield Verdict(name, refused, "wrong", error.instead)
+        except TrialError as error:
+            yield Verdict(name, f"a run fails: {' '.join(str(error).split())}", "wrong")
+
+    return ask
+
+
+def _has_compiler() -> bool:
+    """Whether inductor finds what it calls on a CPU."""
+    names = (os.environ.get("CXX", "g++"), "clang++")
+    return any(map(shutil.which, names))

@@ -1,0 +1,101 @@
+"""A few of a recipe's images, in a file that every process of `verify` opens as its source."""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy
+import torch
+
+from launcher.config.recipe import Images, Recipe
+from launcher.data import sources
+from launcher.data.sources import Data, ImageSet
+from launcher.errors import UserError
+
+EPOCHS = 3
+MOST_EACH, LEAST_EACH = 8, 3  # images of one micro-batch, about
+TEST_EACH = 8  # images that a rank evaluates
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many images, in batches that neither ranks nor epochs divide evenly."""
+
+    train: int
+    test: int
+    batch: int
+
+
+def choose_sizes(recipe: Recipe, ranks: int, steps: int, each: int = MOST_EACH) -> Sizes:
+    """For three epochs of `steps` steps together, the last of each with a smaller batch.
+
+    Ranks and passes get unequal parts of every batch and of the test images; two images at least,
+    which BatchNorm needs. `each` is how many images a micro-batch has where the recipe allows it.
+    """
+    parts = ranks * recipe.accumulate
+    batch = min(recipe.data.batch_size, each * parts + 1)
+    smaller = 2 * parts + 1
+    last = smaller if smaller < batch else batch
+    steps_per_epoch = -(-steps // EPOCHS)
+    return Sizes((steps_per_epoch - 1) * batch + last, TEST_EACH * ranks + 1, batch)
+
+
+def own_images(recipe: Recipe, sizes: Sizes) -> Data:
+    """The recipe's images where they are on disk, else what stands in for them.
+
+    Raises `UserError` where nothing is known that could.
+    """
+    images = recipe.data
+    with suppress(UserError):  # of images whose shape is not known: the declared fallback stays
+        count = max(sizes.train, 5 * sizes.test)
+        images = replace(images, fallback=sources.stand_in(images, count).source)
+    return sources.load(images, downloads=False)
+
+
+def take(data: Data, sizes: Sizes) -> Data:
+    """Some of each half, in its order, and not the first: those may be of one class."""
+    return replace(data, train=_take(data.train, sizes.train), test=_take(data.test, sizes.test))
+
+
+def _take(images: ImageSet, count: int) -> ImageSet:
+    count = min(count, len(images))
+    random = numpy.random.default_rng(0)
+    chosen = torch.from_numpy(random.permutation(len(images))[:count]).sort().values
+    return replace(images, images=images.images[chosen], labels=images.labels[chosen])
+
+
+def fingerprint(data: Data) -> int:
+    """A checksum of images, labels and classes, in their order."""
+    total = crc32(repr(data.train.classes).encode())
+    for half in (data.train, data.test):
+        for tensor in (half.images, half.labels):
+            total = crc32(tensor.contiguous().numpy().tobytes(), total)
+    return total
+
+
+def save(data: Data, path: Path) -> None:
+    """Write them where `Slice` finds them."""
+    halves = {
+        name: (half.images, half.labels)
+        for name, half in (("train", data.train), ("test", data.test))
+    }
+    torch.save({**halves, "classes": data.train.classes}, path)
+
+
+class Slice:
+    """The images of a file that `save` has written, as a data set of torchvision has them."""
+
+    def __init__(self, root: str = "", train: bool = True, *, path: str) -> None:
+        """Read one half; `root` is not used."""
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+        self.data, self.targets = content["train" if train else "test"]
+        self.classes = list(content["classes"])
+
+
+def sliced(images: Images, path: Path, batch: int) -> Images:
+    """A recipe's images with the file in place of their source."""
+    source = partial(Slice, path=str(path))
+    return replace(images, source=source, fallback=None, batch_size=batch)

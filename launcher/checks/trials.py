@@ -1,0 +1,244 @@
+"""The runs that `verify` compares: each is made once, in a folder of its own, and then read."""
+
+import math
+import os
+import pickle
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from launcher.checkpoint import checkpoint
+from launcher.checks import ranks, slices, trial
+from launcher.checks.slices import EPOCHS, LEAST_EACH, MOST_EACH
+from launcher.checks.trial import Sighting, Subject, Trial
+from launcher.config.loader import LoadedRecipe
+from launcher.config.recipe import Recipe
+from launcher.config.slots import Precision
+from launcher.data.sources import Data
+from launcher.distributed.accelerator import usable_cores
+from launcher.distributed.environment import is_true
+from launcher.errors import UserError
+from launcher.training.model import build_network, two_images, upcast
+from launcher.utils import json_text
+
+PASSES = 4  # of which the time is taken
+RUNS = 12  # that are made, about
+MOST_STEPS, LEAST_STEPS = 20, 9  # where none are asked for
+_DOUBLE = 2.0  # times as long as in float32
+_HALVES = ("bf16", "pure_bf16")
+_OUTPUT = "output.txt"  # what all ranks print
+
+
+class TrialError(Exception):
+    """A run that had to end well did not: says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was typed, and the temporary folder."""
+
+    words: tuple[str, ...]
+    load: Callable[[str, list[str]], LoadedRecipe]
+    ranks: int
+    steps: int | None  # None: as many as the time allows
+    folder: Path
+
+
+class Trials:
+    """Makes the runs, and remembers what was seen of each."""
+
+    def __init__(
+        self, settings: Settings, progress: Callable[[str], AbstractContextManager[Any]]
+    ) -> None:
+        """`progress` shows that a run is being made; `prepare` comes first."""
+        self.settings, self._progress = settings, progress
+        self._subject: Subject | None = None
+        self._seen: dict[Trial, list[Sighting]] = {}
+        self.steps = 0
+        self.fingerprint = 0
+
+    @property
+    def _ready(self) -> Subject:
+        assert self._subject is not None
+        return self._subject
+
+    def prepare(self, recipe: Recipe, seconds: float) -> Data:
+        """Write the images that all runs see; few, where `seconds` are little for the network."""
+        settings = self.settings
+        threads = max(1, usable_cores() // settings.ranks)
+        torch.set_num_threads(threads)
+        with self._progress("opening the images"):
+            most = slices.choose_sizes(recipe, settings.ranks, settings.steps or MOST_STEPS)
+            data = slices.own_images(recipe, most)
+            effort = _effort_in_time(recipe, data, settings, seconds)
+            sizes = slices.choose_sizes(recipe, settings.ranks, effort.steps, effort.each)
+            data = slices.take(data, sizes)
+            images = settings.folder / "images.pt"
+            slices.save(data, images)
+        steps_per_epoch = -(-len(data.train) // sizes.batch)
+        self.steps = min(effort.steps, EPOCHS * steps_per_epoch)
+        self.fingerprint = slices.fingerprint(data)
+        gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
+        self._subject = Subject(
+            load=settings.load,
+            words=settings.words,
+            images=images,
+            opened=most,
+            sizes=sizes,
+            steps=self.steps,
+            runs=settings.folder / "runs",
+            on_cpu=gpus < settings.ranks,
+            threads=threads,
+            precision=effort.precision,
+        )
+        self._ready.runs.mkdir()
+        return data
+
+    @property
+    def place(self) -> str:
+        """Where and on what the runs are made, in words."""
+        subject = self._ready
+        device = "CPU" if subject.on_cpu else "GPUs, with deterministic=true"
+        return f"batches of {subject.sizes.batch} on {device}"
+
+    @property
+    def precision(self) -> Precision | None:
+        """Of the runs that are not in float64."""
+        return self._ready.precision
+
+    def run(self, wanted: Trial) -> list[Sighting]:
+        """What each rank of a run has seen; of one that is killed, nothing.
+
+        Raises `UserError` for what the run refuses, and `TrialError` where it fails.
+        """
+        if wanted not in self._seen:
+            with self._progress(wanted.kind):
+                self._seen[wanted] = self._make(wanted)
+        return self._seen[wanted]
+
+    def _make(self, wanted: Trial) -> list[Sighting]:
+        subject = self._ready
+        variables = ranks.without_place(os.environ)
+        output = subject.runs / _OUTPUT
+        surroundings = ranks.Surroundings(Path.cwd(), variables, output)
+        arguments = (subject, wanted)
+        running = ranks.start(wanted.ranks, surroundings, trial.work, arguments, wanted.is_new)
+        try:
+            codes = running.wait()
+        finally:
+            running.kill()
+        if wanted.kill and -signal.SIGKILL in codes:
+            return []
+        paths = [trial.result_path(subject, wanted, rank) for rank in range(wanted.ranks)]
+        found = [pickle.loads(p.read_bytes()) if p.is_file() else None for p in paths]
+        for sighting in filter(None, found):
+            if sighting.refusal:
+                given, expected, instead = sighting.refusal
+                raise UserError(given, expected=expected, instead=instead)
+        for sighting in filter(None, found):
+            if sighting.failure:
+                raise TrialError(sighting.failure)
+        if any(codes) or None in found:
+            last = output.read_text(errors="replace").strip().splitlines()[-1:]
+            ends = ", ".join(_describe_end(code) for code in codes)
+            raise TrialError(": ".join([f"the ranks ended with {ends}", *last]))
+        return [sighting for sighting in found if sighting]
+
+    def copy(self, one: Trial, two: Trial) -> int:
+        """Give `two` what `one` had left when its oldest kept checkpoint was written.
+
+        Returns that checkpoint's step.
+        """
+        source, target = self._folder(one), self._folder(two)
+        shutil.copytree(source, target)
+        oldest, *others = sorted((target / "checkpoints").glob("step-*"))
+        for other in others:
+            shutil.rmtree(other)
+        return checkpoint.read_state(oldest).progress.step
+
+    def weights(self, made: Trial) -> dict[str, Path]:
+        """The files of weights at the end: what was trained, and what was evaluated."""
+        newest = self._newest(made)
+        files = {path.name: path for path in newest.glob("*.safetensors")}
+        return {**files, "final": self._folder(made) / "final.safetensors"}
+
+    def final_weights(self, made: Trial) -> Path:
+        """What was evaluated last."""
+        return self.weights(made)["final"]
+
+    def state(self, made: Trial) -> dict[str, Any]:
+        """All that a run leaves at its end, in memory."""
+        optimizer = torch.load(self._newest(made) / "optimizer.pt", weights_only=True)
+        weights = {name: load_file(path) for name, path in self.weights(made).items()}
+        return {"weights": weights, "optimizer": optimizer}
+
+    def evaluations(self, made: Trial) -> list[dict[str, Any]]:
+        """What was measured of the test images after each epoch."""
+        lines = (self._folder(made) / "metrics.jsonl").read_text().splitlines()
+        rows = [json_text.parse(line) for line in lines]
+        return [{k: v for k, v in row.items() if k.startswith("test/")} for row in rows]
+
+    def _folder(self, made: Trial) -> Path:
+        return self._ready.runs / made.name
+
+    def _newest(self, made: Trial) -> Path:
+        found, _ = checkpoint.newest(self._folder(made) / "checkpoints")
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What fits into the time: images of a micro-batch, steps, and the precision of the runs."""
+
+    each: int
+    steps: int
+    precision: Precision | None
+
+
+def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: float) -> Effort:
+    """As much as all runs can be made with in so many seconds, at a guess.
+
+    On a CPU without instructions for bfloat16 a step in it takes ten times as long as in float32.
+    """
+    parts = settings.ranks * recipe.accumulate
+    asked, precision = settings.steps or MOST_STEPS, recipe.precision
+
+    def images_in_time(precision: str | None) -> float:
+        each = _seconds_of_image(recipe, data, halves=precision in _HALVES)
+        return seconds / (_DOUBLE * RUNS * parts * each)
+
+    fits = images_in_time(precision)
+    is_half = precision in _HALVES and not torch.cuda.is_available()
+    if is_half and fits < LEAST_EACH * min(asked, LEAST_STEPS):
+        precision, fits = "fp32", images_in_time("fp32")
+    least = asked if settings.steps else LEAST_STEPS
+    each = max(LEAST_EACH, min(MOST_EACH, int(fits / asked)))
+    steps = max(least, min(asked, int(fits / each)))
+    return Effort(each, steps, precision)
+
+
+def _seconds_of_image(recipe: Recipe, data: Data, halves: bool) -> float:
+    """Forward and backward, the fastest of a few times."""
+    network = build_network(recipe, data.train).train()
+    images = two_images(network, recipe, data.train, "contiguous")
+    took = math.inf
+    for _ in range(PASSES):
+        begin = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
+            scores = network(images)
+        upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
+        took = min(took, (time.perf_counter() - begin) / len(images))
+    return took
+
+
+def _describe_end(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

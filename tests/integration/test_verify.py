@@ -1,0 +1,176 @@
+"""`launcher verify` on whole recipes: sound ones pass, and a planted fault fails at its line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.helpers import RECIPES, ROOT
+from tests.support.planted import FAULTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+# What is small enough for two CPU cores, and does not compile for half an hour.
+SMALL = {
+    "simplecnn": [],
+    "pictures64": [],
+    "resnet18": ["--steps", "6", "compile=false", "precision=fp32"],
+    "speedrun94": ["precision=fp32", "compile=false", "model.widths=16,32,32"],
+    "speedrun96": ["precision=fp32", "compile=false", "model.widths=8,16,16"],
+}
+WITH_BATCH_NORM = ("resnet18", "speedrun94", "speedrun96")
+# What is said of each fault: the lines that are not good, and words of the answer that names it.
+SAID: dict[str, tuple[dict[str, str], str]] = {
+    "sound": ({}, ""),
+    "draws_sometimes": (
+        dict.fromkeys(("ranks", "resume", "other ranks", "repeat"), "wrong"),
+        "draws_sometimes.py, line 26) draws from a global generator",
+    ),
+    "counts_calls": (
+        {"resume": "wrong", "other ranks": "wrong"},
+        "counts_calls.py, line 29) keeps a state between calls",
+    ),
+    "state_in_attribute": (
+        {"resume": "wrong", "other ranks": "wrong", "evaluation": "wrong"},
+        "training changes middle.calls, which no checkpoint holds",
+    ),
+    "sums": ({"recipe": "wrong"}, "the mean over the images, not the sum"),
+    "unsorted": ({"repeat": "wrong"}, "Unsorted gives other images"),
+    "batch_norm": ({"ranks": "notice"}, "by BatchNorm (1 layer) alone"),
+    "dropout": ({"ranks": "notice"}, "by the random numbers of Dropout alone"),
+    "dropout_in_forward": ({"ranks": "notice"}, "by the random numbers of Network alone"),
+    "centres_the_batch": (
+        {"ranks": "wrong", "other ranks": "wrong"},
+        "middle.1 (Centred) makes something else of an image",
+    ),
+    "drops_always": (
+        {"ranks": "wrong", "other ranks": "wrong", "evaluation": "wrong"},
+        "random numbers are drawn in the forward of Network",
+    ),
+    "tied_to_float32": (
+        {"ranks": "not asked", "other ranks": "not asked"},
+        "asked in float64, in which training fails",
+    ),
+}
+
+
+def command(recipe: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "launcher", "verify", str(recipe), *words]
+
+
+def environment(temporary: Path) -> dict[str, str]:
+    fixed = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    return {**os.environ, **fixed, "HF_HOME": str(temporary)}
+
+
+def verify(recipe: Path, folder: Path, *words: str) -> dict[str, Any]:
+    """What it says as JSON; nothing is left where it ran, nor for temporary files."""
+    work, temporary = folder / "work", folder / "temporary"
+    for path in (work, temporary):
+        path.mkdir()
+    done = subprocess.run(
+        command(recipe, *words, "--json", "--limit", "400"),
+        cwd=work,
+        env=environment(temporary),
+        capture_output=True,
+        text=True,
+        timeout=450,
+    )
+    assert not done.stderr, done.stderr
+    assert list(work.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+    said: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (0 if said["good"] else 2)
+    return said
+
+
+def standings(said: dict[str, Any]) -> dict[str, str]:
+    return {verdict["question"]: verdict["standing"] for verdict in said["verdicts"]}
+
+
+def test_every_recipe_and_every_fault_is_verified() -> None:
+    assert sorted(SMALL) == sorted(path.stem for path in RECIPES.glob("*.py"))
+    assert sorted(SAID) == sorted(FAULTS)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_of_the_project_keeps_its_promises(name: str, tmp_path: Path) -> None:
+    found = standings(verify(RECIPES / f"{name}.py", tmp_path, *SMALL[name]))
+    assert found == {
+        "recipe": "notice",  # embedded pictures, as nothing is downloaded
+        "ranks": "notice" if name in WITH_BATCH_NORM else "good",
+        "resume": "good",
+        "other ranks": "good",
+        "repeat": "good",
+        "evaluation": "good",
+        "compile": "not asked",
+    }
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_fault_fails_at_its_line(name: str, tmp_path: Path) -> None:
+    odd, words = SAID[name]
+    recipe = tmp_path / f"{name}.py"
+    recipe.write_text(FAULTS[name])
+    said = verify(recipe, tmp_path, "--steps", "20")
+    expected = {} if "recipe" in odd else {**dict.fromkeys(standings(said), "good")}
+    if expected:
+        expected["compile"] = "not asked"
+    assert standings(said) == {**expected, **odd}
+    odd_answers = [v["answer"] for v in said["verdicts"] if v["question"] in odd]
+    assert all(words in answer for answer in odd_answers[:1]), odd_answers
+
+
+def test_what_is_compiled_trains_as_what_is_not(tmp_path: Path) -> None:
+    recipe = tmp_path / "compiled.py"
+    recipe.write_text(FAULTS["dropout"])
+    said = verify(recipe, tmp_path, "compile=true", "--steps", "6")
+    assert standings(said)["compile"] == "good", said
+
+
+def test_the_time_is_kept(tmp_path: Path) -> None:
+    """Where a run hangs, its question is not answered, and nothing is left behind."""
+    recipe = tmp_path / "hangs.py"
+    text = FAULTS["sound"].replace("import random", "import random\nimport time")
+    recipe.write_text(
+        text.replace("x = F.max", "time.sleep(60 * self.training)\n        x = F.max")
+    )
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command(recipe), "--limit", "25"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert time.monotonic() - begin < 60
+    assert "not asked 25 s are over" in done.stdout
+    assert done.returncode == 0
+    assert not list(tmp_path.glob("launcher-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing_behind(number: int, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command(RECIPES / "simplecnn.py"),
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("recipe")
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(number)
+        assert process.wait(30) == 130
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert not list(tmp_path.glob("launcher-*"))

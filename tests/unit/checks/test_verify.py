@@ -1,0 +1,331 @@
+"""The parts of `launcher verify` that need no ranks; whole recipes are tested in integration."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from launcher import Draws, Synthetic, cutmix, flip
+from launcher.checks import slices, verify
+from launcher.checks.differences import (
+    OwnLayers,
+    first_different_bit,
+    first_mixing_layer,
+    first_other_images,
+    first_other_loss,
+    largest_difference,
+    own_layers,
+    same_state,
+    unsteady_functions,
+)
+from launcher.checks.promises import Promises
+from launcher.checks.slices import Sizes, choose_sizes
+from launcher.checks.trial import Sighting, Trial, Watcher, keep_steady
+from launcher.checks.trials import Settings, TrialError, Trials
+from launcher.checks.verdicts import Deadline, Verdict
+from launcher.cli import main
+from launcher.config.plan import make_plan
+from launcher.config.recipe import Recipe
+from launcher.data import sources
+from launcher.training.loop import fit
+from launcher.training.metrics import StepReport
+from tests.support.helpers import RECIPES, Tiny, context_of, refused, tiny_recipe
+
+SIMPLECNN = str(RECIPES / "simplecnn.py")
+
+
+# The command
+
+
+def never(path: str, words: list[str]) -> Any:
+    raise AssertionError("nothing is loaded for words that are wrong")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "no recipe is named"),
+        ([SIMPLECNN, "--rnks", "2"], "unrecognized arguments"),
+        ([SIMPLECNN, "--ranks", "1"], "--ranks 1, which are fewer than 2"),
+        ([SIMPLECNN, "--steps", "3"], "--steps 3, which are fewer than 6"),
+        ([SIMPLECNN, "--limit", "0"], "no number of seconds"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], part: str, tmp_path: Path) -> None:
+    with refused(part):
+        verify.main(words, never, tmp_path)
+
+
+def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("behind accelerate launch, torchrun or srun"):
+        verify.main([SIMPLECNN], never, tmp_path)
+
+
+def test_a_recipe_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", SIMPLECNN, "optimizer.lrr=1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "did you mean optimizer.lr?" in line
+
+
+# The images
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("steps", [6, 20])
+def test_neither_batches_nor_evaluation_are_even(ranks: int, accumulate: int, steps: int) -> None:
+    recipe = tiny_recipe(data={"batch_size": 512}, accumulate=accumulate, epochs=slices.EPOCHS)
+    sizes = choose_sizes(recipe, ranks, steps)
+    recipe = replace(recipe, data=replace(recipe.data, batch_size=sizes.batch))
+    plan = make_plan(recipe, world_size=ranks, train_images=sizes.train, test_images=sizes.test)
+    parts = ranks * accumulate
+    last = plan.step_images(plan.steps_per_epoch)
+    assert last < sizes.batch
+    assert last >= 2 * parts  # BatchNorm
+    assert sizes.batch % parts and last % parts and sizes.test % ranks  # noqa: PT018
+    assert steps <= plan.steps < steps + slices.EPOCHS
+
+
+def test_a_small_batch_stays_as_it_is() -> None:
+    assert choose_sizes(tiny_recipe(data={"batch_size": 4}), 2, 9) == Sizes(12, 17, 4)
+
+
+def test_what_is_taken_has_all_classes_and_survives_its_file(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    taken = slices.take(slices.own_images(recipe, Sizes(50, 20, 10)), Sizes(50, 20, 10))
+    assert (len(taken.train), len(taken.test)) == (50, 20)
+    assert len(set(taken.train.labels.tolist())) > 7
+    assert len({image.sum().item() for image in taken.train.images}) > 40  # each once
+    slices.save(taken, tmp_path / "images.pt")
+    read = sources.load(slices.sliced(recipe.data, tmp_path / "images.pt", 10))
+    assert slices.fingerprint(read) == slices.fingerprint(taken)
+    turned = replace(taken, train=replace(taken.train, images=taken.train.images.flip(0)))
+    assert slices.fingerprint(turned) != slices.fingerprint(taken)
+
+
+def test_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10, FakeData
+
+    def download(*_: object) -> None:
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    recipe = tiny_recipe(data={"source": CIFAR10, "root": str(tmp_path)})
+    found = slices.own_images(recipe, Sizes(50, 20, 10))
+    assert found.fallback is not None
+    assert "is not downloaded here" in found.fallback
+    assert len(found.train) == 100
+    recipe = tiny_recipe(data={"source": FakeData, "root": str(tmp_path)})
+    with refused("FakeData"):
+        slices.own_images(recipe, Sizes(50, 20, 10))
+
+
+# What is seen of a run
+
+
+def watched(recipe: Recipe, trial: Trial) -> Sighting:
+    """A training in this process, of a rank alone."""
+    watcher = Watcher(trial, 0)
+    ctx = watcher.watch(context_of(recipe, log_every=1))
+    losses = [event.loss for event in fit(ctx) if isinstance(event, StepReport)]
+    watcher.end(tuple(losses))
+    return watcher.seen
+
+
+OWN = Trial("own", 1)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.untouched, self.seen = 0, 1, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen = self.seen + 1
+        return x
+
+
+def with_counting() -> nn.Module:
+    return nn.Sequential(Counting(), Tiny())
+
+
+def test_equal_runs_look_equal() -> None:
+    one, two = (watched(tiny_recipe(model=partial(Tiny, dropout=0.5)), OWN) for _ in "12")
+    assert first_different_bit([one], [two]) is None
+    assert len(one.steps) == 20
+    first = one.steps[1]
+    assert len(first.images) == 10
+    assert [name for name, _ in first.layers][-1] == ""
+    assert first.loss > 0
+    assert one.changed == ()
+
+
+def test_attributes_that_training_changes_are_named() -> None:
+    assert watched(tiny_recipe(model=with_counting), OWN).changed == ("0.calls", "0.seen")
+
+
+def test_the_first_difference_is_named() -> None:
+    one = watched(tiny_recipe(), OWN)
+
+    def parting(change: Any) -> str:
+        two = watched(tiny_recipe(), OWN)
+        change(two.steps[7])
+        found = first_different_bit([one], [two])
+        assert found is not None
+        return found.describe()
+
+    def set_layer(step: Any) -> None:
+        step.layers[2] = ("layers.2", 0)
+
+    assert parting(lambda step: step.images.reverse()) == "step 7 sees other images"
+    assert parting(set_layer) == "they part in step 7, in layers.2 (Linear)"
+    assert parting(lambda s: setattr(s, "loss", 1.0)) == "they part in step 7, in the loss"
+    update = "they part in step 7, in the optimizer's update"
+    assert parting(lambda s: setattr(s, "weights", 1)) == update
+
+
+def test_images_are_compared_as_sets_and_losses_up_to_rounding() -> None:
+    one, two = watched(tiny_recipe(), OWN), watched(tiny_recipe(), OWN)
+    two.steps[3].images.reverse()
+    two.steps[3].loss += 1e-12
+    assert first_other_images([one], [two]) is None
+    assert first_other_loss(one, two) is None
+    two.steps[5].images[0] += 1
+    two.steps[6].loss += 1e-6
+    assert first_other_images([one], [two]) == 5
+    assert first_other_loss(one, two) == 6
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def flat_network(middle: type[nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), middle(), nn.Linear(3 * 32 * 32, 10)).double()
+
+
+@pytest.mark.parametrize(("middle", "named"), [(Centred, "1 (Centred)"), (nn.Identity, "")])
+def test_a_layer_that_mixes_images_is_named(middle: type[nn.Module], named: str) -> None:
+    model = partial(flat_network, middle)
+    one, other = (
+        watched(tiny_recipe(model=model, data={"batch_size": size}), Trial("d", 1, double=True))
+        for size in (5, 10)
+    )
+    assert first_mixing_layer([one], [other]) == named
+
+
+def test_steady_layers_stay_as_in_an_evaluation() -> None:
+    network = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)))
+    keep_steady(network, ("0", "1"))
+    network.train()
+    assert not network.get_submodule("0").training
+    assert not network.get_submodule("1").training
+    assert network.get_submodule("1.0").training  # a child is a layer of its own
+    assert network.get_submodule("1.1").training
+
+
+# Differences
+
+
+def test_states_are_compared_bit_for_bit() -> None:
+    state = {"step": torch.tensor(1.0), "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
+    assert same_state(state, {**state})
+    for other in (
+        {**state, "step": torch.tensor(1.0).double()},
+        {**state, "step": torch.tensor(1.0 + 2**-20)},
+        {**state, "groups": [{"lr": 0.1}]},
+        {**state, "groups": []},
+        {**state, "more": 1},
+    ):
+        assert not same_state(state, other)
+
+
+def test_large_weights_may_differ_by_more(tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for path, change in zip(paths, (0.0, 1.0), strict=True):
+        save_file({"w": torch.tensor([1e6 + change, 1.0]), "n": torch.tensor([3])}, path)
+    assert largest_difference(*paths) == pytest.approx(1e-6, rel=1e-3)
+
+
+class DropsInForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Flatten(), nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.dropout(self.first(x), 0.5, self.training))
+
+
+def test_layers_of_each_rank_are_found() -> None:
+    images = torch.zeros(2, 3, 32, 32)
+    network: nn.Module = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), DropsInForward())
+    found = own_layers(network.train(), images)
+    assert (found.batch_norms, found.random) == (("0",), ("1", "2"))
+    described = "BatchNorm (1 layer) and the random numbers of Dropout and DropsInForward"
+    assert found.describe() == described
+    assert found.describe_remedy() == "with BatchNorm synchronized and without random numbers"
+    assert own_layers(network.eval(), images).random == ()
+    assert not own_layers(nn.Flatten(), images)
+    assert not OwnLayers((), (), {})
+
+
+calls = 0
+
+
+def counted(images: Tensor, draws: Draws) -> Tensor:
+    global calls
+    calls += 1
+    return images.roll(calls // 4, -1)
+
+
+def drawn(images: Tensor, draws: Draws) -> Tensor:
+    return images.roll(int(torch.rand(()) * 9), -1)
+
+
+def test_functions_that_follow_from_more_than_their_draws_are_named() -> None:
+    augment = (flip, counted, drawn)
+    recipe = tiny_recipe(data={"augment": augment, "mix": cutmix})
+    data = sources.load(recipe.data)
+    state, count = unsteady_functions(recipe, data.train)[::-1]
+    assert state.startswith("drawn (")
+    assert state.endswith("draws from a global generator")
+    assert count.startswith("counted (")
+    assert count.endswith("keeps a state between calls")
+
+
+# Questions whose runs fail
+
+
+class FailingTrials(Trials):
+    """Trials of which each fails, as if its ranks had."""
+
+    def prepare(self, recipe: Recipe, seconds: float) -> Any:
+        raise TrialError("the ranks ended with\nSIGSEGV")
+
+
+def questions(tmp_path: Path) -> Iterator[Verdict]:
+    from contextlib import nullcontext
+
+    settings = Settings((SIMPLECNN,), never, 2, 6, tmp_path)
+    promises = Promises(tiny_recipe(), FailingTrials(settings, nullcontext), Deadline(9))
+    return iter(promises.questions()["recipe"]())
+
+
+def test_a_run_that_fails_is_an_answer(tmp_path: Path) -> None:
+    (verdict,) = questions(tmp_path)
+    assert verdict == Verdict("recipe", "a run fails: the ranks ended with SIGSEGV", "wrong")
+
+
+def test_a_set_that_is_small_gives_what_it_has() -> None:
+    recipe = tiny_recipe(data={"source": partial(Synthetic, count=7)})
+    taken = slices.take(slices.own_images(recipe, Sizes(50, 20, 10)), Sizes(50, 20, 10))
+    assert (len(taken.train), len(taken.test)) == (7, 1)
