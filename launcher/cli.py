@@ -152,7 +152,7 @@ def _check(words: list[str]) -> int:
             expected="1, which plans for others",
             instead=f"type python -m launcher check RECIPE --world-size {world.size}",
         )
-    from launcher.checks import check
+    from launcher.checks.check import command as check
 
     return check.main(words, _load)
 
@@ -182,7 +182,7 @@ def _export(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
-    from launcher.checks import doctor
+    from launcher.checks.doctor import command as doctor
 
     world = slurm_env.world_of_this_process()
     world = slurm_env.with_known_address(os.environ, world)
@@ -200,10 +200,10 @@ def _doctor(words: list[str]) -> int:
 
 
 def _verify(words: list[str]) -> int:
-    from launcher.checks import ranks
+    from launcher.checks.verify import ranks
 
     with ranks.workplace() as folder:  # while this process imports torch, so does another one
-        from launcher.checks import verify
+        from launcher.checks.verify import command as verify
 
         return verify.main(words, _load, folder)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launcher.checks.comparison import verdicts
-from launcher.checks.facts import (
+from launcher.checks.doctor.comparison import verdicts
+from launcher.checks.doctor.facts import (
     Cache,
     Cores,
     Disk,
@@ -19,9 +19,9 @@ from launcher.checks.facts import (
     Port,
     Tracking,
 )
-from launcher.checks.links import Collective, Link, Offset
-from launcher.checks.products import Product
-from launcher.checks.report import Findings, Report, as_values, node_table
+from launcher.checks.doctor.links import Collective, Link, Offset
+from launcher.checks.doctor.products import Product
+from launcher.checks.doctor.report import Findings, Report, as_values, node_table
 from launcher.checks.verdicts import Verdict, exit_code
 from launcher.distributed.world import Launcher, World
 

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam
 
 from launcher import Recipe, Synthetic, ema
 from launcher.checkpoint import checkpoint
-from launcher.checks import cost
+from launcher.checks.check import cost
 from launcher.config import loader
 from launcher.config.plan import START
 from launcher.training.loop import fit, make_batches
@@ -65,7 +65,8 @@ def test_accumulation_and_ranks_divide_the_activations() -> None:
     alone = cost.predict_memory(context_of(recipe), recipe)
     ctx = context_of(replace(recipe, accumulate=4))
     split = cost.predict_memory(ctx, recipe)
-    assert split.passes == pytest.approx(alone.passes / 4, rel=0.01)
+    # 0.05: the gradients of the weights, 0.1 of 14 MB, are not divided
+    assert split.passes == pytest.approx(alone.passes / 4, rel=0.05)
     ctx = replace(ctx, plan=replace(ctx.plan, world_size=4))
     assert cost.predict_memory(ctx, recipe).passes < 0.3 * split.passes
 

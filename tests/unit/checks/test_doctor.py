@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import doctor, products
-from launcher.checks.doctor import Patient, addresses_of
-from launcher.checks.facts import Facts, Place
+from launcher.checks.doctor import command as doctor
+from launcher.checks.doctor import products
+from launcher.checks.doctor.command import Patient, addresses_of
+from launcher.checks.doctor.facts import Facts, Place
 from launcher.checks.verdicts import Deadline
 from launcher.cli import main
 from launcher.distributed.store import in_thread

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from launcher import Draws, flip, mixup
-from launcher.checks.images import describe_images, joined, near_pairs, samples, write_samples
+from launcher.checks.check.images import describe_images, joined, near_pairs, samples, write_samples
 from launcher.checks.verdicts import Verdict
 from launcher.config.recipe import Images, Recipe
 from launcher.data import sources

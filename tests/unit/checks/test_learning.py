@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 
 from launcher import Recipe, cutmix, flip
-from launcher.checks.learning import first_loss, overfit
+from launcher.checks.check.learning import first_loss, overfit
 from launcher.checks.verdicts import Verdict
 from launcher.training.model import build_network
 from tests.support.helpers import context_of, tiny_recipe

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from launcher.checks import board as board_module
-from launcher.checks import links
-from launcher.checks.board import Board
-from launcher.checks.links import Group, Listener, try_link, try_links
+from launcher.checks.doctor import board as board_module
+from launcher.checks.doctor import links
+from launcher.checks.doctor.board import Board
+from launcher.checks.doctor.links import Group, Listener, try_link, try_links
 from launcher.distributed.world import World
 from tests.support.processes import free_port
 

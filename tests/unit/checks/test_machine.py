@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.checks import machine
-from launcher.checks.facts import Cores, Facts, Gpu, Memory, Mistake, Place, Port, read_facts
+from launcher.checks.doctor import machine
+from launcher.checks.doctor.facts import Cores, Facts, Gpu, Memory, Mistake, Place, Port, read_facts
 from launcher.distributed.world import ALONE, World
 
 

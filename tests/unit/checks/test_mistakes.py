@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.checks.layers import walk
-from launcher.checks.mistakes import Mistake, find_mistake
+from launcher.checks.check.layers import walk
+from launcher.checks.check.mistakes import Mistake, find_mistake
 
 NETWORK = """
 import torch

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launcher import Draws, Synthetic, cutmix, flip
-from launcher.checks import slices, verify
-from launcher.checks.differences import (
+from launcher.checks.verdicts import Deadline, Verdict
+from launcher.checks.verify import command as verify
+from launcher.checks.verify import slices
+from launcher.checks.verify.differences import (
     OwnLayers,
     first_different_bit,
     first_mixing_layer,
@@ -24,11 +26,10 @@ from launcher.checks.differences import (
     same_state,
     unsteady_functions,
 )
-from launcher.checks.promises import Promises
-from launcher.checks.slices import Sizes, choose_sizes
-from launcher.checks.trial import Sighting, Trial, Watcher, keep_steady
-from launcher.checks.trials import Settings, TrialError, Trials
-from launcher.checks.verdicts import Deadline, Verdict
+from launcher.checks.verify.promises import Promises
+from launcher.checks.verify.slices import Sizes, choose_sizes
+from launcher.checks.verify.trial import Sighting, Trial, Watcher, keep_steady
+from launcher.checks.verify.trials import Settings, TrialError, Trials
 from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import checkpoint
-from launcher.checks import ranks, slices, trial
-from launcher.checks.slices import EPOCHS, LEAST_EACH, MOST_EACH
-from launcher.checks.trial import Sighting, Subject, Trial
+from launcher.checks.verify import ranks, slices, trial
+from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
+from launcher.checks.verify.trial import Sighting, Subject, Trial
 from launcher.config.loader import LoadedRecipe
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision

@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from launcher.checks.differences import (
+from launcher.checks.verdicts import Deadline, Verdict
+from launcher.checks.verify.differences import (
     EXACT,
     OwnLayers,
     first_different_bit,
@@ -18,9 +19,8 @@ from launcher.checks.differences import (
     same_state,
     unsteady_functions,
 )
-from launcher.checks.trial import Kill, Phase, Trial, save_interval
-from launcher.checks.trials import TrialError, Trials
-from launcher.checks.verdicts import Deadline, Verdict
+from launcher.checks.verify.trial import Kill, Phase, Trial, save_interval
+from launcher.checks.verify.trials import TrialError, Trials
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.data.sources import Data

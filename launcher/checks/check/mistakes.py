@@ -5,7 +5,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from launcher.checks.layers import Walk, walk
+from launcher.checks.check.layers import Walk, walk
 from launcher.utils.user_code import user_line, user_location
 
 _SIZES = (28, 32, 64, 96, 128, 224)  # pixels, for which networks are written

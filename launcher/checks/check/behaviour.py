@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.checks.layers import Walk
+from launcher.checks.check.layers import Walk
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe

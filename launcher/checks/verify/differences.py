@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from launcher.checks.trial import Sighting
+from launcher.checks.verify.trial import Sighting
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Augmentation, Draws, Mixing

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from launcher import run
-from launcher.checks import slices
-from launcher.checks.slices import Sizes
-from launcher.checks.synchronized import synchronize_batch_norm
+from launcher.checks.verify import slices
+from launcher.checks.verify.slices import Sizes
+from launcher.checks.verify.synchronized import synchronize_batch_norm
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import SaveInterval

@@ -14,8 +14,8 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
-from launcher.checks.board import Board
-from launcher.checks.products import device_of
+from launcher.checks.doctor.board import Board
+from launcher.checks.doctor.products import device_of
 from launcher.distributed.accelerator import synchronize
 from launcher.distributed.process_group import RankGroup, Timeouts
 from launcher.distributed.store import in_thread

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import run
-from launcher.checks import behaviour, cost, images, learning
-from launcher.checks.layers import Layer, walk
-from launcher.checks.mistakes import find_mistake
+from launcher.checks.check import behaviour, cost, images, learning
+from launcher.checks.check.layers import Layer, walk
+from launcher.checks.check.mistakes import find_mistake
 from launcher.checks.verdicts import (
     Deadline,
     Verdict,

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-_PRELOADED = ["torch", "torchvision", "accelerate", "launcher.checks.trial"]
+_PRELOADED = ["torch", "torchvision", "accelerate", "launcher.checks.verify.trial"]
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

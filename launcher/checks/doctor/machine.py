@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__
-from launcher.checks.facts import Cache, Cores, Disk, Gpu, Memory, Place, Port
+from launcher.checks.doctor.facts import Cache, Cores, Disk, Gpu, Memory, Place, Port
 from launcher.distributed.accelerator import set_threads, usable_cores
 from launcher.distributed.world import World
 from launcher.utils import atomic_write

@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher.checks import links, machine, products
-from launcher.checks.board import ANSWER, Board
-from launcher.checks.comparison import verdicts
-from launcher.checks.facts import Facts, Mistake, Tracking, read, read_facts
-from launcher.checks.links import Collective, Group, Link, Listener
-from launcher.checks.products import Product
-from launcher.checks.report import Findings, Report, as_values, node_table, read_findings
+from launcher.checks.doctor import links, machine, products
+from launcher.checks.doctor.board import ANSWER, Board
+from launcher.checks.doctor.comparison import verdicts
+from launcher.checks.doctor.facts import Facts, Mistake, Tracking, read, read_facts
+from launcher.checks.doctor.links import Collective, Group, Link, Listener
+from launcher.checks.doctor.products import Product
+from launcher.checks.doctor.report import Findings, Report, as_values, node_table, read_findings
 from launcher.checks.verdicts import (
     Deadline,
     as_json,

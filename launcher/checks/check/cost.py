@@ -150,7 +150,7 @@ def optimizer_bytes(ctx: TrainContext) -> int:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.elementsizes() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 # On the disk

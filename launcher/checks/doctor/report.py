@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launcher.checks.facts import Facts, Tracking, read
-from launcher.checks.links import Collective, Link, Offset
-from launcher.checks.products import Product
+from launcher.checks.doctor.facts import Facts, Tracking, read
+from launcher.checks.doctor.links import Collective, Link, Offset
+from launcher.checks.doctor.products import Product
 from launcher.distributed.world import World
 from launcher.utils.text import count
 

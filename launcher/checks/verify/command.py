@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from launcher.checks.promises import Promises
-from launcher.checks.trials import Settings, Trials
 from launcher.checks.verdicts import (
     Deadline,
     answers,
@@ -22,6 +20,8 @@ from launcher.checks.verdicts import (
     make_console,
     show,
 )
+from launcher.checks.verify.promises import Promises
+from launcher.checks.verify.trials import Settings, Trials
 from launcher.config.loader import LoadedRecipe
 from launcher.distributed.environment import number_in
 from launcher.distributed.world import LAUNCH_MARKS

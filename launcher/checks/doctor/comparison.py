@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
-from launcher.checks.facts import Facts
-from launcher.checks.links import Link
-from launcher.checks.report import Report, in_bits, in_bytes, listed, short
+from launcher.checks.doctor.facts import Facts
+from launcher.checks.doctor.links import Link
+from launcher.checks.doctor.report import Report, in_bits, in_bytes, listed, short
 from launcher.checks.verdicts import Verdict
 from launcher.utils.text import count
 

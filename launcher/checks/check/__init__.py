@@ -1,0 +1,1 @@
+"""`launcher check`: what can be known of a recipe in seconds."""

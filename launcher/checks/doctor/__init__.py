@@ -1,0 +1,1 @@
+"""`launcher doctor`: the machine and the cluster."""

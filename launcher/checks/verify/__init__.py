@@ -1,0 +1,1 @@
+"""`launcher verify`: does a recipe keep the promises, on this machine?"""
