@@ -30,8 +30,8 @@ def open_store(address: str, port: int, seconds: float, name: str, host: str | N
     try:
         if host is not None:
             _wait_until_open(address, port, seconds, name)
-        with _silent_torch():
-            return TCPStore(
+        opening: Future[Store] = in_thread(
+            lambda: TCPStore(
                 address,
                 port,
                 is_master=host is None,
@@ -39,6 +39,9 @@ def open_store(address: str, port: int, seconds: float, name: str, host: str | N
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+        )
+        with _silent_torch():
+            return _result(opening, seconds, name)
     except (OSError, RuntimeError, UnicodeError) as error:  # UnicodeError: no name of a host
         reason = " ".join(str(error).split("\n")[0].split())
         raise RankError(
@@ -59,6 +62,20 @@ def _wait_until_open(address: str, port: int, seconds: float, name: str) -> None
                 raise
         signals.end_if_stopped(f"{name} on {socket.gethostname()}")
         time.sleep(0.2)
+
+
+def _result(opening: "Future[Store]", seconds: float, name: str) -> "Store":
+    """Where something takes the connection and never speaks, torch waits beyond its timeout."""
+    until = time.monotonic() + seconds + _TRY
+    while True:
+        try:
+            return opening.result(0.1)
+        except TimeoutError:
+            if opening.done():
+                raise
+            if time.monotonic() >= until:
+                raise TimeoutError("what listens there is no store: it does not answer") from None
+        signals.end_if_stopped(f"{name} on {socket.gethostname()}")
 
 
 @contextmanager

@@ -84,3 +84,13 @@ def test_a_store_is_found_by_those_who_come_first() -> None:
     later.join()
     hosted[0].set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_what_listens_and_never_speaks_is_given_up() -> None:
+    with socket.socket() as mute:
+        mute.bind((HERE, 0))
+        mute.listen()
+        begin = time.monotonic()
+        with pytest.raises(RankError, match="is no store: it does not answer"):
+            open_store(HERE, mute.getsockname()[1], 0.5, "rank 1", host="rank 0")
+        assert time.monotonic() - begin < 20
