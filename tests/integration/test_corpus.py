@@ -10,12 +10,13 @@ import pytest
 
 from tests.corpus.trial import agrees, is_same_on_each_rank, try_network
 
-CLASSICAL = ("LeNet", "PreActivation", "VisionTransformer", "Recurrent", "Tied", "Buffers", "Lazy")
-OF_LIBRARIES = ("torchvision/googlenet", "timm/vit_tiny_patch16_224")
+TRIED = ("LeNet", "Recurrent", "Buffers", "Lazy", "torchvision/googlenet")
+MORE = ("PreActivation", "VisionTransformer", "Tied", "Reparametrized", "timm/vit_tiny_patch16_224")
+THOROUGH = [pytest.param(name, marks=pytest.mark.thorough) for name in MORE]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CLASSICAL, "Reparametrized", *OF_LIBRARIES])
+@pytest.mark.parametrize("name", [*TRIED, *THOROUGH])
 def test_a_network_trains_on_any_number_of_ranks_and_resumes_to_the_bit(
     name: str, tmp_path: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_the_tasks_of_a_job_are_well(slurm: Slurm, tmp_path: Path) -> None:
     assert found["ranks"][1]["findings"]["links"]["0"]["bandwidth"] > 0
 
 
+@pytest.mark.thorough
 def test_processes_that_accelerate_does_not_start_are_missed(ranks: Doctor) -> None:
     launch = (*ACCELERATE_2[:4], "--cpu", "--num_processes", "2")
     ranks.start((*launch, "-m", "launcher", "doctor"), {"HF_HOME": str(ranks.folder)})
@@ -187,6 +188,7 @@ def test_a_full_disk_is_wrong(ranks: Doctor, tmp_path: Path) -> None:
     assert "product     good" in output
 
 
+@pytest.mark.thorough
 def test_a_read_only_folder_is_wrong(ranks: Doctor, tmp_path: Path) -> None:
     with mounted(tmp_path / "fixed", "-o", "ro") as folder:
         ranks.start((*PYTHON, "-m", "launcher", "doctor", "--runs", str(folder / "runs")), {})
@@ -195,6 +197,7 @@ def test_a_read_only_folder_is_wrong(ranks: Doctor, tmp_path: Path) -> None:
     assert "cannot be written: Read-only file system" in line_of(output, "disk", "wrong")
 
 
+@pytest.mark.thorough
 @needs_networks
 def test_a_folder_that_the_nodes_do_not_share_is_a_notice(
     ranks: Doctor, pair: list[Node], tmp_path: Path
@@ -232,6 +235,7 @@ def test_a_taken_port_and_who_has_it(ranks: Doctor) -> None:
     assert f"does not meet the others at 127.0.0.1 port {taken['MASTER_PORT']}" in other
 
 
+@pytest.mark.thorough
 @needs_networks
 def test_a_wrong_name_of_the_first_machine(ranks: Doctor, pair: list[Node]) -> None:
     on_nodes(ranks, pair, address="nosuchhost")
@@ -242,6 +246,7 @@ def test_a_wrong_name_of_the_first_machine(ranks: Doctor, pair: list[Node]) -> N
     assert seconds_in(output) < 25
 
 
+@pytest.mark.thorough
 @needs_networks
 def test_a_host_name_that_is_a_loopback_address(ranks: Doctor, pair: list[Node]) -> None:
     for node in pair:
@@ -256,6 +261,7 @@ def test_a_host_name_that_is_a_loopback_address(ranks: Doctor, pair: list[Node])
     assert seconds_in(output) < LIMIT
 
 
+@pytest.mark.thorough
 @needs_networks
 def test_a_link_that_is_cut_from_the_beginning(ranks: Doctor, pair: list[Node]) -> None:
     pair[1].cut()
@@ -286,6 +292,7 @@ def stopped(ranks: Doctor, pids: Callable[[], list[int]], seconds: float) -> str
     return output
 
 
+@pytest.mark.thorough
 def test_a_rank_that_is_stopped_before_the_ranks_meet_is_named(ranks: Doctor) -> None:
     on_this_machine(ranks, "--limit", str(LIMIT))
     output = stopped(ranks, lambda: [ranks.processes[1].pid], 1.0)
