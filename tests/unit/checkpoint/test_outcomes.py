@@ -1,5 +1,6 @@
 """What a run keeps of its test images: whole files, the right images, pictures of few bytes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,3 +128,11 @@ def test_a_line_has_the_cells_and_the_best_classes() -> None:
     for row, scores in zip(line["samples"], report.probabilities, strict=True):
         assert [c for c, _ in row] == numpy.argsort(-scores, kind="stable")[:5].tolist()
         assert [p for _, p in row] == pytest.approx(sorted(scores)[::-1][:5], abs=1e-4)
+
+
+def test_scores_that_are_not_finite_are_null() -> None:
+    ctx = context_of(tiny_recipe())
+    *_, report = (event for event in fit(ctx) if isinstance(event, EpochReport))
+    scores = numpy.full_like(report.probabilities, numpy.nan)
+    line = details(replace(report, probabilities=scores))
+    assert json.dumps(line, allow_nan=False).count("null") == 5 * len(scores)
