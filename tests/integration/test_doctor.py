@@ -232,7 +232,8 @@ def test_a_taken_port_and_who_has_it(ranks: Doctor) -> None:
         output, other = ranks.wait(0, LIMIT), ranks.wait(1, LIMIT)
     assert ranks.codes() == [2, 2], output
     assert f"is taken by process {os.getpid()} (" in line_of(output, "port", "wrong")
-    assert f"does not meet the others at 127.0.0.1 port {taken['MASTER_PORT']}" in other
+    assert f"port {taken['MASTER_PORT']} within" in other
+    assert "what listens there is no store" in other
 
 
 @pytest.mark.thorough
@@ -339,6 +340,7 @@ def test_a_slow_link_is_named_with_its_speed(ranks: Doctor, pair: list[Node]) ->
     assert seconds_in(output) < 60
 
 
+@pytest.mark.thorough  # its peer has to be faster, which on a busy machine it is not
 @pytest.mark.skipif(
     os.getuid() != 0 or not (QUOTAS / "cpu.cfs_quota_us").is_file(),
     reason="needs root and control groups of version 1",

@@ -179,6 +179,7 @@ def test_an_interruption_leaves_nothing_behind(number: int, tmp_path: Path) -> N
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(number)
-        assert process.wait(30) == 130
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
     assert psutil.wait_procs(children, timeout=20)[1] == []
     assert not list(tmp_path.glob("launcher-*"))

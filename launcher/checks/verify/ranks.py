@@ -24,6 +24,8 @@ from typing import Any
 import psutil
 
 _PRELOADED = ["torch", "torchvision", "accelerate", "launcher.checks.verify.trial"]
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_LONGEST_FOLDER = 60  # bytes
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -57,7 +59,8 @@ def workplace() -> Iterator[Path]:
         with _variable("PYTHONWARNINGS", ",".join(filter(None, (others, quiet)))):
             resource_tracker.ensure_running()
         multiprocessing.set_forkserver_preload(_PRELOADED)
-        forkserver.ensure_running()
+        with _short_temporary_folder():
+            forkserver.ensure_running()
         try:
             yield Path(name)
         finally:
@@ -77,24 +80,52 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+def _short_temporary_folder() -> Iterator[None]:
+    """For the socket of the process that forks, whose path may have 107 bytes, and has 40 itself.
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    TMPDIR of a job on a cluster, or of macOS, may be longer than the rest.
+    """
+    before = tempfile.gettempdir()
+    if len(os.fsencode(before)) > _LONGEST_FOLDER:
+        tempfile.tempdir = "/tmp"
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        tempfile.tempdir = before
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on either signal, whatever it is that the signal broke off."""
+    received = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in _ENDING}
+    try:
+        yield
+    except Exception:
+        if received:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_server() -> None:
-    """At once: it may still be importing."""
+    """At once, as it may still be importing; with a rank whose start a signal has broken off."""
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if "multiprocessing.forkserver" in " ".join(child.cmdline()):
-                child.kill()
-                child.wait(10)
+                child.suspend()  # else it might fork meanwhile
+                processes = [*child.children(recursive=True), child]
+                for process in processes:
+                    with suppress(psutil.Error):
+                        process.kill()
+                psutil.wait_procs(processes, timeout=10)
 
 
 @dataclass
