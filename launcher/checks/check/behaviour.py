@@ -1,7 +1,5 @@
 """What a network does that its layers do not show: random evaluation, lost gradients, softmax."""
 
-import inspect
-import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.checks.check.layers import Walk
+from launcher.checks.check.layers import Walk, declared
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
@@ -48,22 +46,6 @@ def small_batches(network: nn.Module, plan: Plan) -> Iterator[Verdict]:
             "wrong",
             f"type data.batch_size={8 * plan.num_micro_batches}, for example, or use GroupNorm",
         )
-
-
-def declared(network: nn.Module, name: str) -> str:
-    """` (file, line n)` where the user's class makes a layer; empty where it cannot be told."""
-    *parents, leaf = name.split(".")
-    while leaf.isdecimal() and parents:  # within a Sequential: the line of that
-        *parents, leaf = parents
-    made_in = type(network.get_submodule(".".join(parents))).__init__
-    try:
-        file, (lines, first) = inspect.getsourcefile(made_in), inspect.getsourcelines(made_in)
-    except (OSError, TypeError):
-        return ""
-    for number, line in enumerate(lines, first):
-        if re.search(rf"\bself\.{re.escape(leaf)}\s*[=:]", line):
-            return f" ({file}, line {number})"
-    return ""
 
 
 def _created(walked: Walk) -> Iterator[Verdict]:

@@ -1,5 +1,7 @@
 """A network layer by layer, as two images go through it: shapes, parameters, work, memory."""
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -114,3 +116,19 @@ def _watched(found: Walk, names: dict[nn.Module, str], count: int) -> Iterator[N
 def _shape(values: tuple[Any, ...]) -> tuple[int, ...]:
     """Of the first tensor; lazy layers and modules of other things have none."""
     return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
+
+
+def declared(network: nn.Module, name: str) -> str:
+    """` (file, line n)` where the user's class makes a layer; empty where it cannot be told."""
+    *parents, leaf = name.split(".")
+    while leaf.isdecimal() and parents:  # within a Sequential: the line of that
+        *parents, leaf = parents
+    made_in = type(network.get_submodule(".".join(parents))).__init__
+    try:
+        file, (lines, first) = inspect.getsourcefile(made_in), inspect.getsourcelines(made_in)
+    except (OSError, TypeError):
+        return ""
+    for number, line in enumerate(lines, first):
+        if re.search(rf"\bself\.{re.escape(leaf)}\s*[=:]", line):
+            return f" ({file}, line {number})"
+    return ""

@@ -5,8 +5,8 @@ from math import prod
 
 from torch import Tensor, nn
 
-from launcher.checks.check.layers import Walk, walk
-from launcher.utils.user_code import user_line, user_location
+from launcher.checks.check.layers import Walk, declared, walk
+from launcher.utils.user_code import place_of, user_line, user_location
 
 _SIZES = (28, 32, 64, 96, 128, 224)  # pixels, for which networks are written
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,27 +32,30 @@ def find_mistake(walked: Walk, classes: int) -> Mistake | None:
 
 def _of_output(walked: Walk, classes: int) -> Mistake | None:
     output, count = walked.output, len(walked.images)
+    forward = f"forward{place_of(type(walked.network).forward)}"
     if output is None:
-        return Mistake("forward returns nothing", "end it with `return x`")
+        return Mistake(f"{forward} returns nothing", "end it with `return x`")
     if not isinstance(output, Tensor):
         kind = type(output).__name__
         return Mistake(
-            f"forward returns a {kind}", "return the scores alone, such as `return x[0]`"
+            f"{forward} returns a {kind}", "return the scores alone, such as `return x[0]`"
         )
     if len(output) != count:
         return Mistake(
-            f"{count} images become {len(output)} rows of scores: a `view` changes the batch",
+            f"{forward} makes {len(output)} rows of scores of {count} images: a `view` changes the "
+            "batch",
             "write x.flatten(1) where it is flattened",
         )
     if tuple(output.shape) != (count, classes):
         last = next((x for x in reversed(walked.layers) if isinstance(x.module, nn.Linear)), None)
         scores = " x ".join(map(str, output.shape[1:])) or "1"
-        instead = f"end with {classes} scores for each image"
+        where, instead = "", f"end with {classes} scores for each image"
         if last is not None:
+            where = declared(walked.network, last.name)
             instead = (
                 f"write {last.name} = nn.Linear({_linear(last.module).in_features}, {classes})"
             )
-        return Mistake(f"it ends in {scores} scores for {classes} classes", instead)
+        return Mistake(f"it ends in {scores} scores for {classes} classes{where}", instead)
     return None
 
 
@@ -84,7 +87,8 @@ def _of_layer(walked: Walk) -> Mistake:
     assert walked.refused is not None
     assert walked.error is not None
     name, layer, given = walked.refused
-    head = f"{name or type(layer).__name__} = {layer}"
+    place = declared(walked.network, name) if name else ""
+    head = f"{name or type(layer).__name__} = {layer}{place}"
     where = user_location(walked.error)
     got = " x ".join(map(str, given[1:])) or "single numbers"
     what = f"{head} gets {got} for each image{where}"

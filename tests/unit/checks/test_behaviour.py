@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, nll_loss
 from torch.optim import SGD
 
 from launcher import Images, Recipe, Synthetic
-from launcher.checks.check.behaviour import declared, find_behaviour, small_batches
-from launcher.checks.check.layers import walk
+from launcher.checks.check.behaviour import find_behaviour, small_batches
+from launcher.checks.check.layers import declared, walk
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import make_plan
 from tests.unit.checks.test_mistakes import NETWORK, network_of

@@ -56,7 +56,7 @@ WRONG = [
     ("Linear(50, 10)", "Linear(50, 7)", 32, "7 scores for 10 classes", "nn.Linear(50, 10)"),
     ("return x", "pass", 32, "returns nothing", "`return x`"),
     ("return x", "return x, x", 32, "returns a tuple", "return x[0]"),
-    ("return x", "return x.view(-1, 5)", 32, "4 rows of scores", "x.flatten(1)"),
+    ("return x", "return x.view(-1, 5)", 32, "4 rows of scores of 2 images", "x.flatten(1)"),
     ("self.fc2(x)", "self.fc3(x)", 32, "has no attribute 'fc3'", "mend that line"),
 ]
 
@@ -83,8 +83,12 @@ def test_a_wrong_network_is_explained(
     assert found is not None
     assert what in found.what
     assert instead in found.instead
-    if "mend" in instead or "fc1 =" in what:
-        assert f"{tmp_path / 'net.py'}, line" in found.what
+    assert f"({tmp_path / 'net.py'}, line" in found.what
+    if found.what.split()[1] == "=":  # of a layer: where it is made
+        name = found.what.partition(" ")[0]
+        source = (tmp_path / "net.py").read_text().splitlines()
+        number = next(n for n, line in enumerate(source, 1) if f"self.{name} = " in line)
+        assert f"({tmp_path / 'net.py'}, line {number}) gets" in found.what
 
 
 @pytest.mark.parametrize("case", [case for case in WRONG if case[4].startswith("nn.")])
