@@ -84,7 +84,7 @@ def test_a_wrong_network_is_explained(
     assert what in found.what
     assert instead in found.instead
     assert f"({tmp_path / 'net.py'}, line" in found.what
-    if found.what.split()[1] == "=":  # of a layer: where it is made
+    if found.what.split()[1] == "=" and found.what[0] != "`":  # of a layer: where it is made
         name = found.what.partition(" ")[0]
         source = (tmp_path / "net.py").read_text().splitlines()
         number = next(n for n, line in enumerate(source, 1) if f"self.{name} = " in line)
