@@ -76,6 +76,8 @@ def main(words: Sequence[str]) -> int:
     if len(arguments.runs) < 2:
         parser.error("a comparison needs two runs at least")
     runs = [find(word, arguments.folder) for word in arguments.runs]
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        parser.error("a run is named twice")
     groups = grouped(runs)
     if arguments.json:
         sys.stdout.write(redacted(json.dumps(as_dict(runs, groups), indent=2)) + "\n")

@@ -135,3 +135,9 @@ def test_nested_settings_have_dotted_names() -> None:
 def test_one_run_is_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "one"]) == 2
     assert "two runs at least" in capsys.readouterr().err
+
+
+def test_a_run_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run("one")
+    assert main(["compare", "one", "runs/one"]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
