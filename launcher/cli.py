@@ -181,6 +181,12 @@ def _export(words: list[str]) -> int:
     return export.main(words)
 
 
+def _report(words: list[str]) -> int:
+    from launcher.results import report
+
+    return report.main(words)
+
+
 _COMMANDS = {
     "submit": _submit,
     "check": _check,
@@ -188,6 +194,7 @@ _COMMANDS = {
     "compare": _compare,
     "predict": _predict,
     "export": _export,
+    "report": _report,
 }
 
 

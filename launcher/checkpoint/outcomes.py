@@ -66,9 +66,10 @@ def read(path: Path) -> Outcomes | None:
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             values = {field.name: arrays[field.name] for field in fields(Outcomes)}
+            epoch = int(values["epoch"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
         return None
-    return Outcomes(**{**values, "epoch": int(values["epoch"])})
+    return Outcomes(**{**values, "epoch": epoch})
 
 
 def of_epoch(report: "EpochReport", test: "ImageSet") -> Outcomes:
