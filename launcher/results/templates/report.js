@@ -59,7 +59,7 @@ function drawAllCurves() {
   drawCurves("chart-loss", [["training", curves.train_loss], ["test", curves.test_loss]], { hoverformat: ".4f" });
   const accuracy = [["test", curves.accuracy], ["test, with TTA", curves.accuracy_tta]];
   if (page.classes.length > 5) accuracy.push(["test, among the best five", curves.top5]);
-  drawCurves("chart-accuracy", accuracy, { tickformat: ".0%", hoverformat: ".2%" });
+  drawCurves("chart-accuracy", accuracy, { tickformat: ".1~%", hoverformat: ".2%" });
   drawCurves("chart-rate", [["learning rate", curves.learning_rate]], { hoverformat: ".3~g", exponentformat: "power", rangemode: "tozero" });
   drawCurves("chart-speed", [["images/s", curves.images_per_second]], { hoverformat: ",.0f", rangemode: "tozero" });
 }
@@ -109,28 +109,19 @@ function describeCell(truth, found) {
   return `${page.classes[truth]} ${verb}: ${images.toLocaleString("en")} of ${total.toLocaleString("en")}${share}`;
 }
 
+const MOST_CELLS = 3000;  // that are drawn as points, where a cell is less than a pixel or two
+
 function drawMatrix() {
   const matrix = element("matrix"), number = page.classes.length;
   if (!matrix || !page.matrix.length) return;
-  const rows = Array.from({ length: number }, () => new Float32Array(number));
-  const texts = number <= 20 ? Array.from({ length: number }, () => new Array(number).fill("")) : undefined;
-  for (const [truth, found, images] of page.matrix) {
-    rows[truth][found] = Math.sqrt(images / totals.get(truth));  // so that the rare is seen
-    if (texts) texts[truth][found] = String(images);
-  }
   const step = Math.ceil(number / Math.max(10, Math.floor(matrix.clientWidth / 16)));
   const ticks = page.classes.map((name, place) => place).filter((place) => place % step === 0);
   const names = ticks.map((place) => escaped(short(page.classes[place])));
   const axis = { type: "linear", tickvals: ticks, ticktext: names, showgrid: false, zeroline: false, ticks: "" };
   const isNarrow = matrix.clientWidth < 480;
-  const gap = number <= 20 ? 1 : 0;
-  const scale = [0, 0.25, 0.5, 0.75, 1].map((share) => [share, between(share)]);
-  const trace = {
-    type: "heatmap", z: rows, zmin: 0, zmax: 1, colorscale: scale, showscale: false, xgap: gap, ygap: gap,
-    hoverinfo: "none", ...(texts ? { text: texts, texttemplate: "%{text}", textfont: { size: isNarrow ? 8 : 11 } } : {}),
-  };
-  Plotly.react(matrix, [trace], layout({
+  Plotly.react(matrix, [number <= 200 ? asCells(matrix, number) : asPoints()], layout({
     height: Math.min(620, Math.max(260, matrix.clientWidth)), margin: { l: 8, r: 8, t: 8, b: 8 },
+    hovermode: "closest",
     xaxis: { ...axis, tickangle: -45, title: { text: "taken for" }, range: [-0.5, number - 0.5] },
     yaxis: { ...axis, range: [number - 0.5, -0.5], ...(isNarrow ? { tickfont: { size: 10 } } : {}) },
   }), config);
@@ -139,6 +130,38 @@ function drawMatrix() {
   matrix.on("plotly_hover", (event) => showTip(event));
   matrix.on("plotly_unhover", () => { element("tip").hidden = true; });
   matrix.on("plotly_click", (event) => showCell(event.points[0].y, event.points[0].x));
+}
+
+const shadeOf = ([truth, , images]) => Math.sqrt(images / totals.get(truth));  // so that the rare is seen
+const shades = () => [0, 0.25, 0.5, 0.75, 1].map((share) => [share, between(share)]);
+
+function asCells(matrix, number) {
+  const rows = Array.from({ length: number }, () => new Array(number).fill(0));
+  const texts = rows.map((row) => row.map(() => ""));
+  for (const cell of page.matrix) {
+    rows[cell[0]][cell[1]] = shadeOf(cell);
+    texts[cell[0]][cell[1]] = String(cell[2]);
+  }
+  const size = Math.max(8, Math.min(15, matrix.clientWidth / (number + 2) / 4));
+  const isSmall = number <= 20;
+  return {
+    type: "heatmap", z: rows, zmin: 0, zmax: 1, colorscale: shades(), showscale: false,
+    xgap: isSmall ? 1 : 0, ygap: isSmall ? 1 : 0, hoverinfo: "none",
+    ...(isSmall ? { text: texts, texttemplate: "%{text}", textfont: { size } } : {}),
+  };
+}
+
+function asPoints() {
+  const cells = [...page.matrix].sort((one, other) => other[2] - one[2]).slice(0, MOST_CELLS);
+  if (cells.length < page.matrix.length) {
+    element("matrix-part").hidden = false;
+    element("matrix-part").textContent = `The ${cells.length.toLocaleString("en")} cells with the most images, of ${page.matrix.length.toLocaleString("en")}.`;
+  }
+  const scale = shades().map(([share]) => [share, between(0.35 + 0.65 * share)]);
+  return {
+    type: "scatter", mode: "markers", x: cells.map((cell) => cell[1]), y: cells.map((cell) => cell[0]), hoverinfo: "none",
+    marker: { symbol: "square", size: 4, color: cells.map(shadeOf), colorscale: scale, cmin: 0, cmax: 1, line: { width: 0 } },
+  };
 }
 
 const short = (name) => (name.length > 16 ? name.slice(0, 15) + "…" : name);
