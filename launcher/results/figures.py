@@ -16,9 +16,7 @@ from safetensors import SafetensorError, safe_open
 from launcher.checkpoint.outcomes import Outcomes
 
 BINS = 15  # of the reliability diagram
-MOST_CLASSES = 100_000
 MOST_FILTERS = 128
-_NUMBERS = "iuf"  # kinds of numpy's types
 
 
 @dataclass(frozen=True)
@@ -28,32 +26,6 @@ class Bin:
     images: int
     probability: float
     accuracy: float
-
-
-def is_usable(outcomes: Outcomes) -> bool:
-    """Whether the arrays fit together: as many as there are images, with classes for numbers."""
-    truth, found = outcomes.truth, outcomes.predicted
-    columns = (outcomes.probability_of_truth, outcomes.probability, outcomes.loss)
-    if truth.ndim != 1 or not len(truth) or any(c.shape != truth.shape for c in (found, *columns)):
-        return False
-    kinds = [column.dtype.kind in _NUMBERS for column in columns]
-    if truth.dtype.kind != "i" or found.dtype.kind != "i" or not all(kinds):
-        return False
-    places, pictures = outcomes.pictured, outcomes.pictures
-    is_flat = pictures.shape == (0,)  # no picture at all
-    fits = is_flat or (pictures.ndim == 4 and pictures.dtype == numpy.uint8 and pictures.size > 0)
-    if places.ndim != 1 or places.dtype.kind != "i" or len(places) != len(pictures) or not fits:
-        return False
-    classes = [*truth.tolist(), *found.tolist()]
-    is_inside = len(places) == 0 or (places.min() >= 0 and places.max() < len(truth))
-    return bool(is_inside and min(classes) >= 0 and max(classes) < MOST_CLASSES)
-
-
-def confusion_cells(outcomes: Outcomes) -> list[tuple[int, int, int]]:
-    """Truth, prediction and images of each cell that is not zero."""
-    pairs = numpy.stack([outcomes.truth, outcomes.predicted], axis=1)
-    cells, counts = numpy.unique(pairs, axis=0, return_counts=True)
-    return [(int(t), int(p), int(n)) for (t, p), n in zip(cells, counts, strict=True)]
 
 
 def reliability(outcomes: Outcomes) -> tuple[list[Bin], float]:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from launcher.checkpoint.outcomes import SUREST, WORST, Outcomes
+from launcher.checkpoint.outcomes import MOST_CLASSES, SUREST, WORST, Outcomes
 from launcher.checkpoint.run_files import RunFiles
 from launcher.results import figures
 from launcher.results.compare import flat
@@ -89,7 +89,7 @@ class Page:
             files = [f for f in ("best.npz", "last.npz") if (run.path / f).exists()]
             why = f"{' and '.join(files)} cannot be read" if files else "there is no best.npz"
             notes.append(f"{why}: there are no mistakes, no pictures and no calibration.")
-        elif run.best is None or self.outcomes is not run.best:
+        elif run.best is None:
             notes.append("best.npz cannot be read: what follows is of the last epoch.")
         lost = [r["epoch"] for r in run.epochs if number(r.get("test/loss")) is None]
         if lost:
@@ -132,10 +132,7 @@ class Page:
     @cached_property
     def outcomes(self) -> Outcomes | None:
         """Of the best epoch, or the last one where those cannot be used."""
-        for found in (self.run.best, self.run.last):
-            if found is not None and figures.is_usable(found):
-                return found
-        return None
+        return self.run.best or self.run.last
 
     @cached_property
     def classes(self) -> list[str]:
@@ -160,7 +157,7 @@ class Page:
     def cells(self) -> list[tuple[int, int, int]]:
         """Of the confusion matrix: truth, prediction, images."""
         if self.outcomes is not None:
-            return figures.confusion_cells(self.outcomes)
+            return self.outcomes.confusion
         best = self.best_row
         details = [d for d in self.run.details if best and d["epoch"] == best["epoch"]]
         cells = details[-1].get("confusion") if details else None
@@ -407,7 +404,7 @@ def _moment(value: Any) -> datetime | None:
 
 def _is_cell(cell: Any) -> bool:
     are_numbers = isinstance(cell, list) and all(type(part) is int for part in cell)
-    return are_numbers and len(cell) == 3 and all(0 <= p < figures.MOST_CLASSES for p in cell[:2])
+    return are_numbers and len(cell) == 3 and all(0 <= p < MOST_CLASSES for p in cell[:2])
 
 
 def _has_samples(row: Mapping[str, Any]) -> bool:
