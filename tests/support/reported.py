@@ -1,8 +1,9 @@
 """Run folders for reports, as a training leaves them but made at once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -21,11 +22,11 @@ SAMPLES = [0, 10, 20, 30]
 
 
 def outcomes_of(classes: int, epoch: int = 2, images: int = IMAGES, size: int = 8) -> Outcomes:
-    """A third of the images is taken for the next class; image n is of class n % classes."""
+    """A quarter of the images is taken for the next class; image n is of class n % classes."""
     random = numpy.random.default_rng(0)
     places = numpy.arange(images, dtype=numpy.int32)
     truth = places % classes
-    predicted = numpy.where(places % 3 == 0, (truth + 1) % classes, truth).astype(numpy.int32)
+    predicted = numpy.where(places % 4 == 0, (truth + 1) % classes, truth).astype(numpy.int32)
     probability = random.uniform(0.5, 1, images).astype(numpy.float32)
     of_truth = numpy.where(truth == predicted, probability, (1 - probability) / 2)
     return Outcomes(
@@ -47,9 +48,9 @@ def write_reported(
     classes: Sequence[str] = ("cat", "dog", "frog"),
     epochs: int = 2,
     files: Sequence[str] = (),
-    **rows: Any,
+    figures: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """A run with all that a report shows; `rows` are figures of each epoch."""
+    """A run with all that a report shows; `figures` are those of each epoch that are others."""
     path = runs / name
     path.mkdir(parents=True)
     about = {
@@ -68,7 +69,7 @@ def write_reported(
     (path / "config.json").write_text(json.dumps(config))
     (path / "recipe.py").write_text('"""<i>The first line</i>."""\n')
     for number in range(1, epochs + 1):
-        figures = {
+        row = {
             "epoch": number,
             "train/loss": 1 / number,
             "test/loss": 1.5 / number,
@@ -77,10 +78,10 @@ def write_reported(
             "train/learning_rate": 0.1,
             "train/images_per_second": 1000.0,
             "seconds": 90.0,
-            **rows,
+            **figures,
         }
         with (path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(row) + "\n")
         best = [[[0, 0.75], [1, 0.25 / number]] for _ in SAMPLES]
         details = {"epoch": number, "confusion": [[0, 0, 3], [0, 1, 2]], "samples": best}
         with (path / "details.jsonl").open("a") as file:

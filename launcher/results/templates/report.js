@@ -48,7 +48,7 @@ function drawCurves(id, lines, yaxis) {
   }));
   const few = page.epochs.length <= 10;
   Plotly.react(id, traces, layout({
-    hovermode: "x unified", showlegend: shown.length > 1,
+    hovermode: "x unified", hoverdistance: -1, showlegend: shown.length > 1,
     legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom" },
     xaxis: { title: { text: "epoch" }, ...(few ? { dtick: 1, tick0: 0 } : {}) }, yaxis,
   }), config);

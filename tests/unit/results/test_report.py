@@ -203,7 +203,7 @@ def test_a_run_that_goes_on() -> None:
 
 
 def test_what_is_damaged_is_said_and_the_rest_shown() -> None:
-    path = write_reported(Path("runs"), **{"test/loss": None})
+    path = write_reported(Path("runs"), figures={"test/loss": None})
     (path / "best.npz").write_bytes(b"PK damaged")
     (path / "config.json").write_text("[1]")
     (path / "best.safetensors").write_bytes(b"\xff" * 100)
