@@ -112,7 +112,8 @@ def test_curves_are_drawn_and_say_their_values(show: Any) -> None:
         assert shown.page.locator(f"#chart-{name} .scatterlayer .trace").count() == lines, name
     shown.page.hover("#chart-loss .nsewdrag")
     shown.page.wait_for_selector("#chart-loss .hoverlayer .legendtext")
-    assert "training : 0." in shown.text("#chart-loss .hoverlayer")
+    texts = shown.page.locator("#chart-loss .hoverlayer .legendtext").all_text_contents()
+    assert [text.split(" : ")[0] for text in texts] == ["training", "test"]
     before = shown.page.evaluate("document.getElementById('chart-loss').layout.xaxis.range")
     box = shown.page.locator("#chart-loss .nsewdrag").bounding_box()
     shown.page.mouse.move(box["x"] + 40, box["y"] + 40)  # a drag is a zoom
