@@ -176,7 +176,7 @@ class LiveConsole(Console):
 def _caption(found: Outcomes, place: int, classes: tuple[str, ...]) -> str:
     truth, mistaken = (_name(classes, int(v[place])) for v in (found.truth, found.predicted))
     chances = found.probability[place], found.probability_of_truth[place]
-    of_mistake, of_truth = (f"{chance:.1%}" for chance in chances)
+    of_mistake, of_truth = (f"{p:.1%}" if p >= 0.0005 else "<0.1%" for p in chances)
     return f"{truth} taken for {mistaken}\n{mistaken} {of_mistake}, {truth} {of_truth}\n"
 
 

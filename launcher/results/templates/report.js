@@ -6,7 +6,9 @@ const root = document.documentElement;
 const element = (id) => document.getElementById(id);
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
-const config = { responsive: true, displaylogo: false, showSendToCloud: false };
+const config = {
+  responsive: true, displaylogo: false, showSendToCloud: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+};
 const hasPlotly = typeof Plotly !== "undefined";
 
 function make(tag, className, text) {
@@ -32,6 +34,7 @@ function layout(more) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
     margin: { l: 48, r: 12, t: 8, b: 36 }, dragmode: isNarrow ? false : "zoom",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("quiet"), activecolor: colour("accent") },
     hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") } },
     ...more,
     xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
