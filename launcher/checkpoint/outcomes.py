@@ -131,13 +131,17 @@ def of_epoch(report: "EpochReport", test: "ImageSet") -> Outcomes:
 
 def details(report: "EpochReport") -> dict[str, Any]:
     """A line of `details.jsonl`: the cells of the confusion matrix that are not zero, as
-    `[truth, prediction, images]`; and of each sample its best classes, as `[class, probability]`.
+    `[truth, prediction, images]`; and of each sample its best classes, as `[class, probability]`,
+    None for a probability that is not a number, since JSON has none.
     """
     confusion = numpy.array(report.test.confusion)
     cells = [[*map(int, place), int(confusion[*place])] for place in numpy.argwhere(confusion)]
     best = numpy.argsort(-report.probabilities, axis=1, kind="stable")[:, :TOP]
     samples = [
-        [[int(c), round(float(p), 4)] for c, p in zip(row, scores[row], strict=True)]
+        [
+            [int(c), round(float(p), 4) if numpy.isfinite(p) else None]
+            for c, p in zip(row, scores[row], strict=True)
+        ]
         for row, scores in zip(best, report.probabilities, strict=True)
     ]
     return {"epoch": report.epoch, "confusion": cells, "samples": samples}
