@@ -38,7 +38,12 @@ def train(
         loaded = load(Path(recipe))
     loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
     options = RunOptions(
-        runs=Path(runs), name=name, resume=resume, wandb=wandb, max_steps=max_steps
+        runs=Path(runs),
+        name=name,
+        resume=resume,
+        wandb=wandb,
+        max_steps=max_steps,
+        report=False,
     )
     refuse_unusable(os.environ)
     world = slurm_env.world_of_this_process()

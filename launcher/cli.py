@@ -132,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     before = "save and stop so long before the end of a batch job (default: %(default)s)"
     add("--save-before", type=positive, default=120, metavar="SECONDS", help=before)
     add("--profile", action="store_true", help="train some tens of steps: where does the time go?")
+    leaves_out = "write no page of the run at its end (launcher report does so later)"
+    add("--no-report", dest="report", action="store_false", help=leaves_out)
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     return parser
 
@@ -208,6 +210,12 @@ def _verify(words: list[str]) -> int:
         return verify.main(words, _load, folder)
 
 
+def _report(words: list[str]) -> int:
+    from launcher.results import report
+
+    return report.main(words)
+
+
 _COMMANDS = {
     "submit": _submit,
     "check": _check,
@@ -217,6 +225,7 @@ _COMMANDS = {
     "export": _export,
     "verify": _verify,
     "doctor": _doctor,
+    "report": _report,
 }
 
 
@@ -299,6 +308,7 @@ def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env
         skip=tuple(filter(None, (arguments.skip or "").split(","))),
         checkpoint_every=_cadence(arguments.checkpoint_every),
         profile=arguments.profile,
+        report=arguments.report,
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
         host_facts=job.facts,
     )

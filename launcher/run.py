@@ -52,6 +52,7 @@ from launcher.loggers import wandb
 from launcher.loggers.console import Console, first_step_line, make_console, tta_note
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
+from launcher.loggers.report import ReportAtEnd, page_of
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
 from launcher.training.model import build_network, count_parameters, initialize
@@ -366,6 +367,7 @@ def log_and_run(
 ) -> RunResult:
     """Begin or continue the run folder, train in front of the loggers, and close them."""
     with ExitStack() as exit_stack:  # the lock of the folder, until this process is done with it
+        report = exit_stack.enter_context(ReportAtEnd())
         start = None if options.smoke else open_run(ctx, loaded, options, exit_stack)
         if start and start.checkpoint:
             warm_up_ddp(ctx)
@@ -376,6 +378,8 @@ def log_and_run(
         is_main, say = ctx.accelerator.is_main_process, loggers.console.say
         best = start.best if start else None
         saver = Saver(start.folder if start else None, is_main, say)
+        if start and is_main and options.makes_report:
+            report.begin(start.folder.path, say)
         run = ActiveRun(ctx, loaded, loggers, saver, best=best, highest=best)
         exit_code = EXIT_FAULT
         try:
@@ -387,7 +391,12 @@ def log_and_run(
             rows = closing_rows(run)
             if profiler and not run.stopped:
                 rows |= profiler.rows(facts["precision"])
+            if run.folder and options.makes_report:
+                rows |= {"report": str(page_of(run.folder.path))}
             loggers.console.closing(rows)
+            if run.folder and not run.stopped:
+                classes = ctx.data.train.classes
+                loggers.console.mistakes(run.folder.path / "best.npz", classes)
         finally:
             saver.end(exit_code)
             loggers.finish(exit_code)

@@ -24,6 +24,7 @@ LARGEST = 64  # pixels: larger pictures are kept smaller
 WORST, SUREST = 48, 24  # pictures of mistakes, and of right answers, that are kept at least
 OF_A_CELL = 4  # ... of each cell of the confusion matrix
 MOST_PICTURES = 500
+MOST_CLASSES = 100_000  # a file that says more is damaged
 TOP = 5  # classes of each sample
 
 
@@ -50,6 +51,13 @@ class Outcomes:
         return _by(-self.loss, self.truth != self.predicted)
 
     @property
+    def confusion(self) -> list[tuple[int, int, int]]:
+        """Truth, prediction and images of each cell of the matrix that is not zero."""
+        pairs = numpy.stack([self.truth, self.predicted], axis=1)
+        cells, counts = numpy.unique(pairs, axis=0, return_counts=True)
+        return [(int(t), int(p), int(n)) for (t, p), n in zip(cells, counts, strict=True)]
+
+    @property
     def surest(self) -> NDArray[Any]:
         """The places of those that were recognized, the highest probability first."""
         return _by(-self.probability, self.truth == self.predicted)
@@ -62,13 +70,36 @@ class Outcomes:
 
 
 def read(path: Path) -> Outcomes | None:
-    """What `write` wrote; None where there is no such file, or not a whole one."""
+    """What `write` wrote; None where there is no such file, or not a whole one that fits."""
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             values = {field.name: arrays[field.name] for field in fields(Outcomes)}
+            epoch = int(values["epoch"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
         return None
-    return Outcomes(**{**values, "epoch": int(values["epoch"])})
+    found = Outcomes(**{**values, "epoch": epoch})
+    return found if _fits(found) else None
+
+
+def _fits(found: Outcomes) -> bool:
+    """Whether the arrays belong together, each as long as it is to be, with classes for numbers."""
+    columns = (found.probability_of_truth, found.probability, found.loss)
+    classes, size = (found.truth, found.predicted), len(numpy.atleast_1d(found.truth))
+    places, pictures = found.pictured, found.pictures
+    has_kinds = (
+        all(column.dtype.kind == "i" for column in (*classes, places))
+        and all(column.dtype.kind == "f" for column in columns)
+        and all(column.shape == (size,) for column in (*classes, *columns))
+        and found.files.dtype.kind == "U"
+    )
+    if not has_kinds or size == 0 or places.ndim != 1 or len(places) != len(pictures):
+        return False
+    if min(map(numpy.min, classes)) < 0 or max(map(numpy.max, classes)) >= MOST_CLASSES:
+        return False
+    if len(places) == 0:
+        return True
+    are_pictures = pictures.ndim == 4 and pictures.dtype == numpy.uint8 and pictures.size > 0
+    return bool(are_pictures and places.min() >= 0 and places.max() < size)
 
 
 def of_epoch(report: "EpochReport", test: "ImageSet") -> Outcomes:

@@ -8,6 +8,7 @@ runs/NAME/
     details.jsonl       ... with its confusion matrix and the scores of some images
     best.npz, last.npz  what was said of each test image in that epoch: see outcomes.py
     end.json            how the last attempt ended
+    report/             a page for a browser, which launcher report can write again
     checkpoints/        the last three, from which --resume continues: see checkpoints.py
     best.safetensors    the weights of the epoch with the highest test accuracy
     final.safetensors   the weights at the end
@@ -33,7 +34,10 @@ from launcher.utils.redaction import cleaned, redacted
 
 # What lies in a run folder before its first epoch or checkpoint.
 _BEFORE_TRAINING = frozenset(
-    ("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl", "end.json")
+    (
+        *("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl"),
+        *("end.json", "report"),
+    )
 )
 _LINES = ("metrics.jsonl", "details.jsonl")
 _FILES = (

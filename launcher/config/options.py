@@ -29,7 +29,13 @@ class RunOptions:
     init_from: str | None = None
     skip: tuple[str, ...] = ()  # names of weights that init_from leaves out
     profile: bool = False
+    report: bool = True
     host_facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def makes_report(self) -> bool:
+        """Whether a page is written at the end: not of what is no training."""
+        return self.report and not self.smoke and not self.profile
 
     def __post_init__(self) -> None:
         """Refuse a name that cannot be a folder's."""

@@ -7,19 +7,32 @@ rank 0 writes.
 import re
 import sys
 from collections.abc import Mapping
-from typing import TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+from rich.columns import Columns
 from rich.console import Console as RichConsole
+from rich.console import Group
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint import outcomes
+from launcher.checkpoint.outcomes import Outcomes
 from launcher.config.plan import Plan
 from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
+from launcher.utils.plots import half_blocks
 from launcher.utils.redaction import redacted
-from launcher.utils.text import drop_stdout
+from launcher.utils.text import count, drop_stdout
+
+PICTURES, PIXELS = 6, 20  # of the worst mistakes, and their longer side
+CAPTION = 24  # characters: three pictures beside each other in a terminal of 80
+CONFUSIONS = 3
 
 
 class Console(Logger):
@@ -60,6 +73,9 @@ class Console(Logger):
         """The results, and where they are."""
         self.say("")
         self._rows(rows)
+
+    def mistakes(self, file: Path, classes: tuple[str, ...]) -> None:
+        """What was taken for what, from a file of outcomes: plain lines show no pictures."""
 
     def _rows(self, rows: Mapping[str, str]) -> None:
         width = max(map(len, rows), default=0)
@@ -129,9 +145,53 @@ class LiveConsole(Console):
         self._bar.stop()
         self._rich.print(Panel(_grid(rows), title="[bold]done", border_style="green"))
 
+    def mistakes(self, file: Path, classes: tuple[str, ...]) -> None:
+        """The worst of them as pictures of coloured half blocks, the commonest in words."""
+        found = outcomes.read(file) if self._rich.color_system == "truecolor" else None
+        if found is None or not len(found.mistakes):
+            return
+        numbers = {place: number for number, place in enumerate(found.pictured.tolist())}
+        worst = [place for place in found.mistakes.tolist() if place in numbers][:PICTURES]
+        shown = [
+            Group(
+                half_blocks(_thumbnail(found.pictures[numbers[place]])),
+                Text(_caption(found, place, classes)),
+            )
+            for place in worst
+        ]
+        self._rich.print(Text(f"the worst mistakes of epoch {found.epoch}", style="bold"))
+        self._rich.print(Columns(shown, width=CAPTION, padding=(0, 2)))
+        wrong = sorted((-n, t, p) for t, p, n in found.confusion if t != p)
+        lines = [
+            f"{_name(classes, truth)} taken for {_name(classes, mistaken)}: {count(-n, 'image')}"
+            for n, truth, mistaken in wrong[:CONFUSIONS]
+        ]
+        self._rich.print(Text("\n".join(lines)))
+
     def finish(self, exit_code: int) -> None:
         """Remove the bar, and leave the terminal as it was."""
         self._bar.stop()
+
+
+def _caption(found: Outcomes, place: int, classes: tuple[str, ...]) -> str:
+    truth, mistaken = (_name(classes, int(v[place])) for v in (found.truth, found.predicted))
+    chances = found.probability[place], found.probability_of_truth[place]
+    of_mistake, of_truth = (f"{p:.1%}" if p >= 0.0005 else "<0.1%" for p in chances)
+    return f"{truth} taken for {mistaken}\n{mistaken} {of_mistake}, {truth} {of_truth}\n"
+
+
+def _name(classes: tuple[str, ...], place: int) -> str:
+    name = classes[place] if place < len(classes) else f"class {place}"
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def _thumbnail(picture: NDArray[Any]) -> NDArray[Any]:
+    """uint8 `(h, w, 3)` with no side above `PIXELS`, and an even height."""
+    height, width = picture.shape[:2]
+    scale = min(1.0, PIXELS / max(height, width))
+    size = max(1, round(width * scale)), max(2, round(height * scale / 2) * 2)
+    image = Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0])
+    return numpy.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX))
 
 
 def make_console(is_main: bool) -> Console:

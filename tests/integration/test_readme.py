@@ -1,6 +1,6 @@
 """Every command of the README and of docs/ is run, made short; the README's recipe as printed.
 
-docs/slurm.md and docs/nodes.md have tests of their own, beside this file.
+docs/slurm.md, docs/nodes.md and docs/results.md have tests of their own, beside this file.
 """
 
 import io
@@ -26,6 +26,7 @@ ELSEWHERE = {
     "slurm.md": "test_slurm_docs.py",
     "nodes.md": "test_node_docs.py",
     "kubernetes.md": "test_node_docs.py",
+    "results.md": "test_results_docs.py",
 }
 COMMANDS = sorted(
     {

@@ -44,7 +44,7 @@ class Run:
         self.output = folder / f"output-{time.monotonic_ns()}"
         self._is_agent = not isinstance(launch, int)
         command, places = (PYTHON, places_of(launch)) if isinstance(launch, int) else (launch, [{}])
-        command = (*command, "-m", "launcher", str(recipe), "--wandb", "off", *words)
+        command = (*command, "-m", "launcher", str(recipe), "--wandb", "off", "--no-report", *words)
         fixed = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         fixed = {**os.environ, **fixed, "HF_HOME": str(folder), **environment}
         start = subprocess.Popen if self._is_agent else forked.Popen

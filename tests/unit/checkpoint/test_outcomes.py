@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -136,3 +137,30 @@ def test_scores_that_are_not_finite_are_null() -> None:
     scores = numpy.full_like(report.probabilities, numpy.nan)
     line = details(replace(report, probabilities=scores))
     assert json.dumps(line, allow_nan=False).count("null") == 5 * len(scores)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"truth": numpy.zeros(9, numpy.int32)},
+        {"truth": numpy.array(3, numpy.int32)},
+        {"predicted": numpy.full(5, -1, numpy.int32)},
+        {"predicted": numpy.full(5, 10**6, numpy.int32)},
+        {"loss": numpy.array(["a"] * 5)},
+        {"pictured": numpy.array([0, 7], numpy.int32), "pictures": numpy.zeros((2, 4, 4, 3))},
+        {"pictured": numpy.array([7], numpy.int32), "pictures": numpy.zeros((1, 4, 4, 3), "u1")},
+        {"pictures": numpy.zeros((1, 4, 4, 3), "u1")},
+        {"epoch": numpy.zeros(3)},
+    ],
+)
+def test_arrays_that_do_not_fit_are_no_outcomes(changes: dict[str, Any], tmp_path: Path) -> None:
+    found = made([1, 0, 0, 2, 0], [0, 0, 1, 2, 2], [2.0, 0.5, 3.0, 0.1, 2.0])
+    replace(found, pictured=found.pictured[:0], pictures=found.pictures[:0]).write(tmp_path / "a")
+    assert read(tmp_path / "a") is not None
+    replace(found, **changes).write(tmp_path / "b")
+    assert read(tmp_path / "b") is None
+
+
+def test_cells_of_the_confusion_matrix_are_counted() -> None:
+    found = made([1, 1, 0, 2, 0], [0, 0, 1, 2, 2], [2.0, 0.5, 3.0, 0.1, 2.0])
+    assert found.confusion == [(0, 1, 2), (1, 0, 1), (2, 0, 1), (2, 2, 1)]

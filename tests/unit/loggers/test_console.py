@@ -3,7 +3,9 @@
 import io
 import os
 import pty
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -13,6 +15,7 @@ from launcher.config.plan import Plan
 from launcher.loggers.console import Console, LiveConsole, epoch_line, first_step_line
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
 from tests.support import forked
+from tests.support.reported import outcomes_of
 
 ROOT = Path(__file__).parents[3]
 PLAN = Plan(
@@ -124,3 +127,54 @@ def _read_all(descriptor: int) -> str:
         parts.append(part)
     os.close(descriptor)
     return b"".join(parts).decode()
+
+
+def test_the_worst_mistakes_are_pictures_where_the_terminal_has_colours(tmp_path: Path) -> None:
+    found = outcomes_of(3)
+    found.write(tmp_path / "best.npz")
+    classes = ("cat", "dog\x1b[31m", "[red]frog")
+    shown = {}
+    for system in ("truecolor", "256"):
+        stream = io.StringIO()
+        rich = RichConsole(file=stream, force_terminal=True, width=80, color_system=system)
+        LiveConsole(rich).mistakes(tmp_path / "best.npz", classes)
+        shown[system] = stream.getvalue()
+    assert shown["256"] == ""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown["truecolor"])
+    blocks = [line for line in text.splitlines() if "▀" in line]
+    assert len(blocks) == 2 * 4  # two rows of three pictures, 8 pixels high
+    assert all(line.count("▀") == 3 * 8 for line in blocks)
+    assert max(map(len, text.splitlines())) <= 80
+    first = found.pictures[found.pictured.tolist().index(found.mistakes[0])]
+    red, green, blue = first[0, 0].tolist()
+    assert f"38;2;{red};{green};{blue}" in shown["truecolor"].split("▀")[0]
+    truth, mistaken, images = max(
+        (cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: cell[2]
+    )
+    names = ("cat", "dog?[31m", "[red]frog")
+    assert f"{names[truth]} taken for {names[mistaken]}: {images} images" in text
+    assert text.count(" images") == 3
+
+
+def test_without_mistakes_or_their_file_nothing_is_shown(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    rich = RichConsole(file=stream, force_terminal=True, width=80, color_system="truecolor")
+    LiveConsole(rich).mistakes(tmp_path / "absent.npz", ("a",))
+    found = outcomes_of(3)
+    replace(found, predicted=found.truth).write(tmp_path / "best.npz")
+    LiveConsole(rich).mistakes(tmp_path / "best.npz", ("a",))
+    plain = Console(stream)
+    outcomes_of(3).write(tmp_path / "best.npz")
+    plain.mistakes(tmp_path / "best.npz", ("a", "b", "c"))
+    assert stream.getvalue() == ""
+
+
+def test_a_grey_or_wide_picture_is_shown(tmp_path: Path) -> None:
+    found = outcomes_of(3)
+    grey = numpy.full((len(found.pictured), 10, 64, 1), 99, numpy.uint8)
+    replace(found, pictures=grey).write(tmp_path / "best.npz")
+    stream = io.StringIO()
+    rich = RichConsole(file=stream, force_terminal=True, width=80, color_system="truecolor")
+    LiveConsole(rich).mistakes(tmp_path / "best.npz", ("a", "b"))
+    assert "38;2;99;99;99;48;2;99;99;99" in stream.getvalue()
+    assert "class 2" in stream.getvalue()

@@ -1,0 +1,85 @@
+"""Writes the report of a run that has ended, in a process of its own.
+
+So no fault of it is the training's, and none of its imports. Rank 0 waits for it, at most
+`SECONDS`: a batch system ends what a job leaves behind as soon as the job's own processes have
+ended, so a page that nobody waits for would be missing there now and then. It takes about a second,
+while nothing is left to lose and no other rank has anything to do. What takes longer is ended, and
+said.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from launcher.errors import TrainingError
+
+SECONDS = 10.0
+
+
+def page_of(folder: Path) -> Path:
+    """Where the report of a run is."""
+    return folder / "report" / "index.html"
+
+
+class ReportAtEnd:
+    """A context around a run, and around its lock: only when that is free the run has ended.
+
+    It writes where all ranks end alike: with the run, a stop, or a training that failed. After any
+    other exception the ranks have to find out at once which of them was the first.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is written until `begin`."""
+        self._folder: Path | None = None
+        self._say: Callable[[str], None] = lambda line: None
+
+    def begin(self, folder: Path, say: Callable[[str], None]) -> None:
+        """There is a run to report, on this rank; `say` shows a line to the user."""
+        self._folder, self._say = folder, say
+
+    def __enter__(self) -> "ReportAtEnd":
+        """The run begins."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """The run has ended."""
+        if self._folder is not None and (kind is None or issubclass(kind, TrainingError)):
+            complaint = write(self._folder)
+            if complaint:
+                self._say(f"!!! no report ({complaint}); type launcher report {self._folder} !!!")
+
+
+def write(folder: Path) -> str:
+    """Write the page; returns what went wrong, or an empty text."""
+    command = [sys.executable, "-m", "launcher", "report", str(folder.absolute())]
+    try:
+        # Its own session, and nothing of this process's output: who waits for the end of that
+        # does not wait for it, and Ctrl-C is not for it.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        return str(error)
+    try:
+        errors = process.communicate(timeout=SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return f"it took more than {SECONDS:.0f} s"
+    lines = errors.strip().splitlines()
+    if process.returncode == 0:
+        return ""
+    return lines[-1] if lines else f"exit code {process.returncode}"

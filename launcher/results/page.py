@@ -1,0 +1,429 @@
+"""The page of one run: what its folder says, arranged for the templates.
+
+Everything that is shown is text to Jinja2, which escapes it; what a script reads is JSON whose
+`<`, `>` and `&` are escaped as well, so no name ends the element it stands in.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from launcher.checkpoint.outcomes import MOST_CLASSES, SUREST, WORST, Outcomes
+from launcher.checkpoint.run_files import RunFiles
+from launcher.results import figures
+from launcher.results.compare import flat
+from launcher.results.figures import Filters, number
+from launcher.results.sprites import Sheet, sheet
+from launcher.utils.redaction import cleaned, redacted
+from launcher.utils.text import count
+
+MOST_EPOCHS = 100  # through which the slider of the samples goes
+MOST_ROWS = 1000  # classes in the list of accuracies
+MATRIX_CLASSES = 2000  # more than that are no picture: their largest confusions are a list
+CONFUSIONS = 10
+FILTER_PIXELS = 48
+GENERATOR = "launcher report"  # how a page says that it may be replaced
+_TEMPLATES = Path(__file__).parent / "templates"
+_CURVES = {
+    "train_loss": "train/loss",
+    "test_loss": "test/loss",
+    "accuracy": "test/accuracy",
+    "accuracy_tta": "test/accuracy_tta",
+    "top5": "test/top5",
+    "learning_rate": "train/learning_rate",
+    "images_per_second": "train/images_per_second",
+}
+_OWN_TEXTS = {"style": "css", "program": "js"}
+_NOT_FACTS = ("recipe", "name", "fallback", "started", "wandb_id", "data_digest")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One test image and what the network said; `picture` is its place in the sheet, if kept."""
+
+    name: str
+    truth: str
+    predicted: str
+    probability: str
+    probability_of_truth: str
+    loss: str
+    is_right: bool
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class and its test images."""
+
+    name: str
+    accuracy: float | None
+    images: int | None
+
+
+class Page:
+    """Of one run, read once."""
+
+    def __init__(self, run: RunFiles) -> None:
+        """Nothing is read yet."""
+        self.run = run
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing, and why, as far as that can be told."""
+        run, notes = self.run, []
+        if not run.about:
+            notes.append("run.json cannot be read: what was trained, and on what, is unknown.")
+        if not run.config:
+            notes.append("config.json cannot be read: the settings are unknown.")
+        if not run.epochs:
+            why = "no epoch has ended yet" if run.state == "running" else "no epoch has ended"
+            notes.append(f"metrics.jsonl has no whole line ({why}): there are no curves.")
+        if self.outcomes is None:
+            files = [f for f in ("best.npz", "last.npz") if (run.path / f).exists()]
+            why = f"{' and '.join(files)} cannot be read" if files else "there is no best.npz"
+            notes.append(f"{why}: there are no mistakes, no pictures and no calibration.")
+        elif run.best is None:
+            notes.append("best.npz cannot be read: what follows is of the last epoch.")
+        lost = [r["epoch"] for r in run.epochs if number(r.get("test/loss")) is None]
+        if lost:
+            notes.append(f"The test loss is not a finite number in {_epochs(lost)}.")
+        if run.epochs and not self.samples["epochs"]:
+            notes.append("details.jsonl has no whole line: the fixed samples are not shown.")
+        return notes
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it is, in words; `run.json` has them in a good order."""
+        run, about = self.run, self.run.about
+        facts = {"run": run.name, "recipe": str(about.get("recipe", run.recipe))}
+        facts |= {
+            name: value
+            for name, value in about.items()
+            if isinstance(value, str) and name not in _NOT_FACTS
+        }
+        versions = about.get("versions")
+        if isinstance(versions, Mapping):
+            facts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
+        seconds = [s for row in run.epochs if (s := number(row.get("seconds"))) is not None]
+        if seconds:
+            facts["time"] = f"{duration(sum(seconds))} in {count(len(seconds), 'epoch')}"
+        if run.started:
+            facts["began"] = f"{run.started:%Y-%m-%d %H:%M:%S} (the last attempt)"
+        if ended := _moment(run.end.get("time")):
+            facts["ended"] = f"{ended:%Y-%m-%d %H:%M:%S}"
+        code = run.end.get("exit_code")
+        known = "" if code is None else f", exit code {code}"
+        facts["state"] = f"{run.state}{known}"
+        cleaned_facts: dict[str, str] = cleaned(facts)
+        return cleaned_facts
+
+    @property
+    def warning(self) -> str:
+        """That other images than the recipe's were used."""
+        return redacted(str(self.run.about.get("fallback", "")))
+
+    @cached_property
+    def outcomes(self) -> Outcomes | None:
+        """Of the best epoch, or the last one where those cannot be used."""
+        return self.run.best or self.run.last
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names for all classes that occur."""
+        names = self.run.about.get("classes")
+        known = [str(name) for name in names] if isinstance(names, list) else []
+        numbers = [n for truth, found, _ in self.cells for n in (truth, found)]
+        rest = range(len(known), max(numbers, default=-1) + 1)
+        return [redacted(name) for name in (*known, *(f"class {n}" for n in rest))]
+
+    @property
+    def best_row(self) -> dict[str, Any] | None:
+        """The figures of the epoch whose outcomes are shown, or of the best one."""
+        rows = self.run.epochs
+        if self.outcomes is not None:
+            for row in rows:
+                if row["epoch"] == self.outcomes.epoch:
+                    return row
+        return max(rows, key=lambda row: row["test/accuracy"], default=None)
+
+    @cached_property
+    def cells(self) -> list[tuple[int, int, int]]:
+        """Of the confusion matrix: truth, prediction, images."""
+        if self.outcomes is not None:
+            return self.outcomes.confusion
+        best = self.best_row
+        details = [d for d in self.run.details if best and d["epoch"] == best["epoch"]]
+        cells = details[-1].get("confusion") if details else None
+        if not isinstance(cells, list) or not all(map(_is_cell, cells)):
+            return []
+        return [(truth, found, images) for truth, found, images in cells]
+
+    @property
+    def confusions(self) -> list[dict[str, Any]]:
+        """The largest, as words."""
+        wrong = sorted((-n, t, p) for t, p, n in self.cells if t != p)[:CONFUSIONS]
+        totals = self._totals
+        return [
+            {
+                "cell": f"{truth},{found}",
+                "truth": self.classes[truth],
+                "predicted": self.classes[found],
+                "images": f"{-n:,} of {totals[truth]:,}",
+            }
+            for n, truth, found in wrong
+        ]
+
+    @cached_property
+    def _totals(self) -> dict[int, int]:
+        totals: dict[int, int] = {}
+        for truth, _, images in self.cells:
+            totals[truth] = totals.get(truth, 0) + images
+        return totals
+
+    @property
+    def class_rows(self) -> list[ClassRow]:
+        """The accuracy of each class; of very many, the lowest."""
+        right = {truth: images for truth, found, images in self.cells if truth == found}
+        totals = self._totals
+        rows = [
+            ClassRow(
+                name,
+                right.get(place, 0) / totals[place] if totals.get(place) else None,
+                totals.get(place, 0),
+            )
+            for place, name in enumerate(self.classes)
+        ]
+        if not self.cells:
+            return []
+        if len(rows) > MOST_ROWS:
+            rows = sorted(rows, key=lambda row: 2.0 if row.accuracy is None else row.accuracy)
+        return rows[:MOST_ROWS]
+
+    # Pictures
+
+    @cached_property
+    def sheet(self) -> Sheet | None:
+        """All pictures that are kept."""
+        found = self.outcomes
+        return sheet(found.pictures) if found is not None and len(found.pictures) else None
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        """Of a test image, the number of its picture in the sheet."""
+        if self.outcomes is None:
+            return {}
+        return {place: n for n, place in enumerate(self.outcomes.pictured.tolist())}
+
+    def _name(self, place: int) -> str:
+        found = self.outcomes
+        if found is not None and found.files.shape == found.truth.shape:
+            return redacted(str(found.files[place]))
+        return f"image {place}"
+
+    def _answers(self, places: NDArray[Any]) -> list[Answer]:
+        return [self._answer(place) for place in places.tolist()]
+
+    def _answer(self, place: int) -> Answer:
+        found, picture = self.outcomes, self._numbers.get(place)
+        assert found is not None
+        truth, predicted = int(found.truth[place]), int(found.predicted[place])
+        return Answer(
+            self._name(place),
+            self.classes[truth],
+            self.classes[predicted],
+            percent(float(found.probability[place])),
+            percent(float(found.probability_of_truth[place])),
+            f"{found.loss[place]:.2f}",
+            truth == predicted,
+            self.sheet.position(picture) if picture is not None and self.sheet else None,
+        )
+
+    @property
+    def worst(self) -> list[Answer]:
+        """The mistakes of the highest loss."""
+        return self._answers(self.outcomes.mistakes[:WORST]) if self.outcomes else []
+
+    @property
+    def surest(self) -> list[Answer]:
+        """The right answers of the highest probability."""
+        return self._answers(self.outcomes.surest[:SUREST]) if self.outcomes else []
+
+    @cached_property
+    def filters(self) -> Filters | None:
+        """Of the first convolution of the best weights."""
+        shape = self.run.about.get("image_shape")
+        channels = shape[-1] if isinstance(shape, list) and shape else None
+        return figures.first_filters(self.run.path / "best.safetensors", channels)
+
+    @cached_property
+    def filter_sheet(self) -> Sheet | None:
+        """The filters as pictures."""
+        return sheet(self.filters.pictures, FILTER_PIXELS) if self.filters else None
+
+    # For the script of the page
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        """What was said of the fixed test images in each epoch, thousandths for probabilities."""
+        indices = self.run.about.get("samples")
+        places = [n for n in indices if isinstance(n, int)] if isinstance(indices, list) else []
+        rows = {row["epoch"]: row["samples"] for row in self.run.details if _has_samples(row)}
+        epochs = _some(sorted(rows), MOST_EPOCHS)
+        return {
+            "epochs": epochs if places else [],
+            "best": [[_scores(scores) for scores in rows[e][: len(places)]] for e in epochs],
+            "names": [self._name(place) for place in places],
+            "truth": [self._truth(place) for place in places],
+            "pictures": [self._numbers.get(place) for place in places],
+        }
+
+    def _truth(self, place: int) -> int | None:
+        found = self.outcomes
+        return int(found.truth[place]) if found and 0 <= place < len(found.truth) else None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the charts are drawn from; no value in it is NaN, which JSON has not."""
+        curves = {
+            name: [number(row.get(key)) for row in self.run.epochs] for name, key in _CURVES.items()
+        }
+        bins, error = figures.reliability(self.outcomes) if self.outcomes else ([], 0.0)
+        sheet = self.sheet
+        return {
+            "classes": self.classes,
+            "epochs": [row["epoch"] for row in self.run.epochs],
+            "curves": curves,
+            "shown_epoch": self.shown_epoch,
+            "matrix": self.cells if len(self.classes) <= MATRIX_CLASSES else [],
+            "pictures": list(self._pictures()),
+            "columns": sheet.columns if sheet else 0,
+            "size": [sheet.width, sheet.height] if sheet else [0, 0],
+            "samples": self.samples,
+            "bins": [[b.images, round(b.probability, 4), round(b.accuracy, 4)] for b in bins],
+            "calibration_error": round(error, 4),
+        }
+
+    def _pictures(self) -> Iterator[list[Any]]:
+        """Of each kept picture: name, truth, prediction, the two probabilities and the loss."""
+        found = self.outcomes
+        if found is None:
+            return
+        columns = (found.probability, found.probability_of_truth, found.loss)
+        for place in found.pictured.tolist():
+            values = [number(round(float(column[place]), 4)) for column in columns]
+            classes = int(found.truth[place]), int(found.predicted[place])
+            yield [self._name(place), *classes, *values]
+
+    @property
+    def shown_epoch(self) -> int | None:
+        """Whose answers are shown."""
+        if self.outcomes is not None:
+            return self.outcomes.epoch
+        return self.best_row["epoch"] if self.best_row else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All, under dotted names."""
+        settings: dict[str, Any] = cleaned(flat(self.run.config)) if self.run.config else {}
+        return settings
+
+    @property
+    def source(self) -> str:
+        """The recipe file."""
+        return redacted(self.run.source)
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Of the epoch whose answers are shown."""
+        return figures.reliability(self.outcomes)[1] if self.outcomes else None
+
+
+def render(run: RunFiles, script: str, reload_seconds: int = 0) -> bytes:
+    """The page; `script` is where plotly's is, seen from it. It reloads itself where asked to."""
+    page = Page(run)
+    return _rendered("report.html", page=page, script=script, reload_seconds=reload_seconds)
+
+
+def render_index(pages: Mapping[str, RunFiles]) -> bytes:
+    """A list of pages, which are named by their links."""
+    return _rendered("index.html", pages=pages)
+
+
+def _rendered(template: str, **values: Any) -> bytes:
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= {"percent": percent}
+    environment.trim_blocks = environment.lstrip_blocks = True
+    own = {name: _own_text(f"report.{ending}") for name, ending in _OWN_TEXTS.items()}
+    text = environment.get_template(template).render(**values, **own, generator=GENERATOR)
+    return text.encode(errors="replace")  # names of files may be no UTF-8
+
+
+def _own_text(name: str) -> Markup:
+    """The launcher's own style and script, which are not to be escaped."""
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def percent(share: float | None) -> str:
+    """`61.5 %` on one line; a share just below one is not said to be one."""
+    if share is None or share != share:
+        return "unknown"
+    if 0.9995 <= share < 1:
+        return ">\xa099.9\xa0%"
+    return "<\xa00.1\xa0%" if 0 < share < 0.0005 else f"{share:.1%}".replace("%", "\xa0%")
+
+
+def duration(seconds: float) -> str:
+    """`3 min 17 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _epochs(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5]))
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"epoch{'s' if numbers[1:] else ''} {shown}{more}"
+
+
+def _moment(value: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+
+
+def _is_cell(cell: Any) -> bool:
+    are_numbers = isinstance(cell, list) and all(type(part) is int for part in cell)
+    return are_numbers and len(cell) == 3 and all(0 <= p < MOST_CLASSES for p in cell[:2])
+
+
+def _has_samples(row: Mapping[str, Any]) -> bool:
+    samples = row.get("samples")
+    return isinstance(samples, list) and all(isinstance(scores, list) for scores in samples)
+
+
+def _scores(scores: list[Any]) -> list[list[int]]:
+    """The best classes of an image, in thousandths; what is no class and share is left out."""
+    pairs = (pair for pair in scores if isinstance(pair, list) and len(pair) == 2)
+    return [
+        [place, round(1000 * share)]
+        for place, value in pairs
+        if type(place) is int and (share := number(value)) is not None
+    ]
+
+
+def _some(values: list[int], most: int) -> list[int]:
+    """So many of them at most, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

@@ -1,0 +1,160 @@
+"""`launcher report RUN ...`: a page of each run, for a browser, from the run folder alone.
+
+A page asks nothing of any other machine. Beside it lies plotly's script, which draws the curves.
+"""
+
+import sys
+import time
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from launcher.checkpoint.run_files import RunFiles, find
+from launcher.errors import UserError
+from launcher.results.page import GENERATOR, render, render_index
+from launcher.utils import atomic_write
+from launcher.utils.arguments import Parser
+
+SCRIPT = "plotly.min.js"
+SECONDS = 5  # between two looks of --watch
+_USAGE = "launcher report RUN [RUN ...] [--output DIR] [--open] [--watch]"
+_WATCHED = ("metrics.jsonl", "details.jsonl", "best.npz", "last.npz", "end.json", "run.json")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words behind `launcher report`."""
+    parser = Parser(prog="launcher report", usage=_USAGE, description=__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="RUN", help="a run folder, or the name of a run")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs of names are")
+    add("--output", type=Path, metavar="DIR", help="where to write; default: report/ in the run")
+    add("--open", action="store_true", help="show it in the browser")
+    watches = "write it again whenever there is something new, until the run has ended"
+    add("--watch", action="store_true", help=watches)
+    arguments = parser.parse_args(words)
+    if not arguments.names:
+        parser.error("no run is named")
+    runs = [find(name, arguments.runs) for name in arguments.names]
+    pages = places(runs, arguments.output)
+    first = _write_all(runs, pages, arguments.output, is_watched=arguments.watch)
+    for path in dict.fromkeys((first, *pages)):
+        sys.stdout.write(f"{_printable(path)}\n")
+    sys.stdout.flush()
+    if arguments.open:
+        webbrowser.open(first.absolute().as_uri())
+    if arguments.watch:
+        try:
+            _watch(runs, pages, arguments.output)
+        except KeyboardInterrupt:  # it is how one ends it
+            return 0
+    return 0
+
+
+def places(runs: Sequence[RunFiles], output: Path | None) -> list[Path]:
+    """Where the page of each run goes."""
+    if output is None:
+        return [run.path / "report" / "index.html" for run in runs]
+    if len(runs) == 1:
+        return [output / "index.html"]
+    taken = {"index"}
+    pages = []
+    for run in runs:
+        names = [run.name, *(f"{run.name}-{number}" for number in range(2, len(runs) + 2))]
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        pages.append(output / f"{name}.html")
+    return pages
+
+
+def _write_all(
+    runs: Sequence[RunFiles], pages: Sequence[Path], output: Path | None, *, is_watched: bool
+) -> Path:
+    """Write the pages, their script and, for several in one folder, a list of them.
+
+    Returns the page to open first.
+    """
+    for run, path in zip(runs, pages, strict=True):
+        seconds = SECONDS if is_watched and run.state == "running" else 0
+        _write(path, render(run, SCRIPT, seconds))
+    for folder in dict.fromkeys(path.parent for path in pages):
+        _write_script(folder / SCRIPT)
+    if output is None or len(runs) == 1:
+        return pages[0]
+    links = {quote(path.name): run for path, run in zip(pages, runs, strict=True)}
+    _write(output / "index.html", render_index(links))
+    return output / "index.html"
+
+
+def _watch(runs: Sequence[RunFiles], pages: Sequence[Path], output: Path | None) -> None:
+    """Write again what has changed, until no run is running: the last page does not reload."""
+    seen = [_state(run) for run in runs]
+    is_running = True
+    while is_running:
+        is_running = any(run.state == "running" for run in runs)
+        fresh = [RunFiles(run.path) for run in runs]  # what is read of one is kept by it
+        found = [_state(run) for run in fresh]
+        if found != seen or not is_running:
+            _write_all(fresh, pages, output, is_watched=is_running)
+        seen = found
+        if is_running:
+            time.sleep(SECONDS)
+
+
+def _state(run: RunFiles) -> tuple[object, ...]:
+    """What differs after an epoch, and after the end."""
+    stats = []
+    for name in _WATCHED:
+        try:
+            found = (run.path / name).stat()
+            stats.append((found.st_mtime_ns, found.st_size))
+        except OSError:
+            stats.append((0, 0))
+    return (run.state, *stats)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Raises `UserError` where that is not possible, or the place is not the launcher's."""
+    try:
+        if path.parent.is_symlink() or not _is_own(path):
+            raise UserError(
+                f"{path}, which is not a page of launcher report, or behind a link",
+                expected="a place that is free, or has an earlier report",
+                instead="type --output FOLDER",
+            )
+        atomic_write.replace(path, content, is_kept=False)
+    except OSError as error:
+        raise UserError(
+            f"{path}, which cannot be written ({error.strerror})",
+            expected="a folder that can be written, and room for it",
+            instead="type --output FOLDER",
+        ) from None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether nothing of others would be lost."""
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(1000)
+
+
+def _write_script(path: Path) -> None:
+    from plotly.offline import get_plotlyjs
+
+    script = get_plotlyjs().encode()
+    try:
+        if not path.is_file() or path.stat().st_size != len(script):
+            atomic_write.replace(path, script, is_kept=False)
+    except OSError as error:
+        raise UserError(
+            f"{path}, which cannot be written ({error.strerror})",
+            expected="a folder that can be written, and room for it",
+            instead="type --output FOLDER",
+        ) from None
+
+
+def _printable(path: Path) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in str(path))

@@ -1,0 +1,62 @@
+"""Many small pictures in one, as a data URI: a page of hundreds of them is one file."""
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+MOST_BYTES = 1_200_000  # of a sheet without loss; more is a photograph's, which shows no loss
+QUALITY = 90  # of WebP, in per cent
+SHOWN = 96  # pixels on the page of a picture's longer side
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures side by side; `width` and `height` of one, in pixels of the page."""
+
+    uri: str
+    columns: int
+    rows: int
+    width: int
+    height: int
+    is_enlarged: bool
+
+    def position(self, number: int) -> str:
+        """Where a picture lies, as CSS's background-position."""
+        row, column = divmod(number, self.columns)
+        return f"-{column * self.width}px -{row * self.height}px"
+
+    @property
+    def size(self) -> str:
+        """Of the whole sheet, as CSS's background-size."""
+        return f"{self.columns * self.width}px {self.rows * self.height}px"
+
+
+def sheet(pictures: NDArray[Any], shown: int = SHOWN) -> Sheet:
+    """Of pictures, uint8 `(k, h, w, c)` with k > 0: of a grey one or another depth, one channel."""
+    count, height, width, channels = pictures.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    depth = 3 if channels == 3 else 1
+    whole = numpy.zeros((rows * columns, height, width, depth), numpy.uint8)
+    whole[:count] = pictures[..., :depth]
+    whole = whole.reshape(rows, columns, height, width, depth).swapaxes(1, 2)
+    whole = whole.reshape(rows * height, columns * width, depth)
+    image = Image.fromarray(whole if depth == 3 else whole[..., 0])
+    scale = shown / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return Sheet(_uri(image), columns, rows, *size, is_enlarged=scale >= 2)
+
+
+def _uri(image: Image.Image) -> str:
+    content = io.BytesIO()
+    image.save(content, "WEBP", lossless=True, quality=0, method=2)
+    if content.tell() > MOST_BYTES:
+        content = io.BytesIO()
+        image.save(content, "WEBP", quality=QUALITY, method=2)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
