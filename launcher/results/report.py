@@ -19,6 +19,7 @@ from launcher.utils.arguments import Parser
 SCRIPT = "plotly.min.js"
 SECONDS = 5  # between two looks of --watch
 _USAGE = "launcher report RUN [RUN ...] [--output DIR] [--open] [--watch]"
+_State = tuple[object, ...]
 _WATCHED = ("metrics.jsonl", "details.jsonl", "best.npz", "last.npz", "end.json", "run.json")
 
 
@@ -37,6 +38,7 @@ def main(words: Sequence[str]) -> int:
         parser.error("no run is named")
     runs = [find(name, arguments.runs) for name in arguments.names]
     pages = places(runs, arguments.output)
+    before = [_state(run) for run in runs]  # an epoch may end while the pages are written
     first = _write_all(runs, pages, arguments.output, is_watched=arguments.watch)
     for path in dict.fromkeys((first, *pages)):
         sys.stdout.write(f"{_printable(path)}\n")
@@ -45,7 +47,7 @@ def main(words: Sequence[str]) -> int:
         webbrowser.open(first.absolute().as_uri())
     if arguments.watch:
         try:
-            _watch(runs, pages, arguments.output)
+            _watch(runs, pages, arguments.output, before)
         except KeyboardInterrupt:  # it is how one ends it
             return 0
     return 0
@@ -86,9 +88,13 @@ def _write_all(
     return output / "index.html"
 
 
-def _watch(runs: Sequence[RunFiles], pages: Sequence[Path], output: Path | None) -> None:
-    """Write again what has changed, until no run is running: the last page does not reload."""
-    seen = [_state(run) for run in runs]
+def _watch(
+    runs: Sequence[RunFiles], pages: Sequence[Path], output: Path | None, seen: list[_State]
+) -> None:
+    """Write again what has changed since it was `seen`, until no run is running.
+
+    The last page does not reload itself.
+    """
     is_running = True
     while is_running:
         is_running = any(run.state == "running" for run in runs)
@@ -101,7 +107,7 @@ def _watch(runs: Sequence[RunFiles], pages: Sequence[Path], output: Path | None)
             time.sleep(SECONDS)
 
 
-def _state(run: RunFiles) -> tuple[object, ...]:
+def _state(run: RunFiles) -> _State:
     """What differs after an epoch, and after the end."""
     stats = []
     for name in _WATCHED:
