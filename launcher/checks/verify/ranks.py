@@ -121,11 +121,13 @@ def _end_server() -> None:
         with suppress(psutil.Error):
             if "multiprocessing.forkserver" in " ".join(child.cmdline()):
                 child.suspend()  # else it might fork meanwhile
-                processes = [*child.children(recursive=True), child]
-                for process in processes:
+                ranks = child.children(recursive=True)
+                for process in (*ranks, child):
                     with suppress(psutil.Error):
                         process.kill()
-                psutil.wait_procs(processes, timeout=10)
+                psutil.wait_procs(ranks, timeout=10)
+                # Not reaped here: multiprocessing does that where it is asked for another one.
+                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
 
 @dataclass
