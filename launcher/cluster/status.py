@@ -17,6 +17,7 @@ from launcher.checkpoint.run_files import RunFiles
 from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import UserError
 from launcher.utils import atomic_write, json_text
+from launcher.utils.text import printable
 
 _HEADINGS = ("run", "job", "state", "attempt", "epoch", "best accuracy", "setting")
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
@@ -62,15 +63,11 @@ def show(runs: Path) -> None:
             instead="type launcher submit RECIPE first, or name the folder with --runs FOLDER",
         )
     queue = ask_queue()
-    rows = [tuple(map(_printable, row)) for path in records for row in _rows(path, runs, queue)]
+    rows = [tuple(map(printable, row)) for path in records for row in _rows(path, runs, queue)]
     if sys.stdout.isatty():
         _print_table(rows)
     else:
         _print_aligned([_HEADINGS, *rows])
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

@@ -28,7 +28,7 @@ from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils.plots import half_blocks
 from launcher.utils.redaction import redacted
-from launcher.utils.text import count, drop_stdout
+from launcher.utils.text import count, drop_stdout, printable
 
 PICTURES, PIXELS = 6, 20  # of the worst mistakes, and their longer side
 CAPTION = 24  # characters: three pictures beside each other in a terminal of 80
@@ -182,7 +182,7 @@ def _caption(found: Outcomes, place: int, classes: tuple[str, ...]) -> str:
 
 def _name(classes: tuple[str, ...], place: int) -> str:
     name = classes[place] if place < len(classes) else f"class {place}"
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+    return printable(name)
 
 
 def _thumbnail(picture: NDArray[Any]) -> NDArray[Any]:

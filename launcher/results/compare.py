@@ -22,6 +22,7 @@ from rich.text import Text
 from launcher.checkpoint.run_files import RunFiles, find
 from launcher.utils.arguments import Parser
 from launcher.utils.redaction import redacted
+from launcher.utils.text import printable
 
 _USAGE = "launcher compare RUN RUN [RUN ...] [--json]"
 _WIDTH = 110  # of a table that goes into a file
@@ -221,7 +222,7 @@ def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
     for run in runs[1:]:
         for line in source_difference(runs[0], run):
             style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
-            console.print(Text(_printable(redacted(line)), style))
+            console.print(Text(printable(redacted(line)), style))
     columns = [group.name for group in groups]
     figures = {name: [_mean(group.figures[name], name) for group in groups] for name in _FIGURES}
     console.print(_table("figures", columns, figures))
@@ -233,9 +234,9 @@ def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
 def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in (title, *names):
-        table.add_column(Text(_printable(name)), overflow="fold")
+        table.add_column(Text(printable(name)), overflow="fold")
     for name, cells in rows.items():
-        table.add_row(Text(_printable(name)), *(Text(_printable(cell)) for cell in cells))
+        table.add_row(Text(printable(name)), *(Text(printable(cell)) for cell in cells))
     return table
 
 
@@ -243,10 +244,6 @@ def _cell(value: Any) -> str:
     return (
         "-" if value is None else redacted(value if isinstance(value, str) else json.dumps(value))
     )
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _mean(values: Sequence[float], name: str) -> str:

@@ -22,7 +22,7 @@ from launcher.results.compare import flat
 from launcher.results.figures import Filters, number
 from launcher.results.sprites import Sheet, sheet
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import count
+from launcher.utils.text import count, some, spread
 
 MOST_EPOCHS = 100  # through which the slider of the samples goes
 MOST_ROWS = 1000  # classes in the list of accuracies
@@ -275,7 +275,7 @@ class Page:
         indices = self.run.about.get("samples")
         places = [n for n in indices if isinstance(n, int)] if isinstance(indices, list) else []
         rows = {row["epoch"]: row["samples"] for row in self.run.details if _has_samples(row)}
-        epochs = _some(sorted(rows), MOST_EPOCHS)
+        epochs = spread(sorted(rows), MOST_EPOCHS)
         return {
             "epochs": epochs if places else [],
             "best": [[_scores(scores) for scores in rows[e][: len(places)]] for e in epochs],
@@ -390,9 +390,7 @@ def duration(seconds: float) -> str:
 
 
 def _epochs(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:5]))
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    return f"epoch{'s' if numbers[1:] else ''} {shown}{more}"
+    return f"epoch{'s' if numbers[1:] else ''} {some(list(map(str, numbers)), 5)}"
 
 
 def _moment(value: Any) -> datetime | None:
@@ -420,10 +418,3 @@ def _scores(scores: list[Any]) -> list[list[int]]:
         for place, value in pairs
         if type(place) is int and (share := number(value)) is not None
     ]
-
-
-def _some(values: list[int], most: int) -> list[int]:
-    """So many of them at most, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

@@ -30,7 +30,7 @@ from launcher.errors import EXIT_USER, UserError
 from launcher.results.load import TrainedRun, load_run
 from launcher.utils.arguments import Parser
 from launcher.utils.plots import half_blocks
-from launcher.utils.text import count
+from launcher.utils.text import count, printable
 
 BATCH = 128  # pictures
 TOP = 5
@@ -235,7 +235,7 @@ class _Lines:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         best = "  ".join(f"{name} {p:.1%}" for name, p in pairs)
         text = f"{prediction.file}  {best}"
-        sys.stdout.write("".join(c if c.isprintable() else "?" for c in text) + "\n")
+        sys.stdout.write(printable(text) + "\n")
 
 
 class _Csv:

@@ -15,6 +15,7 @@ from launcher.errors import UserError
 from launcher.results.page import GENERATOR, render, render_index
 from launcher.utils import atomic_write
 from launcher.utils.arguments import Parser
+from launcher.utils.text import printable
 
 SCRIPT = "plotly.min.js"
 SECONDS = 5  # between two looks of --watch
@@ -41,7 +42,7 @@ def main(words: Sequence[str]) -> int:
     before = [_state(run) for run in runs]  # an epoch may end while the pages are written
     first = _write_all(runs, pages, arguments.output, is_watched=arguments.watch)
     for path in dict.fromkeys((first, *pages)):
-        sys.stdout.write(f"{_printable(path)}\n")
+        sys.stdout.write(f"{printable(str(path))}\n")
     sys.stdout.flush()
     if arguments.open:
         webbrowser.open(first.absolute().as_uri())
@@ -160,7 +161,3 @@ def _write_script(path: Path) -> None:
             expected="a folder that can be written, and room for it",
             instead="type --output FOLDER",
         ) from None
-
-
-def _printable(path: Path) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in str(path))

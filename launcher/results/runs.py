@@ -16,7 +16,7 @@ from rich.text import Text
 from launcher.checkpoint.run_files import RunFiles, all_runs
 from launcher.errors import UserError
 from launcher.utils.arguments import Parser
-from launcher.utils.text import sizes
+from launcher.utils.text import printable, sizes
 
 _USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
 _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
@@ -113,14 +113,10 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         planned = "?" if row.planned is None else row.planned
         best = "-" if row.best is None else f"{row.best:.2%}"
-        cells = (row.name, row.recipe, row.state, f"{row.epoch}/{planned}", best)
-        table.add_row(*map(_text, (*cells, _age(row.age), sizes(row.size))))
+        about = (row.name, row.recipe, row.state, f"{row.epoch}/{planned}", best)
+        cells = (*about, _age(row.age), sizes(row.size))
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: brackets are no markup
     return table
-
-
-def _text(cell: str) -> Text:
-    """Brackets are no markup, and what no terminal shows is a question mark."""
-    return Text("".join(letter if letter.isprintable() else "?" for letter in cell))
 
 
 def _age(seconds: float | None) -> str:

@@ -15,6 +15,7 @@ from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
+from launcher.utils.text import some
 from launcher.utils.user_code import is_users, place_of, user_line, user_location
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
@@ -228,8 +229,7 @@ def _count_over_ranks(accelerator: Accelerator, is_so: bool) -> int:
 
 def _refuse_unused(recipe: Recipe, unused: list[str], ranks: int) -> None:
     if ranks:
-        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        shown = ", ".join(unused[:3]) + more if unused else "those named on another rank"
+        shown = some(unused) if unused else "those named on another rank"
         raise UserError(
             f"parameters of {code_name(recipe.model)} that its scores do not depend on: {shown}",
             expected="a gradient for each parameter in each step, for which several ranks wait",

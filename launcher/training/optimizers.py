@@ -36,7 +36,7 @@ from launcher.config.serialize import code_name
 from launcher.config.settings import children
 from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
-from launcher.utils.text import count
+from launcher.utils.text import count, some
 from launcher.utils.user_code import function_of, is_users, place_of, user_location
 
 MOST_RATE = 1e35  # of learning: with more, what Adam makes of it is no float32
@@ -308,8 +308,7 @@ def describe_left_out(optimizer: Optimizer, network: nn.Module) -> str:
     left = [n for n, p in network.named_parameters() if p.requires_grad and id(p) not in trained]
     if not left:
         return ""
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    return f"not in the optimizer, so never changed: {', '.join(left[:3])}{more}"
+    return f"not in the optimizer, so never changed: {some(left)}"
 
 
 def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:

@@ -26,13 +26,6 @@ def plot(values: Sequence[float], first: str, last: str) -> tuple[str, ...]:
     return (*rows, " " * len(label) + axis)
 
 
-def at_most(values: Sequence[float], columns: int = WIDTH) -> list[float]:
-    """So many of the values, evenly spread, with the first and the last."""
-    if len(values) <= columns:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (columns - 1))] for i in range(columns)]
-
-
 def half_blocks(pixels: Any) -> Text:
     """A picture, uint8 `(h, w, 3)`, in a truecolor terminal: two rows of pixels in each line."""
     text = Text()

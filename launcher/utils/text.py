@@ -1,7 +1,11 @@
-"""Words for numbers, and the end of a pipe to which they are written."""
+"""Words for numbers and names, and the end of a pipe to which they are written."""
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def count(number: int, noun: str) -> str:
@@ -16,6 +20,24 @@ def sizes(number: int) -> str:
         if number >= 0.95 * 1000**power:
             return f"{number / 1000**power:.1f} {unit}"
     return f"{number} bytes"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def spread(values: Sequence[T], most: int) -> list[T]:
+    """So many of them at most, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def printable(text: str) -> str:
+    """What no terminal shows, as an escape in the name of a file, is a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def drop_stdout() -> None:

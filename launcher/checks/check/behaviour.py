@@ -17,11 +17,10 @@ from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.training.model import restored_afterwards, upcast
-from launcher.utils.text import count
+from launcher.utils.text import count, some
 from launcher.utils.user_code import describe_line, function_of, innermost_user_line
 
 NAME = "network"
-_SHOWN = 3  # names of layers in one line
 
 
 def find_behaviour(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
@@ -42,7 +41,7 @@ def small_batches(network: nn.Module, plan: Plan) -> Iterator[Verdict]:
     if norms and images < 2:
         yield Verdict(
             NAME,
-            f"BatchNorm ({_some(norms)}) over 1 image: {plan.describe_batch()}",
+            f"BatchNorm ({some(norms)}) over 1 image: {plan.describe_batch()}",
             "wrong",
             f"type data.batch_size={8 * plan.num_micro_batches}, for example, or use GroupNorm",
         )
@@ -147,7 +146,7 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
     if frozen:
         yield Verdict(
             NAME,
-            f"{count(len(frozen), 'parameter')} frozen by requires_grad=False: {_some(frozen)}",
+            f"{count(len(frozen), 'parameter')} frozen by requires_grad=False: {some(frozen)}",
             "notice",
             "leave it so if they are to stay as they are",
         )
@@ -159,7 +158,7 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
         layer = passed[-1].rpartition(".")[0]
         yield Verdict(
             NAME,
-            f"no gradient comes to {_some(passed)}: the way from there to the scores is cut behind "
+            f"no gradient comes to {some(passed)}: the way from there to the scores is cut behind "
             f"{layer}{declared(network, layer)}",
             "wrong",
             "leave out detach(), .data, .item(), numpy and torch.no_grad() behind it, or call "
@@ -169,7 +168,7 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
         layer = unused[0].rpartition(".")[0] or unused[0]
         yield Verdict(
             NAME,
-            f"forward does not use {_some(unused)}{declared(network, layer)}",
+            f"forward does not use {some(unused)}{declared(network, layer)}",
             "wrong",
             "use it or leave it out; unused_parameters=allow where it is used in some steps only",
         )
@@ -200,7 +199,7 @@ def _shared(network: nn.Module) -> Iterator[Verdict]:
         if len(places) > 1:
             yield Verdict(
                 NAME,
-                f"{_some(places)} are one {type(module).__name__}, with the same weights"
+                f"{some(places)} are one {type(module).__name__}, with the same weights"
                 f"{declared(network, places[0])}",
                 "notice",
                 "leave it so if they are to share them; else write a new layer for each: "
@@ -220,8 +219,3 @@ def _evaluating(walked: Walk) -> Iterator[None]:
 def _evaluated(walked: Walk, times: int = 1) -> list[Tensor]:
     with _evaluating(walked):
         return [upcast(walked.network(walked.images)) for _ in range(times)]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

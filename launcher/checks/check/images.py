@@ -1,6 +1,6 @@
 """The images of a recipe: how many of each class, which stand twice, what they look like."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -16,7 +16,7 @@ from launcher.config.plan import make_plan
 from launcher.config.recipe import Images, Recipe
 from launcher.data.batches import Batches, Normalize, epoch_order
 from launcher.data.sources import Data, ImageSet
-from launcher.utils.text import count
+from launcher.utils.text import count, some
 
 NAME = "data"
 MEASURED = 10_000  # images, of which mean and std are told
@@ -77,7 +77,7 @@ def _empty_classes(data: Data) -> Iterator[Verdict]:
         if lacking:
             yield Verdict(
                 NAME,
-                f"no {half} image of {_some(lacking)}",
+                f"no {half} image of {some(lacking)}",
                 "notice",
                 "leave the class out of `classes`, or add images of it",
             )
@@ -244,8 +244,3 @@ def joined(pictures: Tensor) -> Tensor:
     rows, columns, height, width, channels = pictures.shape
     whole = pictures.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
     return (whole if channels == 3 else whole[..., :1].expand(-1, -1, 3)).contiguous()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
