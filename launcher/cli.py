@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,30 +161,6 @@ def _check(words: list[str]) -> int:
     return check.main(words, _load)
 
 
-def _runs(words: list[str]) -> int:
-    from launcher.results import runs
-
-    return runs.main(words)
-
-
-def _compare(words: list[str]) -> int:
-    from launcher.results import compare
-
-    return compare.main(words)
-
-
-def _predict(words: list[str]) -> int:
-    from launcher.results import predict
-
-    return predict.main(words)
-
-
-def _export(words: list[str]) -> int:
-    from launcher.results import export
-
-    return export.main(words)
-
-
 def _doctor(words: list[str]) -> int:
     from launcher.checks.doctor import command as doctor
 
@@ -210,22 +188,21 @@ def _verify(words: list[str]) -> int:
         return verify.main(words, _load, folder)
 
 
-def _report(words: list[str]) -> int:
-    from launcher.results import report
+def _look_at_runs(command: str, words: list[str]) -> int:
+    """Each is a module of the room `results`."""
+    code: int = import_module(f"launcher.results.{command}").main(words)
+    return code
 
-    return report.main(words)
 
-
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "submit": _submit,
     "check": _check,
-    "runs": _runs,
-    "compare": _compare,
-    "predict": _predict,
-    "export": _export,
     "verify": _verify,
     "doctor": _doctor,
-    "report": _report,
+    **{
+        name: partial(_look_at_runs, name)
+        for name in ("runs", "report", "compare", "predict", "export")
+    },
 }
 
 

@@ -25,7 +25,7 @@ from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, make_plan
 from launcher.config.recipe import Recipe
-from launcher.config.serialize import flatten, short_name
+from launcher.config.serialize import short_name
 from launcher.config.slots import Precision
 from launcher.data import cache
 from launcher.data.sources import Data, digest
@@ -59,6 +59,7 @@ from launcher.training.model import build_network, count_parameters, initialize
 from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, make_context
+from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count
 
@@ -269,7 +270,7 @@ def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankG
 
 def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
     """What must be the same on every rank, in words, with its name."""
-    settings = dict(flatten(loaded.config))
+    settings = flatten(loaded.config)
     del settings["data.root"]  # where the images lie on this machine, not what they are
     settings |= {
         "--max-steps": options.max_steps,
@@ -440,7 +441,8 @@ def describe_run(
         own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
         notes = start.notes
         if damaged := own.forget_after(start.progress.epochs):
-            notes = (*notes, f"metrics.jsonl: {count(damaged, 'damaged line')} dropped")
+            dropped = f"{count(damaged, 'damaged line')} dropped"
+            notes = (*notes, f"metrics.jsonl and details.jsonl: {dropped}")
         return replace(start, folder=own, notes=notes)
 
     return run_on_main(ctx.accelerator, write)

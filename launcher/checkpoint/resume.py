@@ -12,9 +12,9 @@ from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
-from launcher.config.serialize import flatten
 from launcher.errors import UserError
 from launcher.training.metrics import Best
+from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 
 _OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
@@ -108,7 +108,7 @@ def refuse_changes(
     And for a word of `changed` that names nothing.
     """
     # Hidden once more: what is secret follows from the present environment too.
-    before, now = dict(flatten(cleaned(saved))), dict(flatten(present))
+    before, now = flatten(cleaned(saved)), flatten(present)
     for word in filter(None, changed):
         if not any(_is_named(name, [word]) for name in {*before, *now}):
             raise UserError(
@@ -162,7 +162,7 @@ def _refuse_other_batches(
             expected="another number of images or of images per batch after a whole epoch only",
             instead="leave data.batch_size as it was until the next checkpoint after an epoch",
         )
-    before, now = dict(flatten(state.config)), dict(flatten(present))
+    before, now = flatten(state.config), flatten(present)
     for name in ("data.batch_size", "seed"):
         if before.get(name) != now[name]:
             raise UserError(
@@ -180,7 +180,7 @@ def _refuse_other_optimizer(
     folder: RunDir, saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> None:
     """The state of one optimizer means nothing to another one."""
-    before, now = (dict(flatten(config)).get("optimizer.call") for config in (saved, present))
+    before, now = (flatten(config).get("optimizer.call") for config in (saved, present))
     if before != now:
         raise UserError(
             f"the optimizer {now}, but the run began with {before}",

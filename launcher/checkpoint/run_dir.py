@@ -83,7 +83,7 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """The settings that the run began with; empty where they cannot be read."""
-        return _read_json(self.path / "config.json")
+        return json_text.read_object(self.path / "config.json")
 
     @property
     def is_described(self) -> bool:
@@ -144,7 +144,7 @@ class RunDir:
 
     def _id_on_disk(self) -> str:
         """The mark of the run whose folder this is now; empty where there is none."""
-        return str(_read_json(self.path / "run.json").get("wandb_id", ""))
+        return str(json_text.read_object(self.path / "run.json").get("wandb_id", ""))
 
     @property
     def checkpoints(self) -> Path:
@@ -188,7 +188,7 @@ def find(runs: Path, name: str | None, recipe_name: str) -> RunDir | None:
     found = filter(Path.is_file, runs.glob("*/run.json"))
     described = sorted(found, key=lambda path: path.stat().st_mtime)
     for path in reversed(described):
-        if _read_json(path).get("name") == recipe_name:
+        if json_text.read_object(path).get("name") == recipe_name:
             return _own(path.parent)
     return None
 
@@ -275,15 +275,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a checkout, or without W&B
             continue
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a file says; empty where it is absent, damaged or says something else."""
-    try:
-        content = json_text.read(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

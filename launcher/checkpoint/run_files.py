@@ -36,12 +36,12 @@ class RunFiles:
     @cached_property
     def about(self) -> dict[str, Any]:
         """`run.json`: classes, versions, devices, data."""
-        return _read_object(self.path / "run.json")
+        return json_text.read_object(self.path / "run.json")
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """`config.json`: the settings of the recipe."""
-        return _read_object(self.path / "config.json")
+        return json_text.read_object(self.path / "config.json")
 
     @cached_property
     def source(self) -> str:
@@ -107,7 +107,7 @@ class RunFiles:
     @property
     def end(self) -> dict[str, Any]:
         """`end.json`: the exit code of the last attempt, and when it ended."""
-        return _read_object(self.path / "end.json")
+        return json_text.read_object(self.path / "end.json")
 
     @property
     def state(self) -> State:
@@ -181,14 +181,6 @@ def _bytes(folder: Path, name: str) -> bytes:
         return (folder / name).read_bytes() if (folder / name).is_file() else b""
     except OSError:
         return b""
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json_text.read(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

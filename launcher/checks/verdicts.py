@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from launcher.errors import EXIT_USER
+from launcher.utils.arguments import Parser, seconds
 from launcher.utils.redaction import redacted
 
 WIDTH = 100  # of what goes into a file or a pipe
@@ -98,17 +99,16 @@ def answers(
         yield from found
 
 
+def add_options(parser: Parser, limit: float) -> None:
+    """What all three commands take: `--json`, and `--limit` seconds."""
+    parser.add_argument("--json", action="store_true", help="for machines: one JSON object")
+    text = "seconds that it may take (default: %(default)g)"
+    parser.add_argument("--limit", type=seconds, default=limit, metavar="SECONDS", help=text)
+
+
 def exit_code(verdicts: Sequence[Verdict]) -> int:
     """0, or 2 where an answer is wrong."""
     return EXIT_USER if any(verdict.standing == "wrong" for verdict in verdicts) else 0
-
-
-def make_console() -> Console:
-    """For stdout: as wide as the terminal, or as a page where there is none."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    return console
 
 
 def show(verdict: Verdict, console: Console) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ class LoadedRecipe:
     def config(self) -> dict[str, Any]:
         """The resolved recipe in its JSON form, without secrets."""
         return cleaned(resolve(self.recipe))
+
+
+Load = Callable[[str, list[str]], LoadedRecipe]  # a path and overrides to the recipe
 
 
 def load(path: Path) -> LoadedRecipe:

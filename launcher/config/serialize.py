@@ -1,7 +1,7 @@
 """A recipe as plain JSON: what a run writes down, and what a resumed run compares."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -51,17 +51,6 @@ def _refuse_built(value: Callable[..., Any]) -> None:
             expected="a class or a function, which every process calls for itself",
             instead=f"write {kind} without brackets, with settings in partial({kind}, ...)",
         )
-
-
-def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of a nested JSON form under dotted names."""
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return [(prefix.removesuffix("."), value)]
-    return [leaf for name, item in items for leaf in flatten(item, f"{prefix}{name}.")]
 
 
 def code_name(value: Callable[..., Any]) -> str:

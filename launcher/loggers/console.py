@@ -26,8 +26,8 @@ from launcher.checkpoint.outcomes import Outcomes
 from launcher.config.plan import Plan
 from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
-from launcher.utils.plots import half_blocks
 from launcher.utils.redaction import redacted
+from launcher.utils.terminal import half_blocks
 from launcher.utils.text import count, drop_stdout, printable
 
 PICTURES, PIXELS = 6, 20  # of the worst mistakes, and their longer side

@@ -3,7 +3,7 @@
 from typing import Any
 
 from launcher.checkpoint.run_files import RunFiles
-from launcher.results.compare import flat
+from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
 
 _TEXT = """\
@@ -87,7 +87,7 @@ def model_card(files: RunFiles, proof: str, accuracy: float) -> str:
 
 
 def _settings(config: dict[str, Any]) -> str:
-    lines = [f"{name} = {value}" for name, value in flat(config).items()]
+    lines = [f"{name} = {value}" for name, value in flatten(config).items()]
     return "\n".join(lines).replace("```", "'''")
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from launcher.checkpoint.run_files import RunFiles, find
 from launcher.utils.arguments import Parser
+from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
+from launcher.utils.terminal import make_console
 from launcher.utils.text import printable
 
 _USAGE = "launcher compare RUN RUN [RUN ...] [--json]"
@@ -90,17 +91,6 @@ def main(words: Sequence[str]) -> int:
 # What differs
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested settings under dotted names."""
-    if isinstance(value, Mapping):
-        items: list[tuple[str, Any]] = list(value.items())
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        items = [(str(number), item) for number, item in enumerate(value)]
-    else:
-        return {prefix.removesuffix("."): value}
-    return {k: v for name, item in items for k, v in flat(item, f"{prefix}{name}.").items()}
-
-
 def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Of each name that not all have with the same value, the values; None where it is absent."""
     names = {name: None for mapping in values for name in mapping}
@@ -132,7 +122,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     """Repeats of one experiment together, in the order of the first of each."""
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        settings = {n: v for n, v in flat(run.config).items() if n not in _OF_A_RUN}
+        settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
         groups.setdefault(json.dumps([settings, run.source], sort_keys=True), []).append(run)
     return [Group(tuple(group), _figures(group)) for group in groups.values()]
 
@@ -196,7 +186,7 @@ def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]
     ]
     return {
         "runs": [str(run.path) for run in runs],
-        "settings": differing([flat(run.config) for run in runs]),
+        "settings": differing([flatten(run.config) for run in runs]),
         "environment": differing([environment(run) for run in runs]),
         "source": [source_difference(runs[0], run) for run in runs[1:]],
         "groups": [{"runs": [r.name for r in g.runs], "figures": g.figures} for g in groups],
@@ -205,12 +195,10 @@ def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]
 
 
 def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = make_console(_WIDTH)
     names = [run.name for run in runs]
     for title, values in (
-        ("settings", [flat(run.config) for run in runs]),
+        ("settings", [flatten(run.config) for run in runs]),
         ("environment", [environment(run) for run in runs]),
     ):
         rows = differing(values)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from launcher.checkpoint.outcomes import MOST_CLASSES, SUREST, WORST, Outcomes
 from launcher.checkpoint.run_files import RunFiles
 from launcher.results import figures
-from launcher.results.compare import flat
 from launcher.results.figures import Filters, number
 from launcher.results.sprites import Sheet, sheet
+from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count, some, spread
 
@@ -331,7 +331,7 @@ class Page:
     @property
     def settings(self) -> dict[str, Any]:
         """All, under dotted names."""
-        settings: dict[str, Any] = cleaned(flat(self.run.config)) if self.run.config else {}
+        settings: dict[str, Any] = cleaned(flatten(self.run.config)) if self.run.config else {}
         return settings
 
     @property

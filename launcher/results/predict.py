@@ -29,7 +29,7 @@ from launcher.checkpoint.run_files import find
 from launcher.errors import EXIT_USER, UserError
 from launcher.results.load import TrainedRun, load_run
 from launcher.utils.arguments import Parser
-from launcher.utils.plots import half_blocks
+from launcher.utils.terminal import half_blocks
 from launcher.utils.text import count, printable
 
 BATCH = 128  # pictures

@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from launcher.checkpoint.run_files import RunFiles, all_runs
 from launcher.errors import UserError
 from launcher.utils.arguments import Parser
+from launcher.utils.terminal import make_console
 from launcher.utils.text import printable, sizes
 
 _USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
@@ -60,9 +60,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         return 0
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = make_console(_WIDTH)
     console.print(_table(rows))
     return 0
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,23 @@ def read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     return parse(path.read_bytes())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a file says; empty where it is absent, damaged or says something else."""
+    try:
+        content = read(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested objects under dotted names; a list counts as one where it has some."""
+    if isinstance(value, Mapping):
+        items: list[tuple[str, Any]] = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {prefix.removesuffix("."): value}
+    return {k: v for name, item in items for k, v in flatten(item, f"{prefix}{name}.").items()}

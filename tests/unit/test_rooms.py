@@ -98,7 +98,16 @@ def test_no_file_is_part_of_a_cycle() -> None:
 
 def test_few_files_import_rich_and_one_imports_wandb() -> None:
     owners_of = {
-        "rich": ("command", "plots", "verdicts", "console", "status", "runs", "compare", "predict"),
+        "rich": (
+            "command",
+            "terminal",
+            "verdicts",
+            "console",
+            "status",
+            "runs",
+            "compare",
+            "predict",
+        ),
         "wandb": ("wandb",),
     }
     for library, owners in owners_of.items():

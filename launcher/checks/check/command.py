@@ -21,32 +21,31 @@ from launcher.checks.check import behaviour, cost, images, learning
 from launcher.checks.check.layers import Layer, walk
 from launcher.checks.check.mistakes import find_mistake
 from launcher.checks.verdicts import (
+    WIDTH,
     Deadline,
     Verdict,
+    add_options,
     answers,
     as_json,
     closing_line,
     exit_code,
-    make_console,
     show,
 )
-from launcher.config.loader import LoadedRecipe
+from launcher.config.loader import Load, LoadedRecipe
 from launcher.config.plan import Plan, make_plan
 from launcher.data import sources
 from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images
 from launcher.training.state import TrainContext
-from launcher.utils.arguments import Parser, positive, seconds
-from launcher.utils.plots import WIDTH, half_blocks, plot
+from launcher.utils.arguments import Parser, positive
+from launcher.utils.terminal import COLUMNS, half_blocks, make_console, plot
 from launcher.utils.text import count
 
 IMAGES = 256  # embedded ones, in place of the recipe's own
 LIMIT = 60.0  # seconds
 _USAGE = "launcher check RECIPE [name=value ...] [options]"
 _DESCRIPTION = "What can be known of a recipe in seconds, before it is trained."
-
-Load = Callable[[str, list[str]], LoadedRecipe]
 
 
 @dataclass
@@ -82,7 +81,7 @@ def main(words: Sequence[str], load: Load) -> int:
     deadline = Deadline(arguments.limit)
     loaded = load(arguments.words[0], arguments.words[1:])
     subject = Subject(loaded, arguments.world_size or 1)
-    console = make_console()
+    console = make_console(WIDTH)
     console.record, console.quiet = bool(arguments.save), arguments.json
     console.print(f"launcher check: {loaded.name}", markup=False)
     verdicts: list[Verdict] = []
@@ -112,9 +111,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add("--save", type=Path, metavar="FOLDER", help="write check.txt and samples.png there")
     runs = "where run folders would go: is there room? (default: %(default)s)"
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help=runs)
-    add("--json", action="store_true", help="for machines: one JSON object")
-    limit = "seconds that it may take (default: %(default)g)"
-    add("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
+    add_options(parser, LIMIT)
     arguments = parser.parse_intermixed_args(words)
     if not arguments.words:
         parser.error("no recipe is named")
@@ -218,7 +215,7 @@ def _schedule(subject: Subject) -> Iterator[Verdict]:
     if ctx is None:
         return
     plan, schedule = ctx.plan, ctx.recipe.schedule
-    steps = [1 + round(i * (plan.steps - 1) / (WIDTH - 1)) for i in range(WIDTH)]
+    steps = [1 + round(i * (plan.steps - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
     rates = [ctx.state.learning_rate_at(plan.fraction(step), schedule) for step in steps]
     highest = max(rates)
     at = steps[rates.index(highest)]

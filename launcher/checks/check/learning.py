@@ -14,7 +14,7 @@ from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
 from launcher.training.model import initialize, restored_afterwards, upcast
 from launcher.training.state import TrainContext, make_context
-from launcher.utils.plots import WIDTH, plot
+from launcher.utils.terminal import COLUMNS, plot
 from launcher.utils.text import spread
 
 NAME = "learning"
@@ -75,7 +75,7 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
         return Verdict("overfit", str(error), "wrong")
     answer = f"the loss of {len(few)} images went from {losses[0]:.3f} to {losses[-1]:.3g} in "
     answer += f"{len(losses)} steps, and {right:.0%} of them are classified rightly"
-    lines = plot(spread([max(0.0, loss) for loss in losses], WIDTH), "1", f"step {len(losses)}")
+    lines = plot(spread([max(0.0, loss) for loss in losses], COLUMNS), "1", f"step {len(losses)}")
     figures = {"first": losses[0], "last": losses[-1], "accuracy": right}
     if losses[-1] <= _LEARNT * losses[0] or right == 1:  # with smoothed labels no loss is zero
         return Verdict("overfit", answer, lines=lines, figures=figures)

@@ -30,11 +30,12 @@ from launcher.checks.doctor.links import Collective, Group, Link, Listener
 from launcher.checks.doctor.products import Product
 from launcher.checks.doctor.report import Findings, Report, as_values, node_table, read_findings
 from launcher.checks.verdicts import (
+    WIDTH,
     Deadline,
+    add_options,
     as_json,
     closing_line,
     exit_code,
-    make_console,
     show,
 )
 from launcher.distributed.environment import refuse_unusable
@@ -43,6 +44,7 @@ from launcher.distributed.world import World, check_world
 from launcher.errors import EXIT_USER, RankError, UserError
 from launcher.utils.arguments import Parser, seconds
 from launcher.utils.redaction import redacted
+from launcher.utils.terminal import make_console
 from launcher.utils.text import count
 
 T = TypeVar("T")
@@ -70,9 +72,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
     add = parser.add_argument
     add("--help", "-h", action="store_true", help="this text")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
-    add("--json", action="store_true", help="for machines: one JSON object")
-    limit = "seconds that it may take (default: %(default)g)"
-    add("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
+    add_options(parser, LIMIT)
     join = "... of which so many to wait for all ranks (default, and most: half of them)"
     add("--join-timeout", type=seconds, default=LIMIT, metavar="SECONDS", help=join)
     arguments = parser.parse_args(words)
@@ -468,7 +468,7 @@ Shown = Callable[[Report, Deadline], int]
 
 def _show(report: Report, deadline: Deadline) -> int:
     found = verdicts(report)
-    console = make_console()
+    console = make_console(WIDTH)
     for line in node_table(report):
         console.print(redacted(line), markup=False, soft_wrap=True)
     for verdict in found:

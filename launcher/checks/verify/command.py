@@ -7,26 +7,28 @@ are processes, a SIGKILL, a resume. A run that two questions need is made once.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from launcher.checks.verdicts import (
+    WIDTH,
     Deadline,
+    add_options,
     answers,
     as_json,
     closing_line,
     exit_code,
-    make_console,
     show,
 )
 from launcher.checks.verify.promises import Promises
 from launcher.checks.verify.trials import Settings, Trials
-from launcher.config.loader import LoadedRecipe
+from launcher.config.loader import Load
 from launcher.distributed.environment import number_in
 from launcher.distributed.world import LAUNCH_MARKS
 from launcher.errors import UserError
-from launcher.utils.arguments import Parser, positive, seconds
+from launcher.utils.arguments import Parser, positive
+from launcher.utils.terminal import make_console
 
 LIMIT = 300.0  # seconds
 LEAST_STEPS = 6  # for three epochs of two steps
@@ -35,8 +37,6 @@ _USAGE = "launcher verify RECIPE [name=value ...] [--ranks 2] [--steps 20] [--js
 _DESCRIPTION = """\
 Train a few steps of a recipe in several ways that must come to the same: on one
 rank and on several, killed and resumed, twice, evaluated and compiled."""
-
-Load = Callable[[str, list[str]], LoadedRecipe]
 
 
 def main(words: Sequence[str], load: Load, folder: Path) -> int:
@@ -47,7 +47,7 @@ def main(words: Sequence[str], load: Load, folder: Path) -> int:
     arguments = _parse(words)
     deadline = Deadline(arguments.limit)
     path, *overrides = arguments.words
-    console = make_console()
+    console = make_console(WIDTH)
     progress = nullcontext if arguments.json else console.status
     verdicts = []
     loaded = load(path, overrides)
@@ -74,9 +74,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add("--ranks", type=positive, default=LEAST_RANKS, metavar="N", help="processes (default: 2)")
     steps = "of each run (default: 20, or fewer for a slow network)"
     add("--steps", type=positive, metavar="N", help=steps)
-    add("--json", action="store_true", help="for machines: one JSON object")
-    limit = "seconds that it may take (default: %(default)g)"
-    add("--limit", type=seconds, default=LIMIT, metavar="SECONDS", help=limit)
+    add_options(parser, LIMIT)
     arguments = parser.parse_intermixed_args(words)
     if not arguments.words:
         parser.error("no recipe is named")

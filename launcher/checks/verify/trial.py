@@ -23,7 +23,7 @@ from launcher import run
 from launcher.checks.verify import slices
 from launcher.checks.verify.slices import Sizes
 from launcher.checks.verify.synchronized import synchronize_batch_norm
-from launcher.config.loader import LoadedRecipe
+from launcher.config.loader import Load
 from launcher.config.options import RunOptions
 from launcher.config.plan import SaveInterval
 from launcher.config.recipe import Recipe
@@ -44,7 +44,7 @@ _TIMEOUTS = Timeouts(join=60, collective=120)
 class Subject:
     """What is verified: where the recipe comes from, and the images in place of its own."""
 
-    load: Callable[[str, list[str]], LoadedRecipe]
+    load: Load
     words: tuple[str, ...]
     images: Path
     opened: Sizes  # for how many images the recipe's own are opened

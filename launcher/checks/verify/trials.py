@@ -19,7 +19,7 @@ from launcher.checkpoint import checkpoint
 from launcher.checks.verify import ranks, slices, trial
 from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
 from launcher.checks.verify.trial import Sighting, Subject, Trial
-from launcher.config.loader import LoadedRecipe
+from launcher.config.loader import Load
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
 from launcher.data.sources import Data
@@ -46,7 +46,7 @@ class Settings:
     """What was typed, and the temporary folder."""
 
     words: tuple[str, ...]
-    load: Callable[[str, list[str]], LoadedRecipe]
+    load: Load
     ranks: int
     steps: int | None  # None: as many as the time allows
     folder: Path

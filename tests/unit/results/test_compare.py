@@ -9,7 +9,8 @@ import pytest
 
 from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
-from launcher.results.compare import compared, differing, flat, grouped, two_sided
+from launcher.results.compare import compared, differing, grouped, two_sided
+from launcher.utils.json_text import flatten
 from tests.unit.results.test_runs import write_run
 
 
@@ -123,7 +124,7 @@ def test_one_run_of_each_is_no_test() -> None:
 
 
 def test_nested_settings_have_dotted_names() -> None:
-    assert flat({"a": {"b": 1, "c": [{"d": 2}, {"d": 3}]}, "e": [1, 2]}) == {
+    assert flatten({"a": {"b": 1, "c": [{"d": 2}, {"d": 3}]}, "e": [1, 2]}) == {
         "a.b": 1,
         "a.c.0.d": 2,
         "a.c.1.d": 3,

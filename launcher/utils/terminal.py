@@ -1,13 +1,22 @@
-"""Curves and pictures in a terminal, of block characters."""
+"""A terminal, or a page where there is none: curves and pictures of block characters."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
-WIDTH, HEIGHT = 60, 4  # characters
+COLUMNS, HEIGHT = 60, 4  # characters
+
+
+def make_console(page_width: int) -> Console:
+    """For stdout: as wide as the terminal, or so many characters where it is a file or a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = page_width
+    return console
 
 
 def plot(values: Sequence[float], first: str, last: str) -> tuple[str, ...]:
