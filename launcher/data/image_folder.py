@@ -17,6 +17,8 @@ from launcher.errors import UserError
 from launcher.utils.text import count
 
 TEST_EVERY = 5
+# What Pillow raises for files that are no whole picture, and `fitted` for odd ones.
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Folder:
@@ -126,7 +128,7 @@ def _read(file: Path, size: int) -> Any:
     try:
         with Image.open(file) as picture:
             return fitted(picture, (size, size))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise _not_a_picture(file, str(error)) from None
 
 

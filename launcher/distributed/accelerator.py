@@ -11,6 +11,7 @@ from launcher.errors import LauncherError, OtherRankError, UserError
 from launcher.utils.text import count
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 
@@ -114,6 +115,16 @@ def runs_on_cpu(world: World) -> bool:
     import torch
 
     return world.use_cpu or not torch.accelerator.is_available()
+
+
+def device_of(world: World) -> "torch.device":
+    """The device on which this rank computes."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator()
+    if runs_on_cpu(world) or kind is None:
+        return torch.device("cpu")
+    return torch.device(kind.type, world.device)
 
 
 def _check_gpus(world: World, gpus: int) -> None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from launcher.distributed import signals
-from launcher.distributed.accelerator import runs_on_cpu
+from launcher.distributed.accelerator import device_of, runs_on_cpu
 from launcher.distributed.heartbeat import Heartbeat
 from launcher.distributed.store import in_thread, is_set, open_store
 from launcher.distributed.world import World
@@ -276,14 +276,10 @@ class RankGroup:
     def init_process_group(self) -> None:
         """Make torch's process group, which Accelerate then uses."""
         if self._optional_store is not None:
-            import torch
             from torch import distributed
 
-            device = torch.accelerator.current_accelerator()
-            if runs_on_cpu(self.world) or device is None:
-                device = torch.device("cpu")
             distributed.init_process_group(
-                distributed.get_default_backend_for_device(device),
+                distributed.get_default_backend_for_device(device_of(self.world)),
                 store=distributed.PrefixStore("group", self._store),  # type: ignore[attr-defined]
                 rank=self.world.rank,
                 world_size=self.world.size,

@@ -70,12 +70,16 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared: of so many test images, the largest gap of an output."""
+    """What was compared: of so many test images, the largest gap of an output.
+
+    `probabilities` `(images,)` are those that the trained network gives the true classes.
+    """
 
     images: int
     gap: float
     accuracy: float
-    whole: bool  # all test images of the run, and not those that it kept
+    probabilities: NDArray[Any]
+    whole: bool = True  # all test images of the run, and not those that it kept
 
     def sentence(self) -> str:
         """For the terminal and the model card."""
@@ -112,7 +116,7 @@ def main(words: Sequence[str]) -> int:
         recorded = files.best if arguments.weights == "best" else files.last
         proof = prove(run, answer, test, from_pixels=arguments.from_pixels)
         if whole and recorded is not None:
-            refuse_other_answers(run, test, recorded.probability_of_truth, files)
+            refuse_other_answers(proof, recorded.probability_of_truth, files)
         proof = replace(proof, whole=whole)
         if arguments.to == "hub":
             card = model_card(files, proof.sentence(), proof.accuracy)
@@ -275,12 +279,13 @@ def prove(run: TrainedRun, answer: Answer, test: ImageSet, *, from_pixels: bool)
     Raises `UserError` where an output differs by more than the tolerance, or an answer that is not
     a tie within it.
     """
-    gaps, largest, right = [0.0], 1.0, 0
+    gaps, largest, right, shares = [0.0], 1.0, 0, []
     for first in range(0, len(test), BATCH):
-        pixels = test.images[first : first + BATCH]
+        pixels, labels = (part[first : first + BATCH] for part in (test.images, test.labels))
         given = pixels.permute(0, 3, 1, 2).contiguous() if from_pixels else run.normalize(pixels)
         with torch.inference_mode():
             expected = upcast(run.model.eval()(run.normalize(pixels)))
+        shares.append(expected.softmax(1).gather(1, labels[:, None])[:, 0])
         expected = expected.softmax(1) if from_pixels else expected
         with torch.no_grad():
             found = answer(given)
@@ -295,26 +300,18 @@ def prove(run: TrainedRun, answer: Answer, test: ImageSet, *, from_pixels: bool)
         if gap > TOLERANCE * largest or bool(differ.any()):
             more = f", and {count(int(differ.sum()), 'answer')} of {len(pixels)} differ"
             raise _refused(f"its outputs are up to {gap:.3g} beside the trained network's{more}")
-        right += int((found.argmax(1) == test.labels[first : first + BATCH]).sum())
-    return Proof(len(test), max(gaps), right / len(test), whole=True)
+        right += int((found.argmax(1) == labels).sum())
+    return Proof(len(test), max(gaps), right / len(test), torch.cat(shares).numpy())
 
 
-def refuse_other_answers(
-    run: TrainedRun, test: ImageSet, recorded: NDArray[Any], files: RunFiles
-) -> None:
+def refuse_other_answers(proof: Proof, recorded: NDArray[Any], files: RunFiles) -> None:
     """Raise `UserError` where the network does not say what the run wrote down of each image.
 
     So weights that were changed since, or another recipe file, are found.
     """
-    shares = []
-    for first in range(0, len(test), BATCH):
-        part = slice(first, first + BATCH)
-        with torch.inference_mode():
-            scores = upcast(run.model(run.normalize(test.images[part])))
-        shares.append(scores.softmax(1).gather(1, test.labels[part, None])[:, 0])
-    if len(recorded) != len(test):
+    if len(recorded) != proof.images:
         return
-    gap = float(numpy.abs(torch.cat(shares).numpy() - recorded).max())
+    gap = float(numpy.abs(proof.probabilities - recorded).max())
     is_half = not str(files.about.get("precision", "fp32")).startswith("fp32")
     if gap > (RECORDED_HALF if is_half else RECORDED):
         raise _refused(

@@ -26,6 +26,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from launcher.checkpoint.run_files import find
+from launcher.data.image_folder import BROKEN
 from launcher.errors import EXIT_USER, UserError
 from launcher.results.load import TrainedRun, load_run
 from launcher.utils.arguments import Parser
@@ -36,7 +37,6 @@ BATCH = 128  # pictures
 TOP = 5
 SHOWN, SHOWN_PIXELS = 8, 24  # pictures in a truecolor terminal, and their height
 _USAGE = "launcher predict RUN PICTURE|FOLDER|GLOB [...] [--weights final] [--csv FILE] [--json]"
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def predictions(
                 try:
                     pixels.append(future.result())
                     kept.append((path, inside))
-                except _BROKEN as error:
+                except BROKEN as error:
                     summary.broken += 1
                     sys.stderr.write(f"launcher: {path} cannot be read as a picture ({error})\n")
             if kept:

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from launcher.checkpoint.run_files import RunFiles, find
 from launcher.errors import UserError
+from launcher.loggers.report import page_of
 from launcher.results.page import GENERATOR, render, render_index
 from launcher.utils import atomic_write
 from launcher.utils.arguments import Parser
@@ -57,7 +58,7 @@ def main(words: Sequence[str]) -> int:
 def places(runs: Sequence[RunFiles], output: Path | None) -> list[Path]:
     """Where the page of each run goes."""
     if output is None:
-        return [run.path / "report" / "index.html" for run in runs]
+        return [page_of(run.path) for run in runs]
     if len(runs) == 1:
         return [output / "index.html"]
     taken = {"index"}
@@ -131,11 +132,15 @@ def _write(path: Path, content: bytes) -> None:
             )
         atomic_write.replace(path, content, is_kept=False)
     except OSError as error:
-        raise UserError(
-            f"{path}, which cannot be written ({error.strerror})",
-            expected="a folder that can be written, and room for it",
-            instead="type --output FOLDER",
-        ) from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}, which cannot be written ({error.strerror})",
+        expected="a folder that can be written, and room for it",
+        instead="type --output FOLDER",
+    )
 
 
 def _is_own(path: Path) -> bool:
@@ -156,8 +161,4 @@ def _write_script(path: Path) -> None:
         if not path.is_file() or path.stat().st_size != len(script):
             atomic_write.replace(path, script, is_kept=False)
     except OSError as error:
-        raise UserError(
-            f"{path}, which cannot be written ({error.strerror})",
-            expected="a folder that can be written, and room for it",
-            instead="type --output FOLDER",
-        ) from None
+        raise _unwritable(path, error) from None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from launcher import Images, Recipe, Synthetic
+from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.data import sources
 from launcher.data.sources import Data
@@ -66,6 +67,16 @@ def context_of(
     network = build_network(recipe, data.train)
     initialize(network, recipe, data.train, accelerator.device)
     return make_context(network, recipe, made, accelerator, data)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line with which the command line answers what is typed wrongly."""
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("launcher: ")
+    return lines[0]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from launcher import Synthetic
 from launcher.cli import main
-from tests.support import forked
+from tests.support import forked, helpers
 
 ROOT = Path(__file__).parents[2]
 SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
@@ -30,14 +30,10 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line that bad input is answered with."""
-    assert main(words) == 2
-    printed = capsys.readouterr()
-    lines = printed.err.splitlines()
-    assert len(lines) == 1, printed.err
-    assert lines[0].startswith("launcher: ")
+    """The one line that bad input is answered with, and nothing is left."""
+    line = helpers.complaint(capsys, *words)
     assert not Path("runs").exists(), "bad input left something behind"
-    return lines[0]
+    return line
 
 
 def test_a_run_leaves_everything_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.checks.doctor import links, machine, products
-from launcher.checks.doctor.board import ANSWER, Board
+from launcher.checks.doctor.board import Board
 from launcher.checks.doctor.comparison import verdicts
 from launcher.checks.doctor.facts import Facts, Mistake, Tracking, read, read_facts
 from launcher.checks.doctor.links import Collective, Group, Link, Listener
@@ -93,7 +93,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
         else:
             code = _other_rank(own, patient)
     except RankError as error:  # of another rank than 0
-        patient.complain(redacted(f"launcher: {error}\n"))
+        sys.stderr.write(redacted(f"launcher: {error}\n"))
         code = error.exit_code
     patient.end(code)
     return code
@@ -115,14 +115,6 @@ class Patient:
         """`join` is how many of the seconds the ranks may take to meet."""
         self.deadline, self.join = deadline, join
         self.has_left_threads = False
-        self._stderr = os.dup(2)  # which a thread that opens the store has silenced meanwhile
-
-    def complain(self, line: str) -> None:
-        """Write to stderr, even where a thread that was left behind has silenced it."""
-        if self.has_left_threads:
-            os.write(self._stderr, line.encode())
-        else:
-            sys.stderr.write(line)
 
     def end(self, code: int) -> None:
         """End the process where a thread was left behind; torch would wait for it, or abort."""
@@ -130,7 +122,6 @@ class Patient:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        os.close(self._stderr)
 
     def left(self, part: float = 1.0) -> float:
         """Seconds until this part of the limit is over."""
@@ -234,8 +225,7 @@ def _meet(world: World, patient: Patient) -> Board:
 
         join = float(max(1, round(patient.join - patient.deadline.spent)))
         host = None if world.hosts_store else "rank 0"
-        opening = in_thread(lambda: open_store(world.address, world.port, join, name, host))
-        store = patient.result(opening, join + ANSWER)
+        store = open_store(world.address, world.port, join, name, host)
     except (OSError, ImportError) as error:  # TimeoutError is an OSError
         where = f"{name} of {world.size} on {socket.gethostname()}"
         reason = f"does not meet the others at {world.address} port {world.port}: {error}"

@@ -15,8 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from launcher.checks.doctor.board import Board
-from launcher.checks.doctor.products import device_of
-from launcher.distributed.accelerator import synchronize
+from launcher.distributed.accelerator import device_of, synchronize
 from launcher.distributed.process_group import RankGroup, Timeouts
 from launcher.distributed.store import in_thread
 from launcher.distributed.world import World

@@ -4,13 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
-from launcher.distributed.accelerator import runs_on_cpu, synchronize
+from launcher.distributed.accelerator import device_of, synchronize
 from launcher.distributed.world import World
-
-if TYPE_CHECKING:
-    import torch
 
 _ROUNDS, _SECONDS = 5, 0.2  # longer than the 0.1 s in which a control group grants its quota
 _SIZE, _SIZE_ON_CPU = 4096, 512
@@ -23,16 +19,6 @@ class Product:
     device: str = ""
     speed: float = 0.0  # floating-point operations per second
     fault: str = ""
-
-
-def device_of(world: World) -> "torch.device":
-    """The device on which a run of this rank would compute."""
-    import torch
-
-    kind = torch.accelerator.current_accelerator()
-    if runs_on_cpu(world) or kind is None:
-        return torch.device("cpu")
-    return torch.device(kind.type, world.device)
 
 
 def multiply(world: World) -> Product:

@@ -15,6 +15,7 @@ from launcher.checks.verify.differences import (
     first_other_images,
     first_other_loss,
     largest_difference,
+    layer_name,
     own_layers,
     same_state,
     unsteady_functions,
@@ -132,7 +133,7 @@ class Promises:
         cause = f", first in step {deviation.step}" if deviation.step else ""
         instead = "compare the loss and the layers: each image must count for itself"
         if drawing := self._drawing_in_evaluation:
-            cause += f"; random numbers are drawn in {', '.join(map(self._name, drawing))}"
+            cause += f"; random numbers are drawn in {self._names(drawing)}"
             instead = _NO_DRAWS
         elif layer:
             cause += f": {layer} makes something else of an image when others are beside it"
@@ -231,7 +232,7 @@ class Promises:
         what = f"1 rank counts {counted}; {self._size} ranks {many.images} images, {others} correct"
         instead = "look for layers whose output depends on the other images of an evaluation"
         if drawing := self._drawing_in_evaluation:
-            what += f"; random numbers are drawn in {', '.join(map(self._name, drawing))}"
+            what += f"; random numbers are drawn in {self._names(drawing)}"
             instead = _NO_DRAWS
         what = f"{what}, loss {many.loss:.6f}"
         yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
@@ -303,9 +304,8 @@ class Promises:
         same = same_state(self._trials.state(one), self._trials.state(two))
         return same and self._trials.evaluations(one) == self._trials.evaluations(two)
 
-    def _name(self, layer: str) -> str:
-        kind = self._layers.kinds[layer]
-        return f"{layer} ({kind})" if layer else f"the forward of {kind}"
+    def _names(self, layers: tuple[str, ...]) -> str:
+        return ", ".join(layer_name(layer, self._layers.kinds) for layer in layers)
 
     def _of_own_layers(self, question: str, apart: str, without: Deviation) -> Verdict:
         layers = self._layers

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import checkpoint
+from launcher.checkpoint.run_files import RunFiles
 from launcher.checks.verify import ranks, slices, trial
 from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
 from launcher.checks.verify.trial import Sighting, Subject, Trial
@@ -27,7 +28,6 @@ from launcher.distributed.accelerator import usable_cores
 from launcher.distributed.environment import is_true
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images, upcast
-from launcher.utils import json_text
 
 PASSES = 4  # of which the time is taken
 RUNS = 12  # that are made, about
@@ -182,8 +182,7 @@ class Trials:
 
     def evaluations(self, made: Trial) -> list[dict[str, Any]]:
         """What was measured of the test images after each epoch."""
-        lines = (self._folder(made) / "metrics.jsonl").read_text().splitlines()
-        rows = [json_text.parse(line) for line in lines]
+        rows = RunFiles(self._folder(made)).epochs
         return [{k: v for k, v in row.items() if k.startswith("test/")} for row in rows]
 
     def _folder(self, made: Trial) -> Path:

@@ -19,6 +19,7 @@ from launcher.cli import main
 from launcher.distributed.store import in_thread
 from launcher.distributed.world import World
 from tests.support import forked
+from tests.support.helpers import complaint
 from tests.support.processes import free_port, places_of
 
 
@@ -74,10 +75,7 @@ def test_what_a_run_would_be_refused_for_is_a_verdict(
 def test_a_slip_of_the_finger_is_one_line(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["doctor", *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("launcher: ")
-    assert len(error.splitlines()) == 1
+    complaint(capsys, "doctor", *words)
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)

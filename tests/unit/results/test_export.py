@@ -17,7 +17,7 @@ from launcher.cli import main
 from launcher.data import sources
 from launcher.results import export
 from launcher.results.export import prove
-from tests.support.helpers import RECIPES, refused
+from tests.support.helpers import RECIPES, complaint, refused
 
 RECIPE = RECIPES / "pictures64.py"
 FEW = ("data.fallback.count=60", "data.batch_size=20", "epochs=1", "data.root=nowhere")
@@ -219,7 +219,4 @@ def test_wrong_words_are_one_line(
     words: list[str], part: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("taken").mkdir()
-    assert main(["export", *words, "--runs", str(runs)]) == 2
-    errors = capsys.readouterr().err
-    assert len(errors.splitlines()) == 1
-    assert part in errors
+    assert part in complaint(capsys, "export", *words, "--runs", str(runs))

@@ -13,7 +13,7 @@ from PIL import Image
 from launcher import load_run
 from launcher.cli import main
 from launcher.results import predict
-from tests.support.helpers import RECIPES
+from tests.support.helpers import RECIPES, complaint
 
 CLASSES = ("disk", "ring", "square", "frame", "cross")
 
@@ -117,10 +117,7 @@ def test_only_broken_pictures_are_exit_code_2(capsys: pytest.CaptureFixture[str]
 def test_wrong_words_are_one_line(
     words: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["predict", *words]) == 2
-    errors = capsys.readouterr().err
-    assert len(errors.splitlines()) == 1
-    assert part in errors
+    assert part in complaint(capsys, "predict", *words)
 
 
 def test_a_truecolor_terminal_shows_the_first_pictures(
