@@ -124,7 +124,7 @@ class Launched:
             recipe,
             world_size=accelerator.num_processes,
             train_images=len(data.train),
-            test_images=len(data.test),
+            evaluated_images=len(data.test),
         )
         network = build_network(recipe, data.train)
         self.ctx = make_context(network, recipe, plan, accelerator, data)
@@ -148,7 +148,7 @@ class Launched:
             self.ctx.recipe,
             world_size=self.ctx.plan.world_size,
             train_images=len(images),
-            test_images=0,
+            evaluated_images=0,
             log_every=log_every,
         )
         ctx = replace(self.ctx, plan=plan, data=replace(self.ctx.data, train=images))

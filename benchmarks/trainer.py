@@ -35,7 +35,7 @@ class Trainer:
         self.accelerator = fresh_accelerator(recipe.precision or "fp32")
         self.on_cpu = data.train  # what a fresh network is tried on
         plan = make_plan(
-            recipe, world_size=1, train_images=len(data.train), test_images=len(data.test)
+            recipe, world_size=1, train_images=len(data.train), evaluated_images=len(data.test)
         )
         network = build_network(recipe, data.train)
         self.ctx = make_context(network, recipe, plan, self.accelerator, data)
@@ -73,7 +73,9 @@ class Trainer:
 
     def accuracy(self, with_views: bool) -> float:
         """On the test images, with or without the recipe's test-time augmentation."""
-        return evaluate(self.ctx, self.recipe.views if with_views else None).accuracy
+        return evaluate(
+            self.ctx, self.ctx.data.test, self.recipe.views if with_views else None
+        ).accuracy
 
 
 def fresh_accelerator(precision: str) -> Accelerator:

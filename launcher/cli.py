@@ -321,7 +321,7 @@ def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int
     from launcher.data import sources
     from launcher.training.model import build_network
 
-    data = sources.load(loaded.recipe.data)
+    data = sources.load(loaded.recipe.data, seed=loaded.recipe.seed)
     plan = run.plan_for(loaded, data, options, world.size)
     network = build_network(loaded.recipe, data.train)
     facts = run.describe(loaded, data, plan, network)

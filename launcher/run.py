@@ -53,12 +53,20 @@ from launcher.loggers.console import Console, first_step_line, make_console, tta
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
 from launcher.loggers.report import ReportAtEnd, page_of
+from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
-from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
+from launcher.training.metrics import (
+    IMAGES_OF,
+    Best,
+    EpochReport,
+    FinalReport,
+    StepReport,
+    sample_indices,
+)
 from launcher.training.model import build_network, count_parameters, initialize
 from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
-from launcher.training.state import TrainContext, make_context
+from launcher.training.state import TrainContext, broadcast_state, make_context
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count
@@ -72,9 +80,11 @@ MOST_ROLLBACKS = 10  # a run that needs more does not get better by skipping ste
 class RunResult:
     """The best epoch whose weights are kept, the last epoch, and the losses that were read.
 
-    `highest` is the epoch of the highest test accuracy: the best one, unless the disk refused its
-    weights. `stopped` says that a signal ended the run early, with its state saved. `folder` is the
-    run folder; None for a smoke test.
+    Best is the epoch of the highest accuracy of the images that are evaluated after each epoch:
+    the validation images, or the test images where there are none. `highest` is the best one, too,
+    unless the disk refused its weights. `tested` are the figures of the test images at the end of
+    a run that has validation images. `stopped` says that a signal ended the run early, with its
+    state saved. `folder` is the run folder; None for a smoke test.
     """
 
     best: Best | None
@@ -83,6 +93,7 @@ class RunResult:
     losses: tuple[float, ...]
     stopped: bool = False
     folder: Path | None = None
+    tested: FinalReport | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,11 @@ class Loggers(Logger):
         """Tell all."""
         for logger in (self.console, *self.others):
             logger.epoch(report, plan, best)
+
+    def tested(self, report: FinalReport) -> None:
+        """Tell all."""
+        for logger in (self.console, *self.others):
+            logger.tested(report)
 
     def finish(self, exit_code: int) -> None:
         """Tell all."""
@@ -123,8 +139,9 @@ class ActiveRun:
     highest: Best | None = None
     last: Best | None = None
     losses: list[float] = field(default_factory=list)
-    final_loss: float = 0.0  # of the test images, in the last evaluation
+    final_loss: float = 0.0  # of the last evaluation
     report: EpochReport | None = None  # of the last evaluation
+    tested: FinalReport | None = None
     stopped: bool = False
     unsaved: str = ""
 
@@ -137,7 +154,9 @@ class ActiveRun:
         """What is left of it at its end."""
         folder = self.folder.path if self.folder else None
         losses = tuple(self.losses)
-        return RunResult(self.best, self.highest, self.last, losses, self.stopped, folder)
+        return RunResult(
+            self.best, self.highest, self.last, losses, self.stopped, folder, self.tested
+        )
 
 
 def train_loaded(
@@ -293,7 +312,7 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
     recipe = loaded.recipe
     world, has_gpu = group.world, torch.cuda.is_available()
     precision, origin = choose_precision(recipe.precision, has_gpu, world.mixed_precision)
-    data = cache.load(recipe.data, group)
+    data = cache.load(recipe.data, group, recipe.seed)
     plan = plan_for(loaded, data, options, world.size)
     network = build_network(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
@@ -327,7 +346,7 @@ def plan_for(loaded: LoadedRecipe, data: Data, options: RunOptions, world_size: 
         loaded.recipe,
         world_size=world_size,
         train_images=len(data.train),
-        test_images=len(data.test),
+        evaluated_images=len(data.evaluated),
         max_steps=options.max_steps,
         log_every=options.log_every,
         save=save,
@@ -338,7 +357,8 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     """What is trained, in words: for the header, `--dry-run` and `run.json`."""
     note = loaded.note.strip().splitlines()[:1]
     name = short_name(loaded.recipe.model)
-    sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
+    numbers = [f"{len(half):,} {name}" for name, half in data.halves.items()]
+    sizes = f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
     height, width = data.train.images.shape[1:3]
     sizes += f" of {height} x {width} pixels"
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
@@ -436,9 +456,12 @@ def describe_run(
             "image_shape": shape,
             "data_digest": digest(ctx.data),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "samples": sample_indices(len(ctx.data.test)),
+            "evaluated_on": ctx.data.evaluated_on,
+            "samples": sample_indices(len(ctx.data.evaluated)),
         }
         own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
+        if ctx.data.held_out is not None:
+            own.keep_held_out(ctx.data.held_out.tolist())
         notes = start.notes
         if damaged := own.forget_after(start.progress.epochs):
             dropped = f"{count(damaged, 'damaged line')} dropped"
@@ -476,16 +499,23 @@ def show_header(run: ActiveRun, start: ResumePoint | None, facts: dict[str, str]
 
 def closing_rows(run: ActiveRun) -> dict[str, str]:
     """What was reached and where it lies."""
-    rows = {}
+    rows, images = {}, IMAGES_OF[run.ctx.data.evaluated_on]
+    tested = run.tested.metrics() if run.tested else {}
     if run.stopped:
         rows["stopped"] = f"by {stop_reason()}; the same command with --resume goes on from here"
     for label, epoch in (("best epoch", run.best), ("last epoch", run.last)):
         if epoch:
-            note = tta_note(epoch.accuracy_tta)
-            rows[label] = f"{epoch.epoch}, test accuracy {epoch.accuracy:.2%}{note}"
+            figure = f"{images} accuracy {epoch.accuracy:.2%}{tta_note(epoch.accuracy_tta)}"
+            if label == "best epoch":
+                figure += f" (chosen on the {images} images)"
+            figures = tested.get(label.partition(" ")[0])
+            if figures:
+                note = tta_note(figures.get("test/accuracy_tta"))
+                figure += f", test accuracy {figures['test/accuracy']:.2%}{note}"
+            rows[label] = f"{epoch.epoch}, {figure}"
     if run.highest and run.highest != run.best:
         note = "its weights could not be written"
-        figure = f"epoch {run.highest.epoch}, test accuracy {run.highest.accuracy:.2%}"
+        figure = f"epoch {run.highest.epoch}, {images} accuracy {run.highest.accuracy:.2%}"
         rows["not kept"] = f"{figure}: {note}"
     if run.ctx.data.fallback:
         rows["data"] = fallback_warning(run.ctx.data)
@@ -543,14 +573,39 @@ def run_loop(
             run.ctx = replace(run.ctx, skip_steps=frozenset(before | {error.step}))
     lost = run.unsaved if run.stopped else run.saver.weights(run.ctx.state.eval_model, "final")
     if run.report:
-        run.saver.outcomes(run.report, run.ctx.data.test, "last")
+        run.saver.outcomes(run.report, run.ctx.data.evaluated, "last")
+    if run.ctx.data.validation is not None and not run.stopped:
+        run.tested = evaluate_test_images(run)
+        run.saver.tested(run.tested)
+        run.loggers.tested(run.tested)
     run.saver.wait()
     accelerator = run.ctx.accelerator
     accelerator.wait_for_everyone()  # no rank ends while the state is being written
     if lost_on_main := run_on_main(accelerator, lambda: lost):
         raise TrainingError(lost_on_main)
     if not run.stopped and not math.isfinite(run.final_loss):
-        raise TrainingError(f"the test loss at the end is {run.final_loss}, not a finite number")
+        images = IMAGES_OF[run.ctx.data.evaluated_on]
+        message = f"the {images} loss at the end is {run.final_loss}, not a finite number"
+        raise TrainingError(message)
+
+
+def evaluate_test_images(run: ActiveRun) -> FinalReport:
+    """The only look at the test images of a run that has others to choose by; on every rank.
+
+    First with the weights of the end, then with the best ones, which the network has afterwards.
+    """
+    ctx, best = run.ctx, run.best
+    test, views = ctx.data.test, ctx.recipe.views
+    last = evaluate(ctx, test)
+    last_tta = evaluate(ctx, test, views) if views else None
+    if best is None or run.folder is None:
+        return FinalReport(last, last_tta, None)
+    if run.last and best.epoch == run.last.epoch:
+        return FinalReport(last, last_tta, last)
+    network, path = ctx.state.eval_model, run.folder.best
+    run_on_main(ctx.accelerator, lambda: checkpoint.load_weights(network, path))
+    broadcast_state(network, ctx.accelerator)
+    return FinalReport(last, last_tta, evaluate(ctx, test))
 
 
 def handle_event(run: ActiveRun, event: Event) -> None:
@@ -567,12 +622,15 @@ def handle_event(run: ActiveRun, event: Event) -> None:
             run.highest = run.last
         if is_better(event, run.best) and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
-            saver.outcomes(event, run.ctx.data.test, "best")
+            saver.outcomes(event, run.ctx.data.evaluated, "best")
         run.report = event
         loggers.epoch(event, plan, run.best)
-        if not math.isfinite(event.test.loss):
-            saver.complain(f"the test loss of epoch {event.epoch} is {event.test.loss}")
-        run.final_loss = event.test.loss
+        loss = event.evaluation.loss
+        if not math.isfinite(loss):
+            saver.complain(f"the {event.images} loss of epoch {event.epoch} is {loss}")
+        run.final_loss = loss
+        if event.ends_training and event.epoch < plan.last_epoch:
+            loggers.console.say(early_stop_line(run.ctx.recipe, event))
         saver.epoch(event.metrics() | {"data": run.ctx.data.name}, outcomes.details(event))
     else:
         run.stopped = event.stops
@@ -582,10 +640,17 @@ def handle_event(run: ActiveRun, event: Event) -> None:
             run.unsaved += newest_progress(run)
 
 
+def early_stop_line(recipe: Recipe, report: EpochReport) -> str:
+    """Why no further epoch is trained."""
+    waited = f"{count(recipe.patience or 0, 'epoch')} without a better {report.images} accuracy"
+    delta = f" (by more than {recipe.min_delta:g})" if recipe.min_delta else ""
+    return f"training ends with epoch {report.epoch}: {waited}{delta}"
+
+
 def is_better(report: EpochReport, best: Best | None) -> bool:
     """Whether an epoch is the best so far; never where its test loss is not a number."""
-    has_more = best is None or report.test.accuracy > best.accuracy
-    return has_more and not math.isnan(report.test.loss)
+    has_more = best is None or report.evaluation.accuracy > best.accuracy
+    return has_more and not math.isnan(report.evaluation.loss)
 
 
 def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:

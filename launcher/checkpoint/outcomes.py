@@ -1,4 +1,4 @@
-"""What the model said of each test image, with some of the pictures: plain files of a run.
+"""What the model said of each evaluated image, with some of the pictures: plain files of a run.
 
 `best.npz` and `last.npz` hold arrays that numpy reads without pickle; `details.jsonl` has a line
 for each epoch. So a report needs neither the data set nor the network.
@@ -30,7 +30,7 @@ TOP = 5  # classes of each sample
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Of n test images, in the order of the data set; pictures of k of them.
+    """Of n test or validation images, in the order of the data set; pictures of k of them.
 
     `loss` is minus the logarithm of `probability_of_truth`.
     """
@@ -102,13 +102,13 @@ def _fits(found: Outcomes) -> bool:
     return bool(are_pictures and places.min() >= 0 and places.max() < size)
 
 
-def of_epoch(report: "EpochReport", test: "ImageSet") -> Outcomes:
+def of_epoch(report: "EpochReport", images: "ImageSet") -> Outcomes:
     """From an evaluation of these images, on whichever device they are."""
     from launcher.training.metrics import sample_indices
 
-    table = report.test.outcomes
+    table = report.evaluation.outcomes
     assert table is not None
-    truth = test.labels.cpu().numpy().astype(numpy.int32)
+    truth = images.labels.cpu().numpy().astype(numpy.int32)
     columns = (table[:, number].astype(numpy.float32) for number in (1, 2, 3))
     of_truth, probability, loss = columns
     none = numpy.zeros(0, numpy.int32)
@@ -119,14 +119,14 @@ def of_epoch(report: "EpochReport", test: "ImageSet") -> Outcomes:
         probability_of_truth=of_truth,
         probability=probability,
         loss=loss,
-        files=numpy.array(test.files, dtype=numpy.str_),
+        files=numpy.array(images.files, dtype=numpy.str_),
         pictured=none,
         pictures=none,
     )
     pictured = _to_picture(outcomes, sample_indices(len(truth)))
-    images = test.images[pictured.tolist()].cpu().numpy()
+    pictures = images.images[pictured.tolist()].cpu().numpy()
     values = {f.name: getattr(outcomes, f.name) for f in fields(outcomes)}
-    return Outcomes(**{**values, "pictured": pictured, "pictures": _small(images)})
+    return Outcomes(**{**values, "pictured": pictured, "pictures": _small(pictures)})
 
 
 def details(report: "EpochReport") -> dict[str, Any]:
@@ -134,7 +134,7 @@ def details(report: "EpochReport") -> dict[str, Any]:
     `[truth, prediction, images]`; and of each sample its best classes, as `[class, probability]`,
     null where the scores are not finite.
     """
-    confusion = numpy.array(report.test.confusion)
+    confusion = numpy.array(report.evaluation.confusion)
     cells = [[*map(int, place), int(confusion[*place])] for place in numpy.argwhere(confusion)]
     best = numpy.argsort(-report.probabilities, axis=1, kind="stable")[:, :TOP]
     samples = [

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def resumed_run(
     if is_within_epoch:
         _refuse_other_batches(progress.step, state, loaded.config, steps_per_epoch)
     else:
-        progress = Progress(progress.epochs * steps_per_epoch, progress.epochs)
+        progress = replace(progress, step=progress.epochs * steps_per_epoch)
     return ResumePoint(folder, found, tuple(notes), progress, state.best, state.wandb_id)
 
 
@@ -163,7 +163,7 @@ def _refuse_other_batches(
             instead="leave data.batch_size as it was until the next checkpoint after an epoch",
         )
     before, now = flatten(state.config), flatten(present)
-    for name in ("data.batch_size", "seed"):
+    for name in ("data.batch_size", "data.validation", "seed"):
         if before.get(name) != now[name]:
             raise UserError(
                 f"{name}={now[name]} after step {step}, where the run stands within an epoch",

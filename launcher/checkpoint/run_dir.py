@@ -6,11 +6,13 @@ runs/NAME/
     recipe.py           the source of the recipe
     metrics.jsonl       one JSON object per epoch
     details.jsonl       ... with its confusion matrix and the scores of some images
-    best.npz, last.npz  what was said of each test image in that epoch: see outcomes.py
+    best.npz, last.npz  what was said of each evaluated image in that epoch: see outcomes.py
+    validation.json     which training images were held out, by their places in the source
+    test.json           with validation images: the figures of the test images at the end
     end.json            how the last attempt ended
     report/             a page for a browser, which launcher report can write again
     checkpoints/        the last three, from which --resume continues: see checkpoints.py
-    best.safetensors    the weights of the epoch with the highest test accuracy
+    best.safetensors    the weights of the epoch with the highest accuracy
     final.safetensors   the weights at the end
 """
 
@@ -19,7 +21,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,13 +38,14 @@ from launcher.utils.redaction import cleaned, redacted
 _BEFORE_TRAINING = frozenset(
     (
         *("config.json", "run.json", "recipe.py", "checkpoints", "wandb", "wandb-rows.jsonl"),
-        *("end.json", "report"),
+        *("end.json", "report", "validation.json"),
     )
 )
 _LINES = ("metrics.jsonl", "details.jsonl")
 _FILES = (
     *("config.json", "run.json", "recipe.py", "metrics.jsonl", ".lock", "wandb-rows.jsonl"),
     *("best.safetensors", "final.safetensors", "details.jsonl", "best.npz", "last.npz", "end.json"),
+    *("validation.json", "test.json"),
 )
 _LOCK_SECONDS = 0.5  # `launcher runs` holds the lock for an instant, to see whether it is free
 _PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
@@ -71,7 +74,8 @@ class RunDir:
             _write_json(self.path / "config.json", config)
             _write_json(self.path / "run.json", {**run, **versioned})
             atomic_write.replace(self.path / "recipe.py", redacted(source).encode())
-            (self.path / "end.json").unlink(missing_ok=True)
+            for outdated in ("end.json", "test.json"):
+                (self.path / outdated).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error) from None
         return replace(self, identity=identity)
@@ -99,6 +103,21 @@ class RunDir:
         """Write how this attempt ended, and when."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         _write_json(self.path / "end.json", {"exit_code": exit_code, "time": now})
+
+    def tested(self, figures: Mapping[str, Any]) -> None:
+        """Write the figures of the test images at the end."""
+        _write_json(self.path / "test.json", figures)
+
+    def keep_held_out(self, places: Sequence[int]) -> None:
+        """Write which images of the source's training half validate.
+
+        Raises `UserError` where nothing can be written.
+        """
+        try:
+            content = json.dumps({"of": "train", "images": places}) + "\n"
+            atomic_write.replace(self.path / "validation.json", content.encode())
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
 
     def forget_after(self, epochs: int) -> int:
         """Drop the lines of epochs that a resumed run will write again.

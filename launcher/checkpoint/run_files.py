@@ -18,7 +18,7 @@ from launcher.errors import EXIT_SAVED, UserError
 from launcher.utils import json_text
 
 State = Literal["running", "done", "stopped", "failed"]
-_ACCURACY = re.compile(rb'"test/accuracy": ([0-9.eE+-]+)')
+_ACCURACY = re.compile(rb'"(?:test|val)/accuracy": ([0-9.eE+-]+)')
 _SHOWN = 5  # names of runs, in a refusal
 
 
@@ -57,8 +57,36 @@ class RunFiles:
         return [
             row
             for row in _read_lines(self.path / "metrics.jsonl")
-            if isinstance(accuracy := row.get("test/accuracy"), int | float) and 0 <= accuracy <= 1
+            if isinstance(accuracy := row.get(self.key("accuracy")), int | float)
+            and 0 <= accuracy <= 1
         ]
+
+    @property
+    def evaluated_on(self) -> Literal["test", "val"]:
+        """Which images were evaluated after each epoch, as figures are named."""
+        return "val" if self.about.get("evaluated_on") == "val" else "test"
+
+    @property
+    def images(self) -> str:
+        """Which images those are, in words."""
+        return "validation" if self.evaluated_on == "val" else "test"
+
+    def key(self, figure: str) -> str:
+        """The name in `epochs` of a figure of the evaluated images, such as accuracy."""
+        return f"{self.evaluated_on}/{figure}"
+
+    @cached_property
+    def tested(self) -> dict[str, dict[str, Any]]:
+        """With validation images: the figures of the test images at the end, best and last."""
+        found = json_text.read_object(self.path / "test.json")
+        return {name: row for name, row in found.items() if isinstance(row, dict)}
+
+    def test_accuracy(self, which: Literal["best", "last"]) -> float | None:
+        """At the end of a run with validation images, by its best or its last weights."""
+        accuracy = self.tested.get(which, {}).get("test/accuracy")
+        if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
+            return None
+        return float(accuracy)
 
     @cached_property
     def details(self) -> list[dict[str, Any]]:
@@ -67,7 +95,7 @@ class RunFiles:
 
     @cached_property
     def best(self) -> Outcomes | None:
-        """What was said of the test images in the best epoch."""
+        """What was said of the evaluated images in the best epoch."""
         return outcomes.read(self.path / "best.npz")
 
     @cached_property
@@ -88,7 +116,7 @@ class RunFiles:
 
     @property
     def best_accuracy(self) -> float | None:
-        """The highest test accuracy of an epoch."""
+        """The highest accuracy of an epoch, of the images by which it is chosen."""
         return max(self._accuracies, default=None)
 
     @property
@@ -100,9 +128,10 @@ class RunFiles:
     def _accuracies(self) -> list[float]:
         """Without parsing every line: of a thousand runs that would take long."""
         try:
-            return [float(found) for found in _ACCURACY.findall(_bytes(self.path, "metrics.jsonl"))]
+            found = map(float, _ACCURACY.findall(_bytes(self.path, "metrics.jsonl")))
+            return [accuracy for accuracy in found if 0 <= accuracy <= 1]
         except ValueError:
-            return [row["test/accuracy"] for row in self.epochs]
+            return [row[self.key("accuracy")] for row in self.epochs]
 
     @property
     def end(self) -> dict[str, Any]:

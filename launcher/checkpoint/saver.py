@@ -10,7 +10,7 @@ from launcher.checkpoint import checkpoint, outcomes
 from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.run_dir import RunDir
 from launcher.data.sources import ImageSet
-from launcher.training.metrics import EpochReport
+from launcher.training.metrics import EpochReport, FinalReport
 from launcher.training.state import TrainContext
 
 
@@ -54,11 +54,18 @@ class Saver:
         save = partial(checkpoint.save_weights, network, path)
         return self._attempt(f"the {which} weights", save)
 
-    def outcomes(self, report: EpochReport, test: ImageSet, which: Literal["best", "last"]) -> None:
-        """Write what was said of each test image in the best or the last epoch."""
+    def outcomes(
+        self, report: EpochReport, images: ImageSet, which: Literal["best", "last"]
+    ) -> None:
+        """Write what was said of each of the evaluated images in the best or the last epoch."""
         if self.folder is not None and self._writer is not None:
             path = self.folder.path / f"{which}.npz"
-            self._attempt(path.name, lambda: outcomes.of_epoch(report, test).write(path))
+            self._attempt(path.name, lambda: outcomes.of_epoch(report, images).write(path))
+
+    def tested(self, report: FinalReport) -> None:
+        """Write the figures of the test images at the end."""
+        if self.folder is not None:
+            self._attempt("test.json", partial(self.folder.tested, report.metrics()))
 
     def end(self, exit_code: int) -> None:
         """Write how this attempt ended."""

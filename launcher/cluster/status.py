@@ -102,7 +102,7 @@ def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[s
     done = (files.path / "final.safetensors").is_file()
     job = run.number.partition("_")[0]
     attempts = len(list((runs / JOBS_FOLDER).glob(f"{run.run}-{job}-*.log")))
-    best = max((row["test/accuracy"] for row in files.epochs), default=None)
+    best = files.best_accuracy
     return (
         run.run,
         run.number,

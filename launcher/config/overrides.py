@@ -83,9 +83,9 @@ def _replace(value: Any, prefix: str, name: str, text: str) -> Any:
 
 def _unknown(name: str, recipe: Recipe) -> UserError:
     names = [setting.name for setting in list_settings(recipe)]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not close:  # the right last word in the wrong place: lr for optimizer.lr
-        close = [known for known in names if known.split(".")[-1] == name.split(".")[-1]][:1]
+    # The right last word in the wrong place, lr for optimizer.lr, or one that is spelt alike.
+    close = [known for known in names if known.split(".")[-1] == name.split(".")[-1]][:1]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     top_level = dict.fromkeys(known.split(".")[0] for known in names)
     return UserError(
         f"no setting is called {name!r}",

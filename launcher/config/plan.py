@@ -19,6 +19,18 @@ class Progress:
     epochs: int = 0  # epochs done, evaluation included
     epoch_loss_sum: float = 0.0  # sum of the losses of the images counted in the present epoch
     epoch_images: int = 0
+    to_beat: float | None = None  # the evaluated accuracy above which patience begins anew
+    epochs_without: int = 0  # epochs since it was reached
+
+    def after_epoch(self, epoch: int, steps: int, accuracy: float, min_delta: float) -> "Progress":
+        """After the evaluation of epoch `epoch`, the last step of which is `steps`."""
+        if self.to_beat is None or accuracy > self.to_beat + min_delta:
+            return Progress(steps, epoch, to_beat=accuracy)
+        return Progress(steps, epoch, to_beat=self.to_beat, epochs_without=self.epochs_without + 1)
+
+    def has_waited(self, patience: int | None) -> bool:
+        """Whether the training ends since no epoch was better for so many."""
+        return patience is not None and self.epochs_without >= patience
 
 
 START = Progress()
@@ -42,7 +54,7 @@ class Plan:
     """How many steps of how many images. A step is one optimizer step."""
 
     train_images: int
-    test_images: int
+    evaluated_images: int
     world_size: int
     batch_size: int
     accumulate: int
@@ -94,19 +106,18 @@ class Plan:
         due = self.save.steps is not None and step % self.save.steps == 0
         return due or (self.save.epochs is not None and self._is_cut(step))
 
-    def is_saved_after_epoch(self, epoch: int) -> bool:
-        """Whether a checkpoint is due after the evaluation: always after the last epoch."""
+    def is_saved_after_epoch(self, epoch: int, *, is_last: bool = False) -> bool:
+        """Whether a checkpoint is due after the evaluation: always after the last epoch.
+
+        Patience may make any epoch the last one.
+        """
         if self.save.epochs is None or self._is_cut(self.epoch_steps(epoch)[-1]):
             return False
-        return epoch == self.last_epoch or epoch % self.save.epochs == 0
+        return is_last or epoch == self.last_epoch or epoch % self.save.epochs == 0
 
     def _is_cut(self, step: int) -> bool:
         """Whether --max-steps ends the run after this step, within an epoch."""
         return step == self.last_step and step % self.steps_per_epoch != 0
-
-    def progress_after(self, epoch: int) -> Progress:
-        """After the evaluation of a whole epoch."""
-        return Progress(epoch * self.steps_per_epoch, epoch)
 
     def fraction(self, step: int) -> float:
         """The fraction of the training behind the middle of step `step`, counted from 1."""
@@ -126,7 +137,7 @@ def make_plan(
     *,
     world_size: int,
     train_images: int,
-    test_images: int,
+    evaluated_images: int,
     max_steps: int | None = None,
     log_every: int | None = None,
     save: SaveInterval = NEVER,
@@ -137,7 +148,7 @@ def make_plan(
     steps = recipe.epochs * steps_per_epoch
     plan = Plan(
         train_images=train_images,
-        test_images=test_images,
+        evaluated_images=evaluated_images,
         world_size=world_size,
         batch_size=batch_size,
         accumulate=recipe.accumulate,

@@ -43,6 +43,10 @@ class Images:
     is the number of images of one optimizer step over all processes. `mean` and `std` are one
     number per channel, for pixels in [0, 1]. `fallback` is a source for when the first is neither
     on disk nor reachable; without one that is an error.
+
+    `validation` holds training images out, by the recipe's seed and class by class: a fraction of
+    them, a number, or a fold such as 2/5; or it names the source's own validation half. After each
+    epoch those are evaluated, and the test images only at the end of the run.
     """
 
     source: Source
@@ -53,10 +57,12 @@ class Images:
     augment: tuple[Augmentation, ...] = ()
     mix: Mixing | None = None
     fallback: Source | None = None
+    validation: int | float | str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _refuse_unfinished(self, "data.")
+        _refuse_no_part(self.validation)
         _at_least("data.batch_size", self.batch_size, 1)
         if "\0" in str(self.root):
             raise UserError(
@@ -103,7 +109,8 @@ class Recipe:
     figure beside the plain test accuracy. `on_nan` says what follows a loss
     or gradient that is not finite: stop (the last checkpoint stays); skip that update, for which
     the gradient's norm is read in every step; or roll back to the last checkpoint and leave that
-    one update out.
+    one update out. `patience` ends the training after so many epochs without a validation
+    accuracy above the best one so far by more than `min_delta`.
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `memory_format` auto
@@ -128,6 +135,8 @@ class Recipe:
     average: Callable[[nn.Module], AveragedModel] | None = None
     views: Views | None = None
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    patience: int | None = None
+    min_delta: float = 0.0
     precision: Precision | None = None
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool | CompileMode = False
@@ -161,6 +170,7 @@ class Recipe:
                 expected="a positive number or none",
                 instead="type clip_norm=1.0, for example",
             )
+        _refuse_patience(self)
         if self.average is not None and self.precision in ("pure_bf16", "pure_fp16"):
             raise UserError(
                 f"average with precision={self.precision}",
@@ -182,6 +192,43 @@ def _refuse_unfinished(part: Any, prefix: str = "") -> None:
                     expected="a function that returns what it makes",
                     instead="write def without async, and return instead of yield, there",
                 )
+
+
+def _refuse_no_part(validation: float | str | None) -> None:
+    """Refuse what is no number, fraction or fold of the training images, nor a name."""
+    if isinstance(validation, str):
+        fold, _, folds = validation.partition("/")
+        is_fold = fold.isdecimal() and folds.isdecimal()
+        fits = 1 <= int(fold) <= int(folds) >= 2 if is_fold else validation.isidentifier()
+        fits = fits and validation not in ("train", "test")
+    elif isinstance(validation, int):
+        fits = validation >= 1
+    else:
+        fits = validation is None or 0 < validation < 1
+    if not fits:
+        raise UserError(
+            f"data.validation={validation}",
+            expected="a number of images, a fraction of the training images in (0, 1), a fold "
+            "such as 2/5, or the name of the source's own validation half",
+            instead="type data.validation=0.1, for example",
+        )
+
+
+def _refuse_patience(recipe: Recipe) -> None:
+    if recipe.patience is not None:
+        _at_least("patience", recipe.patience, 1)
+        if recipe.data.validation is None:
+            raise UserError(
+                f"patience={recipe.patience} without validation images",
+                expected="images by which to decide, which are not those of the result",
+                instead="type data.validation=0.1 as well, or patience=none",
+            )
+    if not 0 <= recipe.min_delta < 1:
+        raise UserError(
+            f"min_delta={recipe.min_delta}",
+            expected="a part of the images, of at least 0 and below 1",
+            instead="type min_delta=0.001, for example",
+        )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

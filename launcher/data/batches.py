@@ -17,10 +17,8 @@ from launcher.config.plan import Plan
 from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
 from launcher.data.augment import as_augmentation
+from launcher.data.rng import FIXED, FRESH, LAYERS, MIX, ORDER, make_rng
 from launcher.data.sources import ImageSet
-
-# What random numbers are for: generators of different purposes never share numbers.
-_ORDER, _FRESH, _FIXED, _MIX, _LAYERS = range(5)
 
 CHUNK_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
 
@@ -50,20 +48,15 @@ class _Span:
     weight: float
 
 
-def make_rng(purpose: int, *numbers: int) -> numpy.random.Generator:
-    """Random numbers that depend on the purpose and the numbers alone."""
-    return numpy.random.default_rng([purpose, *numbers])
-
-
 def layer_seeds(seed: int, epoch: int, rank: int, steps: int) -> list[int]:
     """The seeds of the random layers (dropout) of one rank in each step of an epoch."""
-    sequence = numpy.random.SeedSequence([_LAYERS, seed, epoch, rank])
+    sequence = numpy.random.SeedSequence([LAYERS, seed, epoch, rank])
     return sequence.generate_state(steps).tolist()
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The order in which epoch `epoch` visits `count` images: int64 `(count,)`."""
-    return torch.from_numpy(make_rng(_ORDER, seed, epoch).permutation(count))
+    return torch.from_numpy(make_rng(ORDER, seed, epoch).permutation(count))
 
 
 def shard_bounds(count: int, shards: int, index: int) -> tuple[int, int]:
@@ -142,7 +135,7 @@ class Batches:
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
         self._augmentations = tuple(map(as_augmentation, recipe.data.augment))
-        self._fixed = self._draws(make_rng(_FIXED, recipe.seed))
+        self._fixed = self._draws(make_rng(FIXED, recipe.seed))
         self._weights = None
         if class_weights is not None:
             self._weights = class_weights.double().cpu()[images.labels.cpu()]
@@ -173,7 +166,7 @@ class Batches:
         weights = None
         if self._weights is not None:
             weights = nn.functional.pad(self._weights[order].cumsum(0), (1, 0))
-        fresh = self._draws(make_rng(_FRESH, seed, epoch))
+        fresh = self._draws(make_rng(FRESH, seed, epoch))
         return _Epoch(epoch, self._send(order), partners, fresh, weights)
 
     def _draws(self, random: numpy.random.Generator) -> Tensor | None:
@@ -255,7 +248,7 @@ class Batches:
     def _mix(self, own: MicroBatch, other: MicroBatch, step: int) -> MicroBatch:
         mix = self._recipe.data.mix
         assert mix is not None
-        random = make_rng(_MIX, self._recipe.seed, step)
+        random = make_rng(MIX, self._recipe.seed, step)
         images, weight = mix(own.images, other.images, random)
         classes = len(self._images.classes)
         mine, others = (one_hot(t, classes).to(images.dtype) for t in (own.targets, other.targets))

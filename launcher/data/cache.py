@@ -26,15 +26,16 @@ _KEY = "images"
 _NO_COPY = "no copy of the images for this node, so each process reads them: %s"
 
 
-def load(data: Images, group: RankGroup) -> Data:
+def load(data: Images, group: RankGroup, seed: int = 0) -> Data:
     """The images of a recipe, read once for all processes of this node.
 
-    Called within `RankGroup.sync_errors`, by which a `UserError` of the one that reads reaches all.
+    `seed` is the recipe's, by which validation images are held out. Called within
+    `RankGroup.sync_errors`, by which a `UserError` of the one that reads reaches all.
     """
     if group.world.local_size == 1:
-        return sources.load(data)
+        return sources.load(data, seed=seed)
     if group.world.local_rank == 0:
-        loaded = sources.load(data)
+        loaded = sources.load(data, seed=seed)
         with _written(loaded) as place:
             group.broadcast_on_node(_KEY, place)
             if place:
@@ -43,24 +44,27 @@ def load(data: Images, group: RankGroup) -> Data:
         return loaded
     place = group.broadcast_on_node(_KEY)
     if not place:
-        return sources.load(data)
+        return sources.load(data, seed=seed)
     mapped = _map(place)
     group.node_barrier(_KEY)
     if mapped is None and group.world.local_rank == 1:
         _LOG.warning(_NO_COPY, "it belongs to a process that cannot be seen from here")
-    return mapped or sources.load(data)
+    return mapped or sources.load(data, seed=seed)
 
 
 @contextmanager
 def _written(loaded: Data) -> Iterator[str]:
     """Write the images into a file; yields where it is while it is open, empty if that failed."""
+    halves = loaded.halves.values()
     content = {
-        "images": (loaded.train.images, loaded.test.images),
-        "labels": (loaded.train.labels, loaded.test.labels),
-        "files": (loaded.train.files, loaded.test.files),
-        "classes": loaded.train.classes,  # both halves have the same: `sources.check`
+        "images": [half.images for half in halves],
+        "labels": [half.labels for half in halves],
+        "files": [half.files for half in halves],
+        "halves": list(loaded.halves),
+        "classes": loaded.train.classes,  # all halves have the same: `sources.check`
         "name": loaded.name,
         "fallback": loaded.fallback,
+        "held_out": loaded.held_out,
     }
     with ExitStack() as held:
         try:
@@ -83,13 +87,24 @@ def _map(place: str) -> Data | None:
         content = torch.load(path, mmap=True, weights_only=True)
     except (OSError, RuntimeError):
         return None
-    train, test = (
-        ImageSet(images, labels, content["classes"], files)
-        for images, labels, files in zip(
-            content["images"], content["labels"], content["files"], strict=True
+    halves = {
+        name: ImageSet(images, labels, content["classes"], files)
+        for name, images, labels, files in zip(
+            content["halves"],
+            content["images"],
+            content["labels"],
+            content["files"],
+            strict=True,
         )
+    }
+    return Data(
+        halves["training"],
+        halves["test"],
+        content["name"],
+        content["fallback"],
+        halves.get("validation"),
+        content["held_out"],
     )
-    return Data(train, test, content["name"], content["fallback"])
 
 
 def _identity(path: str) -> list[int]:

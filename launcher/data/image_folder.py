@@ -2,6 +2,7 @@
 
 Two layouts are understood: `ROOT/train/CLASS/*.png` with `ROOT/test/CLASS/*.png` (or `val`), and
 plain `ROOT/CLASS/*.png`, of which every fifth picture of a class, by name, is kept for testing.
+With `ROOT/val` beside `ROOT/test`, data.validation=val validates on those.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,19 +31,19 @@ class Folder:
     """
 
     def __init__(
-        self, root: str, train: bool = True, download: bool = False, *, size: int = 32
+        self, root: str, split: str = "train", download: bool = False, *, size: int = 32
     ) -> None:
-        """Read and decode the pictures of one half, training or test."""
+        """Read and decode the pictures of one half: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
         at_least_one("size", size)
-        half = _half(Path(root), train)
+        half = _half(Path(root), split)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
         refuse_too_large(f"{half}", len(files), size)
         if half == Path(root):
             _refuse_few(files, names)
-            files = _split(files, train)
+            files = _split(files, split)
         if not files:
             raise _empty(half)
         self.classes = names
@@ -57,7 +58,19 @@ class Folder:
             list(pool.map(read, range(len(files))))
 
 
-def _half(root: Path, train: bool) -> Path:
+def _half(root: Path, split: str) -> Path:
+    if split == "val" and not all((root / name).is_dir() for name in ("train", "val", "test")):
+        raise UserError(
+            f"data.validation=val, but {root} does not have the folders train, val and test",
+            expected="each of them, with the classes in it",
+            instead="type data.validation=0.1, for example, to take some training images",
+        )
+    if split not in ("train", "val", "test"):
+        raise UserError(
+            f"data.validation={split}, of a folder of pictures",
+            expected="val, a number of images, a fraction of the training images, or a fold",
+            instead="type data.validation=0.1, for example",
+        )
     if not (root / "train").is_dir():
         return root
     others = {path.name for path in root.iterdir() if _is_visible(path, "folder")}
@@ -67,8 +80,8 @@ def _half(root: Path, train: bool) -> Path:
             expected="train and test (or val), with the classes in each",
             instead="move the other folders away, or their classes into train and test",
         )
-    if train:
-        return root / "train"
+    if split != "test":
+        return root / split
     for name in ("test", "val"):
         if (root / name).is_dir():
             return root / name
@@ -114,12 +127,12 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _split(files: list[tuple[Path, int]], train: bool) -> list[tuple[Path, int]]:
+def _split(files: list[tuple[Path, int]], split: str) -> list[tuple[Path, int]]:
     chosen, seen = [], dict.fromkeys({label for _, label in files}, 0)
     for file, label in files:
         is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
         seen[label] += 1
-        if is_test != train:
+        if is_test == (split == "test"):
             chosen.append((file, label))
     return chosen
 

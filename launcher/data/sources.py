@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,12 +28,14 @@ from launcher.config.recipe import Images
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
+from launcher.data.validation import held_out, parse_fold
 from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.utils.text import count
 from launcher.utils.user_code import user_line, user_location
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+EvaluatedOn = Literal["test", "val"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class ImageSet:
         """The number of images."""
         return len(self.labels)
 
+    def take(self, places: Tensor) -> "ImageSet":
+        """Those at the places `(n,)`, in that order."""
+        files = tuple(self.files[place] for place in places.tolist()) if self.files else ()
+        return replace(self, images=self.images[places], labels=self.labels[places], files=files)
+
     def to(self, device: torch.device) -> "ImageSet":
         """The same images on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -59,16 +66,40 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test images; `fallback` says why they are not those that were asked for."""
+    """Training and test images, and those for validation where the recipe has some.
+
+    `held_out` are the places of the validation images in the source's training half, where they
+    are from there. `fallback` says why the images are not those that were asked for.
+    """
 
     train: ImageSet
     test: ImageSet
     name: str
     fallback: str | None = None
+    validation: ImageSet | None = None
+    held_out: Tensor | None = None
+
+    @property
+    def evaluated(self) -> ImageSet:
+        """What is evaluated after each epoch, by which the best one is chosen."""
+        return self.test if self.validation is None else self.validation
+
+    @property
+    def evaluated_on(self) -> EvaluatedOn:
+        """Which images those are, as figures are named."""
+        return "test" if self.validation is None else "val"
+
+    @property
+    def halves(self) -> dict[str, ImageSet]:
+        """All images under the names of what they are for."""
+        own = {} if self.validation is None else {"validation": self.validation}
+        return {"training": self.train, **own, "test": self.test}
 
     def to(self, device: torch.device) -> "Data":
         """The same images on another device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        own = None if self.validation is None else self.validation.to(device)
+        train, test = self.train.to(device), self.test.to(device)
+        return replace(self, train=train, test=test, validation=own)
 
 
 @dataclass(frozen=True)
@@ -101,18 +132,18 @@ class _UnavailableError(Exception):
 _UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, AssertionError, IndexError, KeyError)
 
 
-def load(data: Images, *, downloads: bool = True) -> Data:
+def load(data: Images, *, seed: int = 0, downloads: bool = True) -> Data:
     """Open or download the images of a recipe, or its declared fallback.
 
-    Raises `UserError` for damaged files, for labels out of range, and where the images are out of
-    reach and there is no fallback. Out of reach is what is not on disk, unless it `downloads`.
+    `seed` decides which training images are held out where the recipe validates on some. Raises
+    `UserError` for damaged files, for labels out of range, and where the images are out of reach
+    and there is no fallback. Out of reach is what is not on disk, unless it `downloads`.
     """
     data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
     if os.path.exists(data.root) and not os.path.isdir(data.root):
         raise _no_folder(Path(data.root), "not a folder")
     try:
-        train, test = _open_both(data.source, data.root, downloads)
-        loaded = Data(train, test, short_name(data.source))
+        loaded = _open_halves(data, downloads)
     except _UnavailableError as reason:
         if data.fallback is None:
             raise UserError(
@@ -122,52 +153,67 @@ def load(data: Images, *, downloads: bool = True) -> Data:
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
-            train, test = _open_both(data.fallback, data.root, downloads)
+            loaded = _open_halves(replace(data, source=data.fallback), downloads)
         except _UnavailableError as second:
             raise UserError(
                 f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
                 expected="the images on disk or a network to fetch them",
                 instead="type data.root=FOLDER, or declare fallback=Synthetic in the recipe",
             ) from None
-        loaded = Data(train, test, short_name(data.fallback), fallback=why)
+        loaded = replace(loaded, fallback=why)
     check(loaded, data)
-    return loaded
+    return hold_out(loaded, data.validation, seed)
 
 
-def open_on_disk(data: Images) -> Data | None:
+def open_on_disk(data: Images, seed: int = 0) -> Data | None:
     """The images of a recipe if this disk holds them: nothing is fetched, nothing stands in.
 
     Raises `UserError` as `load` does, where they are there but not as they should be.
     """
     data = replace(data, root=os.path.expanduser(data.root))
     try:
-        train, test = _open_both(data.source, data.root, downloads=False)
+        loaded = _open_halves(data, downloads=False)
     except _UnavailableError:
         return None
-    loaded = Data(train, test, short_name(data.source))
     check(loaded, data)
-    return loaded
+    return hold_out(loaded, data.validation, seed)
+
+
+def hold_out(data: Data, validation: float | str | None, seed: int) -> Data:
+    """Take the validation images out of the training half, unless the source has its own.
+
+    Raises `UserError` where there are too few.
+    """
+    if validation is None or data.validation is not None:
+        return data
+    chosen = held_out(data.train.labels, validation, seed)
+    rest = torch.ones(len(data.train), dtype=torch.bool)
+    rest[chosen] = False
+    train, own = data.train.take(rest.nonzero()[:, 0]), data.train.take(chosen)
+    return replace(data, train=train, validation=own, held_out=chosen)
 
 
 def check(loaded: Data, data: Images) -> None:
     """Raise `UserError` where the two halves or the recipe's numbers do not fit together."""
-    if loaded.train.classes != loaded.test.classes:
-        odd = sorted(set(loaded.train.classes) ^ set(loaded.test.classes))
-        given = f"classes that only one half of {data.root!r} has: {', '.join(odd)}"
-        if not odd:
-            given = f"classes in another order for testing: {', '.join(loaded.test.classes)}"
-        raise UserError(
-            given,
-            expected="the same classes for training and for testing",
-            instead="add the missing folders or remove the others",
-        )
-    sizes = [tuple(half.images.shape[1:]) for half in (loaded.train, loaded.test)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"training images of {sizes[0]} and test images of {sizes[1]} in {loaded.name}",
-            expected="images of the same height, width and channels",
-            instead="scale one half to the size of the other",
-        )
+    train = loaded.train
+    for name, half in loaded.halves.items():
+        if train.classes != half.classes:
+            odd = sorted(set(train.classes) ^ set(half.classes))
+            given = f"classes that only one half of {data.root!r} has: {', '.join(odd)}"
+            if not odd:
+                given = f"classes in another order for {name}: {', '.join(half.classes)}"
+            raise UserError(
+                given,
+                expected=f"the same classes for training and for {name}",
+                instead="add the missing folders or remove the others",
+            )
+        sizes = [tuple(images.images.shape[1:]) for images in (train, half)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"training images of {sizes[0]} and {name} images of {sizes[1]} in {loaded.name}",
+                expected="images of the same height, width and channels",
+                instead="scale one half to the size of the other",
+            )
     channels = loaded.train.images.shape[-1]
     for name, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != channels:
@@ -181,7 +227,7 @@ def check(loaded: Data, data: Images) -> None:
 def digest(data: Data) -> str:
     """Whether two runs had the same images: of all labels, and of every hundredth image."""
     whole = blake2b(digest_size=8)
-    for half in (data.train, data.test):
+    for half in data.halves.values():
         whole.update(repr((tuple(half.images.shape), half.classes)).encode())
         whole.update(half.labels.cpu().numpy().tobytes())
         whole.update(half.images[::100].cpu().numpy().tobytes())
@@ -199,7 +245,7 @@ def stand_in(data: Images, count: int) -> Images:
     if function is not Synthetic:
         keywords = _known_shape(data)
     source = partial(Synthetic, **{**keywords, "count": count})
-    return replace(data, source=source, fallback=None)
+    return replace(data, source=source, fallback=None, validation=None)
 
 
 def known_counts(data: Images) -> tuple[int, int] | None:
@@ -219,23 +265,27 @@ def _known_shape(data: Images) -> dict[str, int]:
     )
 
 
-def _open_both(source: Source, root: str, downloads: bool) -> tuple[ImageSet, ImageSet]:
-    """Both halves at once, since most of it is reading and hashing of files."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        found = list(pool.map(partial(_open, source, root), (True, False)))
+def _open_halves(data: Images, downloads: bool) -> Data:
+    """All halves at once, since most of it is reading and hashing of files."""
+    source, root = data.source, data.root
+    halves = ["train", "test"]
+    if isinstance(data.validation, str) and not parse_fold(data.validation):
+        halves.append(data.validation)
+    with ThreadPoolExecutor(max_workers=len(halves)) as pool:
+        found = list(pool.map(partial(_open, source, root), halves))
     if None in found and not downloads:
         raise _UnavailableError("is not downloaded here")
-    train, test = (
-        _fetch(source, root, train) if half is None else half
-        for train, half in zip((True, False), found, strict=True)
+    train, test, *own = (
+        _fetch(source, root, name) if half is None else half
+        for name, half in zip(halves, found, strict=True)
     )
-    return train, test
+    return Data(train, test, short_name(source), validation=own[0] if own else None)
 
 
-def _open(source: Source, root: str, train: bool) -> ImageSet | None:
+def _open(source: Source, root: str, half: str) -> ImageSet | None:
     """Open one half; None where its files are absent or damaged."""
     try:
-        dataset = _call(source, root, train, download=False)
+        dataset = _call(source, root, half, download=False)
     except FileNotFoundError as error:
         if error.errno is not None:  # of the system: a file is absent
             return None
@@ -250,20 +300,20 @@ def _open(source: Source, root: str, train: bool) -> ImageSet | None:
     return _as_set(dataset, source)
 
 
-def _fetch(source: Source, root: str, train: bool) -> ImageSet:
+def _fetch(source: Source, root: str, half: str) -> ImageSet:
     """Look again under the lock, for another process may be unpacking; then download.
 
     One process per node does so.
     """
     with _downloading(root):
         try:
-            dataset = _call(source, root, train, download=False)
+            dataset = _call(source, root, half, download=False)
         except _UNREADABLE as error:
             _refuse_damaged(source, root)
             is_absent = isinstance(error, FileNotFoundError) or "not found" in str(error)
             if not is_absent:  # those are torchvision's words
                 raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
-            dataset = _call(source, root, train, download=True)
+            dataset = _call(source, root, half, download=True)
     return _as_set(dataset, source)
 
 
@@ -309,19 +359,29 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _call(source: Source, root: str, train: bool, download: bool) -> Any:
-    """Call a source with those of torchvision's arguments that it takes."""
+def _call(source: Source, root: str, half: str, download: bool) -> Any:
+    """Call a source with those of torchvision's arguments that it takes.
+
+    `half` is train, test, or the name of another one that the source has.
+    """
     accepted = inspect.signature(source).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())  # EMNIST passes `train` on
-    arguments: dict[str, Any] = {"root": root, "train": train, "download": download}
-    if "train" not in accepted and not takes_any:
+    arguments: dict[str, Any] = {"root": root, "train": half == "train", "download": download}
+    has_train = "train" in accepted or takes_any
+    if half not in ("train", "test") and (has_train or "split" not in accepted):
+        raise UserError(
+            f"data.validation={half}, of {short_name(source)}, which has no half of that name",
+            expected="a number of images, a fraction of the training images, or a fold",
+            instead="type data.validation=0.1, for example",
+        )
+    if not has_train:
         if "split" not in accepted:
             raise UserError(
                 f"data.source={short_name(source)}, which takes neither `train` nor `split`",
                 expected="a source of training images and of other images for testing",
                 instead="write a function with `train` that returns one half or the other",
             )
-        arguments["split"] = "train" if train else "test"
+        arguments["split"] = half
     no_default = [
         parameter.name
         for parameter in accepted.values()

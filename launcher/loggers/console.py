@@ -210,8 +210,8 @@ def epoch_line(report: EpochReport, plan: Plan, best: Best | None) -> str:
     return (
         f"epoch {report.epoch:>{width}}/{plan.epochs}"
         f"  train loss {report.train_loss:7.4f}"
-        f"  test loss {report.test.loss:7.4f}"
-        f"  test accuracy {report.test.accuracy:7.2%}{_tta(report)}"
+        f"  {report.evaluated_on} loss {report.evaluation.loss:7.4f}"
+        f"  {report.evaluated_on} accuracy {report.evaluation.accuracy:7.2%}{_tta(report)}"
         f"  {report.images_per_second:>9,.0f} img/s"
         f"  {report.seconds:7.1f} s" + ("  best" if _is_best(report, best) else "")
     )
@@ -223,7 +223,8 @@ def _is_best(report: EpochReport, best: Best | None) -> bool:
 
 def shortened(line: str) -> str:
     """The line of an epoch in 80 columns: the same figures with fewer words and spaces."""
-    line = re.sub("(train|test) loss", r"\1", line).replace("test accuracy", "accuracy")
+    line = re.sub("(train|test|val) loss", r"\1", line)
+    line = re.sub("(test|val) accuracy", "accuracy", line)
     return re.sub(" +", " ", line)
 
 
@@ -233,7 +234,7 @@ def tta_note(accuracy: float | None) -> str:
 
 
 def _tta(report: EpochReport) -> str:
-    return tta_note(report.test_tta.accuracy if report.test_tta else None)
+    return tta_note(report.evaluation_tta.accuracy if report.evaluation_tta else None)
 
 
 def first_step_line(report: StepReport, classes: tuple[str, ...]) -> str:

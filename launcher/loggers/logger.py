@@ -1,7 +1,7 @@
 """What a logger hears of a run; to add one, write a class and name it in `run.make_loggers`."""
 
 from launcher.config.plan import Plan
-from launcher.training.metrics import Best, EpochReport, StepReport
+from launcher.training.metrics import Best, EpochReport, FinalReport, StepReport
 
 
 class Logger:
@@ -17,6 +17,9 @@ class Logger:
 
     def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
         """An epoch is complete; `best` is the best so far, this one perhaps."""
+
+    def tested(self, report: FinalReport) -> None:
+        """The test images at the end of a run that has chosen by validation images."""
 
     def finish(self, exit_code: int) -> None:
         """The end of the run."""

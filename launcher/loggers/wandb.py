@@ -32,7 +32,7 @@ from launcher.loggers.wandb_history import (
     log_records,
     step_scalars,
 )
-from launcher.training.metrics import Best, EpochReport, StepReport, sample_indices
+from launcher.training.metrics import Best, EpochReport, FinalReport, StepReport, sample_indices
 from launcher.utils.redaction import cleaned, redacted
 
 if TYPE_CHECKING:
@@ -138,6 +138,13 @@ class WandbLogger(Logger):
                 raise TimeoutError(f"the images of {MOST_WAITING} epochs are waiting already")
             self._waiting.put(report)
 
+    def tested(self, report: FinalReport) -> None:
+        """Keep the figures of the test images, which are no curve, in the summary of the run."""
+        with self._only_warning():
+            for which, figures in report.metrics().items():
+                numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+                self._run.summary.update({f"{which}/{k}": v for k, v in numbers.items()})
+
     def finish(self, exit_code: int) -> None:
         """Send what is left, for a limited time, and end the run with an exit code."""
         self._waiting.put(None)
@@ -193,17 +200,18 @@ def last_row(log: Path) -> int:
 
 
 class Samples:
-    """The test images that every epoch shows."""
+    """The evaluated images that every epoch shows."""
 
     def __init__(self, data: Data) -> None:
-        """Take the fixed images out of the test set."""
-        chosen = sample_indices(len(data.test))
-        images = data.test.images[chosen]
+        """Take the fixed images out of those that are evaluated."""
+        evaluated = data.evaluated
+        chosen = sample_indices(len(evaluated))
+        images = evaluated.images[chosen]
         if images.shape[-1] not in (3, 4):  # neither RGB nor RGBA: show the first channel as gray
             images = images[..., 0]
-        self.classes = data.test.classes
+        self.classes = evaluated.classes
         self._pictures = [Image.fromarray(pixels) for pixels in images.numpy()]
-        self._truths = [self.classes[label] for label in data.test.labels[chosen].tolist()]
+        self._truths = [self.classes[label] for label in evaluated.labels[chosen].tolist()]
 
     def captioned(self, report: EpochReport) -> "list[wandb.Image]":
         """The images under what the model takes them for: "cat 91% (is dog)"."""
@@ -307,14 +315,14 @@ def _confusion(report: EpochReport, classes: Sequence[str]) -> Any:
     columns = ["Actual", "Predicted", "nPredictions"]
     counts = [
         [truth, guess, count]
-        for truth, row in zip(classes, report.test.confusion, strict=True)
+        for truth, row in zip(classes, report.evaluation.confusion, strict=True)
         for guess, count in zip(classes, row, strict=True)
     ]
     return wandb.plot_table(
         "wandb/confusion_matrix/v1",
         wandb.Table(columns=[*columns], data=counts),
         {name: name for name in columns},
-        {"title": "Test images: truth and prediction"},
+        {"title": f"{report.images.capitalize()} images: truth and prediction"},
     )
 
 
@@ -368,7 +376,7 @@ def _define_axes(run: "wandb.Run") -> None:
     run.define_metric("epoch", hidden=True)
     run.define_metric(ROW, hidden=True)
     run.define_metric("train/*", step_metric="train/step")
-    for name in ("train_epoch/*", "test/*", "best/*", "seconds", "samples", "predictions"):
+    for name in ("train_epoch/*", "test/*", "val/*", "best/*", "seconds", "samples", "predictions"):
         run.define_metric(name, step_metric="epoch")
 
 

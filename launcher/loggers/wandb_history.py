@@ -15,7 +15,7 @@ from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils import atomic_write
 
 # The figures that make a row that of a step, or of an epoch, and where their number stands.
-_KINDS = {"step": ("train/loss", "train/step"), "epoch": ("test/accuracy", "epoch")}
+_KINDS = {"step": ("train/loss", "train/step"), "epoch": ("seconds", "epoch")}
 ROW = "row"  # each row's own number, by which a resumed run sees what W&B has; tables have none
 BLOCK, PART_HEADER = 32 * 1024, 7  # bytes
 WHOLE, LAST = 1, 4  # kinds of parts that end a record
@@ -45,10 +45,12 @@ def epoch_scalars(
     scalars = {name.replace("train/", "train_epoch/"): value for name, value in numbers.items()}
     scalars["train/step"] = scalars.pop("step")
     if len(classes) <= MOST_CLASS_CURVES:
-        pairs = zip(classes, report.test.per_class, strict=True)
-        scalars.update({f"test/class_accuracy/{c}": a for c, a in pairs if a is not None})
+        pairs = zip(classes, report.evaluation.per_class, strict=True)
+        prefix = f"{report.evaluated_on}/class_accuracy"
+        scalars.update({f"{prefix}/{c}": a for c, a in pairs if a is not None})
     if best:
-        scalars |= {"best/test_accuracy": best.accuracy, "best/epoch": best.epoch}
+        name = f"best/{report.evaluated_on}_accuracy"  # by which it was chosen
+        scalars |= {name: best.accuracy, "best/epoch": best.epoch}
     return scalars
 
 

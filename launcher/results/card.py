@@ -45,8 +45,12 @@ probabilities are not calibrated by anything.
 """
 
 
-def model_card(files: RunFiles, proof: str, accuracy: float) -> str:
-    """The text of a README.md for the Hugging Face Hub, with its metadata in front."""
+def model_card(files: RunFiles, weights: str, proof: str, accuracy: float) -> str:
+    """The text of a README.md for the Hugging Face Hub, with its metadata in front.
+
+    `weights` are the best or the final ones, `accuracy` that of the images of the proof: what is
+    quoted is that of the test images, where they are others.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     about = files.about
@@ -67,17 +71,20 @@ def model_card(files: RunFiles, proof: str, accuracy: float) -> str:
     )
     rows = ("model", "data", "batch", "steps", "precision", "devices")
     facts = "\n".join(f"| {row} | {_cell(about.get(row, 'unknown'))} |" for row in rows)
-    last = files.epochs[-1] if files.epochs else {}
+    which = "best" if weights == "best" else "last"
+    tested = files.tested.get(which) or (files.epochs[-1] if files.epochs else {})
+    accuracy = files.test_accuracy("best" if weights == "best" else "last") or accuracy
     best = files.best
     chosen = ""
-    if best is not None:
-        chosen = f"Epoch {best.epoch} was chosen by looking at these test images. "
+    if best is not None and weights == "best":
+        these = "these test" if files.evaluated_on == "test" else "other, validation"
+        chosen = f"Epoch {best.epoch} was chosen by looking at {these} images. "
     text = _TEXT.format(
         name=_cell(name),
         recipe=_cell(about.get("recipe", "")),
         facts=facts,
         accuracy=accuracy,
-        images=int(last.get("test/images", 0)),
+        images=int(tested.get("test/images", 0)),
         chosen=chosen,
         proof=proof,
         data=_cell(data.partition(",")[0]),

@@ -1,7 +1,8 @@
 """`launcher export RUN --to FORM FOLDER`: the trained network as a file that runs elsewhere.
 
-An export proves itself: the test images go through the exported form once more, and its scores are
-compared with those of the run's own network, and its answers with those that the run wrote down.
+An export proves itself: the evaluated images go through the exported form once more, and its
+scores are compared with those of the run's own network, and its answers with those that the run
+wrote down.
 Otherwise it is refused, and nothing is left behind.
 """
 
@@ -70,7 +71,7 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared: of so many test images, the largest gap of an output.
+    """What was compared: of so many evaluated images, the largest gap of an output.
 
     `probabilities` `(images,)` are those that the trained network gives the true classes.
     """
@@ -79,11 +80,14 @@ class Proof:
     gap: float
     accuracy: float
     probabilities: NDArray[Any]
-    whole: bool = True  # all test images of the run, and not those that it kept
+    whole: bool = True  # all images that the run evaluated, and not those that it kept
+    kind: str = "test"  # or validation
 
     def sentence(self) -> str:
         """For the terminal and the model card."""
-        which = f"all {self.images:,} test images" if self.whole else f"{self.images:,} images"
+        which = f"{self.images:,} images"
+        if self.whole:
+            which = f"all {self.images:,} {self.kind} images"
         return (
             f"on {which}, outputs within {self.gap:.1e} of the trained network's and the "
             f"same answers; accuracy {self.accuracy:.2%}"
@@ -107,19 +111,19 @@ def main(words: Sequence[str]) -> int:
     _refuse_taken(arguments.folder)
     files = find(arguments.run, arguments.runs)
     run = load_run(files.path, weights=arguments.weights)
-    test, whole = test_images(files, run, arguments.data)
+    images, whole = evaluated_images(files, run, arguments.data)
     folder = arguments.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         answer = write(run, files, arguments.to, temporary, from_pixels=arguments.from_pixels)
         recorded = files.best if arguments.weights == "best" else files.last
-        proof = prove(run, answer, test, from_pixels=arguments.from_pixels)
+        proof = prove(run, answer, images, from_pixels=arguments.from_pixels)
         if whole and recorded is not None:
             refuse_other_answers(proof, recorded.probability_of_truth, files)
-        proof = replace(proof, whole=whole)
+        proof = replace(proof, whole=whole, kind=files.images)
         if arguments.to == "hub":
-            card = model_card(files, proof.sentence(), proof.accuracy)
+            card = model_card(files, arguments.weights, proof.sentence(), proof.accuracy)
             (temporary / "README.md").write_text(card)
         temporary.chmod(0o755)
         temporary.rename(folder)
@@ -143,8 +147,8 @@ def _refuse_taken(folder: Path) -> None:
 # The images of the proof
 
 
-def test_images(files: RunFiles, run: TrainedRun, root: str | None) -> tuple[ImageSet, bool]:
-    """The test images of the run, and True; else those that it kept, and False.
+def evaluated_images(files: RunFiles, run: TrainedRun, root: str | None) -> tuple[ImageSet, bool]:
+    """The images that the run evaluated, and True; else those that it kept, and False.
 
     Raises `UserError` where there are neither.
     """
@@ -152,14 +156,15 @@ def test_images(files: RunFiles, run: TrainedRun, root: str | None) -> tuple[Ima
     root = root or files.config.get("data", {}).get("root")
     data = replace(data, root=root) if isinstance(root, str) else data
     for source in filter(None, (data.source, data.fallback)):
-        loaded = sources.open_on_disk(replace(data, source=source, fallback=None))
+        wanted = replace(data, source=source, fallback=None)
+        loaded = sources.open_on_disk(wanted, run.recipe.seed)
         if loaded is not None and sources.digest(loaded) == files.about.get("data_digest"):
-            return loaded.test, True
+            return loaded.evaluated, True
     kept = files.best or files.last
     if kept is None or kept.pictures.shape[1:] != run.image_shape:
         raise UserError(
             f"{files.path}, whose images are not on this machine",
-            expected="its test images, by which the export is proved",
+            expected="the images that it evaluated, by which the export is proved",
             instead="type --data FOLDER, in which they are",
         )
     labels = torch.from_numpy(kept.truth[kept.pictured].astype("int64"))
@@ -273,15 +278,15 @@ def about(run: TrainedRun, files: RunFiles) -> dict[str, Any]:
 # The proof
 
 
-def prove(run: TrainedRun, answer: Answer, test: ImageSet, *, from_pixels: bool) -> Proof:
-    """Compare the exported form with the trained network on the test images.
+def prove(run: TrainedRun, answer: Answer, images: ImageSet, *, from_pixels: bool) -> Proof:
+    """Compare the exported form with the trained network on these images.
 
     Raises `UserError` where an output differs by more than the tolerance, or an answer that is not
     a tie within it.
     """
     gaps, largest, right, shares = [0.0], 1.0, 0, []
-    for first in range(0, len(test), BATCH):
-        pixels, labels = (part[first : first + BATCH] for part in (test.images, test.labels))
+    for first in range(0, len(images), BATCH):
+        pixels, labels = (part[first : first + BATCH] for part in (images.images, images.labels))
         given = pixels.permute(0, 3, 1, 2).contiguous() if from_pixels else run.normalize(pixels)
         with torch.inference_mode():
             expected = upcast(run.model.eval()(run.normalize(pixels)))
@@ -301,7 +306,7 @@ def prove(run: TrainedRun, answer: Answer, test: ImageSet, *, from_pixels: bool)
             more = f", and {count(int(differ.sum()), 'answer')} of {len(pixels)} differ"
             raise _refused(f"its outputs are up to {gap:.3g} beside the trained network's{more}")
         right += int((found.argmax(1) == labels).sum())
-    return Proof(len(test), max(gaps), right / len(test), torch.cat(shares).numpy())
+    return Proof(len(images), max(gaps), right / len(images), torch.cat(shares).numpy())
 
 
 def refuse_other_answers(proof: Proof, recorded: NDArray[Any], files: RunFiles) -> None:

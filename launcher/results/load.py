@@ -104,7 +104,9 @@ def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
     recipe = loader.load(source).recipe
     own = {f"model.{name}": value for name, value in config["model"].items() if name != "call"}
     own |= {f"data.{name}": config["data"].get(name) for name in ("mean", "std")}
-    for slot in ("source", "fallback"):  # by which the test images are found again
+    # By which the images are found again that were evaluated.
+    own |= {"data.validation": config["data"].get("validation"), "seed": config.get("seed", 0)}
+    for slot in ("source", "fallback"):
         settings = config["data"].get(slot)
         if isinstance(settings, Mapping):
             own |= {f"data.{slot}.{n}": v for n, v in settings.items() if n != "call"}

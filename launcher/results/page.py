@@ -33,10 +33,10 @@ GENERATOR = "launcher report"  # how a page says that it may be replaced
 _TEMPLATES = Path(__file__).parent / "templates"
 _CURVES = {
     "train_loss": "train/loss",
-    "test_loss": "test/loss",
-    "accuracy": "test/accuracy",
-    "accuracy_tta": "test/accuracy_tta",
-    "top5": "test/top5",
+    "evaluated_loss": "{}/loss",
+    "accuracy": "{}/accuracy",
+    "accuracy_tta": "{}/accuracy_tta",
+    "top5": "{}/top5",
     "learning_rate": "train/learning_rate",
     "images_per_second": "train/images_per_second",
 }
@@ -91,9 +91,9 @@ class Page:
             notes.append(f"{why}: there are no mistakes, no pictures and no calibration.")
         elif run.best is None:
             notes.append("best.npz cannot be read: what follows is of the last epoch.")
-        lost = [r["epoch"] for r in run.epochs if number(r.get("test/loss")) is None]
+        lost = [r["epoch"] for r in run.epochs if number(r.get(run.key("loss"))) is None]
         if lost:
-            notes.append(f"The test loss is not a finite number in {_epochs(lost)}.")
+            notes.append(f"The {run.images} loss is not a finite number in {_epochs(lost)}.")
         if run.epochs and not self.samples["epochs"]:
             notes.append("details.jsonl has no whole line: the fixed samples are not shown.")
         return notes
@@ -151,7 +151,7 @@ class Page:
             for row in rows:
                 if row["epoch"] == self.outcomes.epoch:
                     return row
-        return max(rows, key=lambda row: row["test/accuracy"], default=None)
+        return max(rows, key=lambda row: row[self.run.key("accuracy")], default=None)
 
     @cached_property
     def cells(self) -> list[tuple[int, int, int]]:
@@ -292,7 +292,8 @@ class Page:
     def data(self) -> dict[str, Any]:
         """What the charts are drawn from; no value in it is NaN, which JSON has not."""
         curves = {
-            name: [number(row.get(key)) for row in self.run.epochs] for name, key in _CURVES.items()
+            name: [number(row.get(key.format(self.run.evaluated_on))) for row in self.run.epochs]
+            for name, key in _CURVES.items()
         }
         bins, error = figures.reliability(self.outcomes) if self.outcomes else ([], 0.0)
         sheet = self.sheet
@@ -300,6 +301,7 @@ class Page:
             "classes": self.classes,
             "epochs": [row["epoch"] for row in self.run.epochs],
             "curves": curves,
+            "images": self.run.images,
             "shown_epoch": self.shown_epoch,
             "matrix": self.cells if len(self.classes) <= MATRIX_CLASSES else [],
             "pictures": list(self._pictures()),

@@ -1,4 +1,4 @@
-"""The test images, each exactly once, over all ranks; and what the samples among them look like."""
+"""Test or validation images, each exactly once, over all ranks; and the samples among them."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from launcher.config.slots import Views
 from launcher.data.batches import shard_bounds
+from launcher.data.sources import ImageSet
 from launcher.distributed.stop_sync import StoppedError, StopSync
 from launcher.training.metrics import ConfusionAccumulator, Evaluation, OutcomeTable, sample_indices
 from launcher.training.model import upcast
@@ -17,47 +18,49 @@ EVALUATION_BATCH, EVALUATION_BATCH_ON_CPU = 1000, 250
 
 
 def evaluate(
-    ctx: TrainContext, views: Views | None = None, stop_sync: StopSync | None = None
+    ctx: TrainContext,
+    images: ImageSet,
+    views: Views | None = None,
+    stop_sync: StopSync | None = None,
 ) -> Evaluation:
-    """Evaluate each test image exactly once, on whichever rank; by its `views` where given.
+    """Evaluate each of `images` exactly once, on whichever rank; by its `views` where given.
 
     Without views, the outcome of each image is kept.
 
     Raises `StoppedError` where the ranks agree to stop: they are asked before each batch that all
     of them have.
     """
-    test, accelerator = ctx.data.test, ctx.accelerator
+    accelerator, count = ctx.accelerator, len(images)
     accumulator = ConfusionAccumulator(
-        len(test.classes), accelerator.device, ctx.loss.class_weights
+        len(images.classes), accelerator.device, ctx.loss.class_weights
     )
-    table = OutcomeTable(len(test), accelerator.device) if views is None else None
-    start, stop = shard_bounds(len(test), accelerator.num_processes, accelerator.process_index)
+    table = OutcomeTable(count, accelerator.device) if views is None else None
+    start, stop = shard_bounds(count, accelerator.num_processes, accelerator.process_index)
     on_cpu = accelerator.device.type == "cpu"
     size = EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH
     with evaluating(ctx.state.eval_model) as score, accelerator.autocast():
         for first in range(start, stop, size):
-            all_ranks_have_it = first - start < len(test) // accelerator.num_processes
+            all_ranks_have_it = first - start < count // accelerator.num_processes
             if stop_sync and all_ranks_have_it and stop_sync.stops():
                 raise StoppedError
             part = slice(first, min(first + size, stop))
-            images = ctx.normalize(test.images[part])
-            logits = upcast(views(score, images) if views else score(images))
-            labels = test.labels[part]
-            accumulator.add(logits, labels, ctx.loss(logits, labels, images))
+            batch, labels = ctx.normalize(images.images[part]), images.labels[part]
+            logits = upcast(views(score, batch) if views else score(batch))
+            accumulator.add(logits, labels, ctx.loss(logits, labels, batch))
             if table:
                 table.add(first, logits, labels)
     evaluation = accumulator.evaluation(ctx.sum_over_ranks(accumulator.counts))
     if table:
         outcomes = ctx.sum_over_ranks(table.values).cpu().numpy()
         evaluation = replace(evaluation, outcomes=outcomes)
-    assert evaluation.images == len(test), "an image was counted twice or not at all"
+    assert evaluation.images == count, "an image was counted twice or not at all"
     return evaluation
 
 
 def score_samples(ctx: TrainContext) -> NDArray[Any]:
     """Class probabilities `(36, classes)` of the fixed sample images."""
-    test, network = ctx.data.test, ctx.state.eval_model
-    chosen = ctx.normalize(test.images[sample_indices(len(test))])
+    images, network = ctx.data.evaluated, ctx.state.eval_model
+    chosen = ctx.normalize(images.images[sample_indices(len(images))])
     with evaluating(network), ctx.accelerator.autocast():
         # Not through a compiled call: these few images are not worth another compilation.
         return upcast(network.forward(chosen)).softmax(dim=1).cpu().numpy()

@@ -46,25 +46,28 @@ def fit(
     it to the resumed run. Every rank must run it to its end, since reports add sums over the ranks.
     Raises `NotFiniteError` when the loss or a parameter is not finite.
     """
-    plan, state = ctx.plan, ctx.state
+    plan, state, patience, progress = ctx.plan, ctx.state, ctx.recipe.patience, start
     batches = make_batches(ctx)
     stop_sync = StopSync(ctx.sum_over_ranks, plan.world_size, ctx.accelerator.device, poll_requests)
     state.network.train()
     for epoch in range(start.epochs + 1, plan.last_epoch + 1):
-        tracker = yield from train_epoch(ctx, batches, epoch, start, stop_sync)
+        if progress.has_waited(patience):
+            return
+        tracker = yield from train_epoch(ctx, batches, epoch, progress, stop_sync)
         if tracker is None:
             return
+        last_step = plan.epoch_steps(epoch)[-1]
         buffers = [buffer.clone() for buffer in state.eval_model.buffers()]
         try:
-            report = evaluate_epoch(ctx, epoch, tracker, stop_sync)
+            report, progress = evaluate_epoch(ctx, epoch, tracker, progress, stop_sync)
         except StoppedError:
             for buffer, value in zip(state.eval_model.buffers(), buffers, strict=True):
                 buffer.copy_(value)  # a mean over ranks, averaged again, may be rounded again
-            yield SavePoint(progress_within(epoch, plan.epoch_steps(epoch)[-1], tracker), True)
+            yield SavePoint(progress_within(epoch, last_step, tracker, progress), True)
             return
         yield report
-        if plan.is_saved_after_epoch(epoch):
-            yield SavePoint(plan.progress_after(epoch))
+        if plan.is_saved_after_epoch(epoch, is_last=report.ends_training):
+            yield SavePoint(progress)
 
 
 def train_epoch(
@@ -100,24 +103,30 @@ def train_epoch(
         if report is not None:
             yield replace(report, first_predictions=first_classes(logits)) if step == 1 else report
         if saves:
-            yield SavePoint(progress_within(epoch, step, tracker), stops)
+            yield SavePoint(progress_within(epoch, step, tracker, start), stops)
         if stops:
             return None
     return tracker
 
 
 def evaluate_epoch(
-    ctx: TrainContext, epoch: int, tracker: LossTracker, stop_sync: StopSync
-) -> EpochReport:
-    """Evaluate what an epoch has trained. Raises `StoppedError` where the ranks agree to stop."""
-    recipe, plan, state = ctx.recipe, ctx.plan, ctx.state
+    ctx: TrainContext, epoch: int, tracker: LossTracker, before: Progress, stop_sync: StopSync
+) -> tuple[EpochReport, Progress]:
+    """Evaluate what an epoch has trained; also returns where the training then stands.
+
+    Raises `StoppedError` where the ranks agree to stop.
+    """
+    recipe, plan, state, images = ctx.recipe, ctx.plan, ctx.state, ctx.data.evaluated
     step = plan.epoch_steps(epoch)[-1]
     loss, images_per_second = tracker.epoch()
     average_buffers(state.eval_model, ctx.accelerator)
-    test = evaluate(ctx, stop_sync=stop_sync)
-    has_views = recipe.views is not None and epoch == plan.last_epoch
-    test_tta = evaluate(ctx, recipe.views, stop_sync) if has_views else None
-    return EpochReport(
+    evaluation = evaluate(ctx, images, stop_sync=stop_sync)
+    # Counts of images, so that every rank decides alike.
+    progress = before.after_epoch(epoch, step, evaluation.accuracy, recipe.min_delta)
+    is_last = epoch == plan.last_epoch or progress.has_waited(recipe.patience)
+    has_views = recipe.views is not None and is_last
+    evaluation_tta = evaluate(ctx, images, recipe.views, stop_sync) if has_views else None
+    report = EpochReport(
         epoch=epoch,
         step=step,
         train_loss=loss,
@@ -125,10 +134,13 @@ def evaluate_epoch(
         learning_rate=state.learning_rate_at(plan.fraction(step), recipe.schedule),
         images_per_second=images_per_second,
         seconds=tracker.seconds,
-        test=test,
+        evaluation=evaluation,
+        evaluated_on=ctx.data.evaluated_on,
         probabilities=score_samples(ctx),
-        test_tta=test_tta,
+        evaluation_tta=evaluation_tta,
+        ends_training=is_last,
     )
+    return report, progress
 
 
 def make_batches(ctx: TrainContext) -> Batches:
@@ -181,9 +193,15 @@ def annotated_errors(ctx: TrainContext, step: int) -> Iterator[None]:
     ctx.state.current_step = None
 
 
-def progress_within(epoch: int, step: int, tracker: LossTracker) -> Progress:
-    """After a step of an epoch that is not evaluated yet."""
-    return Progress(step, epoch - 1, tracker.loss_sum, tracker.images)
+def progress_within(epoch: int, step: int, tracker: LossTracker, before: Progress) -> Progress:
+    """After a step of an epoch that is not evaluated yet; `before` is any earlier moment of it."""
+    return replace(
+        before,
+        step=step,
+        epochs=epoch - 1,
+        epoch_loss_sum=tracker.loss_sum,
+        epoch_images=tracker.images,
+    )
 
 
 def refuse_nonfinite_loss(ctx: TrainContext, tracker: LossTracker, report: StepReport) -> None:

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launcher.config.plan import START, Progress
+from launcher.data.sources import EvaluatedOn
 
 SumOverRanks = Callable[[Tensor], Tensor]
-SAMPLES = 36  # test images that every epoch report shows
+SAMPLES = 36  # evaluated images that every epoch report shows
+IMAGES_OF = {"test": "test", "val": "validation"}  # in words
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The test images, each counted once. `confusion[truth][prediction]` counts images.
+    """Test or validation images, each counted once. `confusion[truth][prediction]` counts images.
 
     `outcomes` are those of each image in their order, as `OutcomeTable` makes them.
     """
@@ -64,14 +66,30 @@ class Evaluation:
 
     @property
     def per_class(self) -> tuple[float | None, ...]:
-        """Accuracy of each class; None for a class without test images."""
+        """Accuracy of each class; None for a class without images."""
         rows = enumerate(self.confusion)
         return tuple(row[i] / sum(row) if sum(row) else None for i, row in rows)
+
+    def metrics(self, images: str) -> dict[str, Any]:
+        """The flat names under which people find the figures again: `images` is test or val.
+
+        None is a loss that is not finite.
+        """
+        return {
+            f"{images}/loss": finite(self.loss),
+            f"{images}/accuracy": self.accuracy,
+            f"{images}/top5": self.top5,
+            f"{images}/images": self.images,
+            f"{images}/per_class_accuracy": list(self.per_class),
+        }
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch: `probabilities` are the scores `(36, classes)` of the fixed first test images.
+    """One epoch: `probabilities` are the scores `(36, classes)` of the fixed samples.
+
+    `evaluated_on` says whether the test or the validation images were evaluated, `ends_training`
+    that no epoch follows, be it by the plan or by patience.
 
     They are numpy arrays because the thread that logs images uses them: once a second thread runs
     an operation of torch, OpenMP lets its threads sleep between two operations of the first, and
@@ -84,28 +102,31 @@ class EpochReport:
     learning_rate: float
     images_per_second: float  # training only, over all ranks
     seconds: float  # training and evaluation
-    test: Evaluation
+    evaluation: Evaluation
     probabilities: NDArray[Any]
-    test_tta: Evaluation | None = None  # the same images with test-time augmentation
+    evaluation_tta: Evaluation | None = None  # the same images with test-time augmentation
+    evaluated_on: EvaluatedOn = "test"
+    ends_training: bool = False
 
-    def metrics(self) -> dict[str, int | float | list[float | None] | None]:
+    @property
+    def images(self) -> str:
+        """Which images were evaluated, in words."""
+        return IMAGES_OF[self.evaluated_on]
+
+    def metrics(self) -> dict[str, Any]:
         """The flat names under which people find the figures again.
 
         A name without `tta` is always of the plain images. None is a loss that is not finite.
         """
-        tta = {"test/accuracy_tta": self.test_tta.accuracy} if self.test_tta else {}
+        tta, images = self.evaluation_tta, self.evaluated_on
         return {
             "epoch": self.epoch,
             "step": self.step,
             "train/loss": finite(self.train_loss),
             "train/learning_rate": self.learning_rate,
             "train/images_per_second": self.images_per_second,
-            "test/loss": finite(self.test.loss),
-            "test/accuracy": self.test.accuracy,
-            **tta,
-            "test/top5": self.test.top5,
-            "test/images": self.test.images,
-            "test/per_class_accuracy": list(self.test.per_class),
+            **self.evaluation.metrics(images),
+            **({f"{images}/accuracy_tta": tta.accuracy} if tta else {}),
             "seconds": self.seconds,
         }
 
@@ -117,7 +138,10 @@ def finite(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Best:
-    """The epoch of the highest test accuracy so far; with test-time augmentation beside it."""
+    """The epoch of the highest accuracy so far, of the images that are evaluated each epoch.
+
+    With test-time augmentation beside it.
+    """
 
     epoch: int
     accuracy: float
@@ -126,8 +150,23 @@ class Best:
     @classmethod
     def of(cls, report: EpochReport) -> "Best":
         """The figures of one epoch."""
-        tta = report.test_tta.accuracy if report.test_tta else None
-        return cls(report.epoch, report.test.accuracy, tta)
+        tta = report.evaluation_tta.accuracy if report.evaluation_tta else None
+        return cls(report.epoch, report.evaluation.accuracy, tta)
+
+
+@dataclass(frozen=True)
+class FinalReport:
+    """The test images at the end of a run that has chosen by others: once, by each weights."""
+
+    last: Evaluation
+    last_tta: Evaluation | None
+    best: Evaluation | None  # None where no epoch's weights are kept
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The same names as of an epoch, for the last and for the best weights."""
+        tta = {"test/accuracy_tta": self.last_tta.accuracy} if self.last_tta else {}
+        best = {"best": self.best.metrics("test")} if self.best else {}
+        return {"last": {**self.last.metrics("test"), **tta}, **best}
 
 
 def sample_indices(count: int) -> list[int]:

@@ -56,7 +56,9 @@ def smoke_version(recipe: Recipe, group: RankGroup) -> Recipe:
     size = int(group.broadcast("smoke-batch", own))
     size = max(size, 2 * group.world.size * accumulate)  # two images for BatchNorm
     images = replace(sources.stand_in(recipe.data, STEPS * size), batch_size=size)
-    return replace(recipe, data=images, epochs=1, accumulate=accumulate, compile=False)
+    return replace(
+        recipe, data=images, epochs=1, accumulate=accumulate, compile=False, patience=None
+    )
 
 
 def _batch_in_time(recipe: Recipe, largest: int) -> int:

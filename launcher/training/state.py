@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -243,6 +244,14 @@ def average_buffers(network: nn.Module, accelerator: Accelerator) -> None:
         for buffer in network.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def broadcast_state(network: nn.Module, accelerator: Accelerator) -> None:
+    """Give every rank the parameters and buffers that rank 0 has."""
+    if accelerator.num_processes > 1:
+        with torch.no_grad():
+            for tensor in network.state_dict().values():
+                tensor.copy_(broadcast(tensor))
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
 
     class Obstructing(Console):
         def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
-            accuracies.append(report.test.accuracy)
+            accuracies.append(report.evaluation.accuracy)
             marks.append(best and best.epoch == report.epoch)
             (folder.path / f".best.safetensors.{os.getpid()}").mkdir(exist_ok=True)
 

@@ -72,8 +72,8 @@ def test_it_learns(speedrun: Recipe, precision: str) -> None:
     assert losses == sorted(losses, reverse=True)
     assert losses[0] < 2.3
     assert losses[-1] < 1.9
-    assert epochs[-1].test.accuracy > 0.3
-    assert [report.test_tta is None for report in epochs] == [True, True, False]
+    assert epochs[-1].evaluation.accuracy > 0.3
+    assert [report.evaluation_tta is None for report in epochs] == [True, True, False]
     half = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}
     assert dtypes["head.weight"] == dtypes["blocks.0.convolutions.0.weight"] == half
@@ -128,7 +128,7 @@ def test_pictures_made_ahead_are_those_made_step_by_step(
     data: Images = replace(plain.data, mix=cutmix if mixed else None)
     recipe = replace(plain, data=data, accumulate=accumulate)
     images = load(data).train
-    plan = make_plan(recipe, world_size=2, train_images=len(images), test_images=1)
+    plan = make_plan(recipe, world_size=2, train_images=len(images), evaluated_images=1)
     normalize = Normalize(data, images.images.shape[1:], torch.zeros(()), False)
 
     def steps(at_once: int, epochs: tuple[int, ...]) -> list[tuple[int, list[tuple[float, ...]]]]:

@@ -62,7 +62,7 @@ def context_of(
     """A training in this process, put together as the launcher does it; `plan` are its options."""
     accelerator = accelerator or create_accelerator("fp32")
     data = data or sources.load(recipe.data)
-    plan = {"train_images": len(data.train), "test_images": len(data.test), **plan}
+    plan = {"train_images": len(data.train), "evaluated_images": len(data.evaluated), **plan}
     made = make_plan(recipe, world_size=accelerator.num_processes, **plan)
     network = build_network(recipe, data.train)
     initialize(network, recipe, data.train, accelerator.device)

@@ -170,12 +170,14 @@ def run(recipe: Recipe, world: World) -> dict[str, object]:
         "parameters": ctx.state.eval_model.state_dict(),
         "losses": [report.loss for report in reports if isinstance(report, StepReport)],
         "train_losses": [report.train_loss for report in epochs],
-        "test_losses": [report.test.loss for report in epochs],
-        "confusions": [report.test.confusion for report in epochs],
-        "in_top5": [report.test.in_top5 for report in epochs],
+        "test_losses": [report.evaluation.loss for report in epochs],
+        "confusions": [report.evaluation.confusion for report in epochs],
+        "in_top5": [report.evaluation.in_top5 for report in epochs],
         "worst": [of_epoch(report, ctx.data.test).mistakes.tolist() for report in epochs],
-        "outcomes": [torch.from_numpy(report.test.outcomes) for report in epochs],
-        "with_views": [report.test_tta.confusion for report in epochs if report.test_tta],
+        "outcomes": [torch.from_numpy(report.evaluation.outcomes) for report in epochs],
+        "with_views": [
+            report.evaluation_tta.confusion for report in epochs if report.evaluation_tta
+        ],
     }
 
 

@@ -35,6 +35,7 @@ from launcher.config.loader import Load, LoadedRecipe
 from launcher.config.plan import Plan, make_plan
 from launcher.data import sources
 from launcher.data.sources import Data
+from launcher.data.validation import count_held_out
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images
 from launcher.training.state import TrainContext
@@ -66,12 +67,19 @@ class Subject:
 
     def plan(self, data: Data) -> Plan:
         """The steps of a training on so many ranks, of all images if their number is known."""
-        numbers = len(data.train), len(data.test)
+        numbers, images = (len(data.train), len(data.evaluated)), self.loaded.recipe.data
         if self.stands_in:
-            numbers = sources.known_counts(self.loaded.recipe.data) or numbers
-        train, test = numbers
+            numbers = sources.known_counts(images) or numbers
+            if images.validation is not None and (
+                n := count_held_out(numbers[0], images.validation)
+            ):
+                numbers = numbers[0] - n, n
+        train, evaluated = numbers
         return make_plan(
-            self.loaded.recipe, world_size=self.world_size, train_images=train, test_images=test
+            self.loaded.recipe,
+            world_size=self.world_size,
+            train_images=train,
+            evaluated_images=evaluated,
         )
 
 
@@ -140,7 +148,7 @@ def _questions(
 def _data(subject: Subject, *, near: bool) -> Iterator[Verdict]:
     wanted = subject.loaded.recipe.data
     try:
-        subject.data = sources.open_on_disk(wanted)
+        subject.data = sources.open_on_disk(wanted, subject.loaded.recipe.seed)
     except UserError as error:
         found = [_refused("data", error)]
     else:

@@ -75,12 +75,13 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     pictures = chunk * step_images * ctx.normalize.image_bytes // halves
     draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
     of_one = train.images[0].nbytes + train.labels[0].nbytes
+    others = plan.evaluated_images + (len(ctx.data.test) if ctx.data.validation else 0)
     return Memory(
         weights=weights // halves,
         optimizer=optimizer_bytes(ctx) // halves,
         average=weights if recipe.average else 0,
         passes=_peak(ctx, recipe, images),
-        images=(plan.train_images + plan.test_images) * of_one + 2 * draws + pictures,
+        images=(plan.train_images + others) * of_one + 2 * draws + pictures,
     )
 
 
@@ -182,7 +183,7 @@ def describe_time(ctx: TrainContext) -> Verdict:
     plan = ctx.plan
     size, seconds = _measured_step(ctx)
     steps = plan.train_images / size * seconds
-    tested = _evaluation_of_one(ctx) * plan.test_images
+    tested = _evaluation_of_one(ctx) * plan.evaluated_images
     device = device_name(ctx.accelerator)
     whole = plan.epochs * (steps + tested)
     return Verdict(
@@ -206,7 +207,7 @@ def _measured_step(ctx: TrainContext) -> tuple[int, float]:
 
 
 def _evaluation_of_one(ctx: TrainContext) -> float:
-    images, taken = ctx.data.test.images[:64], []
+    images, taken = ctx.data.train.images[:64], []
     with evaluating(ctx.state.eval_model) as score:
         for _ in range(3):  # the first prepares what others use again
             begin = time.perf_counter()

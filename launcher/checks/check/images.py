@@ -26,6 +26,7 @@ NEAR = 4  # bits of 64 in which two pictures may differ that are nearly the same
 _NEAR_PIXELS = 16.0  # ... and by so much, of 255, on average
 _CHUNK = 2**22  # comparisons at once
 _SHOWN = 3
+_SHORT = {"training": "train"}  # of the figures
 
 
 def describe_images(data: Data, images: Images, *, near: bool) -> Iterator[Verdict]:
@@ -39,14 +40,13 @@ def describe_images(data: Data, images: Images, *, near: bool) -> Iterator[Verdi
 
 
 def _classes(data: Data) -> Verdict:
-    numbers = _counts(data.train), _counts(data.test)
+    numbers = {half: _counts(images) for half, images in data.halves.items()}
     figures = {
         "classes": list(data.train.classes),
-        "train": numbers[0].tolist(),
-        "test": numbers[1].tolist(),
+        **{_SHORT.get(half, half): each.tolist() for half, each in numbers.items()},
     }
     parts = []
-    for half, each in zip(("training", "test"), numbers, strict=True):
+    for half, each in numbers.items():
         low, high = int(each.min()), int(each.max())
         if low == high:
             parts.append(f"{low:,} {half} images of each")
@@ -54,9 +54,10 @@ def _classes(data: Data) -> Verdict:
             few, many = (data.train.classes[int(at)] for at in (each.argmin(), each.argmax()))
             parts.append(f"from {low:,} ({few}) to {high:,} ({many}) {half} images")
     answer = f"{count(len(data.train.classes), 'class')}: {', '.join(parts)}"
-    present = numbers[0][numbers[0] > 0]
+    of_training = numbers["training"]
+    present = of_training[of_training > 0]
     if len(present) and present.max() >= IMBALANCED * present.min():
-        return Verdict(NAME, answer, "notice", _advice(numbers[0]), figures=figures)
+        return Verdict(NAME, answer, "notice", _advice(of_training), figures=figures)
     return Verdict(NAME, answer, figures=figures)
 
 
@@ -72,7 +73,7 @@ def _advice(each: Tensor) -> str:
 
 
 def _empty_classes(data: Data) -> Iterator[Verdict]:
-    for half, images in (("training", data.train), ("test", data.test)):
+    for half, images in data.halves.items():
         lacking = [data.train.classes[int(at)] for at in (_counts(images) == 0).nonzero()]
         if lacking:
             yield Verdict(
@@ -209,7 +210,7 @@ def samples(recipe: Recipe, train: ImageSet) -> Tensor:
     few = ImageSet(train.images[chosen].cpu(), train.labels[chosen].cpu(), train.classes)
     data = replace(recipe.data, batch_size=len(few))
     recipe = replace(recipe, data=data, epochs=EPOCHS, accumulate=1, sync_batch_norm=False)
-    plan = make_plan(recipe, world_size=1, train_images=len(few), test_images=len(few))
+    plan = make_plan(recipe, world_size=1, train_images=len(few), evaluated_images=len(few))
     shape = few.images.shape[1:]
     batches = Batches(few, recipe, plan, Normalize(data, shape, torch.zeros(()), True), rank=0)
     rows = [few.images]

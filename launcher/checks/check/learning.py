@@ -58,8 +58,11 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
         accumulate=1,
         average=None,
         views=None,
+        patience=None,
     )
-    plan = make_plan(recipe, world_size=1, train_images=len(few), test_images=len(few), log_every=1)
+    plan = make_plan(
+        recipe, world_size=1, train_images=len(few), evaluated_images=len(few), log_every=1
+    )
     data = Data(few, few, ctx.data.name)
     if recipe.initialize is not None:
         initialize(network, recipe, ctx.data.train, ctx.accelerator.device)
@@ -70,7 +73,7 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
             if isinstance(event, StepReport):
                 losses.append(event.loss)
             elif isinstance(event, EpochReport):
-                right = event.test.accuracy
+                right = event.evaluation.accuracy
     except NotFiniteError as error:
         return Verdict("overfit", str(error), "wrong")
     answer = f"the loss of {len(few)} images went from {losses[0]:.3f} to {losses[-1]:.3g} in "

@@ -48,7 +48,7 @@ def own_images(recipe: Recipe, sizes: Sizes) -> Data:
 
     Raises `UserError` where nothing is known that could.
     """
-    images = recipe.data
+    images = replace(recipe.data, validation=None)
     with suppress(UserError):  # of images whose shape is not known: the declared fallback stays
         count = max(sizes.train, 5 * sizes.test)
         images = replace(images, fallback=sources.stand_in(images, count).source)
@@ -98,4 +98,4 @@ class Slice:
 def sliced(images: Images, path: Path, batch: int) -> Images:
     """A recipe's images with the file in place of their source."""
     source = partial(Slice, path=str(path))
-    return replace(images, source=source, fallback=None, batch_size=batch)
+    return replace(images, source=source, fallback=None, batch_size=batch, validation=None)

@@ -135,7 +135,7 @@ class Watcher:
         if self._trial.synchronized and ctx.plan.world_size > 1:
             synchronize_batch_norm()
         if self._trial.init_from:
-            self.seen.evaluated = evaluate(ctx)
+            self.seen.evaluated = evaluate(ctx, ctx.data.evaluated)
         self.seen.begins_with = checksum(network.state_dict())
         self._attributes = _attributes(network)
         self.seen.kinds = {name: type(m).__name__ for name, m in network.named_modules()}
@@ -233,7 +233,7 @@ def checksum(value: Tensor | Mapping[str, Tensor]) -> int:
 def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
     """The recipe with a few images and for a few epochs, as the trial wants it."""
     images = slices.sliced(recipe.data, subject.images, subject.sizes.batch)
-    recipe = replace(recipe, data=images, epochs=slices.EPOCHS)
+    recipe = replace(recipe, data=images, epochs=slices.EPOCHS, patience=None)
     if not trial.compiled:
         recipe = replace(recipe, compile=False)
     # In float64 without autocast, whatever the type of the weights.

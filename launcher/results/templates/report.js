@@ -59,9 +59,9 @@ function drawCurves(id, lines, yaxis) {
 
 function drawAllCurves() {
   const curves = page.curves;
-  drawCurves("chart-loss", [["training", curves.train_loss], ["test", curves.test_loss]], { hoverformat: ".4f" });
-  const accuracy = [["test", curves.accuracy], ["test, with TTA", curves.accuracy_tta]];
-  if (page.classes.length > 5) accuracy.push(["test, among the best five", curves.top5]);
+  drawCurves("chart-loss", [["training", curves.train_loss], [page.images, curves.evaluated_loss]], { hoverformat: ".4f" });
+  const accuracy = [[page.images, curves.accuracy], [page.images + ", with TTA", curves.accuracy_tta]];
+  if (page.classes.length > 5) accuracy.push([page.images + ", among the best five", curves.top5]);
   drawCurves("chart-accuracy", accuracy, { tickformat: ".1~%", hoverformat: ".2%" });
   drawCurves("chart-rate", [["learning rate", curves.learning_rate]], { hoverformat: ".3~g", exponentformat: "power", rangemode: "tozero" });
   drawCurves("chart-speed", [["images/s", curves.images_per_second]], { hoverformat: ",.0f", rangemode: "tozero" });

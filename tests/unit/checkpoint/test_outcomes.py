@@ -21,7 +21,7 @@ def made(predicted: list[int], truth: list[int], losses: list[float]) -> Outcome
     values = numpy.array(losses, numpy.float32)
     report = EpochReport(1, 1, 0.0, 0.1, 1.0, 1.0, None, None)  # type: ignore[arg-type]
     table = numpy.stack([numpy.array(predicted), numpy.exp(-values), 1 - values / 10, values], 1)
-    report = replace(report, test=_Test(table.astype(numpy.float32)))  # type: ignore[arg-type]
+    report = replace(report, evaluation=_Test(table.astype(numpy.float32)))  # type: ignore[arg-type]
     pixels = torch.arange(len(truth), dtype=torch.uint8)[:, None, None, None]
     images = ImageSet(pixels.expand(-1, 4, 4, 3), torch.tensor(truth), ("a", "b", "c"))
     return of_epoch(report, images)
@@ -112,7 +112,7 @@ def test_large_pictures_are_kept_small(
     )
     report = EpochReport(1, 1, 0.0, 0.1, 1.0, 1.0, None, None)  # type: ignore[arg-type]
     table = numpy.zeros((6, 4), numpy.float32)
-    found = of_epoch(replace(report, test=_Test(table)), images)  # type: ignore[arg-type]
+    found = of_epoch(replace(report, evaluation=_Test(table)), images)  # type: ignore[arg-type]
     assert found.pictures.shape == (6, *small)
     assert (found.pictures == 7).all()
     assert max(small) <= LARGEST
@@ -124,8 +124,8 @@ def test_a_line_has_the_cells_and_the_best_classes() -> None:
     line = details(report)
     assert line["epoch"] == 2
     for truth, predicted, images in line["confusion"]:
-        assert report.test.confusion[truth][predicted] == images > 0
-    assert sum(images for _, _, images in line["confusion"]) == report.test.images
+        assert report.evaluation.confusion[truth][predicted] == images > 0
+    assert sum(images for _, _, images in line["confusion"]) == report.evaluation.images
     for row, scores in zip(line["samples"], report.probabilities, strict=True):
         assert [c for c, _ in row] == numpy.argsort(-scores, kind="stable")[:5].tolist()
         assert [p for _, p in row] == pytest.approx(sorted(scores)[::-1][:5], abs=1e-4)

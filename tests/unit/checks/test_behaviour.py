@@ -126,14 +126,16 @@ def test_a_network_that_fails_in_training_is_left_to_what_trains(tmp_path: Path)
 @pytest.mark.parametrize(("world_size", "expected"), [(8, 1), (4, 0)])
 def test_batch_norm_of_one_image(world_size: int, expected: int, tmp_path: Path) -> None:
     network = network_of(NETWORK, tmp_path)
-    plan = make_plan(RECIPE, world_size=world_size, train_images=80, test_images=8)
+    plan = make_plan(RECIPE, world_size=world_size, train_images=80, evaluated_images=8)
     verdicts = list(small_batches(network, plan))
     assert len(verdicts) == expected
     if verdicts:
         assert "BatchNorm (norm) over 1 image" in verdicts[0].answer
         assert "data.batch_size=64" in verdicts[0].instead
         data = replace(RECIPE.data, batch_size=64)
-        mended = make_plan(replace(RECIPE, data=data), world_size=8, train_images=80, test_images=8)
+        mended = make_plan(
+            replace(RECIPE, data=data), world_size=8, train_images=80, evaluated_images=8
+        )
         assert list(small_batches(network, mended)) == []
     assert list(small_batches(nn.Linear(2, 2), plan)) == []
 

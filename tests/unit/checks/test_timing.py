@@ -17,7 +17,9 @@ from tests.support.helpers import Tiny, context_of, tiny_recipe
 
 def planned(recipe: Recipe, world_size: int) -> tuple[list[str], int]:
     data = sources.load(recipe.data)
-    plan = make_plan(recipe, world_size=world_size, train_images=len(data.train), test_images=1)
+    plan = make_plan(
+        recipe, world_size=world_size, train_images=len(data.train), evaluated_images=1
+    )
     network = build_network(recipe, data.train)
     lines = scaling_lines(recipe, plan, network, data)
     return lines, sum(p.numel() for p in network.parameters())
@@ -90,6 +92,6 @@ def test_the_measured_network_is_in_training_mode() -> None:
     data = sources.load(recipe.data)
     network = build_network(recipe, data.train)
     seen.clear()
-    plan = make_plan(recipe, world_size=2, train_images=60, test_images=1)
+    plan = make_plan(recipe, world_size=2, train_images=60, evaluated_images=1)
     scaling_lines(recipe, plan, network, data)
     assert set(seen) == {True}

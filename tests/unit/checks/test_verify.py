@@ -85,7 +85,9 @@ def test_neither_batches_nor_evaluation_are_even(ranks: int, accumulate: int, st
     recipe = tiny_recipe(data={"batch_size": 512}, accumulate=accumulate, epochs=slices.EPOCHS)
     sizes = choose_sizes(recipe, ranks, steps)
     recipe = replace(recipe, data=replace(recipe.data, batch_size=sizes.batch))
-    plan = make_plan(recipe, world_size=ranks, train_images=sizes.train, test_images=sizes.test)
+    plan = make_plan(
+        recipe, world_size=ranks, train_images=sizes.train, evaluated_images=sizes.test
+    )
     parts = ranks * accumulate
     last = plan.step_images(plan.steps_per_epoch)
     assert last < sizes.batch

@@ -25,7 +25,7 @@ def plan_of(
         tiny_recipe(data={"batch_size": batch_size}, **changes),
         world_size=world_size,
         train_images=train_images,
-        test_images=20,
+        evaluated_images=20,
         max_steps=max_steps,
         log_every=log_every,
     )

@@ -95,6 +95,6 @@ def test_the_rate_does_not_jump_where_the_warm_up_ends(schedule: Callable[..., f
 
 @pytest.mark.parametrize("schedule", FALLING)
 def test_no_step_of_a_training_is_spent_at_a_rate_of_zero(schedule: Callable[..., float]) -> None:
-    plan = make_plan(tiny_recipe(), world_size=1, train_images=100, test_images=20)
+    plan = make_plan(tiny_recipe(), world_size=1, train_images=100, evaluated_images=20)
     rates = [schedule(plan.fraction(step), warmup=0.25) for step in range(1, plan.steps + 1)]
     assert min(rates) > 0

@@ -39,7 +39,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def micro_batches(recipe: Recipe, world_size: int, rank: int, epoch: int) -> list[list[MicroBatch]]:
-    plan = make_plan(recipe, world_size=world_size, train_images=COUNT, test_images=10)
+    plan = make_plan(recipe, world_size=world_size, train_images=COUNT, evaluated_images=10)
     normalize = Normalize(recipe.data, torch.Size((4, 4, 3)), torch.zeros(()), contiguous=False)
     batches = Batches(image_set(), recipe, plan, normalize, rank)
     return [step for _, step in batches.epoch(epoch)]

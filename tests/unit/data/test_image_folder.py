@@ -35,7 +35,7 @@ def greys(half: Folder) -> list[int]:
 
 
 def both(root: Path) -> tuple[Folder, Folder]:
-    return Folder(str(root), train=True), Folder(str(root), train=False)
+    return Folder(str(root)), Folder(str(root), "test")
 
 
 # Layouts
@@ -56,7 +56,7 @@ def test_a_test_folder_wins_over_a_validation_folder(tmp_path: Path) -> None:
     fill(tmp_path / "train", {"cat": 2})
     fill(tmp_path / "val", {"cat": 5})
     fill(tmp_path / "test", {"cat": 3})
-    assert len(Folder(str(tmp_path), train=False).data) == 3
+    assert len(Folder(str(tmp_path), "test").data) == 3
 
 
 def test_of_plain_class_folders_every_fifth_picture_is_kept_for_testing(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_a_root_that_is_not_there_is_an_error_of_its_own(tmp_path: Path) -> None
         Folder(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_an_empty_root_is_refused(tmp_path: Path, train: bool) -> None:
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_root_is_refused(tmp_path: Path, split: str) -> None:
     with refused(str(tmp_path), "no pictures", "CLASS/picture.png", "data.root=FOLDER"):
-        Folder(str(tmp_path), train=train)
+        Folder(str(tmp_path), split)
 
 
 @pytest.mark.parametrize("half", ["", "train"])
@@ -203,7 +203,7 @@ def test_a_train_folder_without_a_test_folder_is_refused(tmp_path: Path) -> None
     fill(tmp_path / "train", {"cat": 5})
     assert len(Folder(str(tmp_path)).data) == 5
     with refused(str(tmp_path / "test"), "no pictures"):
-        Folder(str(tmp_path), train=False)
+        Folder(str(tmp_path), "test")
 
 
 def test_too_few_pictures_to_keep_one_for_testing_are_refused_with_the_number_needed(
@@ -211,7 +211,7 @@ def test_too_few_pictures_to_keep_one_for_testing_are_refused_with_the_number_ne
 ) -> None:
     fill(tmp_path, {"cat": 4, "dog": 4})
     with refused(str(tmp_path), "5"):
-        Folder(str(tmp_path), train=False)
+        Folder(str(tmp_path), "test")
 
 
 def test_pictures_outside_of_class_folders_are_refused(tmp_path: Path) -> None:

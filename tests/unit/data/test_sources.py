@@ -384,7 +384,7 @@ def test_a_fallback_that_is_absent_as_well_is_refused(tmp_path: Path) -> None:
 
 
 def absent_folder(root: str, train: bool) -> Any:
-    return Folder(f"{root}/nowhere", train)
+    return Folder(f"{root}/nowhere", "train" if train else "test")
 
 
 def test_a_root_below_the_users_own_folder_is_found(

@@ -116,7 +116,7 @@ def test_a_shipped_network_learns_the_shapes_within_two_epochs(name: str, source
     recipe = loader.load(RECIPES / f"{name}.py").recipe
     recipe = replace(recipe, epochs=2, data=replace(recipe.data, source=source))
     first, second = trained(recipe)
-    assert second.test.accuracy > 0.95
+    assert second.evaluation.accuracy > 0.95
     assert second.train_loss < first.train_loss
 
 

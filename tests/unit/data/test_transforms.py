@@ -32,7 +32,7 @@ def images_of(rank: int, ranks: int, augment: tuple[Callable[..., object], ...])
     """What a rank sees in its first two epochs, from a generator that was left anywhere."""
     recipe = tiny_recipe(data={"augment": augment})
     data = sources.load(recipe.data)
-    plan = make_plan(recipe, world_size=ranks, train_images=len(data.train), test_images=10)
+    plan = make_plan(recipe, world_size=ranks, train_images=len(data.train), evaluated_images=10)
     normalize = Normalize(recipe.data, data.train.images.shape[1:], torch.zeros(()), False)
     batches = Batches(data.train, recipe, plan, normalize, rank)
     steps = [batch for epoch in (1, 2) for _, (batch,) in batches.epoch(epoch)]

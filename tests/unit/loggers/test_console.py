@@ -20,7 +20,7 @@ from tests.support.reported import outcomes_of
 ROOT = Path(__file__).parents[3]
 PLAN = Plan(
     train_images=100,
-    test_images=4,
+    evaluated_images=4,
     world_size=1,
     batch_size=10,
     accumulate=1,
@@ -36,7 +36,7 @@ EPOCH = EpochReport(
     learning_rate=0.1,
     images_per_second=12345.6,
     seconds=2.5,
-    test=Evaluation(loss=0.4, confusion=((1, 1), (0, 2)), in_top5=4),
+    evaluation=Evaluation(loss=0.4, confusion=((1, 1), (0, 2)), in_top5=4),
     probabilities=numpy.zeros((4, 2)),
 )
 STEP = StepReport(3, 22, 1.25, 0.1, 5000.0, first_predictions=(1, 0))

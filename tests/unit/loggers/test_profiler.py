@@ -206,7 +206,7 @@ def test_steps_that_share_their_pictures_are_measured_together() -> None:
     assert group == 21
     ctx = context_of(recipe)
     for device, size, steps in (("cuda", 50_000, 21), ("cuda", 2**11, 16), ("cpu", 50_000, 15)):
-        plan = make_plan(recipe, world_size=1, train_images=size, test_images=1)
+        plan = make_plan(recipe, world_size=1, train_images=size, evaluated_images=1)
         here = cast(Accelerator, SimpleNamespace(device=torch.device(device)))
         windows = windows_for(replace(ctx, plan=plan, accelerator=here))
         assert windows["free"] == windows["split"] == steps

@@ -15,7 +15,7 @@ def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> 
     assert first.is_new("step", 1)
     assert first.is_new("epoch", 1)
     first.add({"train/loss": 0.5, "train/step": 5, "epoch": 1})
-    first.add({"test/accuracy": 0.5, "train/step": 9, "epoch": 1})
+    first.add({"test/accuracy": 0.5, "seconds": 3.0, "train/step": 9, "epoch": 1})
     second = WandbHistory(tmp_path)
     assert second.rows == first.rows
     assert [second.is_new("step", step) for step in (5, 6, 9)] == [False, True, True]

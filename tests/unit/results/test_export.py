@@ -161,7 +161,7 @@ def test_an_exporter_that_is_wrong_is_refused(
 def test_a_run_whose_images_are_gone_is_proved_by_those_that_it_kept(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sources, "open_on_disk", lambda data: None)
+    monkeypatch.setattr(sources, "open_on_disk", lambda *_: None)
     exported(runs)
     assert "proved on 12 images" in capsys.readouterr().out
     (runs / "own/best.npz").rename(runs / "own/kept")
@@ -193,7 +193,7 @@ def test_a_network_that_depends_on_more_than_the_images_is_one_line(
 
 def test_a_proof_sees_a_small_gap(runs: Path) -> None:
     run, files = load_run(runs / "own"), find("own", runs)
-    test, whole = export.test_images(files, run, None)
+    test, whole = export.evaluated_images(files, run, None)
     assert whole
 
     def right(images: Tensor) -> Tensor:

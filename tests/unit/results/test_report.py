@@ -118,7 +118,7 @@ def test_the_page_says_what_was_trained_and_what_came_of_it(
         assert words.replace("\xa0", " ") in page.words, words
     assert "What is missing" not in page.words
     data = page.data
-    assert data["curves"]["test_loss"] == [1.5, 0.75]
+    assert data["curves"]["evaluated_loss"] == [1.5, 0.75]
     assert data["curves"]["accuracy_tta"] == [None, None]
     assert data["epochs"] == [1, 2]
     assert sum(images for _, _, images in data["matrix"]) == IMAGES
@@ -220,7 +220,7 @@ def test_what_is_damaged_is_said_and_the_rest_shown() -> None:
         "class 2",
     ):
         assert words in page.words
-    assert page.data["curves"]["test_loss"] == [None, None]
+    assert page.data["curves"]["evaluated_loss"] == [None, None]
     assert "The first filters" not in page.words
     (path / "last.npz").unlink()
     assert "best.npz cannot be read: there are no mistakes" in page_of(path).words

@@ -62,7 +62,7 @@ def test_the_test_loss_is_that_of_all_images_in_one_batch(monkeypatch: pytest.Mo
     with torch.no_grad():
         logits = ctx.state.network.eval()(ctx.normalize(test.images))
     whole = cross_entropy(logits, test.labels, weight=WEIGHTS)
-    assert evaluate(ctx).loss == pytest.approx(float(whole), abs=1e-12)
+    assert evaluate(ctx, ctx.data.test).loss == pytest.approx(float(whole), abs=1e-12)
 
 
 def test_a_class_that_is_ignored_counts_nothing() -> None:

@@ -90,7 +90,7 @@ def test_a_third_argument_called_images_is_given_them() -> None:
     preflight(ctx)
     SEEN.clear()
     next(iter(fit(ctx)))
-    evaluate(ctx)
+    evaluate(ctx, ctx.data.test)
     assert SEEN[0] == (10, 3, 32, 32)
     assert SEEN[-1][1:] == (3, 32, 32)
     assert not context_of(tiny_recipe(loss=with_strength)).loss.takes_images
