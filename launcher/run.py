@@ -506,8 +506,8 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
     for label, epoch in (("best epoch", run.best), ("last epoch", run.last)):
         if epoch:
             figure = f"{images} accuracy {epoch.accuracy:.2%}{tta_note(epoch.accuracy_tta)}"
-            if label == "best epoch":
-                figure += f" (chosen on the {images} images)"
+            if label == "best epoch" and images == "test":
+                figure += " (chosen on the test images)"
             figures = tested.get(label.partition(" ")[0])
             if figures:
                 note = tta_note(figures.get("test/accuracy_tta"))

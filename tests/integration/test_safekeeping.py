@@ -127,7 +127,9 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
     assert highest > accuracies[0]
     assert marks == [True] + [False] * 7
     assert run.best == Best(1, accuracies[0])
-    assert shown["best epoch"] == f"1, test accuracy {accuracies[0]:.2%}"
+    assert shown["best epoch"] == (
+        f"1, test accuracy {accuracies[0]:.2%} (chosen on the test images)"
+    )
     epoch = accuracies.index(highest) + 1
     assert shown["not kept"] == (
         f"epoch {epoch}, test accuracy {highest:.2%}: its weights could not be written"
