@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from launcher.config.plan import SaveInterval
 
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
+_REPEAT_USAGE = "launcher repeat RECIPE [RECIPE ...] [name=value ...] --seeds 0-9 [options]"
+_REPEAT_DESCRIPTION = """\
+Train a recipe by several seeds, one after the other, and show their mean and
+standard deviation. What was interrupted goes on, and what has ended is left
+alone, when the same command is typed again. Several recipes are compared."""
 _DESCRIPTION = """\
 Train a recipe: a Python file that says what to train. How many processes train
 it, and on which devices, is Accelerate's to say:
@@ -91,11 +96,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return EXIT_FAULT
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
     parser = Parser(
         prog="launcher",
-        usage=_USAGE,
-        description=_DESCRIPTION,
+        usage=_REPEAT_USAGE if repeats else _USAGE,
+        description=_REPEAT_DESCRIPTION if repeats else _DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -137,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     leaves_out = "write no page of the run at its end (launcher report does so later)"
     add("--no-report", dest="report", action="store_false", help=leaves_out)
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
+    fold = "validate on fold K of N: short for data.validation=K/N"
+    add("--fold", metavar="K/N", help=fold)
+    if repeats:
+        add("--seeds", default="0-4", metavar="A-B,C", help="default: %(default)s")
+        add("--table", action="store_true", help="train nothing: show the runs that there are")
+        add("--json", action="store_true", help="the table for machines")
     return parser
 
 
@@ -207,9 +218,12 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _run(words: list[str], world: World) -> int:
-    parser = _parser()
+    repeats = words[:1] == ["repeat"]
+    parser = _parser(repeats=repeats)
     arguments, unknown = parser.parse_known_args(words)
-    named = arguments.words[1:] if arguments.words[:1] == ["train"] else arguments.words
+    if arguments.fold:
+        unknown.append(f"data.validation={arguments.fold}")
+    named = arguments.words[arguments.words[:1] in (["train"], ["repeat"]) :]
     if not named:
         if not arguments.help:
             parser.error("no recipe is named")
@@ -224,9 +238,13 @@ def _run(words: list[str], world: World) -> int:
         parser.error("--profile goes with neither --smoke nor --resume")
     if arguments.skip and arguments.init_from is None:
         parser.error("--skip goes with --init-from")
+    recipes = 1
+    if repeats:
+        recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
+        _refuse_unrepeatable(arguments, parser)
     try:
         refuse_unusable(os.environ)
-        loaded = _load(named[0], [*named[1:], *unknown])
+        several = [_load(path, [*named[recipes:], *unknown]) for path in named[:recipes]]
     except UserError as error:
         if shows:
             raise
@@ -236,10 +254,34 @@ def _run(words: list[str], world: World) -> int:
     if arguments.help:
         from launcher.config.help import describe_settings
 
-        settings = describe_settings(loaded.recipe, with_internals=arguments.help == "all")
+        recipe = several[0].recipe
+        settings = describe_settings(recipe, with_internals=arguments.help == "all")
         sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
         return 0
-    return _train(loaded, arguments, job)
+    if repeats:
+        return _repeat(several, arguments, job)
+    return _train(several[0], arguments, job)
+
+
+def _refuse_unrepeatable(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for option in ("smoke", "profile", "dry_run"):
+        if getattr(arguments, option):
+            parser.error(f"--{option.replace('_', '-')} goes with one run, not with repeat")
+
+
+def _repeat(
+    recipes: "list[LoadedRecipe]", arguments: argparse.Namespace, job: slurm_env.Allocation
+) -> int:
+    from launcher.experiments import repeat
+
+    return repeat.run(
+        recipes,
+        repeat.parse_seeds(arguments.seeds),
+        _options(arguments, job),
+        job.world,
+        table=arguments.table,
+        as_json=arguments.json,
+    )
 
 
 def _refuse_wrong_words(words: Sequence[str]) -> None:
@@ -268,10 +310,19 @@ def _load(path: str, words: list[str]) -> "LoadedRecipe":
 
 def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env.Allocation) -> int:
     from launcher import run
+
+    options = _options(arguments, job)
+    if arguments.dry_run:
+        return _dry_run(loaded, options, job.world)
+    result = run.train_loaded(loaded, options, job.world)
+    return EXIT_SAVED if result.stopped else 0
+
+
+def _options(arguments: argparse.Namespace, job: slurm_env.Allocation) -> "RunOptions":
     from launcher.config.options import RunOptions
     from launcher.distributed.process_group import Timeouts
 
-    options = RunOptions(
+    return RunOptions(
         runs=arguments.runs,
         name=arguments.name,
         max_steps=arguments.max_steps,
@@ -289,10 +340,6 @@ def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env
         timeouts=Timeouts(arguments.join_timeout, arguments.timeout),
         host_facts=job.facts,
     )
-    if arguments.dry_run:
-        return _dry_run(loaded, options, job.world)
-    result = run.train_loaded(loaded, options, job.world)
-    return EXIT_SAVED if result.stopped else 0
 
 
 def _cadence(text: str) -> "SaveInterval":

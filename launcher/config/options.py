@@ -17,6 +17,7 @@ class RunOptions:
 
     runs: Path = Path("runs")
     name: str | None = None
+    group: str | None = None  # of the repeats of one recipe, in W&B
     max_steps: int | None = None
     smoke: bool = False
     wandb: str | None = None

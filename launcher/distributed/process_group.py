@@ -83,8 +83,9 @@ def rendezvous(world: World, timeouts: Timeouts = PATIENT) -> "RankGroup":
     except RankError:
         signals.end_if_stopped(name)  # so was rank 0, probably
         raise
-    # The keys of an earlier attempt may still be in the store.
-    group = RankGroup(world, timeouts, PrefixStore(f"launcher/{world.attempt}", store))
+    # The keys of an earlier attempt or run may still be in the store.
+    prefix = f"launcher/{world.attempt}/{world.run}"
+    group = RankGroup(world, timeouts, PrefixStore(prefix, store))
     group.wait_for_ranks()
     return group
 

@@ -67,7 +67,8 @@ class World:
 
     `local_rank` of `local_size` is its place on this node, and `device` the number of its GPU, of
     those that it can see. The key-value store of all ranks is at `address` and `port`; where
-    `agent_hosts_store` is false, rank 0 hosts it. `attempt` counts restarts of the same job.
+    `agent_hosts_store` is false, rank 0 hosts it. `attempt` counts restarts of the same job,
+    and `run` the runs that its processes train one after the other.
     """
 
     rank: int = 0
@@ -79,6 +80,7 @@ class World:
     address: str = ""
     port: int = 0
     attempt: int = 0
+    run: int = 0
     launcher: Launcher = Launcher.NONE
     agent_hosts_store: bool = False
     use_cpu: bool = False  # the user said so; else the GPU is used if there is one

@@ -66,6 +66,7 @@ class WandbRun:
     config: dict[str, Any]
     tags: Sequence[str] = ()
     note: str = ""
+    group: str | None = None
     run_id: str | None = None
 
 
@@ -75,6 +76,7 @@ def describe(
     """How a run appears in W&B, by its options, W&B's variables, or else its recipe and folder."""
     # What is given to wandb.init, W&B does not take from the environment: so that is done here.
     environ = os.environ
+    group = options.group or environ.get("WANDB_RUN_GROUP")
     own_tags = filter(None, environ.get("WANDB_TAGS", "").split(","))
     return WandbRun(
         folder=folder.path,
@@ -83,6 +85,7 @@ def describe(
         config=loaded.config,
         tags=cleaned([loaded.name, *own_tags, *(["synthetic-data"] if is_fallback else [])]),
         note=redacted(environ.get("WANDB_NOTES", loaded.note)),
+        group=redacted(group) if group else None,
         run_id=folder.identity,
     )
 
@@ -269,6 +272,7 @@ def start(mode: str | None, run: WandbRun, data: Data) -> Logger:
             config={**run.config, "data_fallback": cleaned(data.fallback)},
             tags=list(run.tags),
             notes=run.note or None,
+            group=run.group,
             id=run.run_id,
             resume="allow" if run.run_id else None,
             settings=_settings(),

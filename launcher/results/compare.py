@@ -216,7 +216,7 @@ def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
     console.print(_table("figures", columns, figures))
     for first, second in pairwise(groups):
         if test := compared(first, second):
-            console.print(_sentence(first, second, test), markup=False, soft_wrap=True)
+            console.print(sentence(first, second, test), markup=False, soft_wrap=True)
 
 
 def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
@@ -242,7 +242,8 @@ def _mean(values: Sequence[float], name: str) -> str:
     return f"{mean} +- {form.format(stdev(values))} (n={len(values)})" if values[1:] else mean
 
 
-def _sentence(first: Group, second: Group, test: Comparison) -> str:
+def sentence(first: Group, second: Group, test: Comparison) -> str:
+    """What a test says, in words."""
     differ = "differ" if test.p < 0.05 else "do not differ for certain"
     n = f"n={len(first.runs)} and {len(second.runs)}"
     return (

@@ -24,6 +24,7 @@ ORDER = (
     ("loggers",),
     ("run",),
     ("checks", "results", "cluster"),
+    ("experiments",),
     ("api",),
     ("cli",),
 )
@@ -107,6 +108,7 @@ def test_few_files_import_rich_and_one_imports_wandb() -> None:
             "runs",
             "compare",
             "predict",
+            "repeat",
         ),
         "wandb": ("wandb",),
     }

@@ -1,0 +1,244 @@
+"""`launcher repeat RECIPE --seeds 0-9`: the same training by several seeds, and what they say.
+
+Each is an ordinary run, `NAME-seed0` and so on, which the same command continues where it was
+interrupted, and leaves alone where it has ended.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from rich.table import Table
+from rich.text import Text
+
+from launcher.checkpoint.run_files import RunFiles
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
+from launcher.distributed.accelerator import reset_accelerator
+from launcher.distributed.world import World
+from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
+from launcher.results.compare import compared, grouped, sentence
+from launcher.results.page import duration
+from launcher.results.quoted import Summary, headline, quoted, summary
+from launcher.run import train_loaded
+from launcher.utils.redaction import redacted
+from launcher.utils.terminal import make_console
+from launcher.utils.text import printable
+
+MOST_SEEDS = 10_000  # more is a slip of the finger
+_RANGE = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
+_WIDTH = 110  # of a table that goes into a file
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0-4,7` as 0, 1, 2, 3, 4 and 7. Raises `UserError` for what is none, or none twice."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last or last - first >= MOST_SEEDS or last >= 2**64:
+            raise _wrong_seeds(text)
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise _wrong_seeds(text)
+    return tuple(seeds)
+
+
+def _wrong_seeds(text: str) -> UserError:
+    return UserError(
+        f"--seeds {text:.60}",
+        expected=f"at most {MOST_SEEDS:,} numbers, each once, as 0-9 or 0,3,5",
+        instead="type --seeds 0-4, for example",
+    )
+
+
+def run_name(base: str, seed: int) -> str:
+    """What the run of one seed is called."""
+    return f"{base}-seed{seed}"
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """A recipe and the seeds by which it is trained; `base` begins the names of its runs."""
+
+    loaded: LoadedRecipe
+    seeds: tuple[int, ...]
+    base: str
+
+    def of_seed(self, seed: int) -> LoadedRecipe:
+        """The recipe with that seed."""
+        return replace(self.loaded, recipe=replace(self.loaded.recipe, seed=seed))
+
+
+def plan(
+    recipes: Sequence[LoadedRecipe], seeds: tuple[int, ...], options: RunOptions
+) -> list[Repeats]:
+    """Which runs there will be. Raises `UserError` for recipes of one name."""
+    repeats = []
+    for loaded in recipes:
+        base = loaded.name
+        if options.name:
+            base = options.name if len(recipes) == 1 else f"{options.name}-{loaded.name}"
+        repeats.append(Repeats(loaded, seeds, base))
+        for seed in seeds:
+            replace(options, name=run_name(base, seed))  # refuses what is no name of a folder
+    if len({one.base for one in repeats}) < len(repeats):
+        raise UserError(
+            f"two recipes that are called {repeats[0].base}",
+            expected="recipe files with names of their own, by which their runs are called",
+            instead="type cp for one of them, or repeat them one after the other with --name",
+        )
+    return repeats
+
+
+def run(
+    recipes: Sequence[LoadedRecipe],
+    seeds: tuple[int, ...],
+    options: RunOptions,
+    world: World,
+    *,
+    table: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Train what is left to train, unless only the `table` is wanted; returns the exit code.
+
+    Every rank calls this. A run that fails ends the others on several ranks; alone, the others
+    follow, and the exit code says that one failed.
+    """
+    repeats, code = plan(recipes, seeds, options), 0
+    pairs = [(one, seed) for one in repeats for seed in one.seeds]
+    for number, (one, seed) in enumerate([] if table else pairs):
+        own = replace(options, name=run_name(one.base, seed), resume=True, group=one.base)
+        loaded = one.of_seed(seed)
+        if world.is_main:
+            sys.stdout.write(f"=== run {number + 1} of {len(pairs)}: {own.runs / str(own.name)}\n")
+            sys.stdout.flush()
+        if world.size == 1 and has_ended(RunFiles(own.runs / str(own.name)), loaded):
+            sys.stdout.write("has ended already\n")
+            continue
+        try:
+            result = train_loaded(loaded, own, replace(world, run=number))
+        except TrainingError as error:
+            if world.size > 1:
+                raise
+            sys.stderr.write(redacted(f"launcher: {own.name}: {error}\n"))
+            code = EXIT_FAULT
+        else:
+            if result.stopped:
+                code = EXIT_SAVED
+                break
+        finally:
+            reset_accelerator()
+    if world.is_main:
+        _report(repeats, options, as_json)
+    return code
+
+
+def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
+    """Whether a run of just this recipe has nothing left to train."""
+    is_this = json.dumps(run.config, sort_keys=True) == json.dumps(loaded.config, sort_keys=True)
+    is_whole = run.epoch == loaded.recipe.epochs or loaded.recipe.patience is not None
+    has_weights = (run.path / "final.safetensors").is_file()
+    return is_this and is_whole and has_weights and run.state == "done"
+
+
+# What is shown
+
+
+def runs_of(repeats: Repeats, options: RunOptions) -> list[RunFiles]:
+    """Those that have begun."""
+    places = (options.runs / run_name(repeats.base, seed) for seed in repeats.seeds)
+    return [RunFiles(path) for path in places if (path / "run.json").is_file()]
+
+
+def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
+    """Of one recipe, for JSON."""
+    runs = runs_of(repeats, options)
+    rows = [
+        {"run": run.name, "seed": run.config.get("seed"), "state": run.state, **quoted(run)}
+        for run in runs
+    ]
+    return {
+        "recipe": repeats.loaded.name,
+        "runs": rows,
+        "summary": {name: vars(found) for name, found in summaries(runs).items()},
+    }
+
+
+def summaries(runs: Sequence[RunFiles]) -> dict[str, Summary]:
+    """Of each figure, over the runs that have ended."""
+    rows = [quoted(run) for run in runs if run.state == "done"]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: summary([row[name] for row in rows if name in row]) for name in names}
+
+
+def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> None:
+    if as_json:
+        said = json.dumps([as_dict(one, options) for one in repeats], indent=2)
+        sys.stdout.write(redacted(said) + "\n")
+        return
+    console = make_console(_WIDTH)
+    for one in repeats:
+        runs = runs_of(one, options)
+        if not runs:
+            console.print(f"{one.base}: no run has begun in {options.runs}", markup=False)
+            continue
+        console.print(_table(one, runs))
+        for name, found in summaries(runs).items():
+            console.print(f"{name}: {describe(found)}", markup=False, highlight=False)
+        console.print(_extremes(runs), markup=False, highlight=False)
+    if len(repeats) > 1:
+        every = [run for one in repeats for run in runs_of(one, options) if run.state == "done"]
+        groups = grouped(every)
+        for first, second in pairwise(groups):
+            if test := compared(first, second):
+                text = sentence(first, second, test)
+                console.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+def describe(found: Summary) -> str:
+    """`64.52 % +- 0.61 (95 % interval 63.76 to 65.28, n=5)`."""
+    mean = f"{found.mean:.2%}"
+    if found.std is None or found.low is None or found.high is None:
+        return f"{mean} (n=1: one run is no measurement of its spread)"
+    return (
+        f"{mean} +- {100 * found.std:.2f} "
+        f"(95 % interval {100 * found.low:.2f} to {100 * found.high:.2f}, n={found.n})"
+    )
+
+
+def _extremes(runs: Sequence[RunFiles]) -> str:
+    """The best and the worst seed, by the figure that is quoted."""
+    name = headline(runs[0])
+    values = {run: quoted(run)[name] for run in runs if run.state == "done" and name in quoted(run)}
+    if len(values) < 2:
+        return f"{len(values)} of {len(runs)} runs have ended"
+    best, worst = max(values, key=lambda r: values[r]), min(values, key=lambda r: values[r])
+    return (
+        f"best seed {best.config.get('seed')} ({values[best]:.2%}), worst "
+        f"{worst.config.get('seed')} ({values[worst]:.2%}), by {name}"
+    )
+
+
+def _table(repeats: Repeats, runs: Sequence[RunFiles]) -> Table:
+    names = list(dict.fromkeys(name for run in runs for name in quoted(run)))
+    table = Table(box=None, pad_edge=False, title=Text(printable(repeats.base)))
+    table.add_column("seed", justify="right")
+    table.add_column("state")
+    for name in ("epochs", *names, "time"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        figures = quoted(run)
+        seconds = sum(float(row.get("seconds", 0)) for row in run.epochs)
+        cells = (
+            str(run.config.get("seed")),
+            run.state,
+            f"{run.epoch}/{run.planned_epochs}",
+            *(f"{figures[name]:.2%}" if name in figures else "-" for name in names),
+            duration(seconds),
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
