@@ -24,6 +24,7 @@ from launcher.results.compare import compared, grouped, sentence
 from launcher.results.page import duration
 from launcher.results.quoted import Summary, headline, quoted, summary
 from launcher.run import train_loaded
+from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import printable
@@ -139,7 +140,10 @@ def run(
 
 def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
     """Whether a run of just this recipe has nothing left to train."""
-    is_this = json.dumps(run.config, sort_keys=True) == json.dumps(loaded.config, sort_keys=True)
+    before, now = flatten(run.config), flatten(json.loads(json.dumps(loaded.config)))
+    left_open = {"precision": None, "memory_format": "auto"}  # which the run has then chosen
+    now = {n: v for n, v in now.items() if n not in left_open or v != left_open[n]}
+    is_this = now == {n: v for n, v in before.items() if n in now or n not in left_open}
     is_whole = run.epoch == loaded.recipe.epochs or loaded.recipe.patience is not None
     has_weights = (run.path / "final.safetensors").is_file()
     return is_this and is_whole and has_weights and run.state == "done"

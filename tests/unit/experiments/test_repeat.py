@@ -1,0 +1,157 @@
+"""Repeats are ordinary runs of several seeds; together they are resumed, and summed up."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from launcher.cli import main
+from launcher.config.loader import load
+from launcher.experiments import repeat
+from launcher.results.quoted import quantile, summary
+from tests.support.helpers import complaint, refused
+
+TINY = """
+from dataclasses import replace
+from tests.support.helpers import tiny_recipe
+
+recipe = tiny_recipe(epochs=2, data={"batch_size": 20})
+"""
+
+
+BAD = """
+import torch
+from tests.support.helpers import Tiny
+
+class Bad(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.is_bad = torch.initial_seed() == 0  # of the recipe
+
+    def forward(self, images):
+        scores = super().forward(images)
+        return scores * float("inf") if self.is_bad and self.training else scores
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.py").write_text(TINY)
+    return "tiny.py"
+
+
+def repeated(*words: str) -> int:
+    return main(["repeat", *words, "--wandb", "off", "--no-report"])
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0-3", (0, 1, 2, 3)), ("7", (7,)), ("0-1,5, 9", (0, 1, 5, 9))]
+)
+def test_seeds_are_typed_as_ranges(text: str, seeds: tuple[int, ...]) -> None:
+    assert repeat.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "3-1", "-1", "0-99999", "1,1", "0-3,2", "1.5", f"{2**64}", "٣"]
+)
+def test_what_are_no_seeds_is_refused(text: str) -> None:
+    with refused("--seeds", "--seeds 0-4"):
+        repeat.parse_seeds(text)
+
+
+def test_each_seed_is_an_ordinary_run_and_what_has_ended_is_left_alone(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert repeated(recipe, "--seeds", "0,3", "data.validation=0.2") == 0
+    said = capsys.readouterr().out
+    assert "run 2 of 2: runs/tiny-seed3" in said
+    assert "n=2" in said
+    words = (recipe, "seed=3", "data.validation=0.2", "--name", "own", "--wandb", "off")
+    assert main([*words, "--no-report"]) == 0
+    weights = [load_file(f"runs/{name}/final.safetensors") for name in ("tiny-seed3", "own")]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    times = Path("runs/tiny-seed0/final.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert repeated(recipe, "--seeds", "0,3", "data.validation=0.2") == 0
+    assert capsys.readouterr().out.count("has ended already") == 2
+    assert Path("runs/tiny-seed0/final.safetensors").stat().st_mtime_ns == times
+
+
+def test_what_was_interrupted_goes_on(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert repeated(recipe, "--seeds", "0-1", "--name", "whole") == 0
+    assert repeated(recipe, "--seeds", "0-1", "--name", "cut", "--max-steps", "3") == 0
+    assert repeated(recipe, "--seeds", "0-1", "--name", "cut") == 0
+    assert "resumed after step 3" in capsys.readouterr().out
+    for seed in (0, 1):
+        paths = [Path(f"runs/{name}-seed{seed}/final.safetensors") for name in ("whole", "cut")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_the_table_is_for_machines_as_well(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert repeated(recipe, "--seeds", "0-2") == 0
+    capsys.readouterr()
+    assert repeated(recipe, "--seeds", "0-4", "--table", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 2]
+    figure = found["summary"]["test accuracy, last epoch"]
+    values = [run["test accuracy, last epoch"] for run in found["runs"]]
+    assert figure["mean"] == pytest.approx(sum(values) / 3)
+    assert figure["n"] == 3
+    assert "test accuracy, best epoch (chosen on the test images)" in found["summary"]
+    assert repeated(recipe, "--seeds", "0-2", "--table") == 0
+    said = capsys.readouterr().out
+    assert "best seed" in said
+    assert "chosen on the test images" in " ".join(said.split())
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_beginning(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(recipe).write_text(BAD + TINY.replace("epochs=2", "epochs=2, model=Bad"))
+    assert repeated(recipe, "--seeds", "0-1") == 1
+    ended = capsys.readouterr()
+    assert "launcher: tiny-seed0: the loss is not finite" in ended.err
+    assert "run 2 of 2" in ended.out
+    assert "1 of 2 runs have ended" in ended.out
+
+
+def test_two_recipes_are_compared(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("wide.py").write_text(TINY + "recipe = replace(recipe, epochs=3)\n")
+    assert repeated(recipe, "wide.py", "--seeds", "0-1", "--name", "two") == 0
+    said = capsys.readouterr().out
+    assert "run 4 of 4: runs/two-wide-seed1" in said
+    assert "n=2 and 2" in said
+
+
+def test_two_recipes_of_one_name_are_refused(recipe: str) -> None:
+    loaded = load(Path(recipe))
+    from launcher.config.options import RunOptions
+
+    with refused("two recipes that are called tiny"):
+        repeat.plan([loaded, loaded], (0,), RunOptions())
+
+
+@pytest.mark.parametrize("option", ["--smoke", "--profile", "--dry-run"])
+def test_what_is_no_run_is_not_repeated(
+    option: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert option in complaint(capsys, "repeat", recipe, option)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (100, 1.9840)]
+)
+def test_the_interval_is_students(freedom: int, t: float) -> None:
+    """Against a table of the distribution."""
+    assert quantile(0.95, freedom) == pytest.approx(t, abs=1e-4)
+
+
+def test_one_value_has_no_interval() -> None:
+    assert summary([0.5]).std is None
+    found = summary([0.4, 0.6])
+    assert (found.n, found.mean) == (2, 0.5)
+    assert found.high == pytest.approx(0.5 + 12.7062 * math.sqrt(0.02) / math.sqrt(2), abs=1e-4)
