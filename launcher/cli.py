@@ -27,7 +27,7 @@ from launcher.errors import (
     RankError,
     UserError,
 )
-from launcher.utils.arguments import Parser, Shown, positive, seconds
+from launcher.utils.arguments import Parser, Shown, parse_seeds, positive, seconds
 from launcher.utils.redaction import redacted
 from launcher.utils.text import drop_stdout
 
@@ -116,6 +116,7 @@ def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
     add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
     add("--project", help="the project in Weights & Biases")
+    add("--group", help="the group of the run there (of repeats: their name)")
     add("--log-every", type=positive, metavar="N", help="steps between two readings of the loss")
     add("--resume", action="store_true", help="continue the newest run, or the one of --name")
     add("--init-from", metavar="RUN|FILE", help="begin with the weights of a run or a file")
@@ -145,7 +146,9 @@ def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
     fold = "validate on fold K of N: short for data.validation=K/N"
     add("--fold", metavar="K/N", help=fold)
     if repeats:
-        add("--seeds", default="0-4", metavar="A-B,C", help="default: %(default)s")
+        add(
+            "--seeds", type=parse_seeds, default="0-4", metavar="A-B,C", help="default: %(default)s"
+        )
         add("--table", action="store_true", help="train nothing: show the runs that there are")
         add("--json", action="store_true", help="the table for machines")
     return parser
@@ -276,7 +279,7 @@ def _repeat(
 
     return repeat.run(
         recipes,
-        repeat.parse_seeds(arguments.seeds),
+        arguments.seeds,
         _options(arguments, job),
         job.world,
         table=arguments.table,
@@ -329,6 +332,7 @@ def _options(arguments: argparse.Namespace, job: slurm_env.Allocation) -> "RunOp
         smoke=arguments.smoke,
         wandb=arguments.wandb,
         project=arguments.project,
+        group=arguments.group,
         log_every=arguments.log_every,
         resume=arguments.resume or arguments.resume_changed is not None,
         resume_changed=tuple((arguments.resume_changed or "").split(",")),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from launcher.errors import UserError
+from launcher.utils.text import run_of_seed
 
 JOBS_FOLDER = "jobs"  # beside the run folders: records of the jobs, and their logs
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -88,9 +89,14 @@ class BatchJob:
 
     @property
     def run_names(self) -> tuple[str, ...]:
-        """The name of each run: the job's; of a sweep, followed by the number of the value."""
+        """The name of each run: the job's; of a sweep, followed by the number of the value.
+
+        Of a sweep over seeds, by the seed: as `launcher repeat` calls them.
+        """
         if self.sweep is None:
             return (self.name,)
+        if self.sweep.setting == "seed":
+            return tuple(run_of_seed(self.name, seed) for seed in self.sweep.values)
         return tuple(f"{self.name}-{index}" for index in range(len(self.sweep.values)))
 
     def arguments(self, index: int = 0) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.cluster import kubernetes, sbatch, status
 from launcher.cluster.job import JOBS_FOLDER, BatchJob, Sweep, safe_name
 from launcher.errors import UserError
-from launcher.utils.arguments import Parser
+from launcher.utils.arguments import Parser, parse_seeds
 
 Check = Callable[[Sequence[str]], None]
 SLURM_SITE = Path("deploy") / "slurm_site.sh"
@@ -31,7 +31,7 @@ Or print the manifests of the same job for Kubernetes:
 
   launcher submit recipes/simplecnn.py --nodes 2 --gpus 8 --kubernetes --dry-run"""
 _PASSED_ON = (  # options of the launcher itself
-    *("wandb", "project", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
+    *("wandb", "project", "group", "checkpoint-every", "log-every", "max-steps", "resume-changed"),
     *("init-from", "skip", "timeout", "join-timeout"),
 )
 _TIME = re.compile(r"(?:(\d{1,8})-)?(\d{1,8}(?::\d{1,8}){0,2})")
@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     before = "save and stop so long before the end of that time (default: 120)"
     add("--save-before", type=_number, default=120, metavar="SECONDS", help=before)
     add("--sweep", type=_sweep, metavar="NAME=A,B", help="one run per value, in a job array")
+    seeds = "one run per seed, in a job array; then launcher repeat --table sums them up"
+    add("--seeds", type=parse_seeds, metavar="A-B,C", help=seeds)
     add("--name", help="of the job and of its run (default: the recipe's and the time)")
     add("--runs", default="runs", metavar="DIR", help="where run folders go (default: runs)")
     files = f"this site's own lines (default: {SLURM_SITE}, or {KUBERNETES_SITE})"
@@ -104,10 +106,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _batch_job(arguments: argparse.Namespace) -> BatchJob:
     recipe, *overrides = arguments.words
+    sweep = arguments.sweep
+    name = arguments.name or f"{safe_name(Path(recipe).stem)}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    if arguments.seeds:
+        if sweep:
+            raise UserError(
+                "--seeds with --sweep",
+                expected="one setting that differs from run to run",
+                instead="submit it once for each value, with --seeds",
+            )
+        sweep = Sweep("seed", tuple(map(str, arguments.seeds)))
+        arguments.group = arguments.group or name
     options = {option: getattr(arguments, option.replace("-", "_")) for option in _PASSED_ON}
     return BatchJob(
         recipe=recipe,
-        name=arguments.name or f"{safe_name(Path(recipe).stem)}-{datetime.now():%Y%m%d-%H%M%S-%f}",
+        name=name,
         nodes=arguments.nodes,
         gpus=arguments.gpus,
         processes=arguments.processes,
@@ -119,7 +132,7 @@ def _batch_job(arguments: argparse.Namespace) -> BatchJob:
         options=tuple(
             f"--{option}={value}" for option, value in options.items() if value is not None
         ),
-        sweep=arguments.sweep,
+        sweep=sweep,
     )
 
 

@@ -17,11 +17,11 @@ class RunOptions:
 
     runs: Path = Path("runs")
     name: str | None = None
-    group: str | None = None  # of the repeats of one recipe, in W&B
     max_steps: int | None = None
     smoke: bool = False
     wandb: str | None = None
     project: str | None = None  # in W&B; None: the user's own default, else "launcher"
+    group: str | None = None  # in W&B
     log_every: int | None = None
     resume: bool = False
     resume_changed: tuple[str, ...] = ()

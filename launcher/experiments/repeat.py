@@ -5,7 +5,6 @@ interrupted, and leaves alone where it has ended.
 """
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,38 +26,9 @@ from launcher.run import train_loaded
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable
+from launcher.utils.text import printable, run_of_seed
 
-MOST_SEEDS = 10_000  # more is a slip of the finger
-_RANGE = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 _WIDTH = 110  # of a table that goes into a file
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """`0-4,7` as 0, 1, 2, 3, 4 and 7. Raises `UserError` for what is none, or none twice."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = _RANGE.fullmatch(part.strip())
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last or last - first >= MOST_SEEDS or last >= 2**64:
-            raise _wrong_seeds(text)
-        seeds += range(first, last + 1)
-    if len(set(seeds)) < len(seeds):
-        raise _wrong_seeds(text)
-    return tuple(seeds)
-
-
-def _wrong_seeds(text: str) -> UserError:
-    return UserError(
-        f"--seeds {text:.60}",
-        expected=f"at most {MOST_SEEDS:,} numbers, each once, as 0-9 or 0,3,5",
-        instead="type --seeds 0-4, for example",
-    )
-
-
-def run_name(base: str, seed: int) -> str:
-    """What the run of one seed is called."""
-    return f"{base}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +55,7 @@ def plan(
             base = options.name if len(recipes) == 1 else f"{options.name}-{loaded.name}"
         repeats.append(Repeats(loaded, seeds, base))
         for seed in seeds:
-            replace(options, name=run_name(base, seed))  # refuses what is no name of a folder
+            replace(options, name=run_of_seed(base, seed))  # refuses what is no name of a folder
     if len({one.base for one in repeats}) < len(repeats):
         raise UserError(
             f"two recipes that are called {repeats[0].base}",
@@ -112,7 +82,8 @@ def run(
     repeats, code = plan(recipes, seeds, options), 0
     pairs = [(one, seed) for one in repeats for seed in one.seeds]
     for number, (one, seed) in enumerate([] if table else pairs):
-        own = replace(options, name=run_name(one.base, seed), resume=True, group=one.base)
+        group = options.group or one.base
+        own = replace(options, name=run_of_seed(one.base, seed), resume=True, group=group)
         loaded = one.of_seed(seed)
         if world.is_main:
             sys.stdout.write(f"=== run {number + 1} of {len(pairs)}: {own.runs / str(own.name)}\n")
@@ -154,7 +125,7 @@ def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
 
 def runs_of(repeats: Repeats, options: RunOptions) -> list[RunFiles]:
     """Those that have begun."""
-    places = (options.runs / run_name(repeats.base, seed) for seed in repeats.seeds)
+    places = (options.runs / run_of_seed(repeats.base, seed) for seed in repeats.seeds)
     return [RunFiles(path) for path in places if (path / "run.json").is_file()]
 
 

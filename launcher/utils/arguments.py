@@ -1,10 +1,14 @@
 """argparse, with its complaints in the form of all others."""
 
 import argparse
+import re
 from contextlib import suppress
 from typing import NoReturn
 
 from launcher.errors import UserError
+
+MOST_SEEDS = 10_000  # more is a slip of the finger
+_RANGE = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 
 
 class Shown(SystemExit):
@@ -38,3 +42,25 @@ def seconds(text: str) -> float:
         if 0 < float(text) < 1e6:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0-4,7` as 0, 1, 2, 3, 4 and 7. Raises `UserError` for what is none, or none twice."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last or last - first >= MOST_SEEDS or last >= 2**64:
+            raise _wrong_seeds(text)
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise _wrong_seeds(text)
+    return tuple(seeds)
+
+
+def _wrong_seeds(text: str) -> UserError:
+    return UserError(
+        f"--seeds {text:.60}",
+        expected=f"at most {MOST_SEEDS:,} numbers, each once, as 0-9 or 0,3,5",
+        instead="type --seeds 0-4, for example",
+    )

@@ -48,3 +48,8 @@ def drop_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def run_of_seed(name: str, seed: int | str) -> str:
+    """What one of the repeats of `name` is called."""
+    return f"{name}-seed{seed}"

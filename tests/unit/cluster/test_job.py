@@ -23,6 +23,12 @@ def test_a_job_says_how_its_run_is_started_the_same_in_every_attempt() -> None:
     assert one.run_names == ("first",)
 
 
+def test_a_sweep_over_seeds_is_called_as_repeats_are() -> None:
+    swept = job(sweep=Sweep("seed", ("3", "5")))
+    assert swept.run_names == ("first-seed3", "first-seed5")
+    assert {"seed=5", "--name=first-seed5"} < set(swept.arguments(1))
+
+
 def test_a_sweep_is_one_run_per_value() -> None:
     swept = job(sweep=Sweep("optimizer.lr", ("0.01", "0.1")))
     assert swept.run_names == ("first-0", "first-1")

@@ -14,7 +14,7 @@ import yaml
 from launcher.cli import main
 from launcher.cluster import status, submit
 from launcher.cluster.job import BatchJob, Sweep
-from tests.support.helpers import ROOT, refused
+from tests.support.helpers import ROOT, complaint, refused
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +260,29 @@ def test_a_run_that_would_begin_is_queued(capsys: pytest.CaptureFixture[str]) ->
     words = (RECIPE, "epochs=3", "--sweep", "optimizer.lr=0.1,0.2", "--name", "s", "--wandb", "off")
     assert main(["submit", *words]) == 0
     assert capsys.readouterr().out.startswith("job 12: run runs/s-0, log ")
+
+
+def test_seeds_are_an_array_of_the_runs_that_repeat_knows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program("sbatch", "cat >script; echo 12")
+    words = (RECIPE, "--seeds", "0-1,7", "--name", "s", "--wandb", "off")
+    assert main(["submit", *words]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[3] for line in said.splitlines()] == [
+        *("runs/s-seed0,", "runs/s-seed1,", "runs/s-seed7,")
+    ]
+    script = Path("script").read_text()
+    assert "#SBATCH --array=0-2\n" in script
+    assert script.count("--group=s ") == 3
+    assert "seed=7" in script
+
+
+@pytest.mark.parametrize("words", [("--seeds", "3-1"), ("--seeds", "0-1", "--sweep", "lr=1,2")])
+def test_seeds_that_are_none_are_refused(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--seeds" in complaint(capsys, "submit", RECIPE, *words)
 
 
 def test_runs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from launcher.cli import main
 from launcher.config.loader import load
 from launcher.experiments import repeat
 from launcher.results.quoted import quantile, summary
+from launcher.utils.arguments import parse_seeds
 from tests.support.helpers import complaint, refused
 
 TINY = """
@@ -51,7 +52,7 @@ def repeated(*words: str) -> int:
     ("text", "seeds"), [("0-3", (0, 1, 2, 3)), ("7", (7,)), ("0-1,5, 9", (0, 1, 5, 9))]
 )
 def test_seeds_are_typed_as_ranges(text: str, seeds: tuple[int, ...]) -> None:
-    assert repeat.parse_seeds(text) == seeds
+    assert parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_seeds_are_typed_as_ranges(text: str, seeds: tuple[int, ...]) -> None:
 )
 def test_what_are_no_seeds_is_refused(text: str) -> None:
     with refused("--seeds", "--seeds 0-4"):
-        repeat.parse_seeds(text)
+        parse_seeds(text)
 
 
 def test_each_seed_is_an_ordinary_run_and_what_has_ended_is_left_alone(
