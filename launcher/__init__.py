@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from launcher.api import train
+    from launcher.config.claims import Claim
     from launcher.config.recipe import Images, Recipe
     from launcher.config.schedules import constant, cosine, linear, steps
     from launcher.config.slots import Draws, NamedParameters
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChainedOptimizer",
+    "Claim",
     "Draws",
     "Folder",
     "Images",
@@ -60,6 +62,7 @@ _HOMES = {
     "launcher.data.image_folder": "Folder",
     "launcher.training.state": "ema",
     "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",
+    "launcher.config.claims": "Claim",
     "launcher.config.recipe": "Images Recipe",
     "launcher.config.slots": "Draws NamedParameters",
     "launcher.config.schedules": "constant cosine linear steps",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
 
+DEFAULT_SEEDS = 5  # of repeat
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _REPEAT_USAGE = "launcher repeat RECIPE [RECIPE ...] [name=value ...] --seeds 0-9 [options]"
 _REPEAT_DESCRIPTION = """\
@@ -147,8 +148,10 @@ def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
     add("--fold", metavar="K/N", help=fold)
     if repeats:
         add(
-            "--seeds", type=parse_seeds, default="0-4", metavar="A-B,C", help="default: %(default)s"
+            "--seeds", type=parse_seeds, metavar="A-B,C", help="default: 0-4, or as many as claimed"
         )
+        claims = "measure again what the recipe claims to reach: does it hold on this machine?"
+        add("--claims", action="store_true", help=claims)
         add("--table", action="store_true", help="train nothing: show the runs that there are")
         add("--json", action="store_true", help="the table for machines")
     return parser
@@ -245,6 +248,13 @@ def _run(words: list[str], world: World) -> int:
     if repeats:
         recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
         _refuse_unrepeatable(arguments, parser)
+        others = [word for word in [*named[recipes:], *unknown] if "data.root=" not in word]
+        if arguments.claims and others:
+            raise UserError(
+                f"{others[0]} with --claims",
+                expected="the recipe as it is: what it claims is not of other settings",
+                instead="leave it out, or repeat the recipe without --claims",
+            )
     try:
         refuse_unusable(os.environ)
         several = [_load(path, [*named[recipes:], *unknown]) for path in named[:recipes]]
@@ -275,16 +285,20 @@ def _refuse_unrepeatable(arguments: argparse.Namespace, parser: argparse.Argumen
 def _repeat(
     recipes: "list[LoadedRecipe]", arguments: argparse.Namespace, job: slurm_env.Allocation
 ) -> int:
-    from launcher.experiments import repeat
+    from launcher.experiments import claims, repeat
 
-    return repeat.run(
-        recipes,
-        arguments.seeds,
-        _options(arguments, job),
-        job.world,
-        table=arguments.table,
-        as_json=arguments.json,
-    )
+    options, table = _options(arguments, job), arguments.table
+    if arguments.claims:
+        if len(recipes) > 1 or arguments.json:
+            raise UserError(
+                f"--claims {'with --json' if arguments.json else 'of several recipes'}",
+                expected="one recipe, whose claims are judged in words",
+                instead="type launcher repeat RECIPE --claims",
+            )
+        return claims.run(recipes[0], arguments.seeds, options, job.world, table=table)
+    seeds = arguments.seeds or tuple(range(DEFAULT_SEEDS))
+    repeats = repeat.plan(recipes, seeds, options)
+    return repeat.run(repeats, options, job.world, table=table, as_json=arguments.json)
 
 
 def _refuse_wrong_words(words: Sequence[str]) -> None:

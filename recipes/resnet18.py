@@ -21,7 +21,7 @@ from torch.optim import SGD
 from torchvision.datasets import CIFAR10
 from torchvision.models import ResNet, resnet18
 
-from launcher import Images, Recipe, Synthetic, alternating_flip, crop, cutout, linear
+from launcher import Claim, Images, Recipe, Synthetic, alternating_flip, crop, cutout, linear
 
 
 def small_resnet18(classes: int = 10) -> ResNet:
@@ -51,4 +51,7 @@ recipe = Recipe(
     loss=partial(cross_entropy, label_smoothing=0.1),
     precision="bf16",
     compile=True,
+    claims=(
+        Claim("test/accuracy", 0.9524, std=0.0002, runs=3, hardware="1x NVIDIA H100", seconds=69),
+    ),
 )

@@ -29,6 +29,7 @@ from torchvision.datasets import CIFAR10
 
 from launcher import (
     ChainedOptimizer,
+    Claim,
     Images,
     Muon,
     NamedParameters,
@@ -161,6 +162,8 @@ def muon_and_sgd(
     return ChainedOptimizer(Muon(filters, lr=filter_rate), sgd)
 
 
+H100, CPU = "1x NVIDIA H100", "2 cores of an AMD EPYC"
+ON_CPU = ("precision=bf16", "compile=false")
 recipe = Recipe(
     model=SpeedVGG,
     data=Images(
@@ -180,4 +183,10 @@ recipe = Recipe(
     views=mirrored_and_shifted,
     precision="pure_fp16",
     compile="max-autotune",
+    claims=(
+        Claim("test/accuracy_tta", 0.9400, 0.0008, runs=10, hardware=H100, seconds=1.81),
+        Claim("test/accuracy", 0.9316, 0.0018, runs=10, hardware=H100, seconds=1.81),
+        Claim("test/accuracy_tta", 0.9398, 0.0017, 3, CPU, 461, settings=ON_CPU),
+        Claim("test/accuracy", 0.9313, 0.0003, 3, CPU, 461, settings=ON_CPU),
+    ),
 )

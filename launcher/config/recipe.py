@@ -6,7 +6,7 @@ file means the same experiment on a laptop and on 64 GPUs.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from launcher.config.claims import Claim
 from launcher.config.schedules import constant, refuse_measuring
 from launcher.config.slots import (
     Augmentation,
@@ -31,6 +32,7 @@ from launcher.errors import UserError
 from launcher.utils.user_code import function_of, place_of
 
 _UNFINISHED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+NO_SETTING = {"is_setting": False}  # of a field that changes nothing in a run
 MOST_EPOCHS = 1_000_000  # more is a slip of the finger
 
 
@@ -119,7 +121,8 @@ class Recipe:
     which its scores do not depend, always or in some steps: to allow it costs several ranks a
     search in each step. `deterministic` keeps to torch's deterministic algorithms, so
     that a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused.
-    On CPUs a run repeats without it.
+    On CPUs a run repeats without it. `claims` are what it reaches: `launcher repeat RECIPE
+    --claims` measures it again.
     """
 
     model: Callable[[], nn.Module]
@@ -144,6 +147,7 @@ class Recipe:
     unused_parameters: Literal["refuse", "allow"] = "refuse"
     deterministic: bool = False
     seed: int = 0
+    claims: tuple[Claim, ...] = field(default=(), metadata=NO_SETTING)
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
@@ -171,6 +175,13 @@ class Recipe:
                 instead="type clip_norm=1.0, for example",
             )
         _refuse_patience(self)
+        claims: object = self.claims
+        if not isinstance(claims, tuple) or not all(isinstance(c, Claim) for c in claims):
+            raise UserError(
+                f"claims={self.claims}",
+                expected="a tuple of claims",
+                instead='write claims=(Claim("test/accuracy", 0.95, runs=3),), with the comma',
+            )
         if self.average is not None and self.precision in ("pure_bf16", "pure_fp16"):
             raise UserError(
                 f"average with precision={self.precision}",

@@ -57,6 +57,8 @@ def children(value: Any, prefix: str = "") -> Iterator[Setting]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
+            if not field.metadata.get("is_setting", True):
+                continue
             yield Setting(prefix + field.name, hints[field.name], getattr(value, field.name))
     elif isinstance(value, tuple | list):
         for item in value:

@@ -21,7 +21,7 @@ from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
 from launcher.results.compare import compared, grouped, sentence
 from launcher.results.page import duration
-from launcher.results.quoted import Summary, headline, quoted, summary
+from launcher.results.quoted import Summary, describe, headline, quoted, summary
 from launcher.run import train_loaded
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
@@ -66,22 +66,32 @@ def plan(
 
 
 def run(
-    recipes: Sequence[LoadedRecipe],
-    seeds: tuple[int, ...],
+    repeats: Sequence[Repeats],
     options: RunOptions,
     world: World,
     *,
     table: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Train what is left to train, unless only the `table` is wanted; returns the exit code.
+    """Train what is left to train, unless only the `table` is wanted, and show what came of it.
 
-    Every rank calls this. A run that fails ends the others on several ranks; alone, the others
-    follow, and the exit code says that one failed.
+    Every rank calls this; returns the exit code.
     """
-    repeats, code = plan(recipes, seeds, options), 0
+    code = 0 if table else train(repeats, options, world)
+    if world.is_main:
+        _report(repeats, options, as_json)
+    return code
+
+
+def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
+    """Train what is left to train; returns the exit code.
+
+    A run that fails ends the others on several ranks; alone, the others follow, and the exit code
+    says that one failed.
+    """
+    code = 0
     pairs = [(one, seed) for one in repeats for seed in one.seeds]
-    for number, (one, seed) in enumerate([] if table else pairs):
+    for number, (one, seed) in enumerate(pairs):
         group = options.group or one.base
         own = replace(options, name=run_of_seed(one.base, seed), resume=True, group=group)
         loaded = one.of_seed(seed)
@@ -104,8 +114,6 @@ def run(
                 break
         finally:
             reset_accelerator()
-    if world.is_main:
-        _report(repeats, options, as_json)
     return code
 
 
@@ -172,17 +180,6 @@ def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> N
             if test := compared(first, second):
                 text = sentence(first, second, test)
                 console.print(text, markup=False, soft_wrap=True, highlight=False)
-
-
-def describe(found: Summary) -> str:
-    """`64.52 % +- 0.61 (95 % interval 63.76 to 65.28, n=5)`."""
-    mean = f"{found.mean:.2%}"
-    if found.std is None or found.low is None or found.high is None:
-        return f"{mean} (n=1: one run is no measurement of its spread)"
-    return (
-        f"{mean} +- {100 * found.std:.2f} "
-        f"(95 % interval {100 * found.low:.2f} to {100 * found.high:.2f}, n={found.n})"
-    )
 
 
 def _extremes(runs: Sequence[RunFiles]) -> str:

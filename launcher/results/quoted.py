@@ -64,6 +64,17 @@ def summary(values: Sequence[float]) -> Summary:
     return Summary(n, mean, std, mean - half, mean + half)
 
 
+def describe(found: Summary) -> str:
+    """`64.52 % +- 0.61 (95 % interval 63.76 to 65.28, n=5)`."""
+    mean = f"{found.mean:.2%}"
+    if found.std is None or found.low is None or found.high is None:
+        return f"{mean} (n=1: one run is no measurement of its spread)"
+    return (
+        f"{mean} +- {100 * found.std:.2f} "
+        f"(95 % interval {100 * found.low:.2f} to {100 * found.high:.2f}, n={found.n})"
+    )
+
+
 def quantile(confidence: float, freedom: float) -> float:
     """The t beyond which, on both sides, Student's distribution has 1 - confidence; by bisection.
 

@@ -121,7 +121,7 @@ def test_few_files_import_rich_and_one_imports_wandb() -> None:
 def test_the_public_names_are_these() -> None:
     assert launcher.__all__ == sorted(launcher.__all__, key=lambda name: (name.islower(), name))
     assert set(launcher.__all__) == {
-        *("Draws", "Folder", "Images", "Recipe", "Synthetic"),
+        *("Claim", "Draws", "Folder", "Images", "Recipe", "Synthetic"),
         *("alternating_flip", "crop", "cutmix", "cutout", "flip", "mixup"),
         *("constant", "cosine", "ema", "linear", "steps"),
         *("RunResult", "TrainedRun", "load_run", "train"),

@@ -1,0 +1,126 @@
+"""`launcher repeat RECIPE --claims`: does this machine reach what a recipe says it reaches?"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+from typing import Literal
+
+from launcher.checkpoint.run_files import RunFiles
+from launcher.config.claims import Claim
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
+from launcher.config.overrides import override
+from launcher.distributed.world import World
+from launcher.errors import EXIT_USER, UserError
+from launcher.experiments import repeat
+from launcher.experiments.repeat import Repeats
+from launcher.results.compare import two_sided
+from launcher.results.quoted import LAST, LAST_TTA, describe, quoted, summary
+
+SEEDS_OF_ONE = 3  # for a claim of a single run
+FIGURES = {"test/accuracy": LAST, "test/accuracy_tta": LAST_TTA}
+SURE = 0.05  # below such a probability, a difference is taken for one
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a claim holds, and why; `p` is the probability of such a difference by chance."""
+
+    verdict: Literal["holds", "does not hold", "undecided"]
+    p: float | None
+    answer: str
+
+
+def run(
+    loaded: LoadedRecipe,
+    seeds: tuple[int, ...] | None,
+    options: RunOptions,
+    world: World,
+    *,
+    table: bool = False,
+) -> int:
+    """Train as often as each claim says, or by those `seeds`, and judge; returns the exit code.
+
+    It is 2 where a claim does not hold. Claims of the same settings share their runs.
+    """
+    if not loaded.recipe.claims:
+        raise UserError(
+            f"{loaded.name}, which claims nothing",
+            expected="a recipe that says what it reaches",
+            instead='write claims=(Claim("test/accuracy", 0.95, std=0.001, runs=3),) into it',
+        )
+    repeats = of_claims(loaded, seeds, options)
+    code = 0 if table else repeat.train(list(repeats.values()), options, world)
+    if code or not world.is_main:
+        return code
+    for claim in loaded.recipe.claims:
+        runs = repeat.runs_of(repeats[claim.settings], options)
+        name = FIGURES[claim.metric]
+        ended = [run for run in runs if run.state == "done" and name in quoted(run)]
+        found = judge(claim, [quoted(run)[name] for run in ended])
+        sys.stdout.write(f"{found.verdict}: {found.answer}\n{_hardware(claim, ended)}\n")
+        code = EXIT_USER if found.verdict == "does not hold" else code
+    return code
+
+
+def of_claims(
+    loaded: LoadedRecipe, seeds: tuple[int, ...] | None, options: RunOptions
+) -> dict[tuple[str, ...], Repeats]:
+    """The runs by the settings of the claims."""
+    found: dict[tuple[str, ...], Repeats] = {}
+    base = options.name or loaded.name
+    for claim in loaded.recipe.claims:
+        recipe = override(loaded.recipe, claim.settings)
+        number = len(found) + 1
+        own = found.get(claim.settings) or Repeats(
+            replace(loaded, recipe=recipe), (), f"{base}-claim{number}"
+        )
+        runs = max(len(own.seeds), claim.runs if claim.runs > 1 else SEEDS_OF_ONE)
+        found[claim.settings] = replace(own, seeds=seeds or tuple(range(runs)))
+    return found
+
+
+def _hardware(claim: Claim, runs: Sequence[RunFiles]) -> str:
+    """Where it was claimed and where it was measured, with the seconds."""
+    there = claim.hardware or "unknown hardware"
+    if claim.seconds is not None:
+        there += f" in {claim.seconds:g} s"
+    here = ", ".join(dict.fromkeys(str(run.about.get("devices", "?")) for run in runs))
+    seconds = [sum(float(row.get("seconds", 0)) for row in run.epochs) for run in runs]
+    return f"  claimed on {there}; here on {here or '-'}" + (
+        f" in {fmean(seconds):.3g} s" if seconds else ""
+    )
+
+
+def judge(claim: Claim, values: Sequence[float]) -> Judgement:
+    """Of the same figure, measured here by different seeds.
+
+    By Welch's t-test, or against the claimed number itself where it is of one run. A claim does
+    not hold where the figure here is lower, and not by chance; a higher one is no objection.
+    """
+    name = FIGURES[claim.metric]
+    claimed = f"claimed {claim.value:.2%}"
+    if claim.std is not None:
+        claimed += f" +- {100 * claim.std:.2f}"
+    claimed += f" (n={claim.runs})"
+    if not values:
+        return Judgement("undecided", None, f"{name}: {claimed}; no run has ended here")
+    here = f"{name}: {claimed}, here {describe(summary(values))}"
+    if len(values) < 2:
+        return Judgement("undecided", None, f"{here}: type --seeds 0-4, two seeds at least")
+    p = probability(claim, values)
+    lower = fmean(values) < claim.value and p < SURE
+    return Judgement("does not hold" if lower else "holds", p, f"{here}, p={p:.2g}")
+
+
+def probability(claim: Claim, values: Sequence[float]) -> float:
+    """Of a difference as large as this one, where there is none; two-sided."""
+    own = stdev(values) ** 2 / len(values)
+    theirs = (claim.std or 0.0) ** 2 / claim.runs if claim.runs > 1 else 0.0
+    gap, error = fmean(values) - claim.value, math.sqrt(own + theirs)
+    if not error:
+        return 0.0 if gap else 1.0
+    squares = own**2 / (len(values) - 1) + (theirs**2 / (claim.runs - 1) if theirs else 0.0)
+    return two_sided(gap / error, (own + theirs) ** 2 / squares)
