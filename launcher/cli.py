@@ -55,6 +55,17 @@ Words of the form name=value (or --name=value) change settings of the recipe for
 this run; `launcher RECIPE --help` lists them. `launcher submit --help` says how
 to train in a Slurm job."""
 
+_TUNE_USAGE = "launcher tune RECIPE --lr [name=value ...] [options]"
+_TUNE_DESCRIPTION = """\
+Find out where to begin: --lr trains the recipe for a part of an epoch with a
+rate that rises from a thousandth to a thousand times its own, shows the loss
+over it, and suggests one. Nothing is evaluated and nothing kept."""
+_TEXTS = {
+    "train": (_USAGE, _DESCRIPTION),
+    "repeat": (_REPEAT_USAGE, _REPEAT_DESCRIPTION),
+    "tune": (_TUNE_USAGE, _TUNE_DESCRIPTION),
+}
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code, which errors.py explains."""
@@ -97,11 +108,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return EXIT_FAULT
 
 
-def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
+def _parser(command: str = "train") -> argparse.ArgumentParser:
+    usage, description = _TEXTS[command]
     parser = Parser(
         prog="launcher",
-        usage=_REPEAT_USAGE if repeats else _USAGE,
-        description=_REPEAT_DESCRIPTION if repeats else _DESCRIPTION,
+        usage=usage,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -146,7 +158,7 @@ def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     fold = "validate on fold K of N: short for data.validation=K/N"
     add("--fold", metavar="K/N", help=fold)
-    if repeats:
+    if command == "repeat":
         add(
             "--seeds", type=parse_seeds, metavar="A-B,C", help="default: 0-4, or as many as claimed"
         )
@@ -154,6 +166,15 @@ def _parser(*, repeats: bool = False) -> argparse.ArgumentParser:
         add("--claims", action="store_true", help=claims)
         add("--table", action="store_true", help="train nothing: show the runs that there are")
         add("--json", action="store_true", help="the table for machines")
+    elif command == "tune":
+        add(
+            "--lr",
+            action="store_true",
+            help="let the learning rate rise: where does the loss fall?",
+        )
+        most = "of the ramp (default: 400, and at most an epoch)"
+        add("--steps", type=positive, metavar="N", help=most)
+        add("--save", type=Path, metavar="FOLDER", help="write a picture and the numbers there")
     return parser
 
 
@@ -224,12 +245,12 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _run(words: list[str], world: World) -> int:
-    repeats = words[:1] == ["repeat"]
-    parser = _parser(repeats=repeats)
+    command = words[0] if words and words[0] in _TEXTS else "train"
+    parser = _parser(command)
     arguments, unknown = parser.parse_known_args(words)
     if arguments.fold:
         unknown.append(f"data.validation={arguments.fold}")
-    named = arguments.words[arguments.words[:1] in (["train"], ["repeat"]) :]
+    named = arguments.words[bool(arguments.words and arguments.words[0] in _TEXTS) :]
     if not named:
         if not arguments.help:
             parser.error("no recipe is named")
@@ -245,9 +266,10 @@ def _run(words: list[str], world: World) -> int:
     if arguments.skip and arguments.init_from is None:
         parser.error("--skip goes with --init-from")
     recipes = 1
-    if repeats:
+    if command != "train":
+        _refuse_no_training(arguments, parser, command)
+    if command == "repeat":
         recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
-        _refuse_unrepeatable(arguments, parser)
         others = [word for word in [*named[recipes:], *unknown] if "data.root=" not in word]
         if arguments.claims and others:
             raise UserError(
@@ -271,15 +293,28 @@ def _run(words: list[str], world: World) -> int:
         settings = describe_settings(recipe, with_internals=arguments.help == "all")
         sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
         return 0
-    if repeats:
+    if command == "repeat":
         return _repeat(several, arguments, job)
+    if command == "tune":
+        return _tune(several[0], arguments, job)
     return _train(several[0], arguments, job)
 
 
-def _refuse_unrepeatable(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _refuse_no_training(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, command: str
+) -> None:
     for option in ("smoke", "profile", "dry_run"):
         if getattr(arguments, option):
-            parser.error(f"--{option.replace('_', '-')} goes with one run, not with repeat")
+            parser.error(f"--{option.replace('_', '-')} goes with one run, not with {command}")
+    if command == "tune" and not (arguments.lr or arguments.help):
+        parser.error("nothing to tune is named, such as --lr")
+
+
+def _tune(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env.Allocation) -> int:
+    from launcher.experiments import learning_rate
+
+    options, folder = _options(arguments, job), arguments.save
+    return learning_rate.run(loaded, options, job.world, steps=arguments.steps, folder=folder)
 
 
 def _repeat(

@@ -37,7 +37,7 @@ from launcher.distributed.accelerator import (
     reset_accelerator,
     run_on_main,
 )
-from launcher.distributed.process_group import RankGroup
+from launcher.distributed.process_group import RankGroup, Timeouts
 from launcher.distributed.stop_sync import Requests
 from launcher.distributed.world import ALONE, World
 from launcher.errors import (
@@ -169,17 +169,23 @@ def train_loaded(
     """
     if options.smoke:
         options = smoke_options(options)
-    group = process_group.rendezvous(world, options.timeouts)
+    with ranks_together(world, options.timeouts) as group:
+        return prepare_and_run(loaded, options, group, watch)
+
+
+@contextmanager
+def ranks_together(world: World, timeouts: Timeouts) -> Iterator[RankGroup]:
+    """The ranks meet, and part at the end; where one fails, it is found out which was the first."""
+    group = process_group.rendezvous(world, timeouts)
     try:
         with report_first_failure(group, lambda: "outside training"):
-            result = prepare_and_run(loaded, options, group, watch)
+            yield group
     except BaseException:
         group.stop_heartbeat()
         raise
     group.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return result
 
 
 @contextmanager
@@ -227,6 +233,30 @@ def prepare_and_run(
     loaded: LoadedRecipe, options: RunOptions, group: RankGroup, watch: Watch | None = None
 ) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
+    training = training_of(loaded, options, group)
+    ctx, accelerator = training.ctx, training.ctx.accelerator
+    profiler = Profiler(ctx) if options.profile else None
+    ctx = profiler.ctx if profiler else ctx
+    ctx = watch(ctx) if watch else ctx
+    smoke_test = SmokeTest(ctx) if options.smoke else None
+    with report_first_failure(group, lambda: describe_position(ctx)):
+        result = log_and_run(ctx, training.loaded, options, cleaned(training.facts), profiler)
+        if smoke_test and not result.stopped and (note := smoke_test.verdict()):
+            make_console(accelerator.is_main_process).say(note)
+    return result
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is ready to be trained, and what it is in words."""
+
+    ctx: TrainContext
+    loaded: LoadedRecipe
+    facts: dict[str, str]
+
+
+def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Training:
+    """From the recipe to a training that has passed its preflight; nothing is written yet."""
     prepared = prepare_on_all_ranks(loaded, options, group)
     loaded, data = prepared.loaded, prepared.data
     # What a resumed run is compared with is the precision that it had, whoever chose it.
@@ -244,15 +274,7 @@ def prepare_and_run(
     }
     if data.fallback:
         facts["fallback"] = fallback_warning(data)
-    profiler = Profiler(ctx) if options.profile else None
-    ctx = profiler.ctx if profiler else ctx
-    ctx = watch(ctx) if watch else ctx
-    smoke_test = SmokeTest(ctx) if options.smoke else None
-    with report_first_failure(group, lambda: describe_position(ctx)):
-        result = log_and_run(ctx, loaded, options, cleaned(facts), profiler)
-        if smoke_test and not result.stopped and (note := smoke_test.verdict()):
-            make_console(accelerator.is_main_process).say(note)
-    return result
+    return Training(ctx, loaded, facts)
 
 
 def describe_position(ctx: TrainContext) -> str:

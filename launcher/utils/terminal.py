@@ -19,20 +19,22 @@ def make_console(page_width: int) -> Console:
     return console
 
 
-def plot(values: Sequence[float], first: str, last: str) -> tuple[str, ...]:
-    """Bars from zero to the highest value, which stands beside them; the axis from first to last.
+def plot(values: Sequence[float], first: str, last: str, base: float = 0.0) -> tuple[str, ...]:
+    """Bars from `base` to the highest value, which stand beside them; the axis from first to last.
 
-    `values` are as many as there are columns, and not negative.
+    `values` are as many as there are columns, and none is below `base`.
     """
-    highest = max(values) or 1.0
-    label = f"{highest:.3g} "
+    highest = max(values)
+    scale = HEIGHT * 8 / ((highest - base) or 1.0)
+    labels = {HEIGHT - 1: f"{highest or 1.0:.3g} "} | ({0: f"{base:.3g} "} if base else {})
+    width = max(map(len, labels.values()))
     rows = []
     for row in range(HEIGHT - 1, -1, -1):
-        levels = [round(value / highest * HEIGHT * 8) - row * 8 for value in values]
+        levels = [round((value - base) * scale) - row * 8 for value in values]
         bars = "".join(_EIGHTHS[min(8, max(0, level))] for level in levels)
-        rows.append((label if row == HEIGHT - 1 else " " * len(label)) + bars)
+        rows.append(labels.get(row, "").ljust(width) + bars)
     axis = first + last.rjust(len(values) - len(first))
-    return (*rows, " " * len(label) + axis)
+    return (*rows, " " * width + axis)
 
 
 def half_blocks(pixels: Any) -> Text:

@@ -1,0 +1,225 @@
+"""`launcher tune RECIPE --lr`: the loss while the learning rate rises, and the rate to begin with.
+
+The recipe's own training, by the code that trains, but for its schedule: from one step to the next
+the rate rises by the same factor, over at most one epoch (Smith, "Cyclical Learning Rates for
+Training Neural Networks", 2017). Nothing is evaluated, and nothing is kept.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
+from launcher.config.plan import NEVER
+from launcher.distributed.world import World
+from launcher.errors import NotFiniteError, TrainingError
+from launcher.run import ranks_together, training_of
+from launcher.training.loop import fit
+from launcher.training.metrics import StepReport
+from launcher.training.model import restored_afterwards
+from launcher.training.state import TrainContext
+from launcher.utils import atomic_write
+from launcher.utils.terminal import plot
+from launcher.utils.text import spread
+
+STEPS = 400  # at most, and at most those of an epoch
+LOW, HIGH = 1e-3, 1e3  # times the recipe's own rate
+SMOOTHING = 0.9  # of the running mean of the losses
+# The ramp ends at so many times the lowest smoothed loss, or the highest one of its beginning.
+DIVERGED, WORSE = 2.0, 1.2
+FEWEST = 20  # steps, to say anything
+COLUMNS = 64
+_SIZE, _MARGIN = (800, 400), 50  # pixels of the picture
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """The rates of the steps, of the optimizer's first group, and the mean loss of each batch."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def smoothed(self) -> tuple[float, ...]:
+        """A running mean that forgets, corrected for its beginning."""
+        mean, values = 0.0, []
+        for number, loss in enumerate(self.losses, start=1):
+            mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+            values.append(mean / (1 - SMOOTHING**number))
+        return tuple(values)
+
+    @property
+    def lowest(self) -> float:
+        """The rate of the lowest smoothed loss: from there on, it does harm."""
+        values = self.smoothed
+        return self.rates[values.index(min(values))]
+
+    @property
+    def steepest(self) -> float:
+        """The rate at which the smoothed loss falls most for the same factor."""
+        values = self.smoothed
+        stop = values.index(min(values)) + 1
+        width = max(1, len(values) // 20)
+        falls = [values[i - width] - values[i + width] for i in range(width, stop - width)]
+        return self.rates[falls.index(max(falls)) + width] if falls else self.lowest / 10
+
+    @property
+    def suggestion(self) -> float:
+        """The steepest, but no more than a tenth of the lowest."""
+        return min(self.steepest, self.lowest / 10)
+
+
+def ramp(progress: float, *, until: float) -> float:
+    """From LOW to HIGH over a fraction `until` of the training, by equal factors."""
+    return LOW * (HIGH / LOW) ** (progress / until)
+
+
+def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
+    """Train with a rising rate until the loss does, and put everything back.
+
+    Every rank calls this; the losses are those of all ranks, so that all end with the same step.
+    """
+    last = min(steps, ctx.plan.steps_per_epoch)
+    plan = replace(ctx.plan, last_step=last, log_every=1, save=NEVER)
+    schedule = partial(ramp, until=last / plan.steps)
+    recipe = replace(ctx.recipe, schedule=schedule, on_nan="stop")
+    rates: list[float] = []
+    losses: list[float] = []
+    with _put_back(ctx):
+        events = fit(replace(ctx, plan=plan, recipe=recipe))
+        try:
+            for event in events:
+                assert isinstance(event, StepReport), "the ramp ends before an evaluation"
+                rates.append(event.learning_rate)
+                losses.append(event.loss)
+                smoothed = RateCurve(tuple(rates), tuple(losses)).smoothed
+                limit = min(DIVERGED * min(smoothed), WORSE * max(smoothed[:FEWEST]))
+                if event.step == last or (len(rates) > FEWEST and smoothed[-1] > limit):
+                    break
+        except NotFiniteError:  # the same on every rank
+            pass
+    return RateCurve(tuple(rates), tuple(losses))
+
+
+@contextmanager
+def _put_back(ctx: TrainContext) -> Iterator[None]:
+    """Weights, averages, the optimizer's state and settings, bit for bit."""
+    state, scaler = ctx.state, ctx.accelerator.scaler
+    models = [m for m in (state.network, state.ema_model) if m is not None]
+    saved = [deepcopy(model.state_dict()) for model in models]
+    optimizer, table = deepcopy(state.optimizer.state_dict()), state.rate_table
+    scale = scaler.state_dict() if scaler is not None else {}
+    state.rate_table = None
+    try:
+        with restored_afterwards(state.network, ctx.accelerator.device):
+            yield
+    finally:
+        for model, tensors in zip(models, saved, strict=True):
+            model.load_state_dict(tensors)
+        state.optimizer.load_state_dict(optimizer)
+        for group in state.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        state.rate_table, state.current_step, state.skips_in_a_row = table, None, 0
+        if scaler is not None:
+            scaler.load_state_dict(scale)
+
+
+def run(
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    world: World,
+    *,
+    steps: int | None = None,
+    folder: Path | None = None,
+) -> int:
+    """Show the curve and what follows from it; every rank calls this. Returns the exit code."""
+    with ranks_together(world, options.timeouts) as group:
+        training = training_of(loaded, options, group)
+        curve = find_rate(training.ctx, steps or STEPS)
+        own = training.ctx.state.group_options[0]["lr"]
+    if not world.is_main:
+        return 0
+    if len(curve.rates) < FEWEST:
+        raise TrainingError(
+            f"the loss was no number, or had doubled, after {len(curve.rates)} steps, at a rate of "
+            f"{max(curve.rates, default=own * LOW):.2g}: there is no curve to read"
+        )
+    for line in describe(curve, own):
+        sys.stdout.write(f"{line}\n")
+    if folder is not None:
+        save(curve, folder)
+        sys.stdout.write(f"{folder}: learning_rate.png, learning_rate.json\n")
+    return 0
+
+
+def describe(curve: RateCurve, own: float) -> list[str]:
+    """The plot, and the suggestion with its method; `own` is the recipe's rate."""
+    first, last = f"{curve.rates[0]:.1e}", f"{curve.rates[-1]:.1e}"
+    shown = spread(list(curve.smoothed), COLUMNS)
+    return [
+        f"smoothed loss over the learning rate, in {len(curve.rates)} steps",
+        *plot(shown, first, last, min(shown)),
+        f"falls steepest at {curve.steepest:.2g}, is lowest at {curve.lowest:.2g}",
+        f"try a rate of {curve.suggestion:.2g} (the recipe has {own:g}): the steepest, but at "
+        "most a tenth of the lowest",
+        "one run of one seed: a rate within a factor of three is as good a guess",
+    ]
+
+
+def save(curve: RateCurve, folder: Path) -> None:
+    """A picture and the numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "rates": curve.rates,
+        "losses": curve.losses,
+        "smoothed": curve.smoothed,
+        "lowest": curve.lowest,
+        "steepest": curve.steepest,
+        "suggestion": curve.suggestion,
+    }
+    text = json.dumps(content) + "\n"
+    atomic_write.replace(folder / "learning_rate.json", text.encode(), is_kept=False)
+    picture(curve).save(folder / "learning_rate.png")
+
+
+def picture(curve: RateCurve) -> Image.Image:
+    """The losses in grey, their running mean in blue, over the rates on a logarithmic axis."""
+    image = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(image)
+    values = curve.smoothed
+    low, high = min(values), max(values[0], min(values) * DIVERGED)
+    left, right = math.log10(curve.rates[0]), math.log10(curve.rates[-1])
+    width, height = _SIZE[0] - 2 * _MARGIN, _SIZE[1] - 2 * _MARGIN
+
+    def place(rate: float, loss: float) -> tuple[float, float]:
+        across = (math.log10(rate) - left) / (right - left)
+        up = (min(max(loss, low), high) - low) / (high - low)
+        return _MARGIN + across * width, _SIZE[1] - _MARGIN - up * height
+
+    for exponent in range(math.ceil(left), math.floor(right) + 1):
+        x, bottom = place(10.0**exponent, low)
+        draw.line([(x, _MARGIN), (x, bottom)], fill="#dddddd")
+        draw.text((x, bottom + 8), f"1e{exponent}", fill="black", anchor="mt")
+    for loss in (low, (low + high) / 2, high):
+        x, y = place(curve.rates[0], loss)
+        draw.text((x - 6, y), f"{loss:.2f}", fill="black", anchor="rm")
+    for numbers, colour, thick in ((curve.losses, "#bbbbbb", 1), (values, "#1f5fbf", 3)):
+        points = [place(rate, loss) for rate, loss in zip(curve.rates, numbers, strict=True)]
+        draw.line(points, fill=colour, width=thick)
+    marks = (("lowest", curve.lowest, "#888888"), ("try", curve.suggestion, "#c03020"))
+    for name, rate, colour in marks:
+        if curve.rates[0] <= rate <= curve.rates[-1]:
+            x, bottom = place(rate, low)
+            draw.line([(x, _MARGIN), (x, bottom)], fill=colour, width=2)
+            draw.text((x, _MARGIN - 6), f"{name} {rate:.2g}", fill=colour, anchor="mb")
+    return image

@@ -1,0 +1,124 @@
+"""The rising learning rate: what is read from the curve, and that nothing is left of it."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
+
+from launcher import ema
+from launcher.cli import main
+from launcher.experiments.learning_rate import HIGH, LOW, RateCurve, find_rate, ramp
+from launcher.training.loop import fit
+from tests.support.helpers import complaint, context_of, tiny_recipe
+
+RECIPE = tiny_recipe(data={"batch_size": 4}, optimizer=partial(SGD, lr=0.1, momentum=0.9))
+
+
+def test_the_ramp_rises_by_equal_factors() -> None:
+    rates = [ramp(fraction, until=0.5) for fraction in (0.0, 0.125, 0.25, 0.375, 0.5)]
+    assert (rates[0], rates[-1]) == (LOW, pytest.approx(HIGH))
+    factors = [b / a for a, b in zip(rates, rates[1:], strict=False)]
+    assert factors == pytest.approx([factors[0]] * 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"average": partial(ema, decay=0.9)},
+        {"schedule": partial(OneCycleLR, max_lr=0.1)},
+    ],
+    ids=["plain", "averaged", "OneCycleLR"],
+)
+def test_everything_is_put_back_bit_for_bit(changes: dict[str, object]) -> None:
+    """A training that follows is the one that would have been without it."""
+    trained = []
+    for finds in (False, True):
+        ctx = context_of(tiny_recipe(**{"epochs": 1, **changes}))
+        if finds:
+            before = [v.clone() for v in ctx.state.network.state_dict().values()]
+            curve = find_rate(ctx, 8)
+            assert len(curve.rates) == 8
+            after = ctx.state.network.state_dict().values()
+            assert all(map(torch.equal, before, after))
+        for _ in fit(ctx):
+            pass
+        trained.append(ctx.state)
+    for one, two in zip(
+        *(state.eval_model.state_dict().values() for state in trained), strict=True
+    ):
+        assert torch.equal(one, two)
+    assert str(trained[0].optimizer.state_dict()) == str(trained[1].optimizer.state_dict())
+
+
+def test_the_ramp_ends_where_the_loss_does_harm() -> None:
+    curve = find_rate(context_of(RECIPE))
+    assert 20 < len(curve.rates) <= 25, "an epoch has 25 steps"
+    assert curve.rates[0] < 0.1 * LOW * 2
+    rising = context_of(tiny_recipe(data={"batch_size": 1}, optimizer=partial(SGD, lr=10.0)))
+    curve = find_rate(rising)
+    assert len(curve.rates) < 100
+    assert curve.losses[-1] > curve.losses[0]
+
+
+def test_what_is_read_from_a_curve() -> None:
+    """Of a curve that is known: flat to 1e-3, falling to 1e-1, and rising behind."""
+    rates = [10 ** (-5 + 6 * i / 399) for i in range(400)]
+
+    def loss(rate: float) -> float:
+        if rate < 1e-3:
+            return 2.0
+        if rate < 1e-1:
+            return 2.0 - torch.tensor(rate / 1e-3).log10().item() / 2
+        return 1.0 + 10 * rate
+
+    curve = RateCurve(tuple(rates), tuple(map(loss, rates)))
+    assert curve.lowest == pytest.approx(0.1, rel=0.5)
+    assert 1e-3 < curve.steepest < 1e-1
+    assert curve.suggestion == pytest.approx(curve.lowest / 10)
+
+
+TINY = (
+    "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe(data={'batch_size': 2})\n"
+)
+
+
+def test_the_command_shows_and_saves_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(TINY)
+    assert main(["tune", "mine.py", "--lr", "--steps", "30", "--save", "curve"]) == 0
+    said = capsys.readouterr().out
+    assert "in 30 steps" in said
+    assert "the recipe has 0.001" in said
+    content = json.loads(Path("curve/learning_rate.json").read_text())
+    assert len(content["rates"]) == len(content["losses"]) == 30
+    assert Image.open("curve/learning_rate.png").size == (800, 400)
+    assert sorted(path.name for path in Path().iterdir()) == ["curve", "mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ((), "nothing to tune is named, such as --lr"),
+        (("--lr", "--smoke"), "--smoke goes with one run, not with tune"),
+        (("--lr", "--steps", "0"), "--steps"),
+        (("--lr", "optimizer.lrr=3"), "optimizer.lr"),
+    ],
+)
+def test_bad_words_are_answered_in_a_line(
+    words: tuple[str, ...],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(TINY)
+    assert part in complaint(capsys, "tune", "mine.py", *words)
