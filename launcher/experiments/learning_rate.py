@@ -37,6 +37,7 @@ SMOOTHING = 0.9  # of the running mean of the losses
 # The ramp ends at so many times the lowest smoothed loss, or the highest one of its beginning.
 DIVERGED, WORSE = 2.0, 1.2
 FEWEST = 20  # steps, to say anything
+FALLEN = 0.97  # of the loss at the beginning
 COLUMNS = 64
 _SIZE, _MARGIN = (800, 400), 50  # pixels of the picture
 
@@ -73,8 +74,11 @@ class RateCurve:
         return self.rates[falls.index(max(falls)) + width] if falls else self.lowest / 10
 
     @property
-    def suggestion(self) -> float:
-        """The steepest, but no more than a tenth of the lowest."""
+    def suggestion(self) -> float | None:
+        """The steepest, but no more than a tenth of the lowest; None where the loss did not fall."""
+        values = self.smoothed
+        if min(values) > FALLEN * max(values[:FEWEST]):
+            return None
         return min(self.steepest, self.lowest / 10)
 
 
@@ -164,15 +168,26 @@ def run(
 
 def describe(curve: RateCurve, own: float) -> list[str]:
     """The plot, and the suggestion with its method; `own` is the recipe's rate."""
+    rate = curve.suggestion
     first, last = f"{curve.rates[0]:.1e}", f"{curve.rates[-1]:.1e}"
     shown = spread(list(curve.smoothed), COLUMNS)
     return [
         f"smoothed loss over the learning rate, in {len(curve.rates)} steps",
         *plot(shown, first, last, min(shown)),
-        f"falls steepest at {curve.steepest:.2g}, is lowest at {curve.lowest:.2g}",
-        f"try a rate of {curve.suggestion:.2g} (the recipe has {own:g}): the steepest, but at "
-        "most a tenth of the lowest",
-        "one run of one seed: a rate within a factor of three is as good a guess",
+        *(
+            [
+                f"falls steepest at {curve.steepest:.2g}, is lowest at {curve.lowest:.2g}",
+                f"try a rate of {rate:.2g} (the recipe has {own:g}): the steepest, but at most a "
+                "tenth of the lowest",
+                "one run of one seed: a rate within a factor of three is as good a guess",
+            ]
+            if rate is not None
+            else [
+                f"it does not fall in these {len(curve.rates)} steps: type a smaller "
+                "data.batch_size, for more steps in an epoch, or look at the recipe with "
+                "launcher check --overfit"
+            ]
+        ),
     ]
 
 
@@ -218,7 +233,7 @@ def picture(curve: RateCurve) -> Image.Image:
         draw.line(points, fill=colour, width=thick)
     marks = (("lowest", curve.lowest, "#888888"), ("try", curve.suggestion, "#c03020"))
     for name, rate, colour in marks:
-        if curve.rates[0] <= rate <= curve.rates[-1]:
+        if rate is not None and curve.rates[0] <= rate <= curve.rates[-1]:
             x, bottom = place(rate, low)
             draw.line([(x, _MARGIN), (x, bottom)], fill=colour, width=2)
             draw.text((x, _MARGIN - 6), f"{name} {rate:.2g}", fill=colour, anchor="mb")

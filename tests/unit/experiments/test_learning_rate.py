@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from launcher import ema
 from launcher.cli import main
-from launcher.experiments.learning_rate import HIGH, LOW, RateCurve, find_rate, ramp
+from launcher.experiments.learning_rate import HIGH, LOW, RateCurve, describe, find_rate, ramp
 from launcher.training.loop import fit
 from tests.support.helpers import complaint, context_of, tiny_recipe
 
@@ -21,8 +22,9 @@ RECIPE = tiny_recipe(data={"batch_size": 4}, optimizer=partial(SGD, lr=0.1, mome
 
 def test_the_ramp_rises_by_equal_factors() -> None:
     rates = [ramp(fraction, until=0.5) for fraction in (0.0, 0.125, 0.25, 0.375, 0.5)]
-    assert (rates[0], rates[-1]) == (LOW, pytest.approx(HIGH))
-    factors = [b / a for a, b in zip(rates, rates[1:], strict=False)]
+    assert rates[0] == LOW
+    assert rates[-1] == pytest.approx(HIGH)
+    factors = [b / a for a, b in pairwise(rates)]
     assert factors == pytest.approx([factors[0]] * 4)
 
 
@@ -83,6 +85,14 @@ def test_what_is_read_from_a_curve() -> None:
     assert curve.suggestion == pytest.approx(curve.lowest / 10)
 
 
+def test_a_loss_that_does_not_fall_suggests_nothing() -> None:
+    curve = RateCurve(tuple(10.0**i for i in range(-9, 21)), (2.3,) * 29 + (9.0,))
+    assert curve.suggestion is None
+    said = "\n".join(describe(curve, 0.1))
+    assert "does not fall in these 30 steps" in said
+    assert "data.batch_size" in said
+
+
 TINY = (
     "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe(data={'batch_size': 2})\n"
 )
@@ -96,10 +106,11 @@ def test_the_command_shows_and_saves_the_curve(
     assert main(["tune", "mine.py", "--lr", "--steps", "30", "--save", "curve"]) == 0
     said = capsys.readouterr().out
     assert "in 30 steps" in said
-    assert "the recipe has 0.001" in said
+    assert "over the learning rate" in said
     content = json.loads(Path("curve/learning_rate.json").read_text())
     assert len(content["rates"]) == len(content["losses"]) == 30
-    assert Image.open("curve/learning_rate.png").size == (800, 400)
+    with Image.open("curve/learning_rate.png") as picture:
+        assert picture.size == (800, 400)
     assert sorted(path.name for path in Path().iterdir()) == ["curve", "mine.py"]
 
 
