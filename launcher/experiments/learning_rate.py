@@ -75,7 +75,7 @@ class RateCurve:
 
     @property
     def suggestion(self) -> float | None:
-        """The steepest, but no more than a tenth of the lowest; None where the loss did not fall."""
+        """The steepest, at most a tenth of the lowest; None where the loss did not fall."""
         values = self.smoothed
         if min(values) > FALLEN * max(values[:FEWEST]):
             return None
