@@ -2,7 +2,8 @@
 
     accelerate launch -m launcher recipes/speedrun96.py
 
-On one NVIDIA H100 (benchmarks/gpu.py, torch 2.11), with test-time augmentation: 96.10 and 96.20 %
+After the last epoch, on one NVIDIA H100 (benchmarks/gpu.py, torch 2.11), with test-time
+augmentation: 96.10 and 96.20 %
 in two runs of 42 epochs, 95.94 +- 0.16 % (95.43 +- 0.12 % without) in 8 runs of 40; 21 to 31 s of
 initialization, training and one evaluation, after a first epoch with its compiling: 6 s, where
 earlier runs had filled torch's caches. So 96 % is reached by a hair or not at all: the mean of many
