@@ -2,11 +2,11 @@
 
     accelerate launch -m launcher recipes/resnet18.py
 
-Test accuracy after the last of 64 epochs, mean +- std of 3 seeds: 95.24 +- 0.02 %, in 69 +- 4 s of training
-on one NVIDIA H100 (benchmarks/gpu.py, torch 2.11), after a first epoch with its compiling: 9 s,
-where earlier runs had filled torch's caches, and 50 s in another call. Single runs there: 95.10 %
-in 60 epochs, 94.56 % without the cutout; in 30 epochs 93.7 to 93.9 % with or without, and no more
-by other rates, decays, warm-ups, batches or smoothing (`search` in benchmarks/gpu.json).
+Test accuracy after the last of 64 epochs, mean +- std of 3 seeds: 95.24 +- 0.02 %, in 69 +- 4 s of
+training on one NVIDIA H100 (benchmarks/gpu.py, torch 2.11), after a first epoch with its compiling:
+9 s, where earlier runs had filled torch's caches, and 50 s in another call. Single runs there:
+95.10 % in 60 epochs, 94.56 % without the cutout; in 30 epochs 93.7 to 93.9 % with or without, and
+no more by other rates, decays, warm-ups, batches or smoothing (`search` in benchmarks/gpu.json).
 
 ResNet-18 (He et al., 2016) as it is commonly fitted to small images: a 3x3 convolution for a stem
 and no first pooling. SGD with Nesterov momentum, a rate that rises and falls once (Smith & Topin,

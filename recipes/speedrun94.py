@@ -2,10 +2,10 @@
 
     accelerate launch -m launcher recipes/speedrun94.py
 
-After the last epoch, on one NVIDIA H100 (benchmarks/gpu.py, torch 2.11, means +- std): 94.00 +- 0.08 % with test-time
-augmentation and 93.16 +- 0.18 % without, over 10 seeds, in 1.81 +- 0.06 s of initialization,
-training and one evaluation, after 220 s of compiling. In one call with the record's script, 5 runs
-each: 2.02 +- 0.12 s and 94.03 % here, 2.29 +- 0.19 s and 93.97 % there.
+After the last epoch, on one NVIDIA H100 (benchmarks/gpu.py, torch 2.11, means +- std): 94.00 +-
+0.08 % with test-time augmentation and 93.16 +- 0.18 % without, over 10 seeds, in 1.81 +- 0.06 s of
+initialization, training and one evaluation, after 220 s of compiling. In one call with the record's
+script, 5 runs each: 2.02 +- 0.12 s and 94.03 % here, 2.29 +- 0.19 s and 93.97 % there.
 
 The method is that of the record airbench94_muon (Jordan, github.com/KellerJordan/cifar10-airbench;
 "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024): a first layer that whitens the images,
