@@ -64,6 +64,7 @@ from launcher.training.metrics import (
     sample_indices,
 )
 from launcher.training.model import build_network, count_parameters, initialize
+from launcher.training.passes import choose_passes
 from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, broadcast_state, make_context
@@ -267,7 +268,15 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
     ctx = make_context(prepared.network, recipe, prepared.plan, accelerator, data)
     loaded = replace(loaded, recipe=ctx.recipe)
     preflight(ctx)
-    facts = prepared.facts | {
+    facts = prepared.facts
+    if recipe.accumulate == "auto":
+        ctx = choose_passes(ctx)
+        loaded, facts = (
+            replace(loaded, recipe=ctx.recipe),
+            facts | {"batch": ctx.plan.describe_batch()},
+        )
+        preflight(ctx)  # of the smaller passes
+    facts |= {
         "memory": ctx.recipe.memory_format,
         "devices": f"{ctx.plan.world_size} x {device_name(accelerator)}",
         **options.host_facts,
@@ -332,6 +341,9 @@ def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
 def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Open the images, count the steps, build the network."""
     recipe = loaded.recipe
+    if recipe.accumulate == "auto" and (kept := kept_passes(loaded, options, group)):
+        recipe = replace(recipe, accumulate=kept)
+        loaded = replace(loaded, recipe=recipe)
     world, has_gpu = group.world, torch.cuda.is_available()
     precision, origin = choose_precision(recipe.precision, has_gpu, world.mixed_precision)
     data = cache.load(recipe.data, group, recipe.seed)
@@ -343,6 +355,19 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
         without = f", without {', '.join(skipped)}" if skipped else ""
         facts |= {"weights": f"from {weights}{without}"}
     return Prepared(loaded, data, plan, network, precision, facts)
+
+
+def kept_passes(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> int | None:
+    """What accumulate=auto had found when the run began that is resumed."""
+
+    def read() -> str:
+        folder = run_dir.find(options.runs, options.name, loaded.name) if options.resume else None
+        found = checkpoint.newest(folder.checkpoints)[0] if folder else None
+        kept = checkpoint.read_state(found).config.get("accumulate") if found else None
+        return str(kept) if isinstance(kept, int) else ""
+
+    kept = group.broadcast("passes", read() if group.world.is_main else None)
+    return int(kept) if kept else None
 
 
 def given_weights(loaded: LoadedRecipe, options: RunOptions) -> Path | None:

@@ -151,7 +151,7 @@ def make_plan(
         evaluated_images=evaluated_images,
         world_size=world_size,
         batch_size=batch_size,
-        accumulate=recipe.accumulate,
+        accumulate=recipe.passes,
         epochs=recipe.epochs,
         steps_per_epoch=steps_per_epoch,
         last_step=min(steps, max_steps or steps),

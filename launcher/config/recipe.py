@@ -98,20 +98,20 @@ class Recipe:
     """One experiment.
 
     `model` builds the network; `initialize`, if any, then changes it by the first 5,000 normalized
-    training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule`
-    maps the fraction of the training, in [0, 1], to a multiplier of the learning rate; or it is a
-    class of `torch.optim.lr_scheduler`, which counts epochs (OneCycleLR and CyclicLR: steps), and
-    whose length is filled in where it is missing. `loss` takes logits and targets, and the images
-    where its third argument is called so, and returns the mean over the batch; with `data.mix` the
-    targets are class probabilities in training, and labels in an evaluation as ever.
-    `sum_loss` differentiates the sum over the batch instead: gradients that half precision can
-    hold, to which clipping and the optimizer's rate must fit. `accumulate` splits the global
-    batch into that many forward passes. `average` keeps an average of the weights, which is then
-    what is evaluated and saved. `views` is test-time augmentation: after the last epoch, a second
-    figure beside the plain test accuracy. `on_nan` says what follows a loss
-    or gradient that is not finite: stop (the last checkpoint stays); skip that update, for which
-    the gradient's norm is read in every step; or roll back to the last checkpoint and leave that
-    one update out. `patience` ends the training after so many epochs without a validation
+    training images `(n, c, h, w)`. `optimizer` takes pairs of names and parameters. `schedule` maps
+    the fraction of the training, in [0, 1], to a multiplier of the learning rate; or it is a class
+    of `torch.optim.lr_scheduler`, which counts epochs (OneCycleLR and CyclicLR: steps), and whose
+    length is filled in where it is missing. `loss` takes logits and targets, and the images where
+    its third argument is called so, and returns the mean over the batch; with `data.mix` the
+    targets are class probabilities in training, and labels in an evaluation as ever. `sum_loss`
+    differentiates the sum over the batch instead: gradients that half precision can hold, to which
+    clipping and the optimizer's rate must fit. `accumulate` splits the global batch into that many
+    forward passes; auto is the smallest number that fits into memory. `average` keeps an average of
+    the weights, which is then what is evaluated and saved. `views` is test-time augmentation: after
+    the last epoch, a second figure beside the plain test accuracy. `on_nan` says what follows a
+    loss or gradient that is not finite: stop (the last checkpoint stays); skip that update, for
+    which the gradient's norm is read in every step; or roll back to the last checkpoint and leave
+    that one update out. `patience` ends the training after so many epochs without a validation
     accuracy above the best one so far by more than `min_delta`.
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
@@ -133,7 +133,7 @@ class Recipe:
     schedule: Schedule | TorchSchedule = constant
     loss: Loss = cross_entropy
     sum_loss: bool = False
-    accumulate: int = 1
+    accumulate: int | Literal["auto"] = 1
     clip_norm: float | None = None
     average: Callable[[nn.Module], AveragedModel] | None = None
     views: Views | None = None
@@ -149,6 +149,11 @@ class Recipe:
     seed: int = 0
     claims: tuple[Claim, ...] = field(default=(), metadata=NO_SETTING)
 
+    @property
+    def passes(self) -> int:
+        """`accumulate`, or 1 where it is still to be found."""
+        return 1 if self.accumulate == "auto" else self.accumulate
+
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _refuse_unfinished(self)
@@ -159,7 +164,7 @@ class Recipe:
                 expected=f"at most {MOST_EPOCHS:,} passes over the training images",
                 instead="type epochs=10, for example",
             )
-        _at_least("accumulate", self.accumulate, 1)
+        _at_least("accumulate", self.passes, 1)
         _at_least("seed", self.seed, 0)
         refuse_measuring(self.schedule)
         if self.seed >= 2**64:

@@ -8,9 +8,6 @@ Training Neural Networks", 2017). Nothing is evaluated, and nothing is kept.
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +22,7 @@ from launcher.errors import NotFiniteError, TrainingError
 from launcher.run import ranks_together, training_of
 from launcher.training.loop import fit
 from launcher.training.metrics import StepReport
-from launcher.training.model import restored_afterwards
-from launcher.training.state import TrainContext
+from launcher.training.state import TrainContext, put_back
 from launcher.utils import atomic_write
 from launcher.utils.terminal import plot
 from launcher.utils.text import spread
@@ -98,7 +94,7 @@ def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
     recipe = replace(ctx.recipe, schedule=schedule, on_nan="stop")
     rates: list[float] = []
     losses: list[float] = []
-    with _put_back(ctx):
+    with put_back(ctx):
         events = fit(replace(ctx, plan=plan, recipe=recipe))
         try:
             for event in events:
@@ -112,30 +108,6 @@ def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
         except NotFiniteError:  # the same on every rank
             pass
     return RateCurve(tuple(rates), tuple(losses))
-
-
-@contextmanager
-def _put_back(ctx: TrainContext) -> Iterator[None]:
-    """Weights, averages, the optimizer's state and settings, bit for bit."""
-    state, scaler = ctx.state, ctx.accelerator.scaler
-    models = [m for m in (state.network, state.ema_model) if m is not None]
-    saved = [deepcopy(model.state_dict()) for model in models]
-    optimizer, table = deepcopy(state.optimizer.state_dict()), state.rate_table
-    scale = scaler.state_dict() if scaler is not None else {}
-    state.rate_table = None
-    try:
-        with restored_afterwards(state.network, ctx.accelerator.device):
-            yield
-    finally:
-        for model, tensors in zip(models, saved, strict=True):
-            model.load_state_dict(tensors)
-        state.optimizer.load_state_dict(optimizer)
-        for group in state.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
-        state.rate_table, state.current_step, state.skips_in_a_row = table, None, 0
-        if scaler is not None:
-            scaler.load_state_dict(scale)
 
 
 def run(

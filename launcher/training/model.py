@@ -203,9 +203,9 @@ def _choose_memory_format(
         network.to(memory_format=_FORMATS[memory_format])
         images = two_images(network, recipe, data, memory_format)
         error, unused = _try_training_pass(network, recipe, images, accelerator)
-        if not _count_over_ranks(accelerator, error is not None):
+        if not count_over_ranks(accelerator, error is not None):
             if recipe.unused_parameters == "refuse":
-                unused_ranks = _count_over_ranks(accelerator, bool(unused))
+                unused_ranks = count_over_ranks(accelerator, bool(unused))
                 _refuse_unused(recipe, unused, unused_ranks)
             return PlacedNetwork(network, memory_format, note)
         refusal = error or RuntimeError("it fails on another rank")
@@ -221,7 +221,7 @@ def _choose_memory_format(
     raise _refused_images(name, images, refusal, " in training mode") from refusal
 
 
-def _count_over_ranks(accelerator: Accelerator, is_so: bool) -> int:
+def count_over_ranks(accelerator: Accelerator, is_so: bool) -> int:
     """On how many ranks it is so, which all of them then know."""
     here = torch.tensor(float(is_so), device=accelerator.device)
     return int(accelerator.reduce(here, reduction="sum"))

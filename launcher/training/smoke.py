@@ -50,7 +50,7 @@ def smoke_version(recipe: Recipe, group: RankGroup) -> Recipe:
 
     Rank 0 finds out how large a batch may be, so that all takes about 20 seconds on two cores.
     """
-    accumulate = min(recipe.accumulate, MOST_PASSES)
+    accumulate = min(recipe.passes, MOST_PASSES)
     largest = min(recipe.data.batch_size, LARGEST_BATCH)
     own = str(_batch_in_time(recipe, largest)) if group.world.is_main else None
     size = int(group.broadcast("smoke-batch", own))

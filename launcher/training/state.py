@@ -28,7 +28,7 @@ from launcher.data.batches import Normalize
 from launcher.data.sources import Data
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
-from launcher.training.model import first_parameter, place_network
+from launcher.training.model import first_parameter, place_network, restored_afterwards
 from launcher.training.optimizers import compile_steps, describe_left_out, make_optimizer
 from launcher.training.torch_schedules import RateTable, describe_counting, replay
 from launcher.utils.user_code import is_users, place_of, user_location
@@ -252,6 +252,30 @@ def broadcast_state(network: nn.Module, accelerator: Accelerator) -> None:
         with torch.no_grad():
             for tensor in network.state_dict().values():
                 tensor.copy_(broadcast(tensor))
+
+
+@contextmanager
+def put_back(ctx: TrainContext) -> Iterator[None]:
+    """Put back weights, averages, the optimizer's state and settings at the end, bit for bit."""
+    state, scaler = ctx.state, ctx.accelerator.scaler
+    models = [m for m in (state.network, state.ema_model) if m is not None]
+    saved = [deepcopy(model.state_dict()) for model in models]
+    optimizer, table = deepcopy(state.optimizer.state_dict()), state.rate_table
+    scale = scaler.state_dict() if scaler is not None else {}
+    state.rate_table = None
+    try:
+        with restored_afterwards(state.network, ctx.accelerator.device):
+            yield
+    finally:
+        for model, tensors in zip(models, saved, strict=True):
+            model.load_state_dict(tensors)
+        state.optimizer.load_state_dict(optimizer)
+        for group in state.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        state.rate_table, state.current_step, state.skips_in_a_row = table, None, 0
+        if scaler is not None:
+            scaler.load_state_dict(scale)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def choose_sizes(recipe: Recipe, ranks: int, steps: int, each: int = MOST_EACH) 
     Ranks and passes get unequal parts of every batch and of the test images; two images at least,
     which BatchNorm needs. `each` is how many images a micro-batch has where the recipe allows it.
     """
-    parts = ranks * recipe.accumulate
+    parts = ranks * recipe.passes
     batch = min(recipe.data.batch_size, each * parts + 1)
     smaller = 2 * parts + 1
     last = smaller if smaller < batch else batch

@@ -208,7 +208,7 @@ def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: flo
 
     On a CPU without instructions for bfloat16 a step in it takes ten times as long as in float32.
     """
-    parts = settings.ranks * recipe.accumulate
+    parts = settings.ranks * recipe.passes
     asked, precision = settings.steps or MOST_STEPS, recipe.precision
 
     def images_in_time(precision: str | None) -> float:
