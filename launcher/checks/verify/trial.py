@@ -120,8 +120,9 @@ class Sighting:
 class Watcher:
     """Puts marks into a training, and keeps what they see."""
 
-    def __init__(self, trial: Trial, rank: int) -> None:
-        self._trial, self._rank = trial, rank
+    def __init__(self, trial: Trial, rank: int, place: Path | None = None) -> None:
+        """`place` is a file that says where the rank is."""
+        self._trial, self._rank, self._place = trial, rank, place
         self.seen = Sighting()
         self._attributes: dict[str, Any] = {}
         self._ctx: TrainContext | None = None
@@ -161,6 +162,8 @@ class Watcher:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         step, kill = self._step, self._trial.kill
+        if self._place is not None and step is not None:
+            self._place.write_text(f"rank {self._rank} in step {step} ({name})")
         if kill and (step, name, self._rank) == (kill.step, kill.phase, kill.rank):
             os.kill(os.getpid(), signal.SIGKILL)
         yield
@@ -266,13 +269,18 @@ def result_path(subject: Subject, trial: Trial, rank: int) -> Path:
     return subject.runs / f"{trial.name}{'-resumed' * trial.resumes}-{rank}.pickle"
 
 
+def place_path(subject: Subject, trial: Trial, rank: int) -> Path:
+    """The file in which a rank says where it is, in words."""
+    return result_path(subject, trial, rank).with_suffix(".place")
+
+
 def work(subject: Subject, trial: Trial) -> None:
     """Train as one rank, and leave what was seen in a file."""
     if trial.double:
         torch.set_default_dtype(torch.float64)
     world = World.from_env(os.environ)
     world = replace(world, threads=subject.threads, use_cpu=world.use_cpu or subject.on_cpu)
-    watcher = Watcher(trial, world.rank)
+    watcher = Watcher(trial, world.rank, place_path(subject, trial, world.rank))
     seen = watcher.seen
     try:
         loaded = subject.load(subject.words[0], list(subject.words[1:]))

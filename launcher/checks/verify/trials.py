@@ -6,8 +6,8 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from launcher.checkpoint import checkpoint
 from launcher.checkpoint.run_files import RunFiles
+from launcher.checks.verdicts import TimeUpError
 from launcher.checks.verify import ranks, slices, trial
 from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
 from launcher.checks.verify.trial import Sighting, Subject, Trial
@@ -62,6 +63,7 @@ class Trials:
         self.settings, self._progress = settings, progress
         self._subject: Subject | None = None
         self._seen: dict[Trial, list[Sighting]] = {}
+        self.unfinished = ""
         self.steps = 0
         self.fingerprint = 0
 
@@ -75,7 +77,7 @@ class Trials:
         settings = self.settings
         threads = max(1, usable_cores() // settings.ranks)
         torch.set_num_threads(threads)
-        with self._progress("opening the images"):
+        with self.doing("opening the images"):
             most = slices.choose_sizes(recipe, settings.ranks, settings.steps or MOST_STEPS)
             data = slices.own_images(recipe, most)
             effort = _effort_in_time(recipe, data, settings, seconds)
@@ -120,9 +122,17 @@ class Trials:
         Raises `UserError` for what the run refuses, and `TrialError` where it fails.
         """
         if wanted not in self._seen:
-            with self._progress(wanted.kind):
+            with self.doing(wanted.kind):
                 self._seen[wanted] = self._make(wanted)
         return self._seen[wanted]
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what is being done; where the time ends in it, `unfinished` says so."""
+        self.unfinished = what
+        with self._progress(what):
+            yield
+        self.unfinished = ""
 
     def _make(self, wanted: Trial) -> list[Sighting]:
         subject = self._ready
@@ -133,6 +143,9 @@ class Trials:
         running = ranks.start(wanted.ranks, surroundings, trial.work, arguments, wanted.is_new)
         try:
             codes = running.wait()
+        except TimeUpError:
+            self.unfinished = f"a run on {wanted.kind}{self._standstill(wanted)}"
+            raise
         finally:
             running.kill()
         if wanted.kill and -signal.SIGKILL in codes:
@@ -151,6 +164,15 @@ class Trials:
             ends = ", ".join(_describe_end(code) for code in codes)
             raise TrialError(": ".join([f"the ranks ended with {ends}", *last]))
         return [sighting for sighting in found if sighting]
+
+    def _standstill(self, wanted: Trial) -> str:
+        """Where the rank is that has stood longest."""
+        paths = [trial.place_path(self._ready, wanted, rank) for rank in range(wanted.ranks)]
+        begun = [path for path in paths if path.is_file()]
+        if len(begun) < len(paths):
+            return ", before its first step"
+        last = min(begun, key=lambda path: path.stat().st_mtime)
+        return f", {last.read_text()} since {time.time() - last.stat().st_mtime:.0f} s"
 
     def copy(self, one: Trial, two: Trial) -> int:
         """Give `two` what `one` had left when its oldest kept checkpoint was written.

@@ -44,7 +44,7 @@ SIMPLECNN = str(RECIPES / "simplecnn.py")
 # The command
 
 
-def never(path: str, words: list[str]) -> Any:
+def never(*_: object) -> Any:
     raise AssertionError("nothing is loaded for words that are wrong")
 
 
@@ -60,13 +60,13 @@ def never(path: str, words: list[str]) -> Any:
 )
 def test_wrong_words_are_refused(words: list[str], part: str, tmp_path: Path) -> None:
     with refused(part):
-        verify.main(words, never, tmp_path)
+        verify.main(words, never, never, tmp_path)
 
 
 def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("behind accelerate launch, torchrun or srun"):
-        verify.main([SIMPLECNN], never, tmp_path)
+        verify.main([SIMPLECNN], never, never, tmp_path)
 
 
 def test_a_recipe_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +317,7 @@ def questions(tmp_path: Path) -> Iterator[Verdict]:
     from contextlib import nullcontext
 
     settings = Settings((SIMPLECNN,), never, 2, 6, tmp_path)
-    promises = Promises(tiny_recipe(), FailingTrials(settings, nullcontext), Deadline(9))
+    promises = Promises(tiny_recipe(), FailingTrials(settings, nullcontext), Deadline(9), never)
     return iter(promises.questions()["recipe"]())
 
 
