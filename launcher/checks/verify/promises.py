@@ -4,17 +4,18 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.checks.verdicts import Deadline, TimeUpError, Verdict
 from launcher.checks.verify.differences import (
     EXACT,
+    Deviation,
     OwnLayers,
+    deviation_of,
     first_different_bit,
     first_mixing_layer,
     first_other_images,
-    first_other_loss,
     largest_difference,
     layer_name,
     own_layers,
@@ -30,7 +31,7 @@ from launcher.errors import NotExportableError, UserError
 from launcher.training.model import build_network, two_images
 from launcher.utils.text import count
 
-PART_OF_LIMIT = 0.3  # of the time, for the steps alone
+PART_OF_LIMIT, PART_TO_COMPILE = 0.3, 0.2  # of the time, for the steps alone
 ROUNDED = 1e-5  # where float64 is out of reach
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 MOST_NAMED = 3  # attributes
@@ -38,26 +39,11 @@ _OF_DRAWS = "let it depend on images, draws.fresh and draws.fixed alone"
 _IN_BUFFERS = "keep in buffers (register_buffer) what lasts from step to step"
 _NO_DRAWS = "write F.dropout(x, p, self.training), so that an evaluation draws none"
 _SYNC = "type sync_batch_norm=true, which torch has for GPUs"
-
-
 _NO_END = "--limit SECONDS gives it more; where that changes nothing, it waits for ever there"
 
 # Exports a recipe's network with the weights of a file to a folder; says how near it is to itself
 # on some images, or raises `NotExportableError`, or `UserError` where it is not near.
 Export = Callable[[Recipe, Path, ImageSet, Path], str]
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far two runs in float64 are apart at their end, and which step was the first."""
-
-    weights: float
-    step: int | None
-
-    @property
-    def is_rounding(self) -> bool:
-        """Whether no more than the order of additions differs."""
-        return self.weights <= EXACT and self.step is None
 
 
 class Promises:
@@ -92,7 +78,8 @@ class Promises:
 
     def recipe(self) -> Iterator[Verdict]:
         """Does it train at all, on so many ranks?"""
-        seconds = PART_OF_LIMIT * self._deadline.left
+        part = PART_TO_COMPILE if self._recipe.compile else PART_OF_LIMIT
+        seconds = part * self._deadline.left
         data = self._data = self._trials.prepare(self._recipe, seconds)
         network = build_network(self._recipe, data.train)
         images = two_images(network, self._recipe, data.train, "contiguous")
@@ -336,10 +323,11 @@ class Promises:
             if name in others and name != "buffers.safetensors"
         ]
         seen = self._trials.run(one)[0], self._trials.run(two)[0]
-        return Deviation(max(of_each), first_other_loss(*seen))
+        return deviation_of(*seen, max(of_each))
 
     def _agreement(self, deviation: Deviation) -> str:
-        return f"weights to {deviation.weights:.1e} in float64 after {self._trials.steps} steps"
+        apart = f"weights to {deviation.weights:.1e} in float64 after {self._trials.steps} steps"
+        return apart if deviation.weights <= EXACT else f"{apart}, grown from rounding"
 
     def _in_own_precision(self) -> str:
         """How far the ranks are from one where additions are rounded as they are in training."""

@@ -1,6 +1,5 @@
 """The runs that `verify` compares: each is made once, in a folder of its own, and then read."""
 
-import math
 import os
 import pickle
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -31,9 +30,10 @@ from launcher.errors import UserError
 from launcher.training.model import build_network, two_images, upcast
 
 PASSES = 4  # of which the time is taken
-RUNS = 12  # that are made, about
+# That are made, about, where BatchNorm and `compile` each ask for one more.
+OWN_RUNS, DOUBLE_RUNS = 4.5, 5.5
 MOST_STEPS, LEAST_STEPS = 20, 9  # where none are asked for
-_DOUBLE = 2.0  # times as long as in float32
+SLOW = 1.5  # times: as much faster float32 must be to stand in for half precision
 _HALVES = ("bf16", "pure_bf16")
 _OUTPUT = "output.txt"  # what all ranks print
 
@@ -228,37 +228,49 @@ class Effort:
 def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: float) -> Effort:
     """As much as all runs can be made with in so many seconds, at a guess.
 
-    On a CPU without instructions for bfloat16 a step in it takes ten times as long as in float32.
+    A CPU may have units for bfloat16 and none for float64, or the reverse: each is measured.
     """
     parts = settings.ranks * recipe.accumulate
     asked, precision = settings.steps or MOST_STEPS, recipe.precision
+    in_double = _seconds_of_image(recipe, data, "double")
 
     def images_in_time(precision: str | None) -> float:
-        each = _seconds_of_image(recipe, data, halves=precision in _HALVES)
-        return seconds / (_DOUBLE * RUNS * parts * each)
+        own = _seconds_of_image(recipe, data, "half" if precision in _HALVES else "single")
+        each = OWN_RUNS * own + DOUBLE_RUNS * in_double
+        return seconds / (parts * each)
 
     fits = images_in_time(precision)
     is_half = precision in _HALVES and not torch.cuda.is_available()
     if is_half and fits < LEAST_EACH * min(asked, LEAST_STEPS):
-        precision, fits = "fp32", images_in_time("fp32")
+        other = images_in_time("fp32")
+        if other > SLOW * fits:
+            precision, fits = "fp32", other
     least = asked if settings.steps else LEAST_STEPS
     each = max(LEAST_EACH, min(MOST_EACH, int(fits / asked)))
     steps = max(least, min(asked, int(fits / each)))
     return Effort(each, steps, precision)
 
 
-def _seconds_of_image(recipe: Recipe, data: Data, halves: bool) -> float:
-    """Forward and backward, the fastest of a few times."""
+def _seconds_of_image(
+    recipe: Recipe, data: Data, numbers: Literal["half", "single", "double"]
+) -> float:
+    """Forward and backward, on average; 0 where the network refuses float64."""
     network = build_network(recipe, data.train).train()
     images = two_images(network, recipe, data.train, "contiguous")
-    took = math.inf
-    for _ in range(PASSES):
-        begin = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
-            scores = network(images)
-        upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
-        took = min(took, (time.perf_counter() - begin) / len(images))
-    return took
+    if numbers == "double":
+        network, images = network.double(), images.double()
+    try:
+        for done in range(PASSES):
+            if done == 1:  # the first is slower than others
+                begin = time.perf_counter()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=numbers == "half"):
+                scores = network(images)
+            upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception:
+        if numbers != "double":
+            raise
+        return 0.0
+    return (time.perf_counter() - begin) / (len(images) * (PASSES - 1))
 
 
 def _describe_end(code: int) -> str:

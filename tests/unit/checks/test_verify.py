@@ -1,6 +1,7 @@
 """The parts of `launcher verify` that need no ranks; whole recipes are tested in integration."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ from launcher.checks.verdicts import Deadline, Verdict
 from launcher.checks.verify import command as verify
 from launcher.checks.verify import slices
 from launcher.checks.verify.differences import (
+    Deviation,
     OwnLayers,
+    deviation_of,
     first_different_bit,
     first_mixing_layer,
     first_other_images,
-    first_other_loss,
     largest_difference,
     own_layers,
     same_state,
@@ -198,11 +200,28 @@ def test_images_are_compared_as_sets_and_losses_up_to_rounding() -> None:
     two.steps[3].images.reverse()
     two.steps[3].loss += 1e-12
     assert first_other_images([one], [two]) is None
-    assert first_other_loss(one, two) is None
+    assert deviation_of(one, two, 1e-9).is_rounding
+    assert not deviation_of(one, two, 1e-7).is_rounding  # weights alone, in the last step
     two.steps[5].images[0] += 1
     two.steps[6].loss += 1e-6
     assert first_other_images([one], [two]) == 5
-    assert first_other_loss(one, two) == 6
+    assert deviation_of(one, two, 1e-9).step == 6
+
+
+def test_what_grows_step_by_step_is_rounding_and_what_is_there_at_once_is_a_fault() -> None:
+    one = watched(tiny_recipe(), OWN)
+
+    def apart(*differences: float) -> Deviation:
+        two = deepcopy(one)
+        for step, difference in enumerate(differences, 1):
+            two.steps[step].loss += difference
+        return deviation_of(one, two, 1e-5)
+
+    assert apart(*(1e-16 * 4**step for step in range(18))).is_rounding
+    assert not apart(*(1e-16 * 4**step for step in range(5))).is_rounding
+    assert apart(1e-9).step == 1
+    assert apart(1e-16, 1e-15, 1e-8).step == 3
+    assert apart(float("nan")).step == 1
 
 
 class Centred(nn.Module):
