@@ -90,9 +90,10 @@ class Promises:
             f"{count(self._trials.steps, 'step')} in {count(3, 'epoch')} on "
             f"{count(len(data.train), 'image')} of {data.name}, {self._trials.place}"
         )
-        own = self._recipe.precision
-        if self._trials.precision != own:
-            trained += f", in fp32, since {own} is slow here"
+        own, taken = self._recipe.precision, self._trials.precision
+        if own is not None and taken != own:
+            why = "needs a GPU" if own.endswith("fp16") else "is slow here"
+            trained += f", in {taken}, since {own} {why}"
         if data.fallback:
             yield Verdict("recipe", f"{trained}: {data.fallback}", "notice")
         else:

@@ -35,6 +35,7 @@ OWN_RUNS, DOUBLE_RUNS = 4.5, 5.5
 MOST_STEPS, LEAST_STEPS = 20, 9  # where none are asked for
 SLOW = 1.5  # times: as much faster float32 must be to stand in for half precision
 _HALVES = ("bf16", "pure_bf16")
+_ON_A_CPU: dict[str, Precision] = {"fp16": "bf16", "pure_fp16": "pure_bf16"}
 _OUTPUT = "output.txt"  # what all ranks print
 
 
@@ -75,12 +76,13 @@ class Trials:
     def prepare(self, recipe: Recipe, seconds: float) -> Data:
         """Write the images that all runs see; few, where `seconds` are little for the network."""
         settings = self.settings
+        gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
         threads = max(1, usable_cores() // settings.ranks)
         torch.set_num_threads(threads)
         with self.doing("opening the images"):
             most = slices.choose_sizes(recipe, settings.ranks, settings.steps or MOST_STEPS)
             data = slices.own_images(recipe, most)
-            effort = _effort_in_time(recipe, data, settings, seconds)
+            effort = _effort_in_time(recipe, data, settings, seconds, on_cpu=gpus < settings.ranks)
             sizes = slices.choose_sizes(recipe, settings.ranks, effort.steps, effort.each)
             data = slices.take(data, sizes)
             images = settings.folder / "images.pt"
@@ -88,7 +90,6 @@ class Trials:
         steps_per_epoch = -(-len(data.train) // sizes.batch)
         self.steps = min(effort.steps, EPOCHS * steps_per_epoch)
         self.fingerprint = slices.fingerprint(data)
-        gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
         self._subject = Subject(
             load=settings.load,
             words=settings.words,
@@ -225,13 +226,18 @@ class Effort:
     precision: Precision | None
 
 
-def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: float) -> Effort:
+def _effort_in_time(
+    recipe: Recipe, data: Data, settings: Settings, seconds: float, *, on_cpu: bool
+) -> Effort:
     """As much as all runs can be made with in so many seconds, at a guess.
 
-    A CPU may have units for bfloat16 and none for float64, or the reverse: each is measured.
+    A CPU may have units for bfloat16 and none for float64, or the reverse: each is measured. It
+    has none for float16.
     """
     parts = settings.ranks * recipe.accumulate
     asked, precision = settings.steps or MOST_STEPS, recipe.precision
+    if on_cpu and precision is not None:
+        precision = _ON_A_CPU.get(precision, precision)
     in_double = _seconds_of_image(recipe, data, "double")
 
     def images_in_time(precision: str | None) -> float:
@@ -240,8 +246,7 @@ def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: flo
         return seconds / (parts * each)
 
     fits = images_in_time(precision)
-    is_half = precision in _HALVES and not torch.cuda.is_available()
-    if is_half and fits < LEAST_EACH * min(asked, LEAST_STEPS):
+    if on_cpu and precision in _HALVES and fits < LEAST_EACH * min(asked, LEAST_STEPS):
         other = images_in_time("fp32")
         if other > SLOW * fits:
             precision, fits = "fp32", other
