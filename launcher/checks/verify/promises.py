@@ -258,7 +258,9 @@ class Promises:
             missing = "torch.compile needs a C++ compiler, and there is none (CXX, g++, clang++)"
             yield Verdict(name, missing, "not asked", "install g++, or type compile=false")
         else:
-            yield self._compiled(name, f"compile={mode}")
+            taken = self._trials.compile_mode(mode)
+            setting = f"compile={mode}" if taken is mode else f"compile=true (for {mode}, of GPUs)"
+            yield self._compiled(name, setting)
 
     def _compiled(self, name: str, setting: str) -> Verdict:
         eager = self._steady(self._one)  # when compiled, they draw other numbers

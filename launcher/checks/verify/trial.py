@@ -27,7 +27,7 @@ from launcher.config.loader import Load
 from launcher.config.options import RunOptions
 from launcher.config.plan import SaveInterval
 from launcher.config.recipe import Recipe
-from launcher.config.slots import Precision
+from launcher.config.slots import CompileMode, Precision
 from launcher.distributed.process_group import Timeouts
 from launcher.distributed.world import World
 from launcher.errors import LauncherError, OtherRankError, UserError
@@ -237,11 +237,16 @@ def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
     """The recipe with a few images and for a few epochs, as the trial wants it."""
     images = slices.sliced(recipe.data, subject.images, subject.sizes.batch)
     recipe = replace(recipe, data=images, epochs=slices.EPOCHS)
-    if not trial.compiled:
-        recipe = replace(recipe, compile=False)
+    compiles = trial.compiled and compile_mode(recipe.compile, subject.on_cpu)
+    recipe = replace(recipe, compile=compiles)
     # In float64 without autocast, whatever the type of the weights.
     recipe = replace(recipe, precision="fp32" if trial.double else subject.precision)
     return recipe if subject.on_cpu else replace(recipe, deterministic=True)
+
+
+def compile_mode(mode: bool | CompileMode, on_cpu: bool) -> bool | CompileMode:
+    """A CPU takes the ordinary one: the others are about CUDA graphs, or try kernels for hours."""
+    return mode if mode is False or not on_cpu else True
 
 
 def options_of(subject: Subject, trial: Trial) -> RunOptions:

@@ -19,10 +19,10 @@ from launcher.checkpoint.run_files import RunFiles
 from launcher.checks.verdicts import TimeUpError
 from launcher.checks.verify import ranks, slices, trial
 from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
-from launcher.checks.verify.trial import Sighting, Subject, Trial
+from launcher.checks.verify.trial import Sighting, Subject, Trial, compile_mode
 from launcher.config.loader import Load
 from launcher.config.recipe import Recipe
-from launcher.config.slots import Precision
+from launcher.config.slots import CompileMode, Precision
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import usable_cores
 from launcher.distributed.environment import is_true
@@ -116,6 +116,10 @@ class Trials:
     def precision(self) -> Precision | None:
         """Of the runs that are not in float64."""
         return self._ready.precision
+
+    def compile_mode(self, mode: bool | CompileMode) -> bool | CompileMode:
+        """What stands in for `mode` here."""
+        return compile_mode(mode, self._ready.on_cpu)
 
     def run(self, wanted: Trial) -> list[Sighting]:
         """What each rank of a run has seen; of one that is killed, nothing.
