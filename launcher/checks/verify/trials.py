@@ -32,7 +32,7 @@ from launcher.training.model import build_network, two_images, upcast
 PASSES = 4  # of which the time is taken
 # That are made, about, where BatchNorm and `compile` each ask for one more.
 OWN_RUNS, DOUBLE_RUNS = 4.5, 5.5
-MOST_STEPS, LEAST_STEPS = 20, 9  # where none are asked for
+MOST_STEPS, LEAST_STEPS = 20, 6  # where none are asked for
 SLOW = 1.5  # times: as much faster float32 must be to stand in for half precision
 _HALVES = ("bf16", "pure_bf16")
 _ON_A_CPU: dict[str, Precision] = {"fp16": "bf16", "pure_fp16": "pure_bf16"}
