@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
 from launcher.config.plan import Plan
@@ -180,6 +181,9 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
     if not whole.isfinite():
         return  # training stops at it, or skips it, as the recipe says
     _try_gradient(logits, lambda scores: value(scores, labels), name)
+    if loss.takes_one_hot:
+        right = one_hot(labels, logits.shape[1]).to(logits)
+        _refuse_exchanged(name, value(right, labels), value(torch.zeros_like(right), labels))
     each = torch.stack([value(logits, label[None]) for label in labels])
     weights = loss.class_weights
     if weights is None:
@@ -228,6 +232,17 @@ def global_states() -> dict[str, Any]:
         "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
         "Python": random.getstate(),
     }
+
+
+def _refuse_exchanged(function: Any, of_right: Tensor, of_equal: Tensor) -> None:
+    """Of scores and one-hot labels, each may be taken for the other."""
+    if of_right > of_equal:
+        raise UserError(
+            f"{code_name(function)}, which is larger for right scores ({float(of_right):.4g}) than "
+            f"for equal ones ({float(of_equal):.4g})",
+            expected="a loss of scores and targets, in this order, lower for better scores",
+            instead="write cross_entropy(logits, targets), for example, in the recipe file",
+        )
 
 
 def _refuse_zero_weights(weights: Tensor, num_micro_batches: int) -> None:

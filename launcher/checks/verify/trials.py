@@ -82,7 +82,7 @@ class Trials:
         with self.doing("opening the images"):
             most = slices.choose_sizes(recipe, settings.ranks, settings.steps or MOST_STEPS)
             data = slices.own_images(recipe, most)
-            effort = _effort_in_time(recipe, data, settings, seconds, on_cpu=gpus < settings.ranks)
+            effort = effort_in_time(recipe, data, settings, seconds, on_cpu=gpus < settings.ranks)
             sizes = slices.choose_sizes(recipe, settings.ranks, effort.steps, effort.each)
             data = slices.take(data, sizes)
             images = settings.folder / "images.pt"
@@ -230,7 +230,7 @@ class Effort:
     precision: Precision | None
 
 
-def _effort_in_time(
+def effort_in_time(
     recipe: Recipe, data: Data, settings: Settings, seconds: float, *, on_cpu: bool
 ) -> Effort:
     """As much as all runs can be made with in so many seconds, at a guess.
