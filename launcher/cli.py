@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from launcher.config.loader import LoadedRecipe
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
+    from launcher.config.recipe import Recipe
+    from launcher.data.sources import ImageSet
 
 DEFAULT_SEEDS = 5  # of repeat
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
@@ -223,7 +225,14 @@ def _verify(words: list[str]) -> int:
     with ranks.workplace() as folder:  # while this process imports torch, so does another one
         from launcher.checks.verify import command as verify
 
-        return verify.main(words, _load, folder)
+        return verify.main(words, _load, _export_proved, folder)
+
+
+def _export_proved(recipe: "Recipe", weights: Path, test: "ImageSet", folder: Path) -> str:
+    """What a check asks of the room `results`, which is beside its own."""
+    from launcher.results import export
+
+    return export.proved(recipe, weights, test, folder)
 
 
 def _look_at_runs(command: str, words: list[str]) -> int:

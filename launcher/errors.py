@@ -7,6 +7,7 @@
     │   └── StoppedBeforeTrainingError  by a signal                             exit code 75
     ├── OtherRankError     another rank prints why: this one prints nothing     that rank's
     └── UserError          what was typed or given cannot be trained            exit code 2
+        └── NotExportableError  or trained, but not exported
 
 A `LauncherError` is shown as one line without a traceback; rank 0 prints it, since all ranks raise
 it alike, unless it says otherwise. Every other exception is a fault of
@@ -76,8 +77,12 @@ class UserError(LauncherError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes with all three parts."""
-        return _user_error, (self.given, self.expected, self.instead)
+        return _user_error, (type(self), self.given, self.expected, self.instead)
 
 
-def _user_error(given: str, expected: str, instead: str) -> UserError:
-    return UserError(given, expected=expected, instead=instead)
+class NotExportableError(UserError):
+    """A network that trains, but whose code no exported form can hold."""
+
+
+def _user_error(kind: type[UserError], given: str, expected: str, instead: str) -> UserError:
+    return kind(given, expected=expected, instead=instead)

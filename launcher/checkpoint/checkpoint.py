@@ -36,6 +36,7 @@ from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.errors import UserError
 from launcher.training.metrics import Best
+from launcher.training.optimizers import try_step
 from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted
@@ -226,6 +227,12 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             expected="the optimizer that the run began with",
             instead="type another --name; --init-from RUN begins with the weights of this one",
         ) from None
+    except Exception as error:  # of torch's code or the optimizer's, on what it has not written
+        raise _unfit_state(folder, error) from None
+    try:
+        try_step(ctx.recipe, state.network, state.optimizer.state_dict())
+    except Exception as error:
+        raise _unfit_state(folder, error) from None
     for number, group in enumerate(state.optimizer.param_groups):
         group.update(_changed(state.group_options[number], initial[number]))
     saved_scaler = json_text.read(folder / "state.json")["scaler"]
@@ -233,6 +240,15 @@ def restore(folder: Path, ctx: TrainContext) -> None:
         scaler.load_state_dict(saved_scaler)
     if (folder / "buffers.safetensors").is_file():
         _take_buffers(load_file(folder / "buffers.safetensors"), ctx)
+
+
+def _unfit_state(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder / 'optimizer.pt'}, with which no step can be made: "
+        f"{type(error).__name__}: {error}",
+        expected="the state that this optimizer keeps of these parameters",
+        instead=f"remove {folder}: --resume then takes the checkpoint before it",
+    )
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,6 +298,9 @@ def _read_optimizer(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
         groups, initial, state = (saved[k] for k in ("param_groups", "initial_options", "state"))
         is_whole = len(groups) == len(initial) and all("params" in group for group in groups)
         is_whole &= all(isinstance(part, dict) for part in (*groups, *initial, *state.values()))
+        numbers = [number for group in groups for number in group["params"]]
+        is_whole &= {number for number in state if isinstance(number, int)} <= set(numbers)
+        is_whole &= all(isinstance(number, int) for number in numbers)
     except (*_UNREADABLE, pickle.UnpicklingError, TypeError, AttributeError):
         is_whole = False  # torch's own message tells the reader to switch the check off
     if not is_whole:

@@ -71,6 +71,8 @@ class Outcomes:
 
 def read(path: Path) -> Outcomes | None:
     """What `write` wrote; None where there is no such file, or not a whole one that fits."""
+    if not path.is_file():  # a FIFO, say, for which one would wait
+        return None
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             values = {field.name: arrays[field.name] for field in fields(Outcomes)}

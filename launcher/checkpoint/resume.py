@@ -1,7 +1,7 @@
 """Where a run begins: a new folder, or a checkpoint of an old one that fits the recipe."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def resumed_run(
                 expected="a run to continue",
                 instead="leave --resume out, or type --name NAME or --runs FOLDER",
             )
+        _refuse_unknown(changed, flatten(loaded.config))
         note = f"no run is called {name} yet: it begins now"
         return ResumePoint(run_dir.create(root, name, loaded.name), notes=(note,))
     found, complaints = checkpoint.newest(folder.checkpoints)
@@ -109,13 +110,7 @@ def refuse_changes(
     """
     # Hidden once more: what is secret follows from the present environment too.
     before, now = flatten(cleaned(saved)), flatten(present)
-    for word in filter(None, changed):
-        if not any(_is_named(name, [word]) for name in {*before, *now}):
-            raise UserError(
-                f"--resume-changed {word}, which names no setting",
-                expected="names of settings with commas between, or their beginnings up to a dot",
-                instead=f"leave {word} out, or see launcher RECIPE --help",
-            )
+    _refuse_unknown(changed, {*before, *now})
     differing = [
         name
         for name in sorted({*before, *now})
@@ -129,6 +124,17 @@ def refuse_changes(
             expected="the settings that the run began with",
             instead=f"type --resume-changed {','.join(surprising)} if that is intended",
         )
+
+
+def _refuse_unknown(changed: Sequence[str], names: Iterable[str]) -> None:
+    known = set(names)
+    for word in filter(None, changed):
+        if not any(_is_named(name, [word]) for name in known):
+            raise UserError(
+                f"--resume-changed {word}, which names no setting",
+                expected="names of settings with commas between, or their beginnings up to a dot",
+                instead=f"leave {word} out, or see launcher RECIPE --help",
+            )
 
 
 def _refuse_finished(folder: RunDir) -> None:

@@ -46,8 +46,9 @@ class RunFiles:
     @cached_property
     def source(self) -> str:
         """The text of the recipe file; empty where there was none."""
+        path = self.path / "recipe.py"
         try:
-            return (self.path / "recipe.py").read_text(encoding="utf-8", errors="replace")
+            return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         except OSError:
             return ""
 

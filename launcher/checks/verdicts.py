@@ -41,8 +41,8 @@ class Verdict:
         return whole
 
 
-class TimeUpError(Exception):
-    """The limit of a command is reached."""
+class TimeUpError(BaseException):
+    """The limit of a command is reached; no `except Exception` of others keeps it from ending."""
 
 
 class Deadline:

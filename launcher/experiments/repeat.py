@@ -20,13 +20,12 @@ from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
 from launcher.results.compare import compared, grouped, sentence
-from launcher.results.page import duration
 from launcher.results.quoted import Summary, describe, headline, quoted, summary
 from launcher.run import train_loaded
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable, run_of_seed
+from launcher.utils.text import duration, printable, run_of_seed
 
 _WIDTH = 110  # of a table that goes into a file
 

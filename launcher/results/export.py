@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from launcher.checkpoint.checkpoint import load_weights, save_weights
+from launcher.checkpoint.checkpoint import save_weights
 from launcher.checkpoint.run_files import RunFiles, find
+from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.data.sources import ImageSet
-from launcher.errors import UserError
+from launcher.errors import NotExportableError, UserError
 from launcher.results.card import model_card
-from launcher.results.load import TrainedRun, load_run
-from launcher.training.model import build_network, upcast
+from launcher.results.load import TrainedRun, blank_images, load_run, run_of
+from launcher.training.model import upcast
 from launcher.utils.arguments import Parser
 from launcher.utils.text import count, sizes
 
 FORMS = ("torch", "onnx", "safetensors", "hub")
+_OF_WEIGHTS = ("safetensors", "hub")  # with the recipe that builds the network
 # Of a score, relative to the largest one: float32 is summed in another order by other programs.
 TOLERANCE = 1e-4
 # Of the probability that a run wrote down: exactly so in fp32, rounded in half precision.
@@ -83,15 +85,19 @@ class Proof:
     whole: bool = True  # all images that the run evaluated, and not those that it kept
     kind: str = "test"  # or validation
 
-    def sentence(self) -> str:
-        """For the terminal and the model card."""
+    def agreement(self) -> str:
+        """How near the outputs are."""
         which = f"{self.images:,} images"
         if self.whole:
             which = f"all {self.images:,} {self.kind} images"
         return (
             f"on {which}, outputs within {self.gap:.1e} of the trained network's and the "
-            f"same answers; accuracy {self.accuracy:.2%}"
+            "same answers"
         )
+
+    def sentence(self) -> str:
+        """For the terminal and the model card."""
+        return f"{self.agreement()}; accuracy {self.accuracy:.2%}"
 
 
 def main(words: Sequence[str]) -> int:
@@ -116,7 +122,10 @@ def main(words: Sequence[str]) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        answer = write(run, files, arguments.to, temporary, from_pixels=arguments.from_pixels)
+        facts = about(run, files.config, files.about.get("versions", {}))
+        answer = write(run, facts, arguments.to, temporary, from_pixels=arguments.from_pixels)
+        if files.source and arguments.to in _OF_WEIGHTS:
+            (temporary / "recipe.py").write_text(files.source)
         recorded = files.best if arguments.weights == "best" else files.last
         proof = prove(run, answer, images, from_pixels=arguments.from_pixels)
         if whole and recorded is not None:
@@ -133,6 +142,17 @@ def main(words: Sequence[str]) -> int:
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     sys.stdout.write(f"{folder}: {names} ({size})\nproved {proof.sentence()}\n")
     return 0
+
+
+def proved(recipe: Recipe, weights: Path, test: ImageSet, folder: Path) -> str:
+    """Export a recipe's network with these weights as torch does it; returns how near it is.
+
+    Raises `NotExportableError` where it cannot be exported, and `UserError` where its outputs are
+    others.
+    """
+    run = run_of(recipe, weights, test)
+    answer = write(run, {}, "torch", folder, from_pixels=False)
+    return replace(prove(run, answer, test, from_pixels=False), whole=False).agreement()
 
 
 def _refuse_taken(folder: Path) -> None:
@@ -175,14 +195,15 @@ def evaluated_images(files: RunFiles, run: TrainedRun, root: str | None) -> tupl
 
 
 def write(
-    run: TrainedRun, files: RunFiles, form: str, folder: Path, *, from_pixels: bool
+    run: TrainedRun, facts: dict[str, Any], form: str, folder: Path, *, from_pixels: bool
 ) -> Answer:
-    """Write one form; returns what reads it back and answers by it.
+    """Write one form, `facts` beside it; returns what reads it back and answers by it.
 
-    Raises `UserError` where the network cannot be exported, or what is needed is not installed.
+    Raises `NotExportableError` where the network cannot be exported, and `UserError` where what is
+    needed is not installed.
     """
-    if form in ("safetensors", "hub"):
-        return _write_weights(run, files, folder)
+    if form in _OF_WEIGHTS:
+        return _write_weights(run, facts, folder)
     deployed = Deployed(run, from_pixels=from_pixels).eval()
     example = _example(run, from_pixels=from_pixels)
     shapes = ({0: Dim("batch", min=1)},)
@@ -194,13 +215,13 @@ def write(
         raise
     except Exception as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(
+        raise NotExportableError(
             f"{type(run.model).__name__}, which cannot be exported as {form}: {line}",
             expected="a network whose forward depends on the images alone, in any number",
             instead="write x.flatten(1) for x.view(...) with numbers, or type --to safetensors",
         ) from error
     path = folder / "model.pt2"
-    torch.export.save(program, path, extra_files={"about.json": json.dumps(about(run, files))})
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(facts)})
     module = torch.export.load(path).module()
     return lambda images: module(images)
 
@@ -246,20 +267,17 @@ def _write_onnx(run: TrainedRun, deployed: nn.Module, example: Tensor, path: Pat
     return answer
 
 
-def _write_weights(run: TrainedRun, files: RunFiles, folder: Path) -> Answer:
+def _write_weights(run: TrainedRun, facts: dict[str, Any], folder: Path) -> Answer:
     path = folder / "model.safetensors"
     save_weights(run.model, path)
-    (folder / "config.json").write_text(json.dumps(about(run, files), indent=2) + "\n")
-    if files.source:
-        (folder / "recipe.py").write_text(files.source)
-    shape = run.image_shape
-    blank = ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), run.classes)
-    network = build_network(run.recipe, blank)
-    load_weights(network, path)
-    return lambda images: upcast(network.eval()(images))
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    network = run_of(run.recipe, path, blank_images(run.image_shape, run.classes)).model
+    return lambda images: upcast(network(images))
 
 
-def about(run: TrainedRun, files: RunFiles) -> dict[str, Any]:
+def about(
+    run: TrainedRun, config: Mapping[str, Any], versions: Mapping[str, str]
+) -> dict[str, Any]:
     """What somebody needs to use the network: its classes, its input, where it comes from."""
     height, width, channels = run.image_shape
     return {
@@ -270,8 +288,8 @@ def about(run: TrainedRun, files: RunFiles) -> dict[str, Any]:
             "mean": list(run.recipe.data.mean),
             "std": list(run.recipe.data.std),
         },
-        "recipe": files.config,
-        "versions": files.about.get("versions", {}),
+        "recipe": config,
+        "versions": versions,
     }
 
 

@@ -86,10 +86,20 @@ def load_run(
     if recipe is None:
         recipe = _recipe_of(path, config)
     shape, classes = tuple(about["image_shape"]), tuple(about["classes"])
-    blank = ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), classes)
-    network = build_network(recipe, blank)
-    load_weights(network, _weights_of(path, weights))
-    return TrainedRun(network.eval(), blank.classes, recipe, shape)
+    return run_of(recipe, _weights_of(path, weights), blank_images(shape, classes))
+
+
+def run_of(recipe: Recipe, weights: Path, images: ImageSet) -> TrainedRun:
+    """The recipe's network with the weights of a file; for images such as these."""
+    network = build_network(recipe, images)
+    load_weights(network, weights)
+    height, width, channels = images.images.shape[1:]
+    return TrainedRun(network.eval(), images.classes, recipe, (height, width, channels))
+
+
+def blank_images(shape: tuple[int, int, int], classes: tuple[str, ...]) -> ImageSet:
+    """One black image, which says what shape there is."""
+    return ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), classes)
 
 
 def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:

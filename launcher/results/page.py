@@ -22,7 +22,7 @@ from launcher.results.figures import Filters, number
 from launcher.results.sprites import Sheet, sheet
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import count, some, spread
+from launcher.utils.text import count, duration, some, spread
 
 MOST_EPOCHS = 100  # through which the slider of the samples goes
 MOST_ROWS = 1000  # classes in the list of accuracies
@@ -380,15 +380,6 @@ def percent(share: float | None) -> str:
     if 0.9995 <= share < 1:
         return ">\xa099.9\xa0%"
     return "<\xa00.1\xa0%" if 0 < share < 0.0005 else f"{share:.1%}".replace("%", "\xa0%")
-
-
-def duration(seconds: float) -> str:
-    """`3 min 17 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _epochs(numbers: list[int]) -> str:

@@ -16,12 +16,11 @@ from launcher.checkpoint.run_files import RunFiles, all_runs
 from launcher.errors import UserError
 from launcher.utils.arguments import Parser
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable, sizes
+from launcher.utils.text import duration, printable, sizes
 
 _USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
 _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
 _WIDTH = 110  # of a table that goes into a file
-_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
 
 
 @dataclass(frozen=True)
@@ -112,15 +111,6 @@ def _table(rows: list[Row]) -> Table:
         planned = "?" if row.planned is None else row.planned
         best = "-" if row.best is None else f"{row.best:.2%}"
         about = (row.name, row.recipe, row.state, f"{row.epoch}/{planned}", best)
-        cells = (*about, _age(row.age), sizes(row.size))
+        cells = (*about, "-" if row.age is None else duration(row.age), sizes(row.size))
         table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: brackets are no markup
     return table
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for unit, letter in _UNITS:
-        if seconds >= unit:
-            return f"{seconds / unit:.0f} {letter}"
-    return f"{max(0.0, seconds):.0f} s"

@@ -22,6 +22,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from numbers import Real
 from typing import Any, Concatenate, ParamSpec
@@ -151,8 +152,12 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
     A rate that is a tensor is taken as its number. Raises `UserError` for what cannot be trained
     with.
     """
+    return _made(recipe, list(network.named_parameters()))
+
+
+def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimizer:
     _refuse_settings(recipe.optimizer)
-    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in parameters if p.requires_grad]
     try:
         with warnings.catch_warnings():  # of what is refused below
             warnings.filterwarnings("ignore", message=".*group with duplicate parameters")
@@ -179,7 +184,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
             group["lr"] = group["lr"].item()
         for name in ("lr", "momentum"):
             _refuse_number(name, group.get(name), f"write a group or an optimizer with {name}=")
-    _refuse_other_parameters(optimizer, network, recipe)
+    _refuse_other_parameters(optimizer, parameters, recipe)
     return optimizer
 
 
@@ -277,9 +282,11 @@ def _refuse_closure(optimizer: Optimizer) -> None:
         )
 
 
-def _refuse_other_parameters(optimizer: Optimizer, network: nn.Module, recipe: Recipe) -> None:
+def _refuse_other_parameters(
+    optimizer: Optimizer, parameters: list[tuple[str, nn.Parameter]], recipe: Recipe
+) -> None:
     """Refuse parameters that the network has not, and one that is given twice."""
-    names = {id(p): name for name, p in network.named_parameters()}
+    names = {id(p): name for name, p in parameters}
     given = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     if not given:
         raise UserError(
@@ -314,6 +321,22 @@ def describe_left_out(optimizer: Optimizer, network: nn.Module) -> str:
 def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:
     """The optimizers that several as one consist of, or the one."""
     yield from optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,)
+
+
+def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = None) -> None:
+    """A step of the recipe's optimizer on copies of the parameters, with gradients of zero.
+
+    It begins with a saved state, where there is one. Raises what the optimizer's code does, or
+    torch's: as for gradients that must be sparse, or a state of other parameters.
+    """
+    copies = [(name, deepcopy(parameter)) for name, parameter in network.named_parameters()]
+    optimizer = _made(recipe, copies)
+    if state is not None:
+        optimizer.load_state_dict(deepcopy(state))  # it would take the tensors as they are
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
 
 
 def compile_steps(optimizer: Optimizer) -> None:

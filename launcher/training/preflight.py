@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
 from launcher.config.plan import Plan
@@ -27,6 +28,7 @@ from launcher.data.augment import as_augmentation
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
 from launcher.training.model import upcast
+from launcher.training.optimizers import try_step
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count
 from launcher.utils.user_code import is_users, place_of, user_location
@@ -41,6 +43,7 @@ def preflight(ctx: TrainContext) -> None:
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
     _try_saving(ctx.state.optimizer)
+    _try_step(recipe, ctx.state.network)
     if not any(schedulers_in(recipe.schedule)):
         _try_schedule(cast(Schedule, recipe.schedule))
     if recipe.data.mix:
@@ -65,6 +68,7 @@ def preflight(ctx: TrainContext) -> None:
             shares = torch.full_like(logits, 1 / logits.shape[1])
             _tried(ctx.loss, upcast(logits), upcast(shares), pictures, name=ctx.loss.function)
         _try_one_image(ctx.plan, network, pictures[:1])
+    _refuse_no_rate(ctx)
 
 
 def _try_saving(optimizer: Optimizer) -> None:
@@ -81,6 +85,38 @@ def _try_saving(optimizer: Optimizer) -> None:
             expected="numbers, texts and tensors, which a checkpoint can hold",
             instead="write numbers and texts into the groups, in the recipe file",
         ) from None
+
+
+def _try_step(recipe: Recipe, network: nn.Module) -> None:
+    """Refuse an optimizer whose step cannot be made here, as for other gradients or devices."""
+    try:
+        try_step(recipe, network)
+    except Exception as error:
+        if not is_users(error, (*_FAULTS, AssertionError, NotImplementedError)):
+            raise  # of the launcher's own
+        what = f"{type(error).__name__}: {error}{user_location(error)}"
+        raise UserError(
+            f"{code_name(recipe.optimizer)}, whose step fails: {what}",
+            expected="an optimizer that takes one gradient per step, with settings for this device",
+            instead="write optimizer=partial(AdamW, lr=0.001), for example, in the recipe file, or "
+            "leave out the setting that it names",
+        ) from error
+
+
+def _refuse_no_rate(ctx: TrainContext) -> None:
+    """A rate that is zero in all groups, all of the time, trains nothing."""
+    points = [point / 100 for point in range(1, 100)]
+    rates = (
+        ctx.state.scheduled_options(index, point, ctx.recipe.schedule)["lr"]
+        for point in points
+        for index in range(len(ctx.state.group_options))
+    )
+    if not any(float(torch.tensor(rate, dtype=torch.float32)) for rate in rates):
+        raise UserError(
+            "a learning rate of 0 in all of the training",
+            expected="one above 0 somewhere in it, by which the network is changed",
+            instead="type optimizer.lr=0.001, for example, or another schedule",
+        )
 
 
 def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:
@@ -145,6 +181,9 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
     if not whole.isfinite():
         return  # training stops at it, or skips it, as the recipe says
     _try_gradient(logits, lambda scores: value(scores, labels), name)
+    if loss.takes_one_hot:
+        right = one_hot(labels, logits.shape[1]).to(logits)
+        _refuse_exchanged(name, value(right, labels), value(torch.zeros_like(right), labels))
     each = torch.stack([value(logits, label[None]) for label in labels])
     weights = loss.class_weights
     if weights is None:
@@ -193,6 +232,17 @@ def global_states() -> dict[str, Any]:
         "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
         "Python": random.getstate(),
     }
+
+
+def _refuse_exchanged(function: Any, of_right: Tensor, of_equal: Tensor) -> None:
+    """Of scores and one-hot labels, each may be taken for the other."""
+    if of_right > of_equal:
+        raise UserError(
+            f"{code_name(function)}, which is larger for right scores ({float(of_right):.4g}) than "
+            f"for equal ones ({float(of_equal):.4g})",
+            expected="a loss of scores and targets, in this order, lower for better scores",
+            instead="write cross_entropy(logits, targets), for example, in the recipe file",
+        )
 
 
 def _refuse_zero_weights(weights: Tensor, num_micro_batches: int) -> None:

@@ -37,11 +37,11 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A number of seconds above 0, for `type=`."""
+    """A number of seconds, a thousandth at least, for `type=`."""
     with suppress(ValueError):
-        if 0 < float(text) < 1e6:
+        if 1e-3 <= float(text) < 1e6:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of seconds above 0")
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -14,12 +14,26 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{ending}"
 
 
-def sizes(number: int) -> str:
-    """`12.3 MB`, in powers of a thousand."""
-    for unit, power in (("GB", 3), ("MB", 2), ("KB", 1)):
-        if number >= 0.95 * 1000**power:
-            return f"{number / 1000**power:.1f} {unit}"
-    return f"{number} bytes"
+def sizes(number: float) -> str:
+    """`12.3 MB`, `256 MB`, in powers of a thousand."""
+    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("KB", 1)):
+        amount = number / 1000**power
+        if amount >= 0.95:
+            return f"{amount:,.0f} {unit}" if amount >= 99.95 else f"{amount:.1f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `3 min 17 s`, `5 h 12 min`, `3 d 4 h`."""
+    if seconds < 59.95:
+        return f"{max(0.0, seconds):.1f} s"
+    parts: list[str] = []
+    rest = round(seconds)
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        number, rest = divmod(rest, unit)
+        if number or parts:
+            parts.append(f"{number} {name}")
+    return " ".join(parts[:2])
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -1,7 +1,8 @@
-"""How often `--smoke` is wrong: on sound recipes, and on such whose labels are shuffled.
+"""How often `--smoke` is wrong: on sound recipes, and on such with a mistake.
 
 `python -m tests.corpus.smoke_rates [--seeds 20] [NAME ...]` trains the networks of the corpus by
-several optimizers as a smoke test does, and prints how often each verdict was reached.
+several optimizers as a smoke test does, and prints how often each verdict was reached: shuffled
+labels, a loss that is cut off from the scores, and a rate of 0.
 """
 
 import argparse
@@ -11,14 +12,16 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from launcher import Draws, Images, NamedParameters, Recipe, Synthetic
 from launcher.data import sources
 from launcher.distributed.process_group import RankGroup
 from launcher.distributed.world import ALONE
-from launcher.errors import TrainingError
+from launcher.errors import TrainingError, UserError
 from launcher.training.loop import fit
+from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_version
 from tests.corpus.recipe import network
 from tests.corpus.trial import names, size_of
@@ -31,6 +34,8 @@ OPTIMIZERS: dict[str, Callable[[NamedParameters], Optimizer]] = {
     "AdamW 3e-4": partial(AdamW, lr=3e-4),
 }
 PASSED, UNTOLD, FAILED = "passed", "too few steps to tell", "failed"
+REFUSED = "refused before training"
+KINDS = ("sound", "shuffled", "detached", "rate 0")
 
 
 def shuffled(images: Tensor, draws: Draws) -> Tensor:
@@ -38,24 +43,34 @@ def shuffled(images: Tensor, draws: Draws) -> Tensor:
     return images.roll(1, 0)
 
 
-def verdict(name: str, optimizer: str, seed: int, is_sound: bool) -> str:
-    """That of the launcher's own smoke test."""
+def detached(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mistake: no gradient."""
+    return cross_entropy(logits.detach(), targets)
+
+
+def verdict(name: str, optimizer: str, seed: int, kind: str) -> str:
+    """That of the launcher's own smoke test, of the kind of recipe."""
     images = Images(
         partial(Synthetic, size=size_of(name)),
         batch_size=64,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        augment=() if is_sound else (shuffled,),
+        augment=(shuffled,) if kind == "shuffled" else (),
     )
     recipe = Recipe(
         model=partial(network, name),
         data=images,
-        optimizer=OPTIMIZERS[optimizer],
+        optimizer=partial(SGD, lr=0.0) if kind == "rate 0" else OPTIMIZERS[optimizer],
+        loss=detached if kind == "detached" else cross_entropy,
         epochs=1,
         seed=seed,
     )
     recipe = smoke_version(recipe, RankGroup(ALONE))
     ctx = context_of(recipe, sources.load(recipe.data))
+    try:
+        preflight(ctx)
+    except UserError:
+        return REFUSED
     smoke_test = SmokeTest(ctx)
     for _ in fit(ctx):
         pass
@@ -70,25 +85,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
-    totals = {True: Counter[str](), False: Counter[str]()}
+    totals = {kind: Counter[str]() for kind in KINDS}
     print(f"{torch.get_num_threads()} threads")
     for name in arguments.names or names():
         for optimizer in OPTIMIZERS:
-            counts = {True: Counter[str](), False: Counter[str]()}
-            for is_sound in counts:
+            counts = {kind: Counter[str]() for kind in KINDS}
+            for kind in KINDS:
                 for seed in range(arguments.seeds):
-                    counts[is_sound][verdict(name, optimizer, seed, is_sound)] += 1
-                totals[is_sound] += counts[is_sound]
+                    counts[kind][verdict(name, optimizer, seed, kind)] += 1
+                totals[kind] += counts[kind]
             print(f"{name:32} {optimizer:20} {shown(counts)}", flush=True)
     print(f"{'all':53} {shown(totals)}")
 
 
-def shown(counts: dict[bool, Counter[str]]) -> str:
+def shown(counts: dict[str, Counter[str]]) -> str:
     """`sound: 20 passed | shuffled: 19 failed, 1 passed`, in words."""
-    kinds = (("sound", True), ("shuffled", False))
     return " | ".join(
-        f"{kind}: " + ", ".join(f"{count} {what}" for what, count in counts[key].most_common())
-        for kind, key in kinds
+        f"{kind}: " + ", ".join(f"{count} {what}" for what, count in found.most_common())
+        for kind, found in counts.items()
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from launcher.config import loader
 from launcher.config.settings import walk
+from tests.fuzz.damages import KINDS
 from tests.fuzz.mutations import mutations
 from tests.support.helpers import RECIPES, ROOT
 
@@ -30,14 +31,19 @@ FLAGS = ("--smoke", "--resume", "--profile", "--dry-run", "--help", "--help-all"
 
 @dataclass(frozen=True)
 class Case:
-    """Words to type; with `source`, a recipe.py of that text stands there, whose slip is named."""
+    """Words to type; with `source`, a recipe.py of that text stands there, whose slip is named.
+
+    With `damage`, a run stands in runs/case, with one thing wrong in it; "" for a file: nothing.
+    """
 
     words: tuple[str, ...]
     source: str = ""
     slip: str = ""
+    damage: tuple[str, str, int] | None = None
 
     def __str__(self) -> str:
-        return self.slip or " ".join(map(repr, self.words))
+        typed = self.slip or " ".join(map(repr, self.words))
+        return f"{typed}, {self.damage}" if self.damage else typed
 
 
 # No path leads out of the folder of a case, no number is that of a machine which is only slow.
@@ -126,9 +132,93 @@ def _slip_case(recipe: Path, number: int) -> Case:
     return Case(("recipe.py", *FEW[1:]), made.source, f"{recipe.stem}: {made.change}")
 
 
+# What a run leaves that others read.
+_RUN_FILES = (
+    *("run.json", "config.json", "recipe.py", "metrics.jsonl", "details.jsonl", "end.json"),
+    *("best.npz", "last.npz", "best.safetensors", "final.safetensors"),
+    *(
+        f"checkpoints/step-000000002/{name}"
+        for name in (
+            *("weights.safetensors", "average.safetensors", "optimizer.pt", "state.json"),
+            "manifest.json",
+        )
+    ),
+)
+# What is asked of a run.
+LOOKS = (
+    ("runs",),
+    ("runs", "--json"),
+    ("runs", "--sort", "best"),
+    ("report", "case"),
+    ("report",),
+    ("compare", "case", "case"),
+    ("compare", "case", "case", "--json"),
+    ("predict", "case", "picture.png"),
+    ("predict", "case", "picture.png", "--json"),
+    ("export", "case", "out", "--to", "safetensors"),
+    ("export", "case", "out", "--to", "hub"),
+    (str(EVERYTHING), *FEW, "--resume", "--resume-changed", "epochs", "epochs=2"),
+    (str(EVERYTHING), "epochs=1", "--wandb", "off", "--name", "other", "--init-from", "case"),
+    ("submit", "--status"),
+)
+COMMAND_OPTIONS = {
+    "check": ("--world-size", "--limit", "--save", "--runs", "--overfit", "--near", "--json"),
+    "verify": ("--ranks", "--steps", "--limit", "--json"),
+    "doctor": ("--runs", "--limit", "--join-timeout", "--json"),
+    "runs": ("--sort", "--filter", "--json"),
+    "report": ("--runs", "--output"),
+    "compare": ("--runs", "--json"),
+    "predict": ("--runs", "--weights", "--csv", "--json"),
+    "export": ("--to", "--weights", "--runs", "--data", "--from-pixels"),
+    "submit": ("--nodes", "--gpus", "--processes", "--cpus", "--time", "--save-before", "--sweep"),
+}
+# So that none takes long: what is typed after it stands.
+SHORT = {
+    "check": (str(EVERYTHING), "--limit", "2"),
+    "verify": (str(EVERYTHING), "--limit", "0.001"),
+    "doctor": ("--limit", "1"),
+    "report": ("case",),
+    "compare": ("case", "case"),
+    "predict": ("case", "picture.png"),
+    "export": ("case", "out", "--to", "safetensors"),
+    "submit": (str(EVERYTHING), "--dry-run"),
+}
+
+
+@st.composite
+def look_cases(draw: st.DrawFn, places: tuple[str, ...]) -> Case:
+    made = draw(st.sampled_from(places)), draw(st.sampled_from(KINDS)), draw(st.integers(0, 10**6))
+    return Case(draw(st.sampled_from(LOOKS)), damage=made)
+
+
+@st.composite
+def command_cases(draw: st.DrawFn) -> Case:
+    command = draw(st.sampled_from(list(COMMAND_OPTIONS)))
+    words = [command, *SHORT.get(command, ())]
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(COMMAND_OPTIONS[command]))
+        value = draw(_VALUES)
+        form = draw(st.integers(0, 3))
+        if name != "--limit" or not _is_long(value):
+            words += [[name, value], [f"{name}={value}"], [name], [value]][form]
+    return Case(tuple(words), damage=("", "", 0))
+
+
+def _is_long(value: str) -> bool:
+    try:
+        return float(value) > 3
+    except ValueError:
+        return False
+
+
 def drawn(number: int, seed_number: int) -> list[Case]:
-    """That many cases, half of them recipes; the same for the same seed."""
-    parts = ((settings_cases(), number // 3), (option_cases(), number // 6))
+    """That many cases, a third of them recipes; the same for the same seed."""
+    parts = (
+        (settings_cases(), number // 4),
+        (option_cases(), number // 8),
+        (command_cases(), number // 8),
+        (look_cases(_RUN_FILES), number // 6),
+    )
     found = [case for part, size in parts for case in _drawn(part, size, seed_number)]
     return found + _drawn(slip_cases(), number - len(found), seed_number)
 

@@ -22,7 +22,11 @@ from torchvision.datasets import CIFAR10
 from launcher import cli
 
 MOST_MEMORY = 6 << 30  # bytes: what a case asks for beyond is refused by the kernel
-_IMPORTED = ("launcher.api", "launcher.checks.timing", "launcher.cluster.submit")
+_IMPORTED = (
+    *("launcher.api", "launcher.cluster.submit", "launcher.checks.check.command"),
+    *("launcher.checks.verify.command", "launcher.checks.doctor.command"),
+    *(f"launcher.results.{name}" for name in ("runs", "report", "compare", "predict", "export")),
+)
 _OUT, _ERR = "output", "errors"
 
 
@@ -33,7 +37,7 @@ class Outcome:
     code: int | None
     out: str
     err: str
-    left: tuple[str, ...]  # the files and folders in its working folder
+    left: tuple[str, ...]  # the new files and folders in its working folder
 
 
 def warm() -> None:
@@ -47,6 +51,7 @@ def warm() -> None:
 
 def run(words: Sequence[str], folder: Path, seconds: float = 30.0) -> Outcome:
     """`launcher WORDS` in the `folder`, which is there already; the output lies beside it."""
+    before = _below(folder)
     outputs = [folder.with_name(f"{folder.name}.{kind}") for kind in (_OUT, _ERR)]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -63,8 +68,11 @@ def run(words: Sequence[str], folder: Path, seconds: float = 30.0) -> Outcome:
     out, err = (path.read_text(errors="replace") for path in outputs)
     for path in outputs:
         path.unlink()
-    left = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*")))
-    return Outcome(code if ended else None, out, err, left)
+    return Outcome(code if ended else None, out, err, tuple(sorted(_below(folder) - before)))
+
+
+def _below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def _become(words: Sequence[str], folder: Path, outputs: Sequence[Path], seconds: float) -> None:

@@ -154,13 +154,17 @@ def test_a_smoke_test_of_many_passes_has_several_steps_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "reason"),
-    [("optimizer.lr=0", "no score has changed"), ("optimizer.lr=1e30", "not finite")],
+    ("word", "code", "reason"),
+    [
+        ("optimizer.lr=0", 2, "a learning rate of 0 in all of the training"),
+        ("optimizer.lr=1e-30", 1, "no score has changed"),
+        ("optimizer.lr=1e30", 1, "not finite"),
+    ],
 )
 def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
-    word: str, reason: str, capsys: pytest.CaptureFixture[str]
+    word: str, code: int, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([SIMPLECNN, "--smoke", word]) == 1
+    assert main([SIMPLECNN, "--smoke", word]) == code
     assert reason in capsys.readouterr().err
 
 

@@ -41,7 +41,7 @@ from launcher.training.model import build_network, two_images
 from launcher.training.state import TrainContext
 from launcher.utils.arguments import Parser, positive
 from launcher.utils.terminal import COLUMNS, half_blocks, make_console, plot
-from launcher.utils.text import count
+from launcher.utils.text import count, sizes
 
 IMAGES = 256  # embedded ones, in place of the recipe's own
 LIMIT = 60.0  # seconds
@@ -272,21 +272,21 @@ def _describe(layers: tuple[Layer, ...]) -> str:
     totals = _totals(layers)
     return (
         f"{count(totals['layers'], 'layer')}, {totals['parameters']:,} parameters in them; for one "
-        f"image {totals['flops'] / 1e6:.1f} MFLOPs forwards and {totals['activations'] / 1024:,.0f}"
-        " KiB of activations"
+        f"image {totals['flops'] / 1e6:.1f} MFLOPs forwards and {sizes(totals['activations'])} of "
+        "activations"
     )
 
 
 def _table(layers: tuple[Layer, ...]) -> Table:
     table = Table()
-    for column in ("layer", "kind", "takes", "makes", "parameters", "MFLOPs", "KiB"):
-        is_number = column in ("parameters", "MFLOPs", "KiB")
+    for column in ("layer", "kind", "takes", "makes", "parameters", "MFLOPs", "KB"):
+        is_number = column in ("parameters", "MFLOPs", "KB")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for layer in layers:
         table.add_row(
             *(layer.name or "the network", layer.kind, *layer.describe_shapes()),
             *(f"{layer.parameters:,}", f"{layer.flops / 1e6:.2f}"),
-            f"{layer.activations / 1024:,.1f}",
+            f"{layer.activations / 1000:,.1f}",
         )
     return table
 

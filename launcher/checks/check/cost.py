@@ -21,7 +21,7 @@ from launcher.data.batches import steps_per_chunk
 from launcher.distributed.accelerator import device_name
 from launcher.training.model import restored_afterwards, upcast
 from launcher.training.state import TrainContext, evaluating
-from launcher.utils.text import sizes
+from launcher.utils.text import duration, sizes
 
 NAME = "cost"
 _SMALL, _LARGER = 2, 4  # images of the two passes between whose memory the images' own is told
@@ -188,8 +188,8 @@ def describe_time(ctx: TrainContext) -> Verdict:
     whole = plan.epochs * (steps + tested)
     return Verdict(
         NAME,
-        f"an epoch takes about {_duration(steps + tested)} on this machine alone ({device}, fp32, "
-        f"not compiled), all {plan.epochs:,} of them {_duration(whole)}",
+        f"an epoch takes about {duration(steps + tested)} on this machine alone ({device}, fp32, "
+        f"not compiled), all {plan.epochs:,} of them {duration(whole)}",
         figures={"epoch_seconds": steps + tested, "seconds": whole},
     )
 
@@ -220,11 +220,3 @@ def describe_ranks(ctx: TrainContext, recipe: Recipe) -> Verdict:
     """What docs/scaling.md predicts for the plan's number of ranks."""
     lines = timing.scaling_lines(recipe, ctx.plan, ctx.state.network, ctx.data)
     return Verdict("ranks", ctx.plan.describe_batch(), lines=tuple(lines))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -173,13 +173,12 @@ def _statistics(train: ImageSet, images: Images) -> Verdict:
     """The recipe's mean and std beside those of the images."""
     step = -(-len(train) // MEASURED)
     pixels = train.images[::step].cpu()
-    total = torch.zeros(2, pixels.shape[-1], dtype=torch.float64)
-    for part in torch.split(pixels, 500):
-        values = part.reshape(-1, part.shape[-1]).float()
-        total += torch.stack([values.sum(0), values.square_().sum(0)])
-    number = pixels[..., 0].numel()
-    mean = total[0] / number / 255
-    std = (total[1] / number / 255**2 - mean.square()).clamp(min=0).sqrt()
+    channels = pixels.unbind(-1)
+    # How often each value occurs: a fifth of the time of sums over floats, and exact.
+    counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in channels]).double()
+    shares, values = counts / channels[0].numel(), torch.arange(256).double() / 255
+    mean = shares @ values
+    std = (shares @ values.square() - mean.square()).clamp(min=0).sqrt()
     figures = {"mean": mean.tolist(), "std": std.tolist()}
     measured = f"mean=({_numbers(mean)}), std=({_numbers(std)})"
     shift = (mean - torch.tensor(images.mean)).abs() / torch.tensor(images.std)

@@ -9,9 +9,9 @@ from statistics import median
 
 from launcher.checks.doctor.facts import Facts
 from launcher.checks.doctor.links import Link
-from launcher.checks.doctor.report import Report, in_bits, in_bytes, listed, short
+from launcher.checks.doctor.report import Report, in_bits, listed, short
 from launcher.checks.verdicts import Verdict
-from launcher.utils.text import count
+from launcher.utils.text import count, sizes
 
 SLOW = 0.7  # of the median of its peers: an outlier
 _SLOW_LINK = 0.3  # of what its interface promises; protocols and other users take their part
@@ -176,14 +176,14 @@ def _memory(report: Report) -> Iterator[Verdict]:
         return
     memories = [facts.memory for facts in held if facts.memory]
     text = (
-        f"{in_bytes(min(m.available for m in memories))} free of "
-        f"{in_bytes(min(m.granted for m in memories))}, /dev/shm "
-        f"{in_bytes(min(m.shared for m in memories))}, "
+        f"{sizes(min(m.available for m in memories))} free of "
+        f"{sizes(min(m.granted for m in memories))}, /dev/shm "
+        f"{sizes(min(m.shared for m in memories))}, "
         f"{min(m.open_files for m in memories):,} open files"
     )
     yield Verdict("memory", text if len(held) == 1 else f"at least {text} on every node")
     little = [
-        f"{in_bytes(min(m.available, m.limit or m.available))} free ({facts.name})"
+        f"{sizes(min(m.available, m.limit or m.available))} free ({facts.name})"
         for facts in held
         if (m := facts.memory) and min(m.available, m.limit or m.available) < _LITTLE
     ]
@@ -207,7 +207,7 @@ def _disk(report: Report) -> Iterator[Verdict]:
         if (disk := facts.disk) is None:
             continue
         where = f"{disk.folder} ({facts.name})"
-        room = f"{in_bytes(disk.free)} of {in_bytes(disk.total)} free"
+        room = f"{sizes(disk.free)} of {sizes(disk.total)} free"
         refused = f"{where} cannot be written: {disk.fault}; {room}"
         if disk.fault and facts.rank == 0:
             instead = "make room or name another folder with --runs: nothing could be saved"
@@ -218,7 +218,7 @@ def _disk(report: Report) -> Iterator[Verdict]:
         elif disk.free < _LITTLE:
             yield Verdict("disk", f"{where} has {room}", "notice", "make room for checkpoints")
         elif facts.rank == 0:
-            speed = f"written at {in_bytes(disk.speed)}/s, a new file replaces an old one"
+            speed = f"written at {sizes(disk.speed)}/s, a new file replaces an old one"
             yield Verdict("disk", f"{where} has {room}, {speed}")
     blind = [rank for rank, found in report.findings.items() if found.sees_mark is False]
     if blind:
@@ -243,7 +243,7 @@ def _cache(report: Report) -> Iterator[Verdict]:
         yield Verdict("cache", f"of torch.compile: {listed(shared)}", "notice", instead)
     if held and not faulty and not shared:
         least = min(held.values(), key=lambda cache: cache.free)
-        yield Verdict("cache", f"of torch.compile: {least.folder}, {in_bytes(least.free)} free")
+        yield Verdict("cache", f"of torch.compile: {least.folder}, {sizes(least.free)} free")
 
 
 # Questions about the network
@@ -380,14 +380,14 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
         return
     found = report.collectives[0]
     size = len(report.group)
-    parts = [f"{in_bytes(int(n))} in {short(s * 1e3)} ms" for n, s in found.seconds.items()]
+    parts = [f"{sizes(int(n))} in {short(s * 1e3)} ms" for n, s in found.seconds.items()]
     largest, took = max((int(n), s) for n, s in found.seconds.items())
     speed = 2 * (size - 1) / size * largest / took  # what a ring sends through each link
     text = f"{found.backend}, {count(size, 'rank')}: {', '.join(parts)}; {in_bits(speed)} per link"
     promised = min((_promised(report, facts.rank) for facts in report.firsts), default=0.0)
     if len(report.firsts) > 1 and promised:
         text += f", of {in_bits(promised)}"
-        if largest >= 2**20 and speed < _SLOW_LINK * promised and found.backend == "gloo":
+        if largest >= 10**6 and speed < _SLOW_LINK * promised and found.backend == "gloo":
             instead = "the lines about links and cores may say why"
             yield Verdict("all-reduce", text, "notice", instead)
             return

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-SIZES = (2**10, 2**16, 2**20, 2**24, 2**28)  # bytes of an all-reduce
+SIZES = (10**3, 64 * 10**3, 10**6, 16 * 10**6, 256 * 10**6)  # bytes of an all-reduce
 FEW_NODES = 16  # up to which every node tries to reach every other one
 _TURNS = 3  # of a measurement whose fastest counts
 _CONNECT = 3.0  # seconds for a connection: a second packet is sent after one
@@ -197,7 +197,7 @@ def all_reduce(world: World, group: Group, store: "Store") -> Collective:
     found: dict[str, float] = {}
     for size, following in zip(SIZES, (*SIZES[1:], 0), strict=True):
         values = torch.zeros(size // 4, device=device)
-        turns = _TURNS if size <= 2**20 else 1
+        turns = _TURNS if size <= 10**6 else 1
         seconds = _slowest(median(_reduce(values) for _ in range(turns)), device)
         found[str(size)] = seconds
         spent = _slowest(time.perf_counter() - began, device)

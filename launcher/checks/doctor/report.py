@@ -8,7 +8,7 @@ from launcher.checks.doctor.facts import Facts, Tracking, read
 from launcher.checks.doctor.links import Collective, Link, Offset
 from launcher.checks.doctor.products import Product
 from launcher.distributed.world import World
-from launcher.utils.text import count
+from launcher.utils.text import count, sizes
 
 _NAMED = 4  # outliers in a line
 _ROWS = 32  # of the table
@@ -98,10 +98,10 @@ def node_table(report: Report) -> list[str]:
                 f"{len(ranks)} of {first.local_size}",
                 f"{cores.granted}" if cores else "?",
                 f"{cores.threads}" if cores else "?",
-                in_bytes(memory.granted) if memory else "?",
+                sizes(memory.granted) if memory else "?",
                 "?" if first.gpus is None else f"{len(first.gpus)}",
-                in_bytes(disk.free) if disk else "?",
-                f"{in_bytes(disk.speed)}/s" if disk else "?",
+                sizes(disk.free) if disk else "?",
+                f"{sizes(disk.speed)}/s" if disk else "?",
                 f"{offset.seconds:+.3f} s" if offset else "-" if first.rank == 0 else "?",
             )
         )
@@ -123,15 +123,6 @@ def listed(parts: Iterable[str]) -> str:
     found = list(parts)
     more = len(found) - _NAMED
     return "; ".join(found[:_NAMED]) + (f"; and {more:,} more" if more > 0 else "")
-
-
-def in_bytes(number: float) -> str:
-    """`3.2 GB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1024:
-            return f"{short(number)} {unit}"
-        number /= 1024
-    return f"{short(number)} TB"
 
 
 def in_bits(bytes_per_second: float) -> str:

@@ -21,7 +21,7 @@ from launcher.checks.verdicts import (
     exit_code,
     show,
 )
-from launcher.checks.verify.promises import Promises
+from launcher.checks.verify.promises import Export, Promises
 from launcher.checks.verify.trials import Settings, Trials
 from launcher.config.loader import Load
 from launcher.distributed.environment import number_in
@@ -39,10 +39,11 @@ Train a few steps of a recipe in several ways that must come to the same: on one
 rank and on several, killed and resumed, twice, evaluated and compiled."""
 
 
-def main(words: Sequence[str], load: Load, folder: Path) -> int:
+def main(words: Sequence[str], load: Load, export: Export, folder: Path) -> int:
     """Run the words behind `launcher verify`; `load` makes the recipe of a path and overrides.
 
-    All that is written goes into `folder`: see `ranks.workplace`.
+    `export` is that of `launcher export`, which no check may import. All that is written goes into
+    `folder`: see `ranks.workplace`.
     """
     arguments = _parse(words)
     deadline = Deadline(arguments.limit)
@@ -52,7 +53,7 @@ def main(words: Sequence[str], load: Load, folder: Path) -> int:
     verdicts = []
     loaded = load(path, overrides)
     settings = Settings((path, *overrides), load, arguments.ranks, arguments.steps, folder)
-    promises = Promises(loaded.recipe, Trials(settings, progress), deadline)
+    promises = Promises(loaded.recipe, Trials(settings, progress), deadline, export)
     for verdict in answers(promises.questions(), deadline):
         verdicts.append(verdict)
         if not arguments.json:

@@ -24,6 +24,9 @@ from launcher.utils.text import count
 from launcher.utils.user_code import place_of
 
 EXACT = 1e-8  # in float64, of numbers around 1: rounding stays far below, a fault far above
+ROUNDING = 1e-12  # of a loss in float64
+AT_ONCE = 100.0  # times: what a difference does not grow by in one step
+OF_WEIGHTS = 1e3  # times the difference of a loss
 CALLS = 40  # of an augmentation, with the same images and draws
 
 
@@ -84,13 +87,36 @@ def first_other_images(one: Sequence[Sighting], many: Sequence[Sighting]) -> int
     return None
 
 
-def first_other_loss(one: Sighting, two: Sighting) -> int | None:
-    """The first step whose loss differs by more than rounding."""
+@dataclass(frozen=True)
+class Deviation:
+    """How far two runs of the same steps in float64 are apart.
+
+    Training may double a difference in each step: what rounding begins with 1e-16 is 1e-7 after 20
+    steps of a deep network at a high rate. A fault does not grow, it is there at once. So `step` is
+    the first whose loss differs by much more than those before it, and `loss` the largest
+    difference of all, by which that of the weights is measured.
+    """
+
+    weights: float
+    step: int | None
+    loss: float = 0.0
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether no more than the order of additions differs."""
+        return self.weights <= max(EXACT, OF_WEIGHTS * self.loss) and self.step is None
+
+
+def deviation_of(one: Sighting, two: Sighting, weights: float) -> Deviation:
+    """From the losses that both have seen, and the difference of the weights at the end."""
+    largest = 0.0
     for step in sorted(set(one.steps) & set(two.steps)):
         mine, other = one.steps[step].loss, two.steps[step].loss
-        if not math.isclose(mine, other, rel_tol=EXACT, abs_tol=EXACT):
-            return step
-    return None
+        apart = abs(mine - other) / max(1.0, abs(mine))
+        if not apart <= AT_ONCE * max(ROUNDING, largest):
+            return Deviation(weights, step, largest)
+        largest = max(largest, apart)
+    return Deviation(weights, None, largest)
 
 
 def first_mixing_layer(one: Sequence[Sighting], many: Sequence[Sighting]) -> str:

@@ -4,16 +4,18 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
-from launcher.checks.verdicts import Deadline, Verdict
+from launcher.checks.verdicts import Deadline, TimeUpError, Verdict
 from launcher.checks.verify.differences import (
     EXACT,
+    Deviation,
     OwnLayers,
+    deviation_of,
     first_different_bit,
     first_mixing_layer,
     first_other_images,
-    first_other_loss,
     largest_difference,
     layer_name,
     own_layers,
@@ -24,12 +26,12 @@ from launcher.checks.verify.trial import Kill, Phase, Trial, save_interval
 from launcher.checks.verify.trials import TrialError, Trials
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
-from launcher.data.sources import Data
-from launcher.errors import UserError
+from launcher.data.sources import Data, ImageSet
+from launcher.errors import NotExportableError, UserError
 from launcher.training.model import build_network, two_images
 from launcher.utils.text import count
 
-PART_OF_LIMIT = 0.3  # of the time, for the steps alone
+PART_OF_LIMIT, PART_TO_COMPILE = 0.3, 0.2  # of the time, for the steps alone
 ROUNDED = 1e-5  # where float64 is out of reach
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 MOST_NAMED = 3  # attributes
@@ -37,26 +39,19 @@ _OF_DRAWS = "let it depend on images, draws.fresh and draws.fixed alone"
 _IN_BUFFERS = "keep in buffers (register_buffer) what lasts from step to step"
 _NO_DRAWS = "write F.dropout(x, p, self.training), so that an evaluation draws none"
 _SYNC = "type sync_batch_norm=true, which torch has for GPUs"
+_NO_END = "--limit SECONDS gives it more; where that changes nothing, it waits for ever there"
 
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far two runs in float64 are apart at their end, and which step was the first."""
-
-    weights: float
-    step: int | None
-
-    @property
-    def is_rounding(self) -> bool:
-        """Whether no more than the order of additions differs."""
-        return self.weights <= EXACT and self.step is None
+# Exports a recipe's network with the weights of a file to a folder; says how near it is to itself
+# on some images, or raises `NotExportableError`, or `UserError` where it is not near.
+Export = Callable[[Recipe, Path, ImageSet, Path], str]
 
 
 class Promises:
     """The questions about one recipe."""
 
-    def __init__(self, recipe: Recipe, trials: Trials, deadline: Deadline) -> None:
+    def __init__(self, recipe: Recipe, trials: Trials, deadline: Deadline, export: Export) -> None:
         self._recipe, self._trials, self._deadline = recipe, trials, deadline
+        self._export = export
         self._size = trials.settings.ranks
         self._data: Data | None = None
         self._layers = OwnLayers((), (), {})
@@ -76,13 +71,15 @@ class Promises:
             "other ranks": self.other_ranks,
             "repeat": self.repeat,
             "evaluation": self.evaluation,
+            "export": self.export,
             "compile": self.compile,
         }
-        return {name: _failing_well(name, question) for name, question in asked.items()}
+        return {name: self._failing_well(name, question) for name, question in asked.items()}
 
     def recipe(self) -> Iterator[Verdict]:
         """Does it train at all, on so many ranks?"""
-        seconds = PART_OF_LIMIT * self._deadline.left
+        part = PART_TO_COMPILE if self._recipe.compile else PART_OF_LIMIT
+        seconds = part * self._deadline.left
         data = self._data = self._trials.prepare(self._recipe, seconds)
         network = build_network(self._recipe, data.train)
         images = two_images(network, self._recipe, data.train, "contiguous")
@@ -93,9 +90,10 @@ class Promises:
             f"{count(self._trials.steps, 'step')} in {count(3, 'epoch')} on "
             f"{count(len(data.train), 'image')} of {data.name}, {self._trials.place}"
         )
-        own = self._recipe.precision
-        if self._trials.precision != own:
-            trained += f", in fp32, since {own} is slow here"
+        own, taken = self._recipe.precision, self._trials.precision
+        if own is not None and taken != own:
+            why = "needs a GPU" if own.endswith("fp16") else "is slow here"
+            trained += f", in {taken}, since {own} {why}"
         if data.fallback:
             yield Verdict("recipe", f"{trained}: {data.fallback}", "notice")
         else:
@@ -164,21 +162,33 @@ class Promises:
         if self._refuses_double():
             yield Verdict(name, "asked in float64, as above", "not asked")
             return
-        begun = self._steady(self._many)
-        self._trials.run(begun)
-        resumed = replace(begun, name="rescaled", ranks=1, resumes=True)
-        step = self._trials.copy(begun, resumed)
-        self._trials.run(resumed)
-        deviation = self._deviation(begun, resumed)
-        where = f"begun on {self._size} ranks, resumed on 1 after step {step}"
-        if begun.synchronized or begun.steady:
+        found = [
+            self._rescaled(self._many, 1, "fewer"),
+            self._rescaled(self._one, self._size, "more"),
+        ]
+        deviations = [deviation for _, deviation in found]
+        largest = max(deviations, key=lambda deviation: deviation.weights)
+        where = " and ".join(where for where, _ in found)
+        if self._steady(self._many) != self._many:
             where += f", {self._layers.describe_remedy()}"
-        if deviation.is_rounding:
-            yield Verdict(name, f"{where}: {self._agreement(deviation)}")
+        if all(deviation.is_rounding for deviation in deviations):
+            yield Verdict(name, f"begun on {where}: {self._agreement(largest)}")
             return
-        what = f"{where}: {deviation.weights:.1e} in the weights, first in step {deviation.step}"
+        where, apart = next(one for one in found if not one[1].is_rounding)
+        what = f"begun on {where}: {apart.weights:.1e} in the weights, first in step {apart.step}"
         instead = "mend what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
         yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
+
+    def _rescaled(self, begun: Trial, ranks: int, name: str) -> tuple[str, Deviation]:
+        """A run, and how far from it one is that was resumed from its middle on other ranks."""
+        begun = self._steady(begun)
+        self._trials.run(begun)
+        resumed = replace(begun, name=name, ranks=ranks, resumes=True)
+        resumed = replace(resumed, synchronized=ranks > 1 and bool(self._layers.batch_norms))
+        step = self._trials.copy(begun, resumed)
+        self._trials.run(resumed)
+        where = f"{begun.ranks}, resumed on {ranks} after step {step}"
+        return where, self._deviation(begun, resumed)
 
     def repeat(self) -> Iterator[Verdict]:
         """Two equal runs, started anew, are equal."""
@@ -248,7 +258,9 @@ class Promises:
             missing = "torch.compile needs a C++ compiler, and there is none (CXX, g++, clang++)"
             yield Verdict(name, missing, "not asked", "install g++, or type compile=false")
         else:
-            yield self._compiled(name, f"compile={mode}")
+            taken = self._trials.compile_mode(mode)
+            setting = f"compile={mode}" if taken is mode else f"compile=true (for {mode}, of GPUs)"
+            yield self._compiled(name, setting)
 
     def _compiled(self, name: str, setting: str) -> Verdict:
         eager = self._steady(self._one)  # when compiled, they draw other numbers
@@ -261,7 +273,42 @@ class Promises:
         apart = f"{deviation.weights:.1e} in the weights, first in step {deviation.step}"
         return Verdict(name, f"{setting}: {apart}", "wrong", "type compile=false")
 
+    def export(self) -> Iterator[Verdict]:
+        """The exported network answers as the trained one does."""
+        assert self._data is not None
+        self._trials.run(self._own)
+        weights, test = self._trials.final_weights(self._own), self._data.test
+        folder = self._trials.settings.folder / "exported"
+        folder.mkdir()
+        try:
+            with self._trials.doing("exporting"):
+                proof = self._export(self._recipe, weights, test, folder)
+        except NotExportableError as error:
+            yield Verdict("export", error.given, "notice", error.instead)
+        else:
+            yield Verdict("export", f"as torch.export: {proof}")
+
     # What several of them ask
+
+    def _failing_well(
+        self, name: str, question: Callable[[], Iterator[Verdict]]
+    ) -> Callable[[], Iterator[Verdict]]:
+        """A question whose runs fail, or do not end in time, is answered by why they do."""
+
+        def ask() -> Iterator[Verdict]:
+            try:
+                yield from question()
+            except UserError as error:
+                refused = f"{error.given}; expected {error.expected}"
+                yield Verdict(name, refused, "wrong", error.instead)
+            except TrialError as error:
+                yield Verdict(name, f"a run fails: {' '.join(str(error).split())}", "wrong")
+            except TimeUpError:
+                where = self._trials.unfinished or "comparing"
+                what = f"did not end within the {self._deadline.seconds:g} s: {where}"
+                yield Verdict(name, what, "wrong", _NO_END)
+
+        return ask
 
     def _refuses_double(self) -> str:
         """Why there is no run in float64; empty where there is one."""
@@ -279,10 +326,11 @@ class Promises:
             if name in others and name != "buffers.safetensors"
         ]
         seen = self._trials.run(one)[0], self._trials.run(two)[0]
-        return Deviation(max(of_each), first_other_loss(*seen))
+        return deviation_of(*seen, max(of_each))
 
     def _agreement(self, deviation: Deviation) -> str:
-        return f"weights to {deviation.weights:.1e} in float64 after {self._trials.steps} steps"
+        apart = f"weights to {deviation.weights:.1e} in float64 after {self._trials.steps} steps"
+        return apart if deviation.weights <= EXACT else f"{apart}, grown from rounding"
 
     def _in_own_precision(self) -> str:
         """How far the ranks are from one where additions are rounded as they are in training."""
@@ -341,23 +389,6 @@ class Promises:
         if not self._unsteady:
             return None
         return Verdict(question, f"{what}: {'; '.join(self._unsteady)}", "wrong", _OF_DRAWS)
-
-
-def _failing_well(
-    name: str, question: Callable[[], Iterator[Verdict]]
-) -> Callable[[], Iterator[Verdict]]:
-    """A question whose runs fail is answered by why they do."""
-
-    def ask() -> Iterator[Verdict]:
-        try:
-            yield from question()
-        except UserError as error:
-            refused = f"{error.given}; expected {error.expected}"
-            yield Verdict(name, refused, "wrong", error.instead)
-        except TrialError as error:
-            yield Verdict(name, f"a run fails: {' '.join(str(error).split())}", "wrong")
-
-    return ask
 
 
 def _has_compiler() -> bool:

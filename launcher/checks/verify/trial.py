@@ -27,7 +27,7 @@ from launcher.config.loader import Load
 from launcher.config.options import RunOptions
 from launcher.config.plan import SaveInterval
 from launcher.config.recipe import Recipe
-from launcher.config.slots import Precision
+from launcher.config.slots import CompileMode, Precision
 from launcher.distributed.process_group import Timeouts
 from launcher.distributed.world import World
 from launcher.errors import LauncherError, OtherRankError, UserError
@@ -120,8 +120,9 @@ class Sighting:
 class Watcher:
     """Puts marks into a training, and keeps what they see."""
 
-    def __init__(self, trial: Trial, rank: int) -> None:
-        self._trial, self._rank = trial, rank
+    def __init__(self, trial: Trial, rank: int, place: Path | None = None) -> None:
+        """`place` is a file that says where the rank is."""
+        self._trial, self._rank, self._place = trial, rank, place
         self.seen = Sighting()
         self._attributes: dict[str, Any] = {}
         self._ctx: TrainContext | None = None
@@ -161,6 +162,8 @@ class Watcher:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         step, kill = self._step, self._trial.kill
+        if self._place is not None and step is not None:
+            self._place.write_text(f"rank {self._rank} in step {step} ({name})")
         if kill and (step, name, self._rank) == (kill.step, kill.phase, kill.rank):
             os.kill(os.getpid(), signal.SIGKILL)
         yield
@@ -234,11 +237,16 @@ def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
     """The recipe with a few images and for a few epochs, as the trial wants it."""
     images = slices.sliced(recipe.data, subject.images, subject.sizes.batch)
     recipe = replace(recipe, data=images, epochs=slices.EPOCHS, patience=None)
-    if not trial.compiled:
-        recipe = replace(recipe, compile=False)
+    compiles = trial.compiled and compile_mode(recipe.compile, subject.on_cpu)
+    recipe = replace(recipe, compile=compiles)
     # In float64 without autocast, whatever the type of the weights.
     recipe = replace(recipe, precision="fp32" if trial.double else subject.precision)
     return recipe if subject.on_cpu else replace(recipe, deterministic=True)
+
+
+def compile_mode(mode: bool | CompileMode, on_cpu: bool) -> bool | CompileMode:
+    """A CPU takes the ordinary one: the others are about CUDA graphs, or try kernels for hours."""
+    return mode if mode is False or not on_cpu else True
 
 
 def options_of(subject: Subject, trial: Trial) -> RunOptions:
@@ -266,13 +274,18 @@ def result_path(subject: Subject, trial: Trial, rank: int) -> Path:
     return subject.runs / f"{trial.name}{'-resumed' * trial.resumes}-{rank}.pickle"
 
 
+def place_path(subject: Subject, trial: Trial, rank: int) -> Path:
+    """The file in which a rank says where it is, in words."""
+    return result_path(subject, trial, rank).with_suffix(".place")
+
+
 def work(subject: Subject, trial: Trial) -> None:
     """Train as one rank, and leave what was seen in a file."""
     if trial.double:
         torch.set_default_dtype(torch.float64)
     world = World.from_env(os.environ)
     world = replace(world, threads=subject.threads, use_cpu=world.use_cpu or subject.on_cpu)
-    watcher = Watcher(trial, world.rank)
+    watcher = Watcher(trial, world.rank, place_path(subject, trial, world.rank))
     seen = watcher.seen
     try:
         loaded = subject.load(subject.words[0], list(subject.words[1:]))

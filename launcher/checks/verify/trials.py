@@ -1,28 +1,28 @@
 """The runs that `verify` compares: each is made once, in a folder of its own, and then read."""
 
-import math
 import os
 import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import checkpoint
 from launcher.checkpoint.run_files import RunFiles
+from launcher.checks.verdicts import TimeUpError
 from launcher.checks.verify import ranks, slices, trial
 from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
-from launcher.checks.verify.trial import Sighting, Subject, Trial
+from launcher.checks.verify.trial import Sighting, Subject, Trial, compile_mode
 from launcher.config.loader import Load
 from launcher.config.recipe import Recipe
-from launcher.config.slots import Precision
+from launcher.config.slots import CompileMode, Precision
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import usable_cores
 from launcher.distributed.environment import is_true
@@ -30,10 +30,12 @@ from launcher.errors import UserError
 from launcher.training.model import build_network, two_images, upcast
 
 PASSES = 4  # of which the time is taken
-RUNS = 12  # that are made, about
-MOST_STEPS, LEAST_STEPS = 20, 9  # where none are asked for
-_DOUBLE = 2.0  # times as long as in float32
+# That are made, about, where BatchNorm and `compile` each ask for one more.
+OWN_RUNS, DOUBLE_RUNS = 4.5, 5.5
+MOST_STEPS, LEAST_STEPS = 20, 6  # where none are asked for
+SLOW = 1.5  # times: as much faster float32 must be to stand in for half precision
 _HALVES = ("bf16", "pure_bf16")
+_ON_A_CPU: dict[str, Precision] = {"fp16": "bf16", "pure_fp16": "pure_bf16"}
 _OUTPUT = "output.txt"  # what all ranks print
 
 
@@ -62,6 +64,7 @@ class Trials:
         self.settings, self._progress = settings, progress
         self._subject: Subject | None = None
         self._seen: dict[Trial, list[Sighting]] = {}
+        self.unfinished = ""
         self.steps = 0
         self.fingerprint = 0
 
@@ -73,12 +76,13 @@ class Trials:
     def prepare(self, recipe: Recipe, seconds: float) -> Data:
         """Write the images that all runs see; few, where `seconds` are little for the network."""
         settings = self.settings
+        gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
         threads = max(1, usable_cores() // settings.ranks)
         torch.set_num_threads(threads)
-        with self._progress("opening the images"):
+        with self.doing("opening the images"):
             most = slices.choose_sizes(recipe, settings.ranks, settings.steps or MOST_STEPS)
             data = slices.own_images(recipe, most)
-            effort = _effort_in_time(recipe, data, settings, seconds)
+            effort = effort_in_time(recipe, data, settings, seconds, on_cpu=gpus < settings.ranks)
             sizes = slices.choose_sizes(recipe, settings.ranks, effort.steps, effort.each)
             data = slices.take(data, sizes)
             images = settings.folder / "images.pt"
@@ -86,7 +90,6 @@ class Trials:
         steps_per_epoch = -(-len(data.train) // sizes.batch)
         self.steps = min(effort.steps, EPOCHS * steps_per_epoch)
         self.fingerprint = slices.fingerprint(data)
-        gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
         self._subject = Subject(
             load=settings.load,
             words=settings.words,
@@ -114,15 +117,27 @@ class Trials:
         """Of the runs that are not in float64."""
         return self._ready.precision
 
+    def compile_mode(self, mode: bool | CompileMode) -> bool | CompileMode:
+        """What stands in for `mode` here."""
+        return compile_mode(mode, self._ready.on_cpu)
+
     def run(self, wanted: Trial) -> list[Sighting]:
         """What each rank of a run has seen; of one that is killed, nothing.
 
         Raises `UserError` for what the run refuses, and `TrialError` where it fails.
         """
         if wanted not in self._seen:
-            with self._progress(wanted.kind):
+            with self.doing(wanted.kind):
                 self._seen[wanted] = self._make(wanted)
         return self._seen[wanted]
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what is being done; where the time ends in it, `unfinished` says so."""
+        self.unfinished = what
+        with self._progress(what):
+            yield
+        self.unfinished = ""
 
     def _make(self, wanted: Trial) -> list[Sighting]:
         subject = self._ready
@@ -133,6 +148,9 @@ class Trials:
         running = ranks.start(wanted.ranks, surroundings, trial.work, arguments, wanted.is_new)
         try:
             codes = running.wait()
+        except TimeUpError:
+            self.unfinished = f"a run on {wanted.kind}{self._standstill(wanted)}"
+            raise
         finally:
             running.kill()
         if wanted.kill and -signal.SIGKILL in codes:
@@ -151,6 +169,15 @@ class Trials:
             ends = ", ".join(_describe_end(code) for code in codes)
             raise TrialError(": ".join([f"the ranks ended with {ends}", *last]))
         return [sighting for sighting in found if sighting]
+
+    def _standstill(self, wanted: Trial) -> str:
+        """Where the rank is that has stood longest."""
+        paths = [trial.place_path(self._ready, wanted, rank) for rank in range(wanted.ranks)]
+        begun = [path for path in paths if path.is_file()]
+        if len(begun) < len(paths):
+            return ", before its first step"
+        last = min(begun, key=lambda path: path.stat().st_mtime)
+        return f", {last.read_text()} since {time.time() - last.stat().st_mtime:.0f} s"
 
     def copy(self, one: Trial, two: Trial) -> int:
         """Give `two` what `one` had left when its oldest kept checkpoint was written.
@@ -203,40 +230,56 @@ class Effort:
     precision: Precision | None
 
 
-def _effort_in_time(recipe: Recipe, data: Data, settings: Settings, seconds: float) -> Effort:
+def effort_in_time(
+    recipe: Recipe, data: Data, settings: Settings, seconds: float, *, on_cpu: bool
+) -> Effort:
     """As much as all runs can be made with in so many seconds, at a guess.
 
-    On a CPU without instructions for bfloat16 a step in it takes ten times as long as in float32.
+    A CPU may have units for bfloat16 and none for float64, or the reverse: each is measured. It
+    has none for float16.
     """
     parts = settings.ranks * recipe.passes
     asked, precision = settings.steps or MOST_STEPS, recipe.precision
+    if on_cpu and precision is not None:
+        precision = _ON_A_CPU.get(precision, precision)
+    in_double = _seconds_of_image(recipe, data, "double")
 
     def images_in_time(precision: str | None) -> float:
-        each = _seconds_of_image(recipe, data, halves=precision in _HALVES)
-        return seconds / (_DOUBLE * RUNS * parts * each)
+        own = _seconds_of_image(recipe, data, "half" if precision in _HALVES else "single")
+        each = OWN_RUNS * own + DOUBLE_RUNS * in_double
+        return seconds / (parts * each)
 
     fits = images_in_time(precision)
-    is_half = precision in _HALVES and not torch.cuda.is_available()
-    if is_half and fits < LEAST_EACH * min(asked, LEAST_STEPS):
-        precision, fits = "fp32", images_in_time("fp32")
+    if on_cpu and precision in _HALVES and fits < LEAST_EACH * min(asked, LEAST_STEPS):
+        other = images_in_time("fp32")
+        if other > SLOW * fits:
+            precision, fits = "fp32", other
     least = asked if settings.steps else LEAST_STEPS
     each = max(LEAST_EACH, min(MOST_EACH, int(fits / asked)))
     steps = max(least, min(asked, int(fits / each)))
     return Effort(each, steps, precision)
 
 
-def _seconds_of_image(recipe: Recipe, data: Data, halves: bool) -> float:
-    """Forward and backward, the fastest of a few times."""
+def _seconds_of_image(
+    recipe: Recipe, data: Data, numbers: Literal["half", "single", "double"]
+) -> float:
+    """Forward and backward, on average; 0 where the network refuses float64."""
     network = build_network(recipe, data.train).train()
     images = two_images(network, recipe, data.train, "contiguous")
-    took = math.inf
-    for _ in range(PASSES):
-        begin = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
-            scores = network(images)
-        upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
-        took = min(took, (time.perf_counter() - begin) / len(images))
-    return took
+    if numbers == "double":
+        network, images = network.double(), images.double()
+    try:
+        for done in range(PASSES):
+            if done == 1:  # the first is slower than others
+                begin = time.perf_counter()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=numbers == "half"):
+                scores = network(images)
+            upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception:
+        if numbers != "double":
+            raise
+        return 0.0
+    return (time.perf_counter() - begin) / (len(images) * (PASSES - 1))
 
 
 def _describe_end(code: int) -> str:

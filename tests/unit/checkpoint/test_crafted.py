@@ -205,6 +205,8 @@ def test_an_optimizer_that_holds_code_never_runs_it(form: str, newer: Path) -> N
         {"state": "x", "param_groups": [], "initial_options": []},
         {"state": {0: "x"}, "param_groups": [], "initial_options": []},
         {"state": {}, "param_groups": ["x"], "initial_options": ["x"]},
+        {"state": {}, "param_groups": [{"params": ["x"]}], "initial_options": [{}]},
+        {"state": {5: {}}, "param_groups": [{"params": [0]}], "initial_options": [{}]},
     ],
     ids=str,
 )
@@ -213,6 +215,60 @@ def test_an_optimizer_of_another_form_is_passed_over(content: Any, newer: Path) 
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with_true_checksums(newer)
     assert "optimizer.pt" in passed_over(newer)
+
+
+def of_other_shape(state: dict[str, Any]) -> None:
+    state["state"][0]["exp_avg"] = torch.zeros(7, 7)
+
+
+def of_other_type(state: dict[str, Any]) -> None:
+    state["state"][0]["exp_avg"] = torch.tensor([[True]])
+
+
+def of_no_tensor(state: dict[str, Any]) -> None:
+    state["state"][0]["exp_avg"] = "text"
+
+
+def without_a_key(state: dict[str, Any]) -> None:
+    del state["state"][0]["exp_avg_sq"]
+
+
+def with_a_text_as_option(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["betas"] = "text"
+
+
+def without_an_option(state: dict[str, Any]) -> None:
+    del state["param_groups"][0]["eps"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(of_other_shape, of_other_type, of_no_tensor, without_a_key),
+        *(with_a_text_as_option, without_an_option),
+    ],
+)
+def test_a_state_with_which_no_step_can_be_made_is_refused(
+    change: Callable[[dict[str, Any]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(RESUMABLE), "--wandb", "off", "--name", "mine", "data.source.count=50"]
+    assert main([*words, "epochs=1"]) == 0
+    (folder,) = Path("runs", "mine", "checkpoints").iterdir()
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, folder / "optimizer.pt")
+    with_true_checksums(folder)
+    metrics = Path("runs", "mine", "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([*words, "epochs=2", "--resume-changed", "epochs"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "optimizer.pt" in line
+    assert f"remove {folder}" in line
+    assert Path("runs", "mine", "metrics.jsonl").read_bytes() == metrics
 
 
 def test_weights_that_are_none_are_passed_over(newer: Path) -> None:

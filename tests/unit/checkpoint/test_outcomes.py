@@ -1,6 +1,7 @@
 """What a run keeps of its test images: whole files, the right images, pictures of few bytes."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from launcher.checkpoint import outcomes
 from launcher.checkpoint.outcomes import LARGEST, MOST_PICTURES, Outcomes, details, of_epoch, read
+from launcher.checkpoint.run_files import RunFiles
 from launcher.data.sources import ImageSet
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, OutcomeTable, sample_indices
@@ -81,6 +83,15 @@ def test_what_is_no_such_file_is_none(content: bytes | None, tmp_path: Path) -> 
     if content is not None:
         path.write_bytes(content)
     assert read(path) is None
+
+
+@pytest.mark.timeout(20)
+def test_neither_a_fifo_nor_what_has_no_end_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "best.npz")
+    (tmp_path / "last.npz").symlink_to("/dev/zero")
+    (tmp_path / "recipe.py").symlink_to("/dev/zero")
+    files = RunFiles(tmp_path)
+    assert (files.best, files.last, files.source) == (None, None, "")
 
 
 def test_no_pickle_is_read(tmp_path: Path) -> None:

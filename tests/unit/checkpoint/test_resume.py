@@ -60,6 +60,14 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_over(
     assert "--init-from runs/mine" in line
 
 
+def test_a_word_that_names_no_setting_is_refused_before_a_run_begins(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = refused(capsys, "epochs=1", "--resume-changed", "optimiser.lr")
+    assert "--resume-changed optimiser.lr, which names no setting" in line
+    assert not RUN.exists()
+
+
 def test_settings_are_compared_where_no_checkpoint_was_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

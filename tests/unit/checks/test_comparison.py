@@ -26,7 +26,7 @@ from launcher.checks.verdicts import Verdict, exit_code
 from launcher.distributed.world import Launcher, World
 
 NODES, EACH = 8, 8
-GB = 2**30
+GB = 10**9
 WORLD = World(size=NODES * EACH, local_size=EACH, launcher=Launcher.SRUN)
 H100 = Gpu("NVIDIA H100", 80 * GB, clock=1980, most_clock=1980)
 
@@ -63,7 +63,7 @@ def findings_of(rank: int) -> Findings:
 
 def report() -> Report:
     ranks = range(WORLD.size)
-    collective = Collective("nccl", {str(2**20): 1e-3, str(2**28): 0.4})
+    collective = Collective("nccl", {str(10**6): 1e-3, str(256 * 10**6): 0.4})
     return Report(
         WORLD,
         {rank: facts_of(rank) for rank in ranks},
@@ -149,7 +149,7 @@ CASES: dict[str, tuple[Callable[[], Report], str, str, list[str]]] = {
     ),
     "little memory": (
         lambda: with_facts(8, memory=replace(MEMORY, limit=GB // 2)),
-        *("memory", "notice", ["512 MB free (rank 8 on gpu1)"]),
+        *("memory", "notice", ["500 MB free (rank 8 on gpu1)"]),
     ),
     "small /dev/shm": (
         lambda: with_facts(8, memory=replace(MEMORY, shared=64 * 2**20)),
@@ -173,7 +173,7 @@ CASES: dict[str, tuple[Callable[[], Report], str, str, list[str]]] = {
     ),
     "little room": (
         lambda: with_facts(0, disk=replace(DISK, free=GB // 4)),
-        *("disk", "notice", ["256 MB of 1,000 GB free"]),
+        *("disk", "notice", ["250 MB of 1.0 TB free"]),
     ),
     "another folder": (
         lambda: with_findings(24, sees_mark=False),
@@ -241,9 +241,14 @@ CASES: dict[str, tuple[Callable[[], Report], str, str, list[str]]] = {
     ),
     "a slow all-reduce": (
         lambda: replace(
-            report(), collectives=dict.fromkeys(range(64), Collective("gloo", {str(2**24): 1.0}))
+            report(),
+            collectives=dict.fromkeys(range(64), Collective("gloo", {str(16 * 10**6): 1.0})),
         ),
-        *("all-reduce", "notice", ["gloo, 64 ranks: 16 MB in 1,000 ms; 264 Mb/s per link, of 10"]),
+        *(
+            "all-reduce",
+            "notice",
+            ["gloo, 64 ranks: 16.0 MB in 1,000 ms; 252 Mb/s per link, of"],
+        ),
     ),
     "nobody to reduce with": (
         lambda: replace(report(), group=(), collectives={}),

@@ -1,6 +1,8 @@
 """The parts of `launcher verify` that need no ranks; whole recipes are tested in integration."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launcher import Draws, Synthetic, cutmix, flip
-from launcher.checks.verdicts import Deadline, Verdict
+from launcher.checks.verdicts import Deadline, TimeUpError, Verdict
 from launcher.checks.verify import command as verify
 from launcher.checks.verify import slices
 from launcher.checks.verify.differences import (
+    Deviation,
     OwnLayers,
+    deviation_of,
     first_different_bit,
     first_mixing_layer,
     first_other_images,
-    first_other_loss,
     largest_difference,
     own_layers,
     same_state,
@@ -28,12 +31,22 @@ from launcher.checks.verify.differences import (
 )
 from launcher.checks.verify.promises import Promises
 from launcher.checks.verify.slices import Sizes, choose_sizes
-from launcher.checks.verify.trial import Sighting, Trial, Watcher, keep_steady
-from launcher.checks.verify.trials import Settings, TrialError, Trials
+from launcher.checks.verify.trial import Sighting, Trial, Watcher, compile_mode, keep_steady
+from launcher.checks.verify.trials import (
+    LEAST_STEPS,
+    MOST_STEPS,
+    Effort,
+    Settings,
+    TrialError,
+    Trials,
+    effort_in_time,
+)
 from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
 from launcher.data import sources
+from launcher.errors import NotExportableError, UserError
+from launcher.results import export
 from launcher.training.loop import fit
 from launcher.training.metrics import StepReport
 from tests.support.helpers import RECIPES, Tiny, context_of, refused, tiny_recipe
@@ -44,7 +57,7 @@ SIMPLECNN = str(RECIPES / "simplecnn.py")
 # The command
 
 
-def never(path: str, words: list[str]) -> Any:
+def never(*_: object) -> Any:
     raise AssertionError("nothing is loaded for words that are wrong")
 
 
@@ -56,17 +69,18 @@ def never(path: str, words: list[str]) -> Any:
         ([SIMPLECNN, "--ranks", "1"], "--ranks 1, which are fewer than 2"),
         ([SIMPLECNN, "--steps", "3"], "--steps 3, which are fewer than 6"),
         ([SIMPLECNN, "--limit", "0"], "no number of seconds"),
+        ([SIMPLECNN, "--limit", "1e-320"], "no number of seconds"),
     ],
 )
 def test_wrong_words_are_refused(words: list[str], part: str, tmp_path: Path) -> None:
     with refused(part):
-        verify.main(words, never, tmp_path)
+        verify.main(words, never, never, tmp_path)
 
 
 def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("behind accelerate launch, torchrun or srun"):
-        verify.main([SIMPLECNN], never, tmp_path)
+        verify.main([SIMPLECNN], never, never, tmp_path)
 
 
 def test_a_recipe_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,11 +214,28 @@ def test_images_are_compared_as_sets_and_losses_up_to_rounding() -> None:
     two.steps[3].images.reverse()
     two.steps[3].loss += 1e-12
     assert first_other_images([one], [two]) is None
-    assert first_other_loss(one, two) is None
+    assert deviation_of(one, two, 1e-9).is_rounding
+    assert not deviation_of(one, two, 1e-7).is_rounding  # weights alone, in the last step
     two.steps[5].images[0] += 1
     two.steps[6].loss += 1e-6
     assert first_other_images([one], [two]) == 5
-    assert first_other_loss(one, two) == 6
+    assert deviation_of(one, two, 1e-9).step == 6
+
+
+def test_what_grows_step_by_step_is_rounding_and_what_is_there_at_once_is_a_fault() -> None:
+    one = watched(tiny_recipe(), OWN)
+
+    def apart(*differences: float) -> Deviation:
+        two = deepcopy(one)
+        for step, difference in enumerate(differences, 1):
+            two.steps[step].loss += difference
+        return deviation_of(one, two, 1e-5)
+
+    assert apart(*(1e-16 * 4**step for step in range(18))).is_rounding
+    assert not apart(*(1e-16 * 4**step for step in range(5))).is_rounding
+    assert apart(1e-9).step == 1
+    assert apart(1e-16, 1e-15, 1e-8).step == 3
+    assert apart(float("nan")).step == 1
 
 
 class Centred(nn.Module):
@@ -305,6 +336,75 @@ def test_functions_that_follow_from_more_than_their_draws_are_named() -> None:
     assert count.endswith("keeps a state between calls")
 
 
+# The export, which the command line hands in
+
+
+def exported(tmp_path: Path, export: Any) -> Verdict:
+    """The answer where a run of the recipe has been made."""
+    settings = Settings((SIMPLECNN,), never, 2, 6, tmp_path)
+    promises = Promises(tiny_recipe(), MadeTrials(settings, nullcontext), Deadline(9), export)
+    (_, (answer,)) = (tuple(promises.questions()[name]()) for name in ("recipe", "export"))
+    return answer
+
+
+class MadeTrials(Trials):
+    """Trials that are over."""
+
+    place, precision = "here", None
+
+    def prepare(self, recipe: Recipe, seconds: float) -> Any:
+        return sources.load(recipe.data)
+
+    def run(self, wanted: Trial) -> list[Sighting]:
+        return [Sighting()]
+
+    def weights(self, made: Trial) -> dict[str, Path]:
+        torch.manual_seed(5)
+        path = self.settings.folder / "final.safetensors"
+        save_file(Tiny().state_dict(), path)
+        return {"final": path}
+
+
+def test_the_exported_network_is_compared_with_the_trained_one(tmp_path: Path) -> None:
+    answer = exported(tmp_path, export.proved)
+    assert answer.standing == "good"
+    assert "as torch.export: on 20 images, outputs within " in answer.answer
+
+
+def test_a_network_that_cannot_be_exported_is_a_notice_and_another_one_is_wrong(
+    tmp_path: Path,
+) -> None:
+    def refusing(*_: object) -> str:
+        raise NotExportableError("Tiny, which cannot", expected="another", instead="write it")
+
+    def differing(*_: object) -> str:
+        raise UserError("the export is not the network", expected="it", instead="wait")
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    notice = exported(tmp_path / "one", refusing)
+    assert notice == Verdict("export", "Tiny, which cannot", "notice", "write it")
+    assert exported(tmp_path / "two", differing).standing == "wrong"
+
+
+# What fits into the time
+
+
+def test_a_cpu_takes_bf16_for_fp16_and_one_way_to_compile() -> None:
+    recipe = tiny_recipe(precision="pure_fp16")
+    data = sources.load(recipe.data)
+    settings = Settings((SIMPLECNN,), never, 2, None, Path())
+    effort = effort_in_time(recipe, data, settings, 100.0, on_cpu=True)
+    assert effort == Effort(slices.MOST_EACH, MOST_STEPS, "pure_bf16")
+    slow = effort_in_time(recipe, data, settings, 1e-9, on_cpu=True)
+    assert (slow.each, slow.steps) == (slices.LEAST_EACH, LEAST_STEPS)
+    assert [compile_mode("max-autotune", on_cpu) for on_cpu in (True, False)] == [
+        True,
+        "max-autotune",
+    ]
+    assert compile_mode(False, on_cpu=True) is False
+
+
 # Questions whose runs fail
 
 
@@ -316,11 +416,26 @@ class FailingTrials(Trials):
 
 
 def questions(tmp_path: Path) -> Iterator[Verdict]:
-    from contextlib import nullcontext
-
     settings = Settings((SIMPLECNN,), never, 2, 6, tmp_path)
-    promises = Promises(tiny_recipe(), FailingTrials(settings, nullcontext), Deadline(9))
+    promises = Promises(tiny_recipe(), FailingTrials(settings, nullcontext), Deadline(9), never)
     return iter(promises.questions()["recipe"]())
+
+
+class EndlessTrials(Trials):
+    """Trials of which none ends."""
+
+    def prepare(self, recipe: Recipe, seconds: float) -> Any:
+        with self.doing("opening the images"):
+            raise TimeUpError
+
+
+def test_a_question_in_which_the_time_ends_is_wrong_and_says_where(tmp_path: Path) -> None:
+    settings = Settings((SIMPLECNN,), never, 2, 6, tmp_path)
+    trials = EndlessTrials(settings, nullcontext)
+    promises = Promises(tiny_recipe(), trials, Deadline(9), never)
+    (verdict,) = promises.questions()["recipe"]()
+    assert verdict.standing == "wrong"
+    assert verdict.answer == "did not end within the 9 s: opening the images"
 
 
 def test_a_run_that_fails_is_an_answer(tmp_path: Path) -> None:

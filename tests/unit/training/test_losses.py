@@ -139,3 +139,20 @@ def constant_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def test_a_loss_that_trains_nothing_is_refused(loss: Any, parts: tuple[str, ...]) -> None:
     with refused(*parts):
         preflight(context_of(replace(tiny_recipe(), loss=loss)))
+
+
+def exchanged(logits: Tensor, targets: Tensor) -> Tensor:
+    """It runs, since one-hot labels are taken for scores, and scores for probabilities."""
+    return cross_entropy(targets, logits)
+
+
+def test_a_loss_whose_arguments_are_exchanged_is_refused() -> None:
+    with refused("exchanged, which is larger for right scores", "cross_entropy(logits, targets)"):
+        preflight(context_of(replace(tiny_recipe(), loss=exchanged)))
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.BCEWithLogitsLoss(), nn.MSELoss(), nn.HuberLoss(), nn.L1Loss()]
+)
+def test_a_loss_of_one_hot_targets_is_not(loss: Any) -> None:
+    preflight(context_of(replace(tiny_recipe(), loss=loss)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD
+from torch.optim import SGD, Adam, SparseAdam
 
 from launcher import cosine, cutmix, cutout, ema, linear
 from launcher.config.slots import Score
@@ -160,6 +160,60 @@ def test_numbers_of_numpy_in_a_group_are_numbers(tmp_path: Path) -> None:
     torch.save(state.optimizer.state_dict(), tmp_path / "optimizer.pt")
     (group,) = torch.load(tmp_path / "optimizer.pt", weights_only=True)["param_groups"]
     assert (group["lr"], group["mark"]) == (0.1, 3)
+
+
+class Demanding(SGD):
+    """An optimizer whose step wants something that the launcher does not give."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        raise NotImplementedError("a second gradient")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (
+            partial(SparseAdam, lr=0.1),
+            "SparseAdam, whose step fails: RuntimeError: S",
+        ),
+        (partial(Adam, lr=0.1, capturable=True), "adam:Adam, whose step fails: AssertionError: If"),
+        (partial(Demanding, lr=0.1), "NotImplementedError: a second gradient (" + __file__),
+    ],
+)
+def test_an_optimizer_whose_step_fails_is_refused(optimizer: Any, said: str) -> None:
+    ctx = context_of(tiny_recipe(optimizer=optimizer))
+    with refused(said, "one gradient per step"):
+        preflight(ctx)
+
+
+def test_the_step_that_is_tried_changes_nothing() -> None:
+    ctx = context_of(tiny_recipe(optimizer=partial(SGD, lr=0.1, weight_decay=0.5, momentum=0.9)))
+    before = [parameter.clone() for parameter in ctx.state.network.parameters()]
+    preflight(ctx)
+    assert all(map(torch.equal, before, ctx.state.network.parameters()))
+    assert not ctx.state.optimizer.state
+    assert all(parameter.grad is None for parameter in ctx.state.network.parameters())
+
+
+def never(fraction: float) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": partial(SGD, lr=0.0)},
+        {"optimizer": partial(SGD, lr=1e-320)},  # 0 in float32
+        {"schedule": never},
+    ],
+)
+def test_a_rate_of_zero_in_all_of_the_training_is_refused(changes: dict[str, Any]) -> None:
+    with refused("a learning rate of 0 in all of the training"):
+        preflight(context_of(tiny_recipe(**changes)))
+
+
+def test_a_rate_of_zero_in_a_part_of_the_training_is_not() -> None:
+    preflight(context_of(tiny_recipe(schedule=partial(linear, until=0.5))))
 
 
 def initialize(network: nn.Module, images: Tensor) -> None:
