@@ -27,7 +27,8 @@ from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
 from launcher.results import report
 from launcher.results.figures import first_filters, reliability
-from launcher.results.page import Page, duration, percent
+from launcher.results.html import duration, percent
+from launcher.results.page import Page
 from launcher.results.sprites import sheet
 from tests.support.reported import HOSTILE, IMAGES, outcomes_of, write_reported
 
