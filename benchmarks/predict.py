@@ -13,11 +13,11 @@ in a hundred broken.
               a row of csv for each
 
 Each measurement is a process of its own, and they take turns. Seconds are those from the list of
-files to the last row, so without the imports; beside them those that processors were busy for the
-process and its workers, which a machine that is shared changes less. Memory is the peak of the process's resident set, and
-of its workers' proportional set, which counts a page that they share once. Of the launcher it is
-measured on a quarter of the files as well: it must not grow with their number. Writes predict.json
-beside this file.
+files to the last row, so without the imports; beside them the seconds of processors, which depend
+less on who else uses the machine. Memory is the peak of the process's resident set, and of its
+workers' proportional set, which counts a page that they share once. Of the launcher it is measured
+on a quarter of the files as well: it must not grow with their number. Writes predict.json beside
+this file.
 """
 
 import argparse

@@ -241,7 +241,7 @@ class Page:
         found = self.outcomes
         return int(found.truth[place]) if found and 0 <= place < len(found.truth) else None
 
-    @property
+    @cached_property
     def data(self) -> dict[str, Any]:
         """What the charts are drawn from; no value in it is NaN, which JSON has not."""
         curves = {

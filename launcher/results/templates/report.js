@@ -58,6 +58,7 @@ function drawCurves(id, lines, yaxis) {
 }
 
 function drawAllCurves() {
+  if (!page.curves) return;
   const curves = page.curves;
   drawCurves("chart-loss", [["training", curves.train_loss], ["test", curves.test_loss]], { hoverformat: ".4f" });
   const accuracy = [["test", curves.accuracy], ["test, with TTA", curves.accuracy_tta]];
@@ -233,8 +234,8 @@ function sampleCard(scores, place) {
   for (const [found, thousandths] of scores) {
     const name = make("span", "", nameOfClass(found)), share = thousandths / 10;
     name.title = nameOfClass(found);
-    const shade = found === truth ? "var(--right)" : "var(--accent)";
-    name.style.background = `linear-gradient(90deg, color-mix(in srgb, ${shade} 35%, transparent) ${share}%, transparent ${share}%)`;
+    name.className = found === truth ? "truth" : "answer";
+    name.style.setProperty("--share", share + "%");
     list.append(name, make("span", "share", share.toFixed(0) + " %"));
   }
   const label = make("span", "line quiet name", page.samples.names[place]);
@@ -291,7 +292,7 @@ window.addEventListener("afterprint", () => {
 });
 
 if (remembered()) root.dataset.theme = remembered();
-element("no-script").hidden = hasPlotly;
+if (element("no-script")) element("no-script").hidden = hasPlotly;
 draw();
 drawSamples();
 if (reloadSeconds) setTimeout(() => location.reload(), 1000 * reloadSeconds);
