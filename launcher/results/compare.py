@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.checkpoint.run_files import RunFiles, find
+from launcher.results import html
+from launcher.results.figures import number
 from launcher.utils.arguments import Parser
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable
+from launcher.utils.text import count, printable
 
-_USAGE = "launcher compare RUN RUN [RUN ...] [--json]"
+_USAGE = "launcher compare RUN RUN [RUN ...] [--html FILE] [--json]"
+_OTHER_PAGE = "type --html comparison.html, for example"
 _WIDTH = 110  # of a table that goes into a file
 _OF_A_RUN = ("seed", "data.root")  # settings in which repeats of one experiment differ
 _FIGURES = {
@@ -34,6 +37,15 @@ _FIGURES = {
     "last test loss": "test/loss",
     "last training loss": "train/loss",
     "images/s": "train/images_per_second",
+}
+_CURVES = {  # of a page: title, figure, and plotly's settings of its axis
+    "Loss of the test images": ("test/loss", {"hoverformat": ".4f"}),
+    "Accuracy of the test images": (
+        "test/accuracy",
+        {"tickformat": ".1~%", "hoverformat": ".2%"},
+    ),
+    "Loss in training": ("train/loss", {"hoverformat": ".4f"}),
+    "Learning rate": ("train/learning_rate", {"hoverformat": ".3~g", "rangemode": "tozero"}),
 }
 
 
@@ -73,6 +85,7 @@ def main(words: Sequence[str]) -> int:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="a run folder, or the name of a run")
     add("--runs", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help="of names")
+    add("--html", type=Path, metavar="FILE", help="write a page with the curves, for a browser")
     add("--json", action="store_true", help="for machines: one object")
     arguments = parser.parse_args(words)
     if len(arguments.runs) < 2:
@@ -80,11 +93,16 @@ def main(words: Sequence[str]) -> int:
     runs = [find(word, arguments.folder) for word in arguments.runs]
     if len({run.path.resolve() for run in runs}) < len(runs):
         parser.error("a run is named twice")
+    if arguments.html is not None:
+        html.refuse_taken(arguments.html, instead=_OTHER_PAGE)
     groups = grouped(runs)
     if arguments.json:
         sys.stdout.write(redacted(json.dumps(as_dict(runs, groups), indent=2)) + "\n")
     else:
         _show(runs, groups)
+    if arguments.html is not None:
+        html.write(arguments.html, page_of(runs, groups), instead=_OTHER_PAGE)
+        html.write_script(arguments.html.parent, instead=_OTHER_PAGE)
     return 0
 
 
@@ -194,29 +212,84 @@ def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]
     }
 
 
+def _tables(runs: Sequence[RunFiles]) -> dict[str, dict[str, list[str]]]:
+    """Of settings and of the environment, what differs: a cell for each run."""
+    values = {
+        "settings": [flatten(run.config) for run in runs],
+        "environment": [environment(run) for run in runs],
+    }
+    return {
+        title: {name: [_cell(value) for value in row] for name, row in differing(own).items()}
+        for title, own in values.items()
+    }
+
+
+def _differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Of the code; all runs of a group have the same."""
+    first = groups[0].runs[0]
+    differences = {g.name: source_difference(first, g.runs[0]) for g in groups[1:]}
+    return {name: list(map(redacted, lines)) for name, lines in differences.items() if lines}
+
+
+def _rows_of_figures(groups: Sequence[Group]) -> dict[str, list[str]]:
+    return {name: [_mean(group.figures[name], name) for group in groups] for name in _FIGURES}
+
+
+def _sentences(groups: Sequence[Group]) -> list[str]:
+    """What the tests say of each two groups that stand beside each other."""
+    pairs = ((a, b, compared(a, b)) for a, b in pairwise(groups))
+    return [_sentence(first, second, test) for first, second, test in pairs if test]
+
+
 def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
     console = make_console(_WIDTH)
-    names = [run.name for run in runs]
-    for title, values in (
-        ("settings", [flatten(run.config) for run in runs]),
-        ("environment", [environment(run) for run in runs]),
-    ):
-        rows = differing(values)
+    for title, rows in _tables(runs).items():
         if rows:
-            cells = {name: [_cell(value) for value in row] for name, row in rows.items()}
-            console.print(_table(title, names, cells))
+            console.print(_table(title, [run.name for run in runs], rows))
         else:
             console.print(f"{title}: no difference", markup=False)
-    for run in runs[1:]:
-        for line in source_difference(runs[0], run):
+    for lines in _differences(groups).values():
+        for line in lines:
             style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
-            console.print(Text(printable(redacted(line)), style))
+            console.print(Text(printable(line), style))
     columns = [group.name for group in groups]
-    figures = {name: [_mean(group.figures[name], name) for group in groups] for name in _FIGURES}
-    console.print(_table("figures", columns, figures))
-    for first, second in pairwise(groups):
-        if test := compared(first, second):
-            console.print(_sentence(first, second, test), markup=False, soft_wrap=True)
+    console.print(_table("figures", columns, _rows_of_figures(groups)))
+    for sentence in _sentences(groups):
+        console.print(sentence, markup=False, soft_wrap=True)
+
+
+def page_of(runs: Sequence[RunFiles], groups: Sequence[Group]) -> bytes:
+    """All of it for a browser, with the curves over each other."""
+    charts = [
+        {"title": title, "axis": axis, "lines": list(_lines(groups, key))}
+        for title, (key, axis) in _CURVES.items()
+    ]
+    return html.render(
+        "compare.html",
+        title=f"{count(len(runs), 'run')} compared",
+        subtitle=", ".join(run.name for run in runs),
+        runs=runs,
+        groups=groups,
+        tables=_tables(runs),
+        figures={
+            name: [cell.replace("+-", "±") for cell in row]
+            for name, row in _rows_of_figures(groups).items()
+        },
+        sentences=_sentences(groups),
+        differences=_differences(groups),
+        data={"charts": [chart for chart in charts if chart["lines"]]},
+        script=html.SCRIPT,
+    )
+
+
+def _lines(groups: Sequence[Group], key: str) -> Iterator[dict[str, Any]]:
+    """A curve of each run that has values; runs of one group have one colour."""
+    for place, group in enumerate(groups):
+        for run in group.runs:
+            values = [number(row.get(key)) for row in run.epochs]
+            if any(value is not None for value in values):
+                epochs = [row["epoch"] for row in run.epochs]
+                yield {"name": run.name, "group": place, "epochs": epochs, "values": values}
 
 
 def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:

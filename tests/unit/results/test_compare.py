@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
 from launcher.results.compare import compared, differing, grouped, two_sided
 from launcher.utils.json_text import flatten
+from tests.support.parsed import Parsed
 from tests.unit.results.test_runs import write_run
 
 
@@ -131,6 +133,71 @@ def test_nested_settings_have_dotted_names() -> None:
         "e": [1, 2],
     }
     assert differing([{"a": 1, "b": 2}, {"a": 1, "c": 3}]) == {"b": [2, None], "c": [None, 3]}
+
+
+def page_of(*runs: str) -> Parsed:
+    assert main(["compare", *runs, "--html", "out/page.html"]) == 0
+    return Parsed(Path("out/page.html").read_text(encoding="utf-8"))
+
+
+def test_a_page_has_all_of_it_and_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
+    slow, fast = repeats("slow", (0.90, 0.92), lr=0.1), repeats("fast", (0.95, 0.97), lr=0.2)
+    for run in slow:
+        (run.path / "recipe.py").write_text("a = 1\nb = 2\n")
+    for run in fast:
+        (run.path / "recipe.py").write_text("a = 1\nb = 3\n")
+    page = page_of("slow-0", "slow-1", "fast-0", "fast-1")
+    output = capsys.readouterr().out
+    assert output.count("+b = 3") == 1, "of two repeats, once"
+    for words in (
+        "slow-0 ... slow-1 (2 runs) fast-0 ... fast-1 (2 runs)",
+        "91.00% ± 1.41% (n=2)",
+        "lr 0.1 0.1 0.2 0.2",
+        "Environment No difference.",
+        "--- runs/slow-0/recipe.py",
+        "-b = 2 +b = 3",
+    ):
+        assert words in page.words, words
+    assert page.words.count("+b = 3") == 1
+    (sentence,) = [line for line in output.splitlines() if line.startswith("best accuracy of")]
+    assert sentence.removeprefix("b") in page.words
+    charts = {chart["title"]: chart["lines"] for chart in page.data["charts"]}
+    assert list(charts) == ["Loss of the test images", "Accuracy of the test images"]
+    lines = charts["Accuracy of the test images"]
+    assert [(line["name"], line["group"], line["values"]) for line in lines] == [
+        ("slow-0", 0, [0.1, 0.90]),
+        ("slow-1", 0, [0.1, 0.92]),
+        ("fast-0", 1, [0.1, 0.95]),
+        ("fast-1", 1, [0.1, 0.97]),
+    ]
+    assert sorted(os.listdir("out")) == ["page.html", "plotly.min.js"]
+
+
+def test_hostile_names_and_secrets_on_a_page() -> None:
+    write_run("<script>alert(1)<", url="https://user:hunter2secret@host/x", own="<img src=x>")
+    (write_run("two", lr=1) / "recipe.py").write_text("</code><script>alert(2)</script>\n")
+    page = page_of("<script>alert(1)<", "two")
+    assert [tag for tag, _ in page.elements].count("script") == len(page.scripts) + 1 == 3
+    assert not any(tag == "img" for tag, _ in page.elements)
+    assert "hunter2" not in Path("out/page.html").read_text()
+    assert "+</code><script>alert(2)</script>" in page.words
+
+
+def test_runs_without_an_epoch_are_a_page_without_curves() -> None:
+    write_run("one", ())
+    write_run("two", (), lr=1)
+    page = page_of("one", "two")
+    assert page.data["charts"] == []
+    assert "Curves" not in page.words
+
+
+def test_a_page_replaces_nothing_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run("one")
+    write_run("two")
+    Path("mine.html").write_text("mine")
+    assert main(["compare", "one", "two", "--html", "mine.html"]) == 2
+    assert "type --html comparison.html" in capsys.readouterr().err
+    assert Path("mine.html").read_text() == "mine"
 
 
 def test_one_run_is_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
