@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-steps", type=positive, metavar="N", help="stop after N steps")
     add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
+    add("--wandb-model", action="store_true", help="W&B also gets the best weights, at the end")
     add("--project", help="the project in Weights & Biases")
     add("--log-every", type=positive, metavar="N", help="steps between two readings of the loss")
     add("--resume", action="store_true", help="continue the newest run, or the one of --name")
@@ -277,6 +278,7 @@ def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env
         max_steps=arguments.max_steps,
         smoke=arguments.smoke,
         wandb=arguments.wandb,
+        wandb_model=arguments.wandb_model,
         project=arguments.project,
         log_every=arguments.log_every,
         resume=arguments.resume or arguments.resume_changed is not None,

@@ -25,6 +25,8 @@ from launcher.utils.text import count, printable
 
 BATCH = 128  # pictures
 TOP = 5
+# Of files in folders; what is named is tried whatever it is called.
+ENDINGS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".tga")
 MOST_NAMED = 100  # broken files that a page lists
 
 
@@ -112,7 +114,7 @@ def found_files(words: Sequence[str]) -> list[tuple[str, bool]]:
                 for folder, folders, names in os.walk(word)
                 for name in _visible(names, folders)
             )
-            found = [(file, True) for file in own if _ending(file) in IMG_EXTENSIONS]
+            found = [(file, True) for file in own if _ending(file) in ENDINGS]
         elif os.path.isfile(word):
             found = [(word, False)]
         else:

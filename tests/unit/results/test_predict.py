@@ -88,6 +88,15 @@ def test_a_folder_is_read_whole_and_its_names_are_the_truth(
     assert all(row["truth"] == Path(row["file"]).parent.name for row in rows)
 
 
+@pytest.mark.parametrize("ending", ["gif", "tga", "jp2", "tif", "webp", "BMP"])
+def test_pictures_of_other_formats_are_found(
+    ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("odd").mkdir()
+    Image.new("RGB", (30, 40), "red").save(f"odd/one.{ending}")
+    assert [row["file"] for row in rows_of(capsys, "odd")] == [f"odd/one.{ending}"]
+
+
 def test_patterns_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(capsys, "photos/*/1.png", "--weights", "final")
     assert len(rows) == 5
