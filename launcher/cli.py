@@ -130,6 +130,7 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
     add("--max-steps", type=positive, metavar="N", help="stop after N steps")
     add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
+    add("--wandb-model", action="store_true", help="W&B also gets the best weights, at the end")
     add("--project", help="the project in Weights & Biases")
     add("--group", help="the group of the run there (of repeats: their name)")
     add("--log-every", type=positive, metavar="N", help="steps between two readings of the loss")
@@ -389,6 +390,7 @@ def _options(arguments: argparse.Namespace, job: slurm_env.Allocation) -> "RunOp
         max_steps=arguments.max_steps,
         smoke=arguments.smoke,
         wandb=arguments.wandb,
+        wandb_model=arguments.wandb_model,
         project=arguments.project,
         group=arguments.group,
         log_every=arguments.log_every,

@@ -141,10 +141,13 @@ class RunFiles:
 
     @property
     def state(self) -> State:
-        """Whether it runs, and how it ended; a process that was killed has said nothing."""
-        if self.is_locked:
-            return "running"
+        """Whether it runs, and how it ended; a process that was killed has said nothing.
+
+        What has said how it ended may hold the folder for a while, as until W&B has it all.
+        """
         code = self.end.get("exit_code")
+        if code is None and self.is_locked:
+            return "running"
         return "done" if code == 0 else "stopped" if code == EXIT_SAVED else "failed"
 
     @property

@@ -20,6 +20,7 @@ class RunOptions:
     max_steps: int | None = None
     smoke: bool = False
     wandb: str | None = None
+    wandb_model: bool = False  # whether W&B gets the weights
     project: str | None = None  # in W&B; None: the user's own default, else "launcher"
     group: str | None = None  # in W&B
     log_every: int | None = None

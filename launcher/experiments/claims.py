@@ -16,8 +16,8 @@ from launcher.distributed.world import World
 from launcher.errors import EXIT_USER, UserError
 from launcher.experiments import repeat
 from launcher.experiments.repeat import Repeats
-from launcher.results.compare import two_sided
-from launcher.results.quoted import LAST, LAST_TTA, describe, quoted, summary
+from launcher.results.quoted import LAST, LAST_TTA, quoted
+from launcher.results.statistics import describe, summary, two_sided
 
 SEEDS_OF_ONE = 3  # for a claim of a single run
 FIGURES = {"test/accuracy": LAST, "test/accuracy_tta": LAST_TTA}

@@ -20,7 +20,8 @@ from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
 from launcher.results.compare import compared, grouped, sentence
-from launcher.results.quoted import Summary, describe, headline, quoted, summary
+from launcher.results.quoted import headline, quoted
+from launcher.results.statistics import Summary, describe, summary
 from launcher.run import train_loaded
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted

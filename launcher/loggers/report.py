@@ -57,7 +57,9 @@ class ReportAtEnd:
 
 
 def write(folder: Path) -> str:
-    """Write the page; returns what went wrong, or an empty text."""
+    """Write the page, unless that was done since the end; returns what went wrong, or nothing."""
+    if _is_fresh(folder):
+        return ""
     command = [sys.executable, "-m", "launcher", "report", str(folder.absolute())]
     try:
         # Its own session, and nothing of this process's output: who waits for the end of that
@@ -83,3 +85,12 @@ def write(folder: Path) -> str:
     if process.returncode == 0:
         return ""
     return lines[-1] if lines else f"exit code {process.returncode}"
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether W&B, which takes the page along, had it written already."""
+    try:
+        written = page_of(folder).stat().st_mtime_ns
+        return written > (folder / "end.json").stat().st_mtime_ns
+    except OSError:
+        return False

@@ -1,4 +1,4 @@
-"""Weights & Biases: the only file that imports wandb, on rank 0 and only where it is wanted.
+"""Weights & Biases, with `wandb_end`: imported on rank 0 only, and only where it is wanted.
 
 Three promises: no question is ever asked, training never waits for a network, and a failure of W&B
 is a line of warning, never an exception in the training.
@@ -23,6 +23,7 @@ from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import Plan
 from launcher.data.sources import Data
+from launcher.loggers import wandb_end
 from launcher.loggers.logger import Logger
 from launcher.loggers.wandb_history import (
     ROW,
@@ -57,7 +58,8 @@ _log = logging.getLogger("launcher")
 class WandbRun:
     """How a run appears in W&B, and the launcher's own run folder, in which its files lie.
 
-    With `run_id` the run of that id is continued, or begun under it.
+    With `run_id` the run of that id is continued, or begun under it. `has_report` and `has_model`
+    say whether it gets the page and the weights at the end.
     """
 
     folder: Path
@@ -68,6 +70,8 @@ class WandbRun:
     note: str = ""
     group: str | None = None
     run_id: str | None = None
+    has_report: bool = False
+    has_model: bool = False
 
 
 def describe(
@@ -87,6 +91,8 @@ def describe(
         note=redacted(environ.get("WANDB_NOTES", loaded.note)),
         group=redacted(group) if group else None,
         run_id=folder.identity,
+        has_report=options.makes_report,
+        has_model=options.wandb_model,
     )
 
 
@@ -109,14 +115,17 @@ class WandbLogger(Logger):
 
     name = "W&B"
 
-    def __init__(self, run: "wandb.Run", samples: "Samples", notice: str, folder: Path) -> None:
-        """Log into a run that has begun; `folder` is the launcher's own run folder."""
+    def __init__(
+        self, run: "wandb.Run", samples: "Samples", notice: str, described: WandbRun
+    ) -> None:
+        """Log into a run that has begun, and is `described`."""
         self._run, self._samples, self._warned = run, samples, False
+        self._described, self._is_complete = described, False
         self._folder = Path(run.dir).parent
         self.mode = "offline" if run.offline else "online"
         self.where = str(self._folder) if run.offline else run.url or ""
         self.notice = notice
-        self._history = WandbHistory(folder)
+        self._history = WandbHistory(described.folder)
         self._waiting: SimpleQueue[EpochReport | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._log_images, name="images", daemon=True)
         self._thread.start()
@@ -149,7 +158,11 @@ class WandbLogger(Logger):
                 self._run.summary.update({f"{which}/{k}": v for k, v in numbers.items()})
 
     def finish(self, exit_code: int) -> None:
-        """Send what is left, for a limited time, and end the run with an exit code."""
+        """Send what is left, for a limited time, and end the run with an exit code.
+
+        A run that was stopped or has failed has not come to its end: it gets no artifacts.
+        """
+        self._is_complete = exit_code == 0
         self._waiting.put(None)
         self._thread.join(self._run.settings.finish_timeout)
         try:
@@ -179,6 +192,18 @@ class WandbLogger(Logger):
             with self._only_warning():
                 self._run.log({"epoch": report.epoch, "samples": self._samples.captioned(report)})
                 self._run.log({"epoch": report.epoch, **self._samples.tables(report)})
+        if self._is_complete:
+            self._log_end()
+
+    def _log_end(self) -> None:
+        its = self._described
+        with self._only_warning():
+            if tables := wandb_end.tables(its.folder):
+                self._run.log(tables)
+        with self._only_warning():
+            wanted = {"has_report": its.has_report, "has_model": its.has_model}
+            for artifact in wandb_end.artifacts(its.folder, self._run.id, **wanted):
+                self._run.log_artifact(artifact)
 
     @contextmanager
     def _only_warning(self) -> Iterator[None]:
@@ -280,13 +305,13 @@ def start(mode: str | None, run: WandbRun, data: Data) -> Logger:
         mode, notice = _choose(mode)
         if mode == "online":
             try:
-                return WandbLogger(begin(mode="online"), samples, notice, run.folder)
+                return WandbLogger(begin(mode="online"), samples, notice, run)
             except Exception as error:
                 notice = f"W&B keeps the run offline: {_one_line(error)}"
                 wandb.teardown()  # or the same id is refused
         if mode == "off":
             return NullLogger()
-        return WandbLogger(begin(mode="offline"), samples, notice, run.folder)
+        return WandbLogger(begin(mode="offline"), samples, notice, run)
     except Exception as error:  # whatever is wrong with W&B, training works without it
         return NullLogger(f"W&B is off: {_one_line(error)}")
 

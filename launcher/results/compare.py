@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,21 +19,34 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.checkpoint.run_files import RunFiles, find
+from launcher.results import html
+from launcher.results.figures import number
+from launcher.results.quoted import LAST, headline, quoted
+from launcher.results.statistics import two_sided
 from launcher.utils.arguments import Parser
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable
+from launcher.utils.text import count, printable
 
-_USAGE = "launcher compare RUN RUN [RUN ...] [--json]"
+_USAGE = "launcher compare RUN RUN [RUN ...] [--html FILE] [--json]"
+_OTHER_PAGE = "type --html comparison.html, for example"
 _WIDTH = 110  # of a table that goes into a file
 _OF_A_RUN = ("seed", "data.root")  # settings in which repeats of one experiment differ
-_FIGURES = {
-    "best accuracy": "test/accuracy",
-    "last accuracy": "test/accuracy",
-    "last test loss": "test/loss",
-    "last training loss": "train/loss",
-    "images/s": "train/images_per_second",
+_ALSO = {"last training loss": "train/loss", "images/s": "train/images_per_second"}
+_CURVES = {  # of a page: title, figure, and plotly's settings of its axis
+    "Loss of the test images": ("test/loss", {"hoverformat": ".4f"}),
+    "Accuracy of the test images": (
+        "test/accuracy",
+        {"tickformat": ".1~%", "hoverformat": ".2%"},
+    ),
+    "Loss of the validation images": ("val/loss", {"hoverformat": ".4f"}),
+    "Accuracy of the validation images": (
+        "val/accuracy",
+        {"tickformat": ".1~%", "hoverformat": ".2%"},
+    ),
+    "Loss in training": ("train/loss", {"hoverformat": ".4f"}),
+    "Learning rate": ("train/learning_rate", {"hoverformat": ".3~g", "rangemode": "tozero"}),
 }
 
 
@@ -58,13 +71,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether two experiments differ: a two-sided t-test of their best accuracies."""
+    """Whether two experiments differ: a two-sided t-test of one of their figures.
 
+    `effect` is the difference in units of their pooled standard deviation (Cohen's d).
+    """
+
+    figure: str
     kind: str  # paired, by seeds, or Welch's
     difference: float
     t: float
     freedom: float
     p: float
+    effect: float
 
 
 def main(words: Sequence[str]) -> int:
@@ -73,6 +91,7 @@ def main(words: Sequence[str]) -> int:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="a run folder, or the name of a run")
     add("--runs", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help="of names")
+    add("--html", type=Path, metavar="FILE", help="write a page with the curves, for a browser")
     add("--json", action="store_true", help="for machines: one object")
     arguments = parser.parse_args(words)
     if len(arguments.runs) < 2:
@@ -80,11 +99,16 @@ def main(words: Sequence[str]) -> int:
     runs = [find(word, arguments.folder) for word in arguments.runs]
     if len({run.path.resolve() for run in runs}) < len(runs):
         parser.error("a run is named twice")
+    if arguments.html is not None:
+        html.refuse_taken(arguments.html, instead=_OTHER_PAGE)
     groups = grouped(runs)
     if arguments.json:
         sys.stdout.write(redacted(json.dumps(as_dict(runs, groups), indent=2)) + "\n")
     else:
         _show(runs, groups)
+    if arguments.html is not None:
+        html.write(arguments.html, page_of(runs, groups), instead=_OTHER_PAGE)
+        html.write_script(arguments.html.parent, instead=_OTHER_PAGE)
     return 0
 
 
@@ -128,50 +152,49 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:
-    found: dict[str, list[float]] = {name: [] for name in _FIGURES}
+    """A value of each run that has the figure, and of other runs nothing."""
+    found: dict[str, list[float]] = {}
     for run in runs:
-        for name, key in _FIGURES.items():
-            values = [row.get(key) for row in run.epochs]
-            numbers = [value for value in values if isinstance(value, int | float)]
-            if numbers:
-                found[name].append(max(numbers) if name == "best accuracy" else numbers[-1])
+        last = run.epochs[-1] if run.epochs else {}
+        also = {f"last {run.images} loss": run.key("loss"), **_ALSO}
+        numbers = {name: number(last.get(key)) for name, key in also.items()}
+        for name, value in {**quoted(run), **numbers}.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
     return {name: tuple(values) for name, values in found.items()}
 
 
 def compared(first: Group, second: Group) -> Comparison | None:
-    """Paired where both have the same seeds, else Welch's; None with less than two runs each."""
-    one, two = first.figures["best accuracy"], second.figures["best accuracy"]
+    """Paired where both have the same seeds, else Welch's; None with less than two runs each.
+
+    Of the figure that was not chosen on its images; of the last epoch, where they have not the
+    same one.
+    """
+    figures = {headline(group.runs[0]) for group in (first, second)}
+    figure = figures.pop() if len(figures) == 1 else LAST
+    one, two = (group.figures.get(figure, ()) for group in (first, second))
     if len(one) < 2 or len(two) < 2:
         return None
-    same = len(one) == len(two) and None not in first.seeds and len(set(first.seeds)) == len(one)
+    spreads = [stdev(values) for values in (one, two)]
+    whole = len(one) == len(first.runs) == len(two) == len(second.runs)
+    same = whole and None not in first.seeds and len(set(first.seeds)) == len(one)
     if same and sorted(first.seeds) == sorted(second.seeds):
         by_seed = [dict(zip(g.seeds, v, strict=True)) for g, v in ((first, one), (second, two))]
         gaps = [by_seed[1][seed] - by_seed[0][seed] for seed in by_seed[0]]
         kind, freedom, error = "paired", len(gaps) - 1.0, stdev(gaps) / math.sqrt(len(gaps))
     else:
-        parts = [stdev(values) ** 2 / len(values) for values in (one, two)]
+        parts = [s**2 / len(v) for s, v in zip(spreads, (one, two), strict=True)]
         kind, error = "Welch's", math.sqrt(sum(parts))
         squares = [part**2 / (len(v) - 1) for part, v in zip(parts, (one, two), strict=True)]
         freedom = sum(parts) ** 2 / sum(squares) if sum(squares) else 1.0
     difference = fmean(two) - fmean(one)
+    pooled = math.sqrt(sum(s**2 for s in spreads) / 2)
+    effect = difference / pooled if pooled else math.copysign(math.inf, difference)
     if not error:
         t, p = (math.inf, 0.0) if difference else (0.0, 1.0)
-        return Comparison(kind, difference, t, freedom, p)
+        return Comparison(figure, kind, difference, t, freedom, p, effect if difference else 0.0)
     t = difference / error
-    return Comparison(kind, difference, t, freedom, two_sided(t, freedom))
-
-
-def two_sided(t: float, freedom: float) -> float:
-    """The probability of a value as far from zero as `t` in Student's distribution.
-
-    By Simpson's rule over the angle, in which the density is a power of the cosine.
-    """
-    limit, steps = math.atan(abs(t) / math.sqrt(freedom)), 2000
-    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
-    heights = [math.cos(limit * i / steps) ** (freedom - 1) for i in range(steps + 1)]
-    inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
-    area = math.exp(scale) * limit / steps / 3 * (heights[0] + inner + heights[-1])
-    return max(0.0, 1 - 2 * area)
+    return Comparison(figure, kind, difference, t, freedom, two_sided(t, freedom), effect)
 
 
 # What is shown
@@ -180,7 +203,7 @@ def two_sided(t: float, freedom: float) -> float:
 def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]:
     """All of it, for JSON."""
     tests = [
-        {"first": a.name, "second": b.name, **vars(test)}
+        {"first": a.name, "second": b.name, **_in_json(test)}
         for a, b in pairwise(groups)
         if (test := compared(a, b))
     ]
@@ -194,29 +217,92 @@ def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]
     }
 
 
+def _tables(runs: Sequence[RunFiles]) -> dict[str, dict[str, list[str]]]:
+    """Of settings and of the environment, what differs: a cell for each run."""
+    values = {
+        "settings": [flatten(run.config) for run in runs],
+        "environment": [environment(run) for run in runs],
+    }
+    return {
+        title: {name: [_cell(value) for value in row] for name, row in differing(own).items()}
+        for title, own in values.items()
+    }
+
+
+def _differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Of the code; all runs of a group have the same."""
+    first = groups[0].runs[0]
+    differences = {g.name: source_difference(first, g.runs[0]) for g in groups[1:]}
+    return {name: list(map(redacted, lines)) for name, lines in differences.items() if lines}
+
+
+def _rows_of_figures(groups: Sequence[Group]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for group in groups for name in group.figures)
+    ordered = sorted(names, key=lambda name: "accuracy" not in name)
+    return {name: [_mean(g.figures.get(name, ()), name) for g in groups] for name in ordered}
+
+
+def _in_json(test: Comparison) -> dict[str, Any]:
+    """JSON has no infinity: of runs that are all equal."""
+    values = vars(test).items()
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values}
+
+
+def _sentences(groups: Sequence[Group]) -> list[str]:
+    """What the tests say of each two groups that stand beside each other."""
+    pairs = ((a, b, compared(a, b)) for a, b in pairwise(groups))
+    return [sentence(first, second, test) for first, second, test in pairs if test]
+
+
 def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
     console = make_console(_WIDTH)
-    names = [run.name for run in runs]
-    for title, values in (
-        ("settings", [flatten(run.config) for run in runs]),
-        ("environment", [environment(run) for run in runs]),
-    ):
-        rows = differing(values)
+    for title, rows in _tables(runs).items():
         if rows:
-            cells = {name: [_cell(value) for value in row] for name, row in rows.items()}
-            console.print(_table(title, names, cells))
+            console.print(_table(title, [run.name for run in runs], rows))
         else:
             console.print(f"{title}: no difference", markup=False)
-    for run in runs[1:]:
-        for line in source_difference(runs[0], run):
+    for lines in _differences(groups).values():
+        for line in lines:
             style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
-            console.print(Text(printable(redacted(line)), style))
+            console.print(Text(printable(line), style))
     columns = [group.name for group in groups]
-    figures = {name: [_mean(group.figures[name], name) for group in groups] for name in _FIGURES}
-    console.print(_table("figures", columns, figures))
-    for first, second in pairwise(groups):
-        if test := compared(first, second):
-            console.print(sentence(first, second, test), markup=False, soft_wrap=True)
+    console.print(_table("figures", columns, _rows_of_figures(groups)))
+    for line in _sentences(groups):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def page_of(runs: Sequence[RunFiles], groups: Sequence[Group]) -> bytes:
+    """All of it for a browser, with the curves over each other."""
+    charts = [
+        {"title": title, "axis": axis, "lines": list(_lines(groups, key))}
+        for title, (key, axis) in _CURVES.items()
+    ]
+    return html.render(
+        "compare.html",
+        title=f"{count(len(runs), 'run')} compared",
+        subtitle=", ".join(run.name for run in runs),
+        runs=runs,
+        groups=groups,
+        tables=_tables(runs),
+        figures={
+            name: [cell.replace("+-", "±") for cell in row]
+            for name, row in _rows_of_figures(groups).items()
+        },
+        sentences=_sentences(groups),
+        differences=_differences(groups),
+        data={"charts": [chart for chart in charts if chart["lines"]]},
+        script=html.SCRIPT,
+    )
+
+
+def _lines(groups: Sequence[Group], key: str) -> Iterator[dict[str, Any]]:
+    """A curve of each run that has values; runs of one group have one colour."""
+    for place, group in enumerate(groups):
+        for run in group.runs:
+            values = [number(row.get(key)) for row in run.epochs]
+            if any(value is not None for value in values):
+                epochs = [row["epoch"] for row in run.epochs]
+                yield {"name": run.name, "group": place, "epochs": epochs, "values": values}
 
 
 def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
@@ -247,6 +333,6 @@ def sentence(first: Group, second: Group, test: Comparison) -> str:
     differ = "differ" if test.p < 0.05 else "do not differ for certain"
     n = f"n={len(first.runs)} and {len(second.runs)}"
     return (
-        f"best accuracy of {first.name} and {second.name}: they {differ} ({test.difference:+.2%}, "
-        f"{test.kind} t={test.t:.2f}, p={test.p:.3g}, {n})"
+        f"{test.figure} of {first.name} and {second.name}: they {differ} ({test.difference:+.2%}, "
+        f"{test.kind} t={test.t:.2f}, p={test.p:.3g}, d={test.effect:.2f}, {n})"
     )

@@ -5,6 +5,7 @@ What others may have written is taken only where it fits together; numpy does it
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.checkpoint.outcomes import Outcomes
 
+MOST_CONFUSIONS = 10
+MOST_ROWS = 1000  # classes in the list of accuracies
 BINS = 15  # of the reliability diagram
 MOST_FILTERS = 128
 
@@ -80,6 +83,59 @@ def first_filters(path: Path, channels: int | None) -> Filters | None:
     height = weight.max(axis=(1, 2, 3), keepdims=True) - low
     shades = (weight - low) / numpy.where(height > 0, height, 1.0) * 255
     return Filters(named[0], shapes[named[0]][0], shades.round().astype(numpy.uint8))
+
+
+Cells = Sequence[tuple[int, int, int]]  # of a confusion matrix: truth, prediction, images
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class and its images."""
+
+    name: str
+    accuracy: float | None
+    images: int
+
+
+def class_rows(cells: Cells, classes: Sequence[str]) -> list[ClassRow]:
+    """The accuracy of each class; of very many, the lowest."""
+    right = {truth: images for truth, found, images in cells if truth == found}
+    totals = _totals(cells)
+    rows = [
+        ClassRow(
+            name,
+            right.get(place, 0) / totals[place] if totals.get(place) else None,
+            totals.get(place, 0),
+        )
+        for place, name in enumerate(classes)
+    ]
+    if not cells:
+        return []
+    if len(rows) > MOST_ROWS:
+        rows = sorted(rows, key=lambda row: 2.0 if row.accuracy is None else row.accuracy)
+    return rows[:MOST_ROWS]
+
+
+def largest_confusions(cells: Cells, classes: Sequence[str]) -> list[dict[str, str]]:
+    """The cells that hold the most mistakes, in words."""
+    totals = _totals(cells)
+    wrong = sorted((-n, truth, found) for truth, found, n in cells if truth != found)
+    return [
+        {
+            "cell": f"{truth},{found}",
+            "truth": classes[truth],
+            "predicted": classes[found],
+            "images": f"{-n:,} of {totals[truth]:,}",
+        }
+        for n, truth, found in wrong[:MOST_CONFUSIONS]
+    ]
+
+
+def _totals(cells: Cells) -> dict[int, int]:
+    totals: dict[int, int] = {}
+    for truth, _, images in cells:
+        totals[truth] = totals.get(truth, 0) + images
+    return totals
 
 
 def number(value: Any) -> float | None:

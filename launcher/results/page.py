@@ -8,29 +8,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from launcher.checkpoint.outcomes import MOST_CLASSES, SUREST, WORST, Outcomes
 from launcher.checkpoint.run_files import RunFiles
-from launcher.results import figures
-from launcher.results.figures import Filters, number
+from launcher.results import figures, html
+from launcher.results.figures import ClassRow, Filters, number
+from launcher.results.html import percent
 from launcher.results.sprites import Sheet, sheet
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count, duration, some, spread
 
 MOST_EPOCHS = 100  # through which the slider of the samples goes
-MOST_ROWS = 1000  # classes in the list of accuracies
 MATRIX_CLASSES = 2000  # more than that are no picture: their largest confusions are a list
-CONFUSIONS = 10
 FILTER_PIXELS = 48
-GENERATOR = "launcher report"  # how a page says that it may be replaced
-_TEMPLATES = Path(__file__).parent / "templates"
 _CURVES = {
     "train_loss": "train/loss",
     "evaluated_loss": "{}/loss",
@@ -40,7 +34,6 @@ _CURVES = {
     "learning_rate": "train/learning_rate",
     "images_per_second": "train/images_per_second",
 }
-_OWN_TEXTS = {"style": "css", "program": "js"}
 _NOT_FACTS = ("recipe", "name", "fallback", "started", "wandb_id", "data_digest")
 
 
@@ -56,15 +49,6 @@ class Answer:
     loss: str
     is_right: bool
     picture: str | None
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """A class and its test images."""
-
-    name: str
-    accuracy: float | None
-    images: int | None
 
 
 class Page:
@@ -166,45 +150,14 @@ class Page:
         return [(truth, found, images) for truth, found, images in cells]
 
     @property
-    def confusions(self) -> list[dict[str, Any]]:
+    def confusions(self) -> list[dict[str, str]]:
         """The largest, as words."""
-        wrong = sorted((-n, t, p) for t, p, n in self.cells if t != p)[:CONFUSIONS]
-        totals = self._totals
-        return [
-            {
-                "cell": f"{truth},{found}",
-                "truth": self.classes[truth],
-                "predicted": self.classes[found],
-                "images": f"{-n:,} of {totals[truth]:,}",
-            }
-            for n, truth, found in wrong
-        ]
-
-    @cached_property
-    def _totals(self) -> dict[int, int]:
-        totals: dict[int, int] = {}
-        for truth, _, images in self.cells:
-            totals[truth] = totals.get(truth, 0) + images
-        return totals
+        return figures.largest_confusions(self.cells, self.classes)
 
     @property
     def class_rows(self) -> list[ClassRow]:
         """The accuracy of each class; of very many, the lowest."""
-        right = {truth: images for truth, found, images in self.cells if truth == found}
-        totals = self._totals
-        rows = [
-            ClassRow(
-                name,
-                right.get(place, 0) / totals[place] if totals.get(place) else None,
-                totals.get(place, 0),
-            )
-            for place, name in enumerate(self.classes)
-        ]
-        if not self.cells:
-            return []
-        if len(rows) > MOST_ROWS:
-            rows = sorted(rows, key=lambda row: 2.0 if row.accuracy is None else row.accuracy)
-        return rows[:MOST_ROWS]
+        return figures.class_rows(self.cells, self.classes)
 
     # Pictures
 
@@ -288,7 +241,7 @@ class Page:
         found = self.outcomes
         return int(found.truth[place]) if found and 0 <= place < len(found.truth) else None
 
-    @property
+    @cached_property
     def data(self) -> dict[str, Any]:
         """What the charts are drawn from; no value in it is NaN, which JSON has not."""
         curves = {
@@ -350,36 +303,20 @@ class Page:
 def render(run: RunFiles, script: str, reload_seconds: int = 0) -> bytes:
     """The page; `script` is where plotly's is, seen from it. It reloads itself where asked to."""
     page = Page(run)
-    return _rendered("report.html", page=page, script=script, reload_seconds=reload_seconds)
+    return html.render(
+        "report.html",
+        title=run.name,
+        subtitle=page.facts["recipe"],
+        data=page.data,
+        page=page,
+        script=script,
+        reload_seconds=reload_seconds,
+    )
 
 
 def render_index(pages: Mapping[str, RunFiles]) -> bytes:
     """A list of pages, which are named by their links."""
-    return _rendered("index.html", pages=pages)
-
-
-def _rendered(template: str, **values: Any) -> bytes:
-    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True)
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"percent": percent}
-    environment.trim_blocks = environment.lstrip_blocks = True
-    own = {name: _own_text(f"report.{ending}") for name, ending in _OWN_TEXTS.items()}
-    text = environment.get_template(template).render(**values, **own, generator=GENERATOR)
-    return text.encode(errors="replace")  # names of files may be no UTF-8
-
-
-def _own_text(name: str) -> Markup:
-    """The launcher's own style and script, which are not to be escaped."""
-    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
-
-
-def percent(share: float | None) -> str:
-    """`61.5 %` on one line; a share just below one is not said to be one."""
-    if share is None or share != share:
-        return "unknown"
-    if 0.9995 <= share < 1:
-        return ">\xa099.9\xa0%"
-    return "<\xa00.1\xa0%" if 0 < share < 0.0005 else f"{share:.1%}".replace("%", "\xa0%")
+    return html.render("index.html", pages=pages)
 
 
 def _epochs(numbers: list[int]) -> str:

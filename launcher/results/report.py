@@ -11,16 +11,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 from launcher.checkpoint.run_files import RunFiles, find
-from launcher.errors import UserError
 from launcher.loggers.report import page_of
-from launcher.results.page import GENERATOR, render, render_index
-from launcher.utils import atomic_write
+from launcher.results import html
+from launcher.results.html import SCRIPT
+from launcher.results.page import render, render_index
 from launcher.utils.arguments import Parser
 from launcher.utils.text import printable
 
-SCRIPT = "plotly.min.js"
 SECONDS = 5  # between two looks of --watch
 _USAGE = "launcher report RUN [RUN ...] [--output DIR] [--open] [--watch]"
+_INSTEAD = "type --output FOLDER"
 _State = tuple[object, ...]
 _WATCHED = ("metrics.jsonl", "details.jsonl", "best.npz", "last.npz", "end.json", "run.json")
 
@@ -80,13 +80,13 @@ def _write_all(
     """
     for run, path in zip(runs, pages, strict=True):
         seconds = SECONDS if is_watched and run.state == "running" else 0
-        _write(path, render(run, SCRIPT, seconds))
+        html.write(path, render(run, SCRIPT, seconds), instead=_INSTEAD)
     for folder in dict.fromkeys(path.parent for path in pages):
-        _write_script(folder / SCRIPT)
+        html.write_script(folder, instead=_INSTEAD)
     if output is None or len(runs) == 1:
         return pages[0]
     links = {quote(path.name): run for path, run in zip(pages, runs, strict=True)}
-    _write(output / "index.html", render_index(links))
+    html.write(output / "index.html", render_index(links), instead=_INSTEAD)
     return output / "index.html"
 
 
@@ -119,46 +119,3 @@ def _state(run: RunFiles) -> _State:
         except OSError:
             stats.append((0, 0))
     return (run.state, *stats)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Raises `UserError` where that is not possible, or the place is not the launcher's."""
-    try:
-        if path.parent.is_symlink() or not _is_own(path):
-            raise UserError(
-                f"{path}, which is not a page of launcher report, or behind a link",
-                expected="a place that is free, or has an earlier report",
-                instead="type --output FOLDER",
-            )
-        atomic_write.replace(path, content, is_kept=False)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}, which cannot be written ({error.strerror})",
-        expected="a folder that can be written, and room for it",
-        instead="type --output FOLDER",
-    )
-
-
-def _is_own(path: Path) -> bool:
-    """Whether nothing of others would be lost."""
-    if not path.exists():
-        return True
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return GENERATOR.encode() in file.read(1000)
-
-
-def _write_script(path: Path) -> None:
-    from plotly.offline import get_plotlyjs
-
-    script = get_plotlyjs().encode()
-    try:
-        if not path.is_file() or path.stat().st_size != len(script):
-            atomic_write.replace(path, script, is_kept=False)
-    except OSError as error:
-        raise _unwritable(path, error) from None

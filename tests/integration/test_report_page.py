@@ -1,18 +1,24 @@
-"""The report in a real browser: every control, a phone's width, hostile names, no request.
+"""The pages in a real browser: every control, a phone's width, hostile names, no request.
 
 `pytest -m browser`; skipped where Playwright or Chromium is not installed.
 """
 
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from filelock import FileLock
+from PIL import Image
 
 from launcher.cli import main
+from launcher.results import report
+from tests.support.helpers import RECIPES
 from tests.support.reported import HOSTILE, outcomes_of, write_reported
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -167,8 +173,6 @@ def test_pictures_are_those_of_their_images(show: Any) -> None:
 def middle_of(locator: Any) -> tuple[int, ...]:
     import io
 
-    from PIL import Image
-
     image = Image.open(io.BytesIO(locator.screenshot())).convert("RGB")
     pixel = image.getpixel((image.width // 2, image.height // 2))
     assert isinstance(pixel, tuple)
@@ -298,3 +302,96 @@ def test_a_list_of_runs_leads_to_their_pages(show: Any) -> None:
     shown.page.click("text=100% <b>#?")
     assert shown.text("h1") == "100% <b>#?"
     shown.page.wait_for_selector("#chart-loss .scatterlayer .trace")
+
+
+def test_a_watched_page_renews_itself_until_the_run_has_ended(
+    show: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SECONDS", 0.3)
+    path = write_reported(Path("runs"), epochs=1)
+    end = (path / "end.json").read_text()
+    (path / "end.json").unlink()
+    page = folder / path / "report" / "index.html"
+    codes: list[int] = []
+    with FileLock(path / ".lock"):
+        watching = threading.Thread(target=lambda: codes.append(main(["report", "own", "--watch"])))
+        watching.start()
+        while not page.exists():
+            threading.Event().wait(0.05)
+        shown = show(page)
+        has = """number => {
+            const data = JSON.parse(document.getElementById("data")?.textContent || "{}");
+            const lines = document.querySelectorAll("#chart-loss .trace").length;
+            return data.epochs?.length === number && lines === 2;
+        }"""  # which may be asked while a page is being read
+        shown.page.wait_for_function(has, arg=1)
+        row = (path / "metrics.jsonl").read_text().replace('"epoch": 1', '"epoch": 2')
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write(row)
+        shown.page.wait_for_function(has, arg=2)
+        (path / "end.json").write_text(end)
+    watching.join(20)
+    assert codes == [0]
+    shown.page.wait_for_function(
+        "() => typeof reloadSeconds !== 'undefined' && reloadSeconds === 0"
+    )
+    assert "done" in shown.text(".figures")
+    shown.page.evaluate("window.isTheSame = true")
+    shown.page.wait_for_timeout(1000)
+    assert shown.page.evaluate("window.isTheSame"), "the last page stays"
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_runs_that_are_compared_can_be_hidden(show: Any, width: int) -> None:
+    for name, classes in (("first", CLASSES), ("x" * 90, HOSTILE)):
+        path = write_reported(Path("runs"), name, classes, epochs=3)
+        (path / "recipe.py").write_text(f"{name} = {'1' * 200}\n")
+    assert main(["compare", "first", "x" * 90, "--html", "out/page.html"]) == 0
+    shown = show(Path("out/page.html"), width=width)
+    assert shown.page.evaluate("document.documentElement.scrollWidth") == width
+    lines = shown.page.locator("#compared-1 .scatterlayer .trace")
+    assert lines.count() == 2
+    shown.page.click("#legend button >> nth=0")
+    assert lines.count() == 1
+    shade = "getComputedStyle(document.querySelector('.legend i.series-1')).backgroundColor"
+    drawn = "document.querySelector('#compared-1 .js-line').style.stroke"
+    assert shown.page.evaluate(drawn) == shown.page.evaluate(shade)
+    shown.page.click("#legend button >> nth=0")
+    assert lines.count() == 2
+    if width == DESKTOP:
+        shown.page.hover("#compared-1 .nsewdrag")
+        shown.page.wait_for_selector("#compared-1 .hoverlayer .legendtext")
+        texts = shown.page.locator("#compared-1 .hoverlayer .legendtext").all_text_contents()
+        assert [text.split(" : ")[0] for text in texts] == ["first", "x" * 12 + "…" + "x" * 15]
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_pictures_of_others_are_shown_by_class(show: Any, width: int) -> None:
+    few = ["data.fallback.count=60", "data.batch_size=20", "epochs=1", "data.root=nowhere"]
+    words = ["--wandb", "off", "--name", "own", "--no-report"]
+    assert main([str(RECIPES / "pictures64.py"), *few, *words]) == 0
+    random = numpy.random.default_rng(0)
+    for number in range(30):
+        place = Path("photos", ("disk", "ring")[number % 2], f"<b>{number}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (80, 90, 3), dtype=numpy.uint8)).save(place)
+    assert main(["predict", "own", "photos", "--html", "out/page.html"]) == 0
+    shown = show(Path("out/page.html"), width=width)
+    assert shown.page.evaluate("document.documentElement.scrollWidth") == width
+    matrix = shown.page.evaluate("page.matrix")
+    assert sum(images for *_, images in matrix) == 30
+    for truth, found, images in matrix:
+        shown.page.evaluate(f"showCell({truth}, {found})")
+        assert shown.page.locator("#cell .card").count() == images
+    if width == DESKTOP:
+        truth, found, images = matrix[0]
+        shown.page.mouse.click(*cell(shown, truth, found, 5))
+        assert f": {images} of 15" in shown.text("#cell h3")
+        assert "<b>" in shown.text("#cell .name >> nth=0")
+    cards = shown.page.locator("main > section > .few .card")
+    assert cards.count() == 30
+    hidden = shown.page.locator("main > section > .few .card:not(:visible)").count()
+    for button in shown.page.locator(".more").all():
+        button.click()
+    assert hidden > 0
+    assert shown.page.locator("main > section > .few .card:visible").count() == 30

@@ -35,7 +35,7 @@ function layout(more) {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
     margin: { l: 48, r: 12, t: 8, b: 36 }, dragmode: isNarrow ? false : "zoom",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("quiet"), activecolor: colour("accent") },
-    hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") } },
+    hoverlabel: { namelength: -1, bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") } },
     ...more,
     xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
   };
@@ -58,6 +58,7 @@ function drawCurves(id, lines, yaxis) {
 }
 
 function drawAllCurves() {
+  if (!page.curves) return;
   const curves = page.curves;
   drawCurves("chart-loss", [["training", curves.train_loss], [page.images, curves.evaluated_loss]], { hoverformat: ".4f" });
   const accuracy = [[page.images, curves.accuracy], [page.images + ", with TTA", curves.accuracy_tta]];
@@ -65,6 +66,28 @@ function drawAllCurves() {
   drawCurves("chart-accuracy", accuracy, { tickformat: ".1~%", hoverformat: ".2%" });
   drawCurves("chart-rate", [["learning rate", curves.learning_rate]], { hoverformat: ".3~g", exponentformat: "power", rangemode: "tozero" });
   drawCurves("chart-speed", [["images/s", curves.images_per_second]], { hoverformat: ",.0f", rangemode: "tozero" });
+}
+
+// Of runs that are compared: one chart for each figure, one colour for each group of runs.
+
+const withoutMiddle = (name) => (name.length > 28 ? name.slice(0, 12) + "…" + name.slice(-15) : name);
+const hiddenGroups = new Set();
+const dashes = ["solid", "dash", "dot", "dashdot"];
+
+function drawCompared() {
+  (page.charts || []).forEach((chart, number) => {
+    const shown = chart.lines.filter((line) => !hiddenGroups.has(line.group));
+    const few = Math.max(...chart.lines.map((line) => line.epochs.length)) <= 10;
+    const traces = shown.map((line) => ({
+      name: escaped(withoutMiddle(line.name)), x: line.epochs, y: line.values, mode: line.epochs.length > 40 ? "lines" : "lines+markers",
+      line: { color: colour("series-" + (line.group % 8)), width: 2, dash: dashes[Math.floor(line.group / 8) % 4] }, marker: { size: 6 },
+    }));
+    Plotly.react("compared-" + number, traces, layout({
+      hovermode: shown.length > 8 ? "closest" : "x unified", hoverdistance: shown.length > 8 ? 20 : -1, showlegend: false,
+      xaxis: { title: { text: "epoch" }, ...(few ? { dtick: 1, tick0: 0 } : {}) },
+      yaxis: { exponentformat: "power", ...chart.axis },
+    }), config);
+  });
 }
 
 function drawCalibration() {
@@ -88,12 +111,12 @@ function drawCalibration() {
 
 const totals = new Map();
 const inCell = new Map();
-for (const [truth, found, images] of page.matrix) {
+for (const [truth, found, images] of page.matrix || []) {
   totals.set(truth, (totals.get(truth) || 0) + images);
   inCell.set(truth + "," + found, images);
 }
 const ofCell = new Map();
-page.pictures.forEach((picture, number) => {
+(page.pictures || []).forEach((picture, number) => {
   const key = picture[1] + "," + picture[2];
   ofCell.set(key, [...(ofCell.get(key) || []), number]);
 });
@@ -115,8 +138,9 @@ function describeCell(truth, found) {
 const MOST_CELLS = 3000;  // that are drawn as points, where a cell is less than a pixel or two
 
 function drawMatrix() {
-  const matrix = element("matrix"), number = page.classes.length;
+  const matrix = element("matrix");
   if (!matrix || !page.matrix.length) return;
+  const number = page.classes.length;
   const step = Math.ceil(number / Math.max(10, Math.floor(matrix.clientWidth / 16)));
   const ticks = page.classes.map((name, place) => place).filter((place) => place % step === 0);
   const names = ticks.map((place) => escaped(short(page.classes[place])));
@@ -141,7 +165,7 @@ const shades = () => [0, 0.25, 0.5, 0.75, 1].map((share) => [share, between(shar
 function asCells(matrix, number) {
   const rows = Array.from({ length: number }, () => new Array(number).fill(0));
   const texts = rows.map((row) => row.map(() => ""));
-  for (const cell of page.matrix) {
+  for (const cell of page.matrix || []) {
     rows[cell[0]][cell[1]] = shadeOf(cell);
     texts[cell[0]][cell[1]] = String(cell[2]);
   }
@@ -233,8 +257,8 @@ function sampleCard(scores, place) {
   for (const [found, thousandths] of scores) {
     const name = make("span", "", nameOfClass(found)), share = thousandths / 10;
     name.title = nameOfClass(found);
-    const shade = found === truth ? "var(--right)" : "var(--accent)";
-    name.style.background = `linear-gradient(90deg, color-mix(in srgb, ${shade} 35%, transparent) ${share}%, transparent ${share}%)`;
+    name.className = found === truth ? "truth" : "answer";
+    name.style.setProperty("--share", share + "%");
     list.append(name, make("span", "share", share.toFixed(0) + " %"));
   }
   const label = make("span", "line quiet name", page.samples.names[place]);
@@ -251,6 +275,7 @@ function draw() {
   element("theme").textContent = isDark ? "light" : "dark";
   if (!hasPlotly) return;
   drawAllCurves();
+  drawCompared();
   drawMatrix();
   drawCalibration();
 }
@@ -274,6 +299,13 @@ for (const button of document.querySelectorAll("[data-more]"))
   });
 for (const button of document.querySelectorAll("[data-cell]"))
   button.addEventListener("click", () => showCell(...button.dataset.cell.split(",").map(Number)));
+for (const button of document.querySelectorAll("[data-group]"))
+  button.addEventListener("click", () => {
+    const group = Number(button.dataset.group), isShown = hiddenGroups.delete(group);
+    if (!isShown) hiddenGroups.add(group);
+    button.setAttribute("aria-pressed", isShown);
+    if (hasPlotly) drawCompared();
+  });
 element("epoch")?.addEventListener("input", drawSamples);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 let width = window.innerWidth, waiting = 0;
@@ -291,7 +323,7 @@ window.addEventListener("afterprint", () => {
 });
 
 if (remembered()) root.dataset.theme = remembered();
-element("no-script").hidden = hasPlotly;
+if (element("no-script")) element("no-script").hidden = hasPlotly;
 draw();
 drawSamples();
 if (reloadSeconds) setTimeout(() => location.reload(), 1000 * reloadSeconds);

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from launcher.cli import main
 from launcher.config.loader import load
 from launcher.experiments import repeat
-from launcher.results.quoted import quantile, summary
+from launcher.results.statistics import quantile, summary
 from launcher.utils.arguments import parse_seeds
 from tests.support.helpers import complaint, refused
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
-from launcher.results.compare import compared, differing, grouped, two_sided
+from launcher.results.compare import compared, differing, grouped
+from launcher.results.statistics import two_sided
 from launcher.utils.json_text import flatten
+from tests.support.parsed import Parsed
 from tests.unit.results.test_runs import write_run
 
 
@@ -44,9 +47,10 @@ def test_settings_code_and_environment_that_differ_are_shown(
     assert ["images", "(digest)", "-", "beef"] in lines
     assert ["-b", "=", "2"] in lines
     assert ["+b", "=", "3"] in lines
-    assert ["best", "accuracy", "70.00%", "80.00%"] in lines
-    assert ["last", "accuracy", "60.00%", "80.00%"] in lines
-    assert ["last", "training", "loss", "-", "-"] in lines
+    chosen = ["test", "accuracy,", "best", "epoch", "(chosen", "on", "the", "test", "images)"]
+    assert [*chosen, "70.00%", "80.00%"] in lines
+    assert ["test", "accuracy,", "last", "epoch", "60.00%", "80.00%"] in lines
+    assert not any("training" in line for line in lines), "which was not measured"
     assert not any("seed" in line for line in lines)
     assert main(["compare", "one", "two", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
@@ -72,7 +76,7 @@ def test_repeats_are_one_group_with_mean_and_deviation(capsys: pytest.CaptureFix
     assert main(["compare", *names]) == 0
     output = capsys.readouterr().out
     assert "92.00% +- 2.00% (n=3)" in output
-    assert "they differ (+5.33%, paired t=16.00, p=0.00388, n=3 and 3)" in output
+    assert "they differ (+5.33%, paired t=16.00, p=0.00388, d=2.35, n=3 and 3)" in output
 
 
 def test_a_secret_in_a_setting_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +137,73 @@ def test_nested_settings_have_dotted_names() -> None:
     assert differing([{"a": 1, "b": 2}, {"a": 1, "c": 3}]) == {"b": [2, None], "c": [None, 3]}
 
 
+def page_of(*runs: str) -> Parsed:
+    assert main(["compare", *runs, "--html", "out/page.html"]) == 0
+    return Parsed(Path("out/page.html").read_text(encoding="utf-8"))
+
+
+def test_a_page_has_all_of_it_and_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
+    slow, fast = repeats("slow", (0.90, 0.92), lr=0.1), repeats("fast", (0.95, 0.97), lr=0.2)
+    for run in slow:
+        (run.path / "recipe.py").write_text("a = 1\nb = 2\n")
+    for run in fast:
+        (run.path / "recipe.py").write_text("a = 1\nb = 3\n")
+    page = page_of("slow-0", "slow-1", "fast-0", "fast-1")
+    output = capsys.readouterr().out
+    assert output.count("+b = 3") == 1, "of two repeats, once"
+    for words in (
+        "slow-0 ... slow-1 (2 runs) fast-0 ... fast-1 (2 runs)",
+        "91.00% ± 1.41% (n=2)",
+        "lr 0.1 0.1 0.2 0.2",
+        "Environment No difference.",
+        "--- runs/slow-0/recipe.py",
+        "-b = 2 +b = 3",
+    ):
+        assert words in page.words, words
+    assert page.words.count("+b = 3") == 1
+    (sentence,) = [
+        line for line in output.splitlines() if line.startswith("test accuracy, last epoch of")
+    ]
+    assert sentence.removeprefix("t") in page.words
+    charts = {chart["title"]: chart["lines"] for chart in page.data["charts"]}
+    assert list(charts) == ["Loss of the test images", "Accuracy of the test images"]
+    lines = charts["Accuracy of the test images"]
+    assert [(line["name"], line["group"], line["values"]) for line in lines] == [
+        ("slow-0", 0, [0.1, 0.90]),
+        ("slow-1", 0, [0.1, 0.92]),
+        ("fast-0", 1, [0.1, 0.95]),
+        ("fast-1", 1, [0.1, 0.97]),
+    ]
+    assert sorted(os.listdir("out")) == ["page.html", "plotly.min.js"]
+
+
+def test_hostile_names_and_secrets_on_a_page() -> None:
+    write_run("<script>alert(1)<", url="https://user:hunter2secret@host/x", own="<img src=x>")
+    (write_run("two", lr=1) / "recipe.py").write_text("</code><script>alert(2)</script>\n")
+    page = page_of("<script>alert(1)<", "two")
+    assert [tag for tag, _ in page.elements].count("script") == len(page.scripts) + 1 == 3
+    assert not any(tag == "img" for tag, _ in page.elements)
+    assert "hunter2" not in Path("out/page.html").read_text()
+    assert "+</code><script>alert(2)</script>" in page.words
+
+
+def test_runs_without_an_epoch_are_a_page_without_curves() -> None:
+    write_run("one", ())
+    write_run("two", (), lr=1)
+    page = page_of("one", "two")
+    assert page.data["charts"] == []
+    assert "Curves" not in page.words
+
+
+def test_a_page_replaces_nothing_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run("one")
+    write_run("two")
+    Path("mine.html").write_text("mine")
+    assert main(["compare", "one", "two", "--html", "mine.html"]) == 2
+    assert "type --html comparison.html" in capsys.readouterr().err
+    assert Path("mine.html").read_text() == "mine"
+
+
 def test_one_run_is_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "one"]) == 2
     assert "two runs at least" in capsys.readouterr().err
@@ -142,3 +213,31 @@ def test_a_run_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -
     write_run("one")
     assert main(["compare", "one", "runs/one"]) == 2
     assert "a run is named twice" in capsys.readouterr().err
+
+
+def validated(name: str, accuracies: tuple[float, ...], tested: float, **config: Any) -> RunFiles:
+    """A run that has chosen by validation images."""
+    path = write_run(name, **config)
+    about = json.loads((path / "run.json").read_text()) | {"evaluated_on": "val"}
+    (path / "run.json").write_text(json.dumps(about))
+    rows = [{"epoch": n, "val/accuracy": a} for n, a in enumerate(accuracies, start=1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = {"best": {"test/accuracy": tested}, "last": {"test/accuracy": tested - 0.01}}
+    (path / "test.json").write_text(json.dumps(figures))
+    return RunFiles(path)
+
+
+def test_what_validation_images_chose_is_compared_on_the_test_images() -> None:
+    first = [validated(f"a-{n}", (0.9, 0.8), 0.7 + n / 100, seed=n, lr=1) for n in range(2)]
+    second = [validated(f"b-{n}", (0.9, 0.8), 0.8 + n / 90, seed=n, lr=2) for n in range(2)]
+    one, two = grouped([*first, *second])
+    assert one.figures["validation accuracy, best epoch"] == (0.9, 0.9)
+    assert one.figures["test accuracy, best epoch"] == (0.7, 0.71)
+    test = compared(one, two)
+    assert test is not None
+    assert test.figure == "test accuracy, best epoch"
+    chosen_on_test = repeats("c", (0.90, 0.92), lr=3)
+    (three,) = grouped(chosen_on_test)
+    other = compared(one, three)
+    assert other is not None
+    assert other.figure == "test accuracy, last epoch"

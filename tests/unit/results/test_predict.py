@@ -1,7 +1,11 @@
 """`launcher predict`: what a run says of pictures of any kind and size, in any number."""
 
+import base64
 import csv
+import io
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,9 @@ from PIL import Image
 
 from launcher import load_run
 from launcher.cli import main
-from launcher.results import predict
+from launcher.results import gallery, predictions
 from tests.support.helpers import RECIPES, complaint
+from tests.support.parsed import Parsed
 
 CLASSES = ("disk", "ring", "square", "frame", "cross")
 
@@ -67,7 +72,7 @@ def test_the_probabilities_are_those_of_the_model(capsys: pytest.CaptureFixture[
 def test_a_folder_is_read_whole_and_its_names_are_the_truth(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "BATCH", 4)  # several batches, the last of another size
+    monkeypatch.setattr(predictions, "BATCH", 4)  # several batches, the last of another size
     assert main(["predict", "own", "photos", "--csv", "out.csv"]) == 0
     printed = capsys.readouterr()
     assert "photos/disk/broken.png cannot be read as a picture" in printed.err
@@ -81,6 +86,15 @@ def test_a_folder_is_read_whole_and_its_names_are_the_truth(
     right = sum(row["truth"] == row["class1"] for row in rows)
     assert f"accuracy {right / 15:.2%} of 15 whose folder is a class" in lines
     assert all(row["truth"] == Path(row["file"]).parent.name for row in rows)
+
+
+@pytest.mark.parametrize("ending", ["gif", "tga", "jp2", "tif", "webp", "BMP"])
+def test_pictures_of_other_formats_are_found(
+    ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("odd").mkdir()
+    Image.new("RGB", (30, 40), "red").save(f"odd/one.{ending}")
+    assert [row["file"] for row in rows_of(capsys, "odd")] == [f"odd/one.{ending}"]
 
 
 def test_patterns_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +125,7 @@ def test_only_broken_pictures_are_exit_code_2(capsys: pytest.CaptureFixture[str]
         (["own", "photos/disk/notes"], "in which no picture is found"),
         (["other", "photos"], "there is own"),
         (["own", "photos", "--csv", "photos"], "expected a file that can be written"),
+        (["own", "photos", "--html", "photos"], "which is not a page of launcher report"),
         (["own", "photos", "--weights", "first"], "invalid choice: 'first'"),
     ],
 )
@@ -118,6 +133,84 @@ def test_wrong_words_are_one_line(
     words: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert part in complaint(capsys, "predict", *words)
+
+
+def page_of(*words: str) -> Parsed:
+    assert main(["predict", "own", *words, "--html", "out/page.html"]) == 0
+    return Parsed(Path("out/page.html").read_text(encoding="utf-8"))
+
+
+def test_a_page_shows_the_pictures_with_their_best_classes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = page_of("photos")
+    summary = capsys.readouterr().out.splitlines()[-4:]
+    right = round(float(re.findall(r"accuracy (.*)%", " ".join(summary))[0]) * 15 / 100)
+    assert f"{right / 15:.1%}".replace("%", " %") + " accuracy, of 15 whose folder" in page.words
+    assert "1 could not be read" in page.words
+    assert "photos/disk/broken.png" in page.words
+    assert sum(images for _, _, images in page.data["matrix"]) == 15
+    assert sum(n for truth, found, n in page.data["matrix"] if truth == found) == right
+    pictures = page.data["pictures"]
+    wrong = [truth != found for _, truth, found, *_ in pictures]
+    assert wrong == sorted(wrong, reverse=True), "mistakes come first"
+    sure = [share for _, truth, found, share, _ in pictures if truth != found]
+    assert sure == sorted(sure, reverse=True)
+    rest = [share for _, truth, found, share, _ in pictures if truth == found]
+    assert rest == sorted(rest)
+    cards = [a for tag, a in page.elements if tag == "figure"]
+    assert len(cards) == 15
+    assert sorted(os.listdir("out")) == ["page.html", "plotly.min.js"]
+    run = load_run("runs/own")
+    with torch.no_grad():
+        shares = run.model(run.prepare([Path(row[0]) for row in pictures])).softmax(1)
+    for (_, truth, found, share, of_truth), row in zip(pictures, shares, strict=True):
+        assert (share, of_truth) == (
+            pytest.approx(float(row[found]), abs=1e-4),
+            pytest.approx(float(row[truth]), abs=1e-4),
+        )
+
+
+def test_a_picture_of_the_page_is_the_file_s_own() -> None:
+    for name, colour in (("red", (200, 30, 30)), ("blue", (20, 40, 220))):
+        Image.new("RGB", (300, 200), colour).save(f"{name}.jpg")
+    page = page_of("red.jpg", "blue.jpg")
+    assert "is not known here" in page.words
+    assert page.data["matrix"] == []
+    assert os.listdir("out") == ["page.html"], "no chart, no script"
+    style = Path("out/page.html").read_text()
+    uri = re.findall(r"url\(data:image/webp;base64,([^)]*)\)", style)[0]
+    whole = Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")
+    for number, (file, *_) in enumerate(page.data["pictures"]):
+        pixel = whole.getpixel((48 + 96 * number, 48))
+        assert isinstance(pixel, tuple)
+        assert (pixel[0] > 150) == (file == "red.jpg")
+
+
+def test_a_page_keeps_some_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "MOST", 2)
+    monkeypatch.setattr(predictions, "MOST_NAMED", 1)
+    Path("photos/ring/broken.png").write_bytes(b"no picture")
+    whole = page_of("photos").data
+    assert len(whole["pictures"]) <= 4
+    assert sum(images for _, _, images in whole["matrix"]) == 15
+    text = Path("out/page.html").read_text()
+    assert "and 1 more" in text
+
+
+def test_names_are_text_on_the_page() -> None:
+    name = "<script>alert(1)<b>.png"
+    Path(name).write_bytes(Path("photos/disk/0.png").read_bytes())
+    page = page_of(name)
+    assert [tag for tag, _ in page.elements].count("script") == len(page.scripts) == 2
+    assert name in page.words
+
+
+def test_what_is_no_file_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("photos/disk/\x1bpipe.png")
+    assert main(["predict", "own", "photos/disk"]) == 0
+    errors = capsys.readouterr().err
+    assert "photos/disk/?pipe.png cannot be read as a picture (it is no file)" in errors
 
 
 def test_a_truecolor_terminal_shows_the_first_pictures(

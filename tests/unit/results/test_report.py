@@ -12,7 +12,6 @@ import resource
 import subprocess
 import sys
 import threading
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
 from launcher.results import report
 from launcher.results.figures import first_filters, reliability
-from launcher.results.page import Page, percent
+from launcher.results.html import percent
+from launcher.results.page import Page
 from launcher.results.sprites import sheet
+from tests.support.parsed import Parsed
 from tests.support.reported import HOSTILE, IMAGES, outcomes_of, write_reported
 
 
@@ -36,50 +37,6 @@ from tests.support.reported import HOSTILE, IMAGES, outcomes_of, write_reported
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-class Parsed(HTMLParser):
-    """A page as a browser reads it: its elements, its text, its scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.scripts: list[str] = []
-        self.comments: list[str] = []
-        self._inside = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts.append(data)
-        elif self._inside != "style":
-            self.text.append(data)
-
-    def handle_comment(self, data: str) -> None:
-        self.comments.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the page's script reads; JSON as browsers know it, without NaN."""
-
-        def refuse(word: str) -> None:
-            raise AssertionError(f"{word} is no JSON")
-
-        found: dict[str, Any] = json.loads(self.scripts[0], parse_constant=refuse)
-        return found
 
 
 def page_of(path: Path) -> Parsed:

@@ -1,0 +1,132 @@
+"""The page of `launcher predict --html`: pictures, and what a run says of them."""
+
+import heapq
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+from launcher.checkpoint.run_files import RunFiles
+from launcher.data.image_folder import BROKEN, fitted
+from launcher.results import figures, html
+from launcher.results.figures import ClassRow
+from launcher.results.load import TrainedRun
+from launcher.results.predictions import Prediction, Summary
+from launcher.results.sprites import SHOWN, Sheet, sheet
+from launcher.utils.redaction import redacted
+
+MOST = 250  # pictures of mistakes, and of others, that a page shows
+MATRIX_CLASSES = 2000  # more than that are no picture
+
+
+class Gallery:
+    """Takes each prediction, and keeps those that a page shows.
+
+    These are the surest mistakes, and of all others those that are the least sure.
+    """
+
+    def __init__(self, files: RunFiles, run: TrainedRun) -> None:
+        """Empty, for what a run says."""
+        self.files, self.classes = files, list(run.classes)
+        height, width, _ = run.image_shape
+        self._size = width, height
+        self._numbers = {each: number for number, each in enumerate(run.classes)}
+        self._mistakes: list[tuple[float, int, Prediction]] = []
+        self._others: list[tuple[float, int, Prediction]] = []
+        self._answers: Counter[str] = Counter()
+        self._seen = 0
+
+    def row(self, prediction: Prediction) -> None:
+        """Keep it, unless others are worth more."""
+        self._seen += 1
+        self._answers[prediction.classes[0]] += 1
+        share = prediction.probabilities[0]
+        heap = self._mistakes if prediction.is_mistake else self._others
+        worth = share if prediction.is_mistake else -share
+        entry = (worth, -self._seen, prediction)  # of equal ones, the first
+        if len(heap) < MOST:
+            heapq.heappush(heap, entry)
+        else:
+            heapq.heappushpop(heap, entry)
+
+    def render(self, summary: Summary) -> bytes:
+        """The page."""
+        data = {
+            "classes": self.classes,
+            "matrix": self.cells(summary) if len(self.classes) <= MATRIX_CLASSES else [],
+            "pictures": [self._entry(each) for each in self.shown],
+            "columns": self.sheet.columns if self.sheet else 0,
+            "size": [self.sheet.width, self.sheet.height] if self.sheet else [0, 0],
+        }
+        return html.render(
+            "predict.html",
+            title=f"What {self.files.name} says of pictures",
+            subtitle=redacted(str(self.files.about.get("recipe", self.files.recipe))),
+            page=self,
+            summary=summary,
+            data=data,
+            confusions=figures.largest_confusions(self.cells(summary), self.classes),
+            class_rows=figures.class_rows(self.cells(summary), self.classes),
+            script=html.SCRIPT if summary.known else "",
+        )
+
+    @cached_property
+    def mistakes(self) -> list[Prediction]:
+        """Those that are kept, the surest first."""
+        return [entry[2] for entry in sorted(self._mistakes, reverse=True)]
+
+    @cached_property
+    def others(self) -> list[Prediction]:
+        """Right ones and those whose class nobody knows, the least sure first."""
+        return [entry[2] for entry in sorted(self._others, reverse=True)]
+
+    @property
+    def shown(self) -> list[Prediction]:
+        """All that are kept, as they lie in the sheet."""
+        return [*self.mistakes, *self.others]
+
+    @property
+    def answers(self) -> list[ClassRow]:
+        """How often each class was the answer, the most frequent first."""
+        rows = self._answers.most_common(figures.MOST_ROWS)
+        return [ClassRow(name, n / self._seen, n) for name, n in rows]
+
+    def cells(self, summary: Summary) -> list[tuple[int, int, int]]:
+        """Of the confusion matrix."""
+        numbers = self._numbers
+        return [(numbers[t], numbers[found], n) for (t, found), n in summary.confusion.items()]
+
+    @cached_property
+    def sheet(self) -> Sheet | None:
+        """The pictures that are shown, cut as the network takes them."""
+        if not self.shown:
+            return None
+        scale = SHOWN / max(self._size)
+        width, height = (max(1, round(side * scale)) for side in self._size)
+        with ThreadPoolExecutor() as pool:
+            files = [prediction.file for prediction in self.shown]
+            pictures = list(pool.map(lambda file: _thumbnail(file, (width, height)), files))
+        return sheet(numpy.stack(pictures))
+
+    def _entry(self, prediction: Prediction) -> list[Any]:
+        """Name, truth, answer and the two probabilities, for the script of the page."""
+        truth = None if prediction.truth is None else self._numbers[prediction.truth]
+        found = self._numbers[prediction.classes[0]]
+        shares = (prediction.probabilities[0], prediction.probability_of_truth)
+        rounded = [None if s is None else figures.number(round(s, 4)) for s in shares]
+        return [str(prediction.file), truth, found, *rounded]
+
+
+def _thumbnail(file: Path, size: tuple[int, int]) -> NDArray[Any]:
+    """Black where the file has gone meanwhile."""
+    try:
+        with Image.open(file) as picture:
+            picture.draft(None, (2 * size[0], 2 * size[1]))  # a large JPEG is read smaller
+            return fitted(picture, size)
+    except BROKEN:
+        return numpy.zeros((size[1], size[0], 3), numpy.uint8)

@@ -1,0 +1,95 @@
+"""What all pages have in common: how one is made of its template, and where it may be written."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from launcher.errors import UserError
+from launcher.utils import atomic_write
+
+SCRIPT = "plotly.min.js"
+GENERATOR = "launcher report"  # how a page says that it may be replaced
+_TEMPLATES = Path(__file__).parent / "templates"
+_OWN_TEXTS = {"style": "report.css", "program": "report.js"}
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page of text that Jinja2 escapes, and of the launcher's own style and script."""
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= {"percent": percent}
+    environment.trim_blocks = environment.lstrip_blocks = True
+    own = {
+        name: Markup((_TEMPLATES / file).read_text(encoding="utf-8"))
+        for name, file in _OWN_TEXTS.items()
+    }
+    values = {"generator": GENERATOR, "script": "", "reload_seconds": 0, **own, **values}
+    text = environment.get_template(template).render(values)
+    return text.encode(errors="replace")  # names of files may be no UTF-8
+
+
+def percent(share: float | None) -> str:
+    """`61.5 %` on one line; a share just below one is not said to be one."""
+    if share is None or share != share:
+        return "unknown"
+    if 0.9995 <= share < 1:
+        return ">\xa099.9\xa0%"
+    return "<\xa00.1\xa0%" if 0 < share < 0.0005 else f"{share:.1%}".replace("%", "\xa0%")
+
+
+# Where a page goes
+
+
+def write(path: Path, content: bytes, *, instead: str) -> None:
+    """Raises `UserError` where that is not possible, or the place is not the launcher's."""
+    refuse_taken(path, instead=instead)
+    try:
+        atomic_write.replace(path, content, is_kept=False)
+    except OSError as error:
+        raise _unwritable(path, error, instead) from None
+
+
+def refuse_taken(path: Path, *, instead: str) -> None:
+    """Raise `UserError` where a page would replace something that is not one."""
+    try:
+        is_free = not path.parent.is_symlink() and _is_own(path)
+    except OSError as error:
+        raise _unwritable(path, error, instead) from None
+    if not is_free:
+        raise UserError(
+            f"{path}, which is not a page of launcher report, or behind a link",
+            expected="a place that is free, or has an earlier report",
+            instead=instead,
+        )
+
+
+def write_script(folder: Path, *, instead: str) -> None:
+    """Plotly's own, beside the pages that use it."""
+    from plotly.offline import get_plotlyjs
+
+    script, path = get_plotlyjs().encode(), folder / SCRIPT
+    try:
+        if not path.is_file() or path.stat().st_size != len(script):
+            atomic_write.replace(path, script, is_kept=False)
+    except OSError as error:
+        raise _unwritable(path, error, instead) from None
+
+
+def _unwritable(path: Path, error: OSError, instead: str) -> UserError:
+    return UserError(
+        f"{path}, which cannot be written ({error.strerror})",
+        expected="a folder that can be written, and room for it",
+        instead=instead,
+    )
+
+
+def _is_own(path: Path) -> bool:
+    """Whether nothing of others would be lost."""
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(1000)
