@@ -77,6 +77,18 @@ class RunFiles:
         return f"{self.evaluated_on}/{figure}"
 
     @cached_property
+    def held_out(self) -> list[int]:
+        """Where the validation images stood in the training half of the source, if there."""
+        images = json_text.read_object(self.path / "validation.json").get("images")
+        return [n for n in images if isinstance(n, int)] if isinstance(images, list) else []
+
+    def image_name(self, place: int) -> str:
+        """Of an evaluated image that has no file of its own."""
+        if 0 <= place < len(self.held_out):
+            return f"training image {self.held_out[place]}"
+        return f"image {place}"
+
+    @cached_property
     def tested(self) -> dict[str, dict[str, Any]]:
         """With validation images: the figures of the test images at the end, best and last."""
         found = json_text.read_object(self.path / "test.json")

@@ -26,7 +26,7 @@ def tables(folder: Path) -> "dict[str, wandb.Table]":
     names = files.about.get("classes")
     classes = [str(name) for name in names] if isinstance(names, list) else []
     return {
-        "worst_mistakes": _worst_mistakes(best, classes),
+        "worst_mistakes": _worst_mistakes(files, best, classes),
         "class_accuracy": _class_accuracy(best, classes),
     }
 
@@ -62,7 +62,7 @@ def artifacts(
         yield made
 
 
-def _worst_mistakes(best: Outcomes, classes: list[str]) -> "wandb.Table":
+def _worst_mistakes(files: RunFiles, best: Outcomes, classes: list[str]) -> "wandb.Table":
     import wandb
 
     columns: list[str | int] = ["image", "truth", "prediction", "confidence"]
@@ -78,7 +78,7 @@ def _worst_mistakes(best: Outcomes, classes: list[str]) -> "wandb.Table":
                 _name(classes, int(best.truth[place])),
                 _name(classes, int(best.predicted[place])),
                 *map(float, numbers),
-                redacted(str(best.files[place])) if has_file else f"image {place}",
+                redacted(str(best.files[place])) if has_file else files.image_name(place),
             ]
         )
     return wandb.Table(columns=columns, data=rows)

@@ -178,7 +178,7 @@ class Page:
         found = self.outcomes
         if found is not None and found.files.shape == found.truth.shape:
             return redacted(str(found.files[place]))
-        return f"image {place}"
+        return self.run.image_name(place)
 
     def _answers(self, places: NDArray[Any]) -> list[Answer]:
         return [self._answer(place) for place in places.tolist()]

@@ -33,6 +33,7 @@ class Row:
     epoch: int
     planned: int | None
     best: float | None
+    chosen_on: str  # test or validation: the images by which the best epoch was chosen
     age: float | None
     size: int
 
@@ -74,6 +75,7 @@ def row_of(run: RunFiles) -> Row:
         run.epoch,
         run.planned_epochs,
         run.best_accuracy,
+        run.images,
         age,
         run.size,
     )
@@ -109,7 +111,7 @@ def _table(rows: list[Row]) -> Table:
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for row in rows:
         planned = "?" if row.planned is None else row.planned
-        best = "-" if row.best is None else f"{row.best:.2%}"
+        best = "-" if row.best is None else f"{row.best:.2%} ({row.chosen_on})"
         about = (row.name, row.recipe, row.state, f"{row.epoch}/{planned}", best)
         cells = (*about, "-" if row.age is None else duration(row.age), sizes(row.size))
         table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: brackets are no markup
