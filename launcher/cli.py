@@ -57,11 +57,15 @@ Words of the form name=value (or --name=value) change settings of the recipe for
 this run; `launcher RECIPE --help` lists them. `launcher submit --help` says how
 to train in a Slurm job."""
 
-_TUNE_USAGE = "launcher tune RECIPE --lr [name=value ...] [options]"
+_TUNE_USAGE = "launcher tune RECIPE [name=value ...] --lr | --search NAME=RANGE ... [options]"
 _TUNE_DESCRIPTION = """\
 Find out where to begin: --lr trains the recipe for a part of an epoch with a
 rate that rises from a thousandth to a thousand times its own, shows the loss
-over it, and suggests one. Nothing is evaluated and nothing kept."""
+over it, and suggests one; nothing is evaluated and nothing kept. --search lets
+Optuna propose settings, and judges them by validation images:
+
+  launcher tune recipes/simplecnn.py data.validation=0.1 --trials 40 \\
+      --search 'optimizer.lr=log:1e-4..1e-1' 'model.width=16|32|64' --jobs 4"""
 _TEXTS = {
     "train": (_USAGE, _DESCRIPTION),
     "repeat": (_REPEAT_USAGE, _REPEAT_DESCRIPTION),
@@ -175,6 +179,14 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
             action="store_true",
             help="let the learning rate rise: where does the loss fall?",
         )
+        tries = "try settings: NAME=low..high, NAME=log:low..high or NAME=a|b"
+        add("--search", nargs="+", action="extend", metavar="NAME=RANGE", help=tries)
+        add("--trials", type=positive, default=20, metavar="N", help="default: %(default)s")
+        add("--jobs", type=positive, default=1, metavar="N", help="processes that try")
+        add("--job", type=int, help=argparse.SUPPRESS)  # which of them this is
+        looks = "let the search look at the test images, as every output then says"
+        add("--on-test", action="store_true", help=looks)
+        add("--table", action="store_true", help="try nothing: show the trials that there are")
         most = "of the ramp (default: 400, and at most an epoch)"
         add("--steps", type=positive, metavar="N", help=most)
         add("--save", type=Path, metavar="FOLDER", help="write a picture and the numbers there")
@@ -306,7 +318,7 @@ def _run(words: list[str], world: World) -> int:
     if command == "repeat":
         return _repeat(several, arguments, job)
     if command == "tune":
-        return _tune(several[0], arguments, job)
+        return _tune(several[0], arguments, job, words)
     return _train(several[0], arguments, job)
 
 
@@ -316,14 +328,28 @@ def _refuse_no_training(
     for option in ("smoke", "profile", "dry_run"):
         if getattr(arguments, option):
             parser.error(f"--{option.replace('_', '-')} goes with one run, not with {command}")
-    if command == "tune" and not (arguments.lr or arguments.help):
-        parser.error("nothing to tune is named, such as --lr")
+    if command == "tune" and bool(arguments.lr) == bool(arguments.search) and not arguments.help:
+        parser.error("one of --lr and --search says what to tune")
 
 
-def _tune(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env.Allocation) -> int:
-    from launcher.experiments import learning_rate
+def _tune(
+    loaded: "LoadedRecipe",
+    arguments: argparse.Namespace,
+    job: slurm_env.Allocation,
+    words: list[str],
+) -> int:
+    from launcher.experiments import learning_rate, search
 
     options, folder = _options(arguments, job), arguments.save
+    if arguments.search:
+        ranges, trials = arguments.search, arguments.trials
+        found = search.prepare(loaded, ranges, trials, options, on_test=arguments.on_test)
+        if arguments.table:
+            search.show(found)
+            return 0
+        if arguments.job is not None:
+            return search.work(found, arguments.job)
+        return search.run(found, job.world, jobs=arguments.jobs, words=words)
     return learning_rate.run(loaded, options, job.world, steps=arguments.steps, folder=folder)
 
 

@@ -6,7 +6,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -161,17 +161,22 @@ class ActiveRun:
 
 
 def train_loaded(
-    loaded: LoadedRecipe, options: RunOptions, world: World = ALONE, watch: Watch | None = None
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    world: World = ALONE,
+    watch: Watch | None = None,
+    also: Sequence[Logger] = (),
 ) -> RunResult:
     """Train a recipe; every rank calls this. `watch` is called before the training begins.
 
+    The loggers `also` hear of it, on rank 0, besides those that the options say.
     Raises `UserError` before anything is written, `TrainingError` for a loss that is not finite
     or a failed smoke test, and `RankError` where the ranks lose each other.
     """
     if options.smoke:
         options = smoke_options(options)
     with ranks_together(world, options.timeouts) as group:
-        return prepare_and_run(loaded, options, group, watch)
+        return prepare_and_run(loaded, options, group, watch, also)
 
 
 @contextmanager
@@ -231,7 +236,11 @@ def _no_exit(raised: SystemExit) -> Exception:
 
 
 def prepare_and_run(
-    loaded: LoadedRecipe, options: RunOptions, group: RankGroup, watch: Watch | None = None
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    group: RankGroup,
+    watch: Watch | None = None,
+    also: Sequence[Logger] = (),
 ) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     training = training_of(loaded, options, group)
@@ -241,7 +250,8 @@ def prepare_and_run(
     ctx = watch(ctx) if watch else ctx
     smoke_test = SmokeTest(ctx) if options.smoke else None
     with report_first_failure(group, lambda: describe_position(ctx)):
-        result = log_and_run(ctx, training.loaded, options, cleaned(training.facts), profiler)
+        facts = cleaned(training.facts)
+        result = log_and_run(ctx, training.loaded, options, facts, profiler, also)
         if smoke_test and not result.stopped and (note := smoke_test.verdict()):
             make_console(accelerator.is_main_process).say(note)
     return result
@@ -432,6 +442,7 @@ def log_and_run(
     options: RunOptions,
     facts: dict[str, str],
     profiler: Profiler | None = None,
+    also: Sequence[Logger] = (),
 ) -> RunResult:
     """Begin or continue the run folder, train in front of the loggers, and close them."""
     with ExitStack() as exit_stack:  # the lock of the folder, until this process is done with it
@@ -442,7 +453,7 @@ def log_and_run(
             checkpoint.restore(start.checkpoint, ctx)
         if start:  # what was refused until here has left the folder as it was
             start = describe_run(ctx, start, loaded, facts)
-        loggers = make_loggers(ctx, start, loaded, options)
+        loggers = make_loggers(ctx, start, loaded, options, also)
         is_main, say = ctx.accelerator.is_main_process, loggers.console.say
         best = start.best if start else None
         saver = Saver(start.folder if start else None, is_main, say)
@@ -519,23 +530,28 @@ def describe_run(
 
 
 def make_loggers(
-    ctx: TrainContext, start: ResumePoint | None, loaded: LoadedRecipe, options: RunOptions
+    ctx: TrainContext,
+    start: ResumePoint | None,
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    also: Sequence[Logger] = (),
 ) -> Loggers:
-    """The console and W&B, on rank 0."""
+    """The console, W&B and those `also`, on rank 0."""
     is_main = ctx.accelerator.is_main_process
     console = make_console(is_main)
     if start is None or not is_main:
         return Loggers(console)
     data = ctx.data.to(torch.device("cpu"))
     shown = wandb.describe(start.folder, loaded, options, bool(data.fallback))
-    return Loggers(console, (wandb.start(options.wandb, shown, data),))
+    return Loggers(console, (wandb.start(options.wandb, shown, data), *also))
 
 
 def show_header(run: ActiveRun, start: ResumePoint | None, facts: dict[str, str]) -> None:
     """What is about to run, and what the user should know about its beginning."""
     console, loggers = run.loggers.console, run.loggers.others
     rows = {name: fact for name, fact in facts.items() if name != "fallback"}
-    rows |= {logger.name: f"{logger.mode} {logger.where}".strip() for logger in loggers}
+    shown = [logger for logger in loggers if logger.name]
+    rows |= {logger.name: f"{logger.mode} {logger.where}".strip() for logger in shown}
     rows |= {"run folder": str(run.folder.path)} if run.folder else {}
     console.header(f"launcher: {run.loaded.name}", rows, fallback_warning(run.ctx.data))
     notices = [logger.notice for logger in loggers]

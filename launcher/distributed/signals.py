@@ -26,6 +26,7 @@ _received: list[str] = []
 _end = _NEVER
 _parent = os.getppid()
 _watches_launcher = False
+_asked = ""
 
 
 @contextmanager
@@ -54,6 +55,17 @@ def stop_at(moment: float, reason: str) -> None:
     _end = (moment, reason)
 
 
+def ask_to_stop(reason: str) -> None:
+    """Stop this process's training as a signal would; until `withdraw`."""
+    global _asked
+    _asked = reason
+
+
+def withdraw() -> None:
+    """What was asked for is done: another training may begin."""
+    ask_to_stop("")
+
+
 def watch_launcher() -> None:
     """Ask for a stop when the parent process, which is a launcher, has ended."""
     global _watches_launcher
@@ -64,6 +76,8 @@ def stop_reason() -> str:
     """Why this process has to stop: a signal's name, the time, its launcher's end; else empty."""
     if _received:
         return _received[0]
+    if _asked:
+        return _asked
     moment, reason = _end
     if time.time() >= moment:
         return reason

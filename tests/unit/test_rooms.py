@@ -109,6 +109,7 @@ def test_few_files_import_rich_and_wandb() -> None:
             "compare",
             "predict",
             "repeat",
+            "search",
         ),
         "wandb": ("wandb", "wandb_end"),
     }

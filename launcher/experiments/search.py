@@ -1,0 +1,358 @@
+"""`launcher tune RECIPE --search NAME=RANGE ...`: settings that make a recipe better.
+
+Optuna proposes; each trial is an ordinary run, judged by its validation images and ended early
+where it lags behind. The journal of the search is a file beside the runs, which several processes
+and machines may share; what was interrupted goes on.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launcher.checkpoint.run_files import RunFiles
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
+from launcher.config.overrides import override
+from launcher.config.plan import Plan
+from launcher.distributed import signals
+from launcher.distributed.accelerator import reset_accelerator
+from launcher.distributed.world import ALONE, World
+from launcher.errors import EXIT_SAVED, TrainingError, UserError
+from launcher.loggers.logger import Logger
+from launcher.run import train_loaded
+from launcher.training.metrics import Best, EpochReport
+from launcher.utils.redaction import redacted
+from launcher.utils.terminal import make_console
+from launcher.utils.text import printable
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "search.journal"
+TRIALS = 20
+_SPAN = re.compile(r"(log:)?([-+0-9.eE]+)\.\.([-+0-9.eE]+)")
+_WIDTH = 110  # of a table that goes into a file
+_PRUNED = "the search, as others were better by this epoch"
+_RANGES = "NAME=low..high, NAME=log:low..high or NAME=a|b|c"
+_EXAMPLE = "type --search 'optimizer.lr=log:1e-4..1e-1', for example"
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a setting may be: from `low` to `high`, or one of some words."""
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+    is_log: bool = False
+    is_whole: bool = False
+    words: tuple[str, ...] = ()
+
+    def distribution(self) -> "optuna.distributions.BaseDistribution":
+        """The same in Optuna's words."""
+        from optuna import distributions as d
+
+        if self.words:
+            return d.CategoricalDistribution(self.words)
+        if self.is_whole:
+            return d.IntDistribution(int(self.low), int(self.high), log=self.is_log)
+        return d.FloatDistribution(self.low, self.high, log=self.is_log)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, how often, and under which name."""
+
+    loaded: LoadedRecipe
+    ranges: tuple[Range, ...]
+    trials: int
+    options: RunOptions
+
+    @property
+    def base(self) -> str:
+        """How the names of the trials begin."""
+        return self.options.name or f"{self.loaded.name}-search"
+
+    @property
+    def journal(self) -> Path:
+        """The file by which processes and machines know of each other's trials."""
+        return self.options.runs / f"{self.base}.{JOURNAL}"
+
+    def run_name(self, number: int) -> str:
+        """Of one trial."""
+        return f"{self.base}-trial{number}"
+
+
+def parse_range(text: str) -> Range | None:
+    """`optimizer.lr=log:1e-4..1e-1`, `epochs=1..5` or `model.width=16|32`; None for one value.
+
+    Raises `UserError` for what is no range.
+    """
+    name, equals, value = text.removeprefix("--").partition("=")
+    if not equals or not name:
+        raise UserError(f"--search {text}", expected=_RANGES, instead=_EXAMPLE)
+    if "|" in value:
+        words = tuple(value.split("|"))
+        if not all(words) or len(set(words)) < len(words):
+            raise UserError(f"--search {text}", expected="words that differ", instead=_EXAMPLE)
+        return Range(name, words=words)
+    if ".." not in value:
+        return None
+    found = _SPAN.fullmatch(value)
+    low = high = float("nan")
+    with suppress(ValueError):
+        low, high = (float(part) for part in found.groups()[1:]) if found else (low, high)
+    is_log = bool(found and found[1])
+    if not low < high or (is_log and low <= 0) or not abs(high) < 1e300:
+        expected = "a lower and a higher number" + (" above 0" if is_log else "")
+        raise UserError(f"--search {text}", expected=expected, instead=_EXAMPLE)
+    assert found is not None
+    is_whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.groups()[1:])
+    return Range(name, low, high, is_log, is_whole)
+
+
+def prepare(
+    loaded: LoadedRecipe,
+    words: Sequence[str],
+    trials: int,
+    options: RunOptions,
+    *,
+    on_test: bool,
+) -> Search:
+    """Raises `UserError` for words that are no ranges of the recipe's settings, among others."""
+    found = [(word, parse_range(word)) for word in words]
+    fixed = [word for word, searched in found if searched is None]
+    ranges = tuple(searched for _, searched in found if searched is not None)
+    if not ranges:
+        raise UserError("--search without a range", expected=_RANGES, instead=_EXAMPLE)
+    recipe = override(loaded.recipe, fixed)
+    for searched in ranges:  # both ends must be values that the recipe takes
+        for value in searched.words or (searched.low, searched.high):
+            override(recipe, [f"{searched.name}={_typed(value, searched)}"])
+    if recipe.data.validation is None and not on_test:
+        raise UserError(
+            f"a search over {loaded.name} without validation images",
+            expected="images to choose by, which are not those of the result",
+            instead="type data.validation=0.1 as well; or --on-test, which every output then says",
+        )
+    import_optuna()
+    return Search(replace(loaded, recipe=recipe), ranges, trials, options)
+
+
+def import_optuna() -> Any:
+    """Optuna without its own lines. Raises `UserError` where it is not installed."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise UserError(
+            "--search, but Optuna is not installed",
+            expected="the package that proposes the settings",
+            instead="type pip install optuna",
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _typed(value: Any, searched: Range) -> str:
+    return str(int(value) if searched.is_whole else value)
+
+
+def run(search: Search, world: World, *, jobs: int, words: Sequence[str]) -> int:
+    """Make the trials that are missing, in so many processes, and show them; the exit code.
+
+    `words` are those of the command line, for the other processes.
+    """
+    if world.size > 1:
+        raise UserError(
+            f"--search on {world.size} processes",
+            expected="1, which starts others with --jobs",
+            instead="type python -m launcher tune RECIPE --search ... --jobs N",
+        )
+    code = _in_processes(jobs, words) if jobs > 1 else work(search)
+    show(search)
+    return code
+
+
+def _in_processes(jobs: int, words: Sequence[str]) -> int:
+    """The same command as often; a signal to this process is passed on to them."""
+    command = [sys.executable, "-m", "launcher", *words]
+    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    processes = []
+    for job in range(jobs):
+        environment = dict(os.environ)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
+        processes.append(subprocess.Popen([*command, "--job", str(job)], env=environment))
+    told = False
+    while any(process.poll() is None for process in processes):
+        if signals.stop_reason() and not told:
+            told = True
+            for process in processes:
+                process.terminate()
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+    codes = [process.returncode for process in processes]
+    return next((code for code in codes if code), 0)
+
+
+# One process
+
+
+def work(search: Search, job: int = 0) -> int:
+    """Make one trial after the other until there are enough; the exit code.
+
+    First those that an earlier process left unfinished, unless another one trains them now.
+    """
+    optuna = import_optuna()
+    search.options.runs.mkdir(parents=True, exist_ok=True)
+    study = _study(search, job)
+    for frozen in _trials(study):
+        is_running = frozen.state == optuna.trial.TrialState.RUNNING
+        if not is_running or _files(search, frozen.number).is_locked:
+            continue
+        if _make(search, study, optuna.trial.Trial(study, frozen._trial_id)):
+            return EXIT_SAVED
+    while len(_trials(study)) < search.trials:
+        if _make(search, study, study.ask({r.name: r.distribution() for r in search.ranges})):
+            return EXIT_SAVED
+    return 0
+
+
+def _files(search: Search, number: int) -> RunFiles:
+    return RunFiles(search.options.runs / search.run_name(number))
+
+
+def _study(search: Search, job: int = 0) -> "optuna.Study":
+    """Of the journal; each process proposes by a seed of its own."""
+    optuna = import_optuna()
+    backend = optuna.storages.journal.JournalFileBackend(str(search.journal))
+    seed = search.loaded.recipe.seed + job
+    return optuna.create_study(
+        study_name=search.base,
+        storage=optuna.storages.journal.JournalStorage(backend),
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def _trials(study: "optuna.Study") -> list[Any]:
+    return study.get_trials(deepcopy=False)
+
+
+class Judge(Logger):
+    """Tells Optuna the accuracy of each epoch, and asks the run to stop where others are better."""
+
+    def __init__(self, trial: "optuna.Trial") -> None:
+        """Of one trial."""
+        self._trial, self.is_pruned = trial, False
+        stored = trial.study._storage.get_trial(trial._trial_id)
+        self._told = set(stored.intermediate_values)
+
+    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
+        """Of the images that are evaluated after each epoch; a resumed one may be known."""
+        if report.epoch not in self._told:
+            self._trial.report(report.evaluation.accuracy, report.epoch)
+        if not report.ends_training and self._trial.should_prune():
+            self.is_pruned = True
+            signals.ask_to_stop(_PRUNED)
+
+
+def _make(search: Search, study: Any, trial: Any) -> bool:
+    """One trial from where it stands to its end; whether a signal stopped it before.
+
+    A combination that the recipe refuses, or that diverges, is a trial that failed; one that
+    another process has taken up meanwhile is left to it.
+    """
+    states = import_optuna().trial.TrialState
+    name, judge = search.run_name(trial.number), Judge(trial)
+    words = [f"{key}={value}" for key, value in trial.params.items()]
+    sys.stdout.write(f"=== {name} of {search.trials} trials: {' '.join(words)}\n")
+    sys.stdout.flush()
+    options = replace(search.options, name=name, group=search.base, resume=True, report=False)
+    try:
+        loaded = replace(search.loaded, recipe=override(search.loaded.recipe, words))
+        result = train_loaded(loaded, options, ALONE, also=(judge,))
+    except (TrainingError, UserError) as error:
+        if not _files(search, trial.number).is_locked:
+            sys.stderr.write(redacted(f"launcher: {name}: {error}\n"))
+            study.tell(trial, state=states.FAIL, skip_if_finished=True)
+        return False
+    finally:
+        signals.withdraw()
+        reset_accelerator()
+    if result.stopped and not judge.is_pruned:
+        return True
+    value = None if judge.is_pruned else _files(search, trial.number).best_accuracy
+    state = states.PRUNED if judge.is_pruned else states.COMPLETE
+    study.tell(trial, value, state, skip_if_finished=True)
+    return False
+
+
+# What is shown
+
+
+def show(search: Search) -> None:
+    """A line for each trial, the best first; and what may be said of the best one."""
+    console = make_console(_WIDTH)
+    if not search.journal.is_file():
+        console.print(f"no trial of {search.base} in {search.options.runs}", markup=False)
+        return
+    rows = [(trial, _files(search, trial.number)) for trial in _trials(_study(search))]
+    rows.sort(key=lambda row: -(row[1].best_accuracy or 0.0))
+    images = "test" if search.loaded.recipe.data.validation is None else "validation"
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "trial", "epochs", f"{images} accuracy"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for searched in search.ranges:
+        table.add_column(Text(printable(searched.name)), justify="right")
+    for trial, run_files in rows:
+        accuracy = run_files.best_accuracy
+        cells = (
+            search.run_name(trial.number),
+            trial.state.name.lower(),
+            str(run_files.epoch),
+            "-" if accuracy is None else f"{accuracy:.2%}",
+            *(_shown(trial.params.get(searched.name)) for searched in search.ranges),
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    console.print(table)
+    for line in _about_best(search, rows, images):
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _about_best(search: Search, rows: Sequence[tuple[Any, RunFiles]], images: str) -> list[str]:
+    ended = [(t, r) for t, r in rows if t.state.name == "COMPLETE" and r.best_accuracy is not None]
+    if not ended:
+        return ["no trial has ended"]
+    trial, best = ended[0]
+    words = " ".join(f"{name}={_shown(value)}" for name, value in trial.params.items())
+    lines = [f"best of {len(ended)} that ended: {words}"]
+    if images == "test":
+        lines.append(
+            f"CHOSEN ON THE TEST IMAGES (--on-test): {best.best_accuracy:.2%} is no result, as it "
+            "is the best of what was looked at"
+        )
+    elif (tested := best.test_accuracy("best")) is not None:
+        lines.append(
+            f"chosen by the validation images ({best.best_accuracy:.2%}, the best of many and so "
+            f"too high); the test images, which the search did not look at: {tested:.2%}"
+        )
+    lines.append(f"measure it: launcher repeat RECIPE {words} --seeds 0-4")
+    return lines
