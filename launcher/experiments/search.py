@@ -242,7 +242,7 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
         study_name=search.base,
         storage=optuna.storages.journal.JournalStorage(backend),
         sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
         direction="maximize",
         load_if_exists=True,
     )
