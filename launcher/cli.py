@@ -183,7 +183,12 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
         add("--search", nargs="+", action="extend", metavar="NAME=RANGE", help=tries)
         add("--trials", type=positive, default=20, metavar="N", help="default: %(default)s")
         add("--jobs", type=positive, default=1, metavar="N", help="processes that try")
-        add("--job", type=int, help=argparse.SUPPRESS)  # which of them this is
+        add(
+            "--job",
+            type=int,
+            metavar="N",
+            help="this process is one of several that search together",
+        )
         looks = "let the search look at the test images, as every output then says"
         add("--on-test", action="store_true", help=looks)
         add("--table", action="store_true", help="try nothing: show the trials that there are")

@@ -1,6 +1,9 @@
 """Two convolutions and a linear layer on CIFAR-10, as in the first tutorials.
 
-accelerate launch -m launcher recipes/simplecnn.py
+    accelerate launch -m launcher recipes/simplecnn.py
+
+Test accuracy after the last of 10 epochs, mean +- std of 5 seeds: 69.09 +- 0.69 %
+(benchmarks/repeat.json).
 """
 
 from functools import partial
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchvision.datasets import CIFAR10
 
-from launcher import Images, Recipe, Synthetic
+from launcher import Claim, Images, Recipe, Synthetic
 
 
 class SimpleCNN(nn.Module):
@@ -45,4 +48,5 @@ recipe = Recipe(
     ),
     optimizer=partial(Adam, lr=1e-3),
     epochs=10,
+    claims=(Claim("test/accuracy", 0.6909, std=0.0069, runs=5, hardware="1 core, AMD EPYC"),),
 )

@@ -88,7 +88,7 @@ def _hardware(claim: Claim, runs: Sequence[RunFiles]) -> str:
     if claim.seconds is not None:
         there += f" in {claim.seconds:g} s"
     here = ", ".join(dict.fromkeys(str(run.about.get("devices", "?")) for run in runs))
-    seconds = [sum(float(row.get("seconds", 0)) for row in run.epochs) for run in runs]
+    seconds = list(map(repeat.seconds_of, runs))
     return f"  claimed on {there}; here on {here or '-'}" + (
         f" in {fmean(seconds):.3g} s" if seconds else ""
     )

@@ -141,7 +141,13 @@ def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
     """Of one recipe, for JSON."""
     runs = runs_of(repeats, options)
     rows = [
-        {"run": run.name, "seed": run.config.get("seed"), "state": run.state, **quoted(run)}
+        {
+            "run": run.name,
+            "seed": run.config.get("seed"),
+            "state": run.state,
+            "seconds": seconds_of(run),
+            **quoted(run),
+        }
         for run in runs
     ]
     return {
@@ -149,6 +155,11 @@ def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
         "runs": rows,
         "summary": {name: vars(found) for name, found in summaries(runs).items()},
     }
+
+
+def seconds_of(run: RunFiles) -> float:
+    """Of training and evaluating its epochs."""
+    return sum(float(row.get("seconds", 0)) for row in run.epochs)
 
 
 def summaries(runs: Sequence[RunFiles]) -> dict[str, Summary]:
@@ -204,13 +215,12 @@ def _table(repeats: Repeats, runs: Sequence[RunFiles]) -> Table:
         table.add_column(name, justify="right")
     for run in runs:
         figures = quoted(run)
-        seconds = sum(float(row.get("seconds", 0)) for row in run.epochs)
         cells = (
             str(run.config.get("seed")),
             run.state,
             f"{run.epoch}/{run.planned_epochs}",
             *(f"{figures[name]:.2%}" if name in figures else "-" for name in names),
-            duration(seconds),
+            duration(seconds_of(run)),
         )
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table

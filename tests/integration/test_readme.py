@@ -1,6 +1,6 @@
 """Every command of the README and of docs/ is run, made short; the README's recipe as printed.
 
-docs/slurm.md, docs/nodes.md and docs/results.md have tests of their own, beside this file.
+docs/slurm.md, docs/nodes.md, docs/results.md and docs/figures.md have tests of their own, beside this file.
 """
 
 import io
@@ -27,6 +27,7 @@ ELSEWHERE = {
     "nodes.md": "test_node_docs.py",
     "kubernetes.md": "test_node_docs.py",
     "results.md": "test_results_docs.py",
+    "figures.md": "test_figures_docs.py",
 }
 COMMANDS = sorted(
     {
