@@ -1,6 +1,7 @@
 """Every command of the README and of docs/ is run, made short; the README's recipe as printed.
 
-docs/slurm.md, docs/nodes.md, docs/results.md and docs/figures.md have tests of their own, beside this file.
+docs/slurm.md, docs/nodes.md, docs/results.md and docs/figures.md have tests of their own, beside
+this file.
 """
 
 import io

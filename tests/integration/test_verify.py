@@ -52,7 +52,7 @@ SAID: dict[str, tuple[dict[str, str], str]] = {
         "middle.1 (Centred) makes something else of an image",
     ),
     "drops_always": (
-        {"ranks": "wrong", "other ranks": "wrong", "evaluation": "wrong"},
+        dict.fromkeys(("ranks", "other ranks", "evaluation", "export"), "wrong"),
         "random numbers are drawn in the forward of Network",
     ),
     "tied_to_float32": (

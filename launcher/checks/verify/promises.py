@@ -285,6 +285,9 @@ class Promises:
                 proof = self._export(self._recipe, weights, test, folder)
         except NotExportableError as error:
             yield Verdict("export", error.given, "notice", error.instead)
+        except UserError as error:
+            instead = _NO_DRAWS if self._drawing_in_evaluation else error.instead
+            yield Verdict("export", error.given, "wrong", instead)
         else:
             yield Verdict("export", f"as torch.export: {proof}")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.utils.text import duration, sizes
+from launcher.utils.text import count, duration, sizes
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,17 @@ def test_bytes_are_told_in_powers_of_a_thousand(number: float, said: str) -> Non
 )
 def test_a_duration_has_its_two_largest_units(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "words"),
+    [
+        (1, "epoch", "1 epoch"),
+        (2, "epoch", "2 epochs"),
+        (2, "pass", "2 passes"),
+        (2, "batch", "2 batches"),
+        (1_000, "rank", "1,000 ranks"),
+    ],
+)
+def test_a_noun_follows_its_number(number: int, noun: str, words: str) -> None:
+    assert count(number, noun) == words
