@@ -43,6 +43,7 @@ def test_other_settings_on_one_rank_are_named(
     assert re.match(said, line), line
 
 
+@pytest.mark.slow
 def test_another_recipe_text_on_one_rank_is_named(tmp_path: Path) -> None:
     changed = tmp_path / "resumable.py"
     changed.write_text(RESUMABLE.read_text() + "# changed\n")
@@ -53,12 +54,13 @@ def test_another_recipe_text_on_one_rank_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_folder_of_the_images_may_differ(tmp_path: Path) -> None:
     codes, text = two(tmp_path, "data.root=elsewhere")
     assert codes == [0, 0], text
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_recipe_that_fails_on_one_rank_only_is_said_once_with_the_rank(
     rank: int, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_rank_that_loads_for_long_is_waited_for(tmp_path: Path) -> None:
         assert [run.end() for run in runs] == [0, 0], "".join(run.text() for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [(0, 1), pytest.param((0,), marks=pytest.mark.slow)])
 def test_a_signal_ends_all_before_they_begin(to: tuple[int, ...], tmp_path: Path) -> None:
     with two_ranks(tmp_path, 1, "time.sleep(6)", "--resume") as runs:

@@ -64,7 +64,8 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
     assert fingerprint(folder) == fingerprint(whole(tmp_path))
 
 
-@pytest.mark.parametrize("every", [pytest.param("7", marks=pytest.mark.slow), "never"])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", ["7", "never"])
 def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
     every: str, tmp_path: Path
 ) -> None:

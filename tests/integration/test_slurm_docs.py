@@ -75,7 +75,7 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    install, job, tail, again, sweep, by_hand, accelerate = BLOCKS
+    install, job, tail, again, sweep, seeds, table, by_hand, accelerate = BLOCKS
     assert install in INSTALLS  # run by .ci/run
     shown = run(job)
     assert shown.startswith("#!/bin/bash\n")
@@ -86,6 +86,7 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
     wait_for("saved; waiting for attempt 2", folder, "runs/jobs/first-*-1.log")
     wait_for("resumed after step", folder, "runs/jobs/first-*-2.log")
     assert "swept" not in run(sweep)
+    assert run(seeds).count("run runs/drawn-seed") == 2
     assert "= 4 ranks x" in run(by_hand)
     number = run(accelerate).split()[-1]
     assert slurm.wait_for_end(number) == "COMPLETED", (folder / f"slurm-{number}.out").read_text()
@@ -93,9 +94,12 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
     wait_for("last epoch +40", folder, "runs/jobs/first-*-2.log")
     for index in range(3):
         wait_for("last epoch +2", folder, f"runs/jobs/rates-{index}-*-1.log")
-    assert run("launcher submit --status").count(" COMPLETED ") == 4
+    for seed in range(2):
+        wait_for("last epoch +2", folder, f"runs/jobs/drawn-seed{seed}-*-1.log")
+    assert run("launcher submit --status").count(" COMPLETED ") == 6
+    assert "n=2" in run(table)
 
 
 def test_the_page_names_files_that_exist() -> None:
     for name in re.findall(r"\]\(([^)]+)\)", PAGE):
-        assert os.path.exists(ROOT / "docs" / name), name
+        assert os.path.exists(ROOT / "docs" / name.partition("#")[0]), name

@@ -51,7 +51,10 @@ def stepping(ctx: TrainContext) -> Iterator[list[int]]:
     peak += [sum(kinds["Total"] for kinds in memory.get_tracker_snapshot("peak").values())]
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("simplecnn", 64), ("resnet18", 32)])
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [("simplecnn", 64), pytest.param("resnet18", 32, marks=pytest.mark.slow)],
+)
 def test_the_memory_is_what_torch_counts(name: str, batch_size: int) -> None:
     recipe = recipe_of(name, batch_size)
     ctx = context_of(recipe)

@@ -117,6 +117,7 @@ def test_rank_0_without_the_others_names_them(capsys: pytest.CaptureFixture[str]
     assert "product     good" in output
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_each_other(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "launcher", "doctor", "--json")
     paths = [tmp_path / f"output-{rank}" for rank in range(2)]

@@ -251,6 +251,7 @@ def test_run_folders_outside_the_claim_are_refused() -> None:
 # The words of the container, and its exit code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "code"), [("exit 75", 75), ("kill -9 $$$$", 137)])
 def test_the_pod_ends_with_the_exit_code_of_the_first_rank_that_failed(
     script: str, code: int
@@ -261,6 +262,7 @@ def test_the_pod_ends_with_the_exit_code_of_the_first_rank_that_failed(
     assert f"launcher: rank 1 was the first to fail, with exit code {code}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_pod_whose_ranks_are_done_ends_with_zero() -> None:
     assert elastic("true").returncode == 0
 

@@ -110,7 +110,7 @@ def test_under_accelerate_launch_one_process_uses_all_cores(tmp_path: Path) -> N
     assert done.stdout == f"given 1\nthreads {usable_cores()}\n", done.stderr
 
 
-@pytest.mark.parametrize("chosen", [1, 2])
+@pytest.mark.parametrize("chosen", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_number_of_threads_chosen_by_the_user_is_respected(tmp_path: Path, chosen: int) -> None:
     parent = PARENT.format(env="os.environ")
     command = [sys.executable, "-c", parent, sys.executable, script(tmp_path, THREADS)]

@@ -29,9 +29,10 @@ def shares(output: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("ranks", "extra"),
-    [(1, set()), pytest.param(2, {"communication"}, marks=pytest.mark.slow)],
+    [(1, set()), (2, {"communication"})],
     ids=["one", "two"],
 )
+@pytest.mark.slow
 def test_the_real_command_splits_an_epoch(ranks: int, extra: set[str], tmp_path: Path) -> None:
     run = Run(ranks, tmp_path, "--profile", "--name", "split", "accumulate=2")
     assert run.end() == 0, run.text()

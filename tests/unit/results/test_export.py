@@ -75,7 +75,7 @@ def test_pixels_in_and_probabilities_out(runs: Path, pixels: Tensor) -> None:
     torch.testing.assert_close(shares, expected(runs, pixels).softmax(1))
 
 
-@pytest.mark.parametrize("from_pixels", [False, True])
+@pytest.mark.parametrize("from_pixels", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_onnx_runs_without_torch(runs: Path, pixels: Tensor, from_pixels: bool) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     words = ["--from-pixels"] if from_pixels else []
