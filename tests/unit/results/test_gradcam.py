@@ -57,6 +57,15 @@ def test_what_speaks_against_a_class_is_not_shown() -> None:
     assert not maps.any()
 
 
+def test_a_layer_behind_that_works_in_place_changes_no_map() -> None:
+    network = Colours()
+    network.head.weight.data *= -1
+    images = torch.zeros(1, 3, 8, 8)
+    images[:, 1, :, :4], images[:, 1, :, 4:] = -1.0, 1.0  # its ReLU would make the left zero
+    _, maps = looked_at(network, images, torch.tensor([1]))
+    torch.testing.assert_close(maps[0, 0], torch.tensor([1.0] * 4 + [0.0] * 4))
+
+
 def test_a_map_is_laid_over_a_grey_picture() -> None:
     pixels = numpy.full((1, 2, 2, 3), (30, 60, 90), numpy.uint8)
     maps = numpy.array([[[0.0, 1.0], [0.0, 0.0]]])
