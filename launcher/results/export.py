@@ -28,6 +28,7 @@ from launcher.data import sources
 from launcher.data.sources import ImageSet
 from launcher.errors import NotExportableError, UserError
 from launcher.results.card import model_card
+from launcher.results.hub import push, refuse_unready
 from launcher.results.load import TrainedRun, blank_images, load_run, run_of
 from launcher.training.model import upcast
 from launcher.utils.arguments import Parser
@@ -40,7 +41,9 @@ TOLERANCE = 1e-4
 # Of the probability that a run wrote down: exactly so in fp32, rounded in half precision.
 RECORDED, RECORDED_HALF = 1e-3, 0.1
 BATCH = 200
-_USAGE = "launcher export RUN --to torch|onnx|safetensors|hub FOLDER [--from-pixels]"
+_USAGE = (
+    "launcher export RUN --to torch|onnx|safetensors|hub FOLDER [--from-pixels] [--push OWNER/NAME]"
+)
 
 Answer = Callable[[Tensor], Tensor]  # what the exported form makes of a batch
 
@@ -111,9 +114,15 @@ def main(words: Sequence[str]) -> int:
     add("--weights", choices=("best", "final"), default="best", help="default: best")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs of names are")
     add("--data", metavar="ROOT", help="where the images are, if no longer in data.root")
+    pushes = "upload a proved folder of --to hub, to a private repository if it is a new one"
+    add("--push", metavar="OWNER/NAME", help=pushes)
     arguments = parser.parse_intermixed_args(words)
     if arguments.folder is None:
         parser.error("no run or no folder is named")
+    if arguments.push is not None:
+        if arguments.to != "hub":
+            parser.error("--push goes with --to hub")
+        refuse_unready(arguments.push)
     _refuse_taken(arguments.folder)
     files = find(arguments.run, arguments.runs)
     run = load_run(files.path, weights=arguments.weights)
@@ -141,6 +150,8 @@ def main(words: Sequence[str]) -> int:
     size = sizes(sum(path.stat().st_size for path in folder.iterdir()))
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     sys.stdout.write(f"{folder}: {names} ({size})\nproved {proof.sentence()}\n")
+    if arguments.push is not None:
+        sys.stdout.write(f"pushed to {push(folder, arguments.push)}\n")
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -21,6 +21,9 @@ from launcher.results.sprites import Sheet, sheet
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.text import count, duration, some, spread
+
+if TYPE_CHECKING:  # torch
+    from launcher.results.gradcam import Looks
 
 MOST_EPOCHS = 100  # through which the slider of the samples goes
 MATRIX_CLASSES = 2000  # more than that are no picture: their largest confusions are a list
@@ -54,9 +57,9 @@ class Answer:
 class Page:
     """Of one run, read once."""
 
-    def __init__(self, run: RunFiles) -> None:
-        """Nothing is read yet."""
-        self.run = run
+    def __init__(self, run: RunFiles, looks: "Looks | None" = None) -> None:
+        """Nothing is read yet; `looks` are where the network looked, if that is known."""
+        self.run, self.looks = run, looks
 
     @property
     def notes(self) -> list[str]:
@@ -203,6 +206,11 @@ class Page:
         """The mistakes of the highest loss."""
         return self._answers(self.outcomes.mistakes[:WORST]) if self.outcomes else []
 
+    @cached_property
+    def looks_sheet(self) -> Sheet | None:
+        """The worst mistakes under the maps of where the network looked."""
+        return sheet(self.looks.pictures) if self.looks else None
+
     @property
     def surest(self) -> list[Answer]:
         """The right answers of the highest probability."""
@@ -300,9 +308,11 @@ class Page:
         return figures.reliability(self.outcomes)[1] if self.outcomes else None
 
 
-def render(run: RunFiles, script: str, reload_seconds: int = 0) -> bytes:
+def render(
+    run: RunFiles, script: str, reload_seconds: int = 0, looks: "Looks | None" = None
+) -> bytes:
     """The page; `script` is where plotly's is, seen from it. It reloads itself where asked to."""
-    page = Page(run)
+    page = Page(run, looks)
     return html.render(
         "report.html",
         title=run.name,

@@ -6,8 +6,9 @@ A page asks nothing of any other machine. Beside it lies plotly's script, which 
 import sys
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from launcher.checkpoint.run_files import RunFiles, find
@@ -18,8 +19,11 @@ from launcher.results.page import render, render_index
 from launcher.utils.arguments import Parser
 from launcher.utils.text import printable
 
+if TYPE_CHECKING:
+    from launcher.results.gradcam import Looks
+
 SECONDS = 5  # between two looks of --watch
-_USAGE = "launcher report RUN [RUN ...] [--output DIR] [--open] [--watch]"
+_USAGE = "launcher report RUN [RUN ...] [--output DIR] [--open] [--watch] [--gradcam]"
 _INSTEAD = "type --output FOLDER"
 _State = tuple[object, ...]
 _WATCHED = ("metrics.jsonl", "details.jsonl", "best.npz", "last.npz", "end.json", "run.json")
@@ -35,13 +39,18 @@ def main(words: Sequence[str]) -> int:
     add("--open", action="store_true", help="show it in the browser")
     watches = "write it again whenever there is something new, until the run has ended"
     add("--watch", action="store_true", help=watches)
+    looks = "show where the network looked in its worst mistakes; loads it, so runs its recipe"
+    add("--gradcam", action="store_true", help=looks)
     arguments = parser.parse_args(words)
     if not arguments.names:
         parser.error("no run is named")
+    if arguments.gradcam and arguments.watch:
+        parser.error("--gradcam goes without --watch")
     runs = [find(name, arguments.runs) for name in arguments.names]
     pages = places(runs, arguments.output)
     before = [_state(run) for run in runs]  # an epoch may end while the pages are written
-    first = _write_all(runs, pages, arguments.output, is_watched=arguments.watch)
+    looks_of = _looks_of if arguments.gradcam else _no_looks
+    first = _write_all(runs, pages, arguments.output, arguments.watch, looks_of)
     for path in dict.fromkeys((first, *pages)):
         sys.stdout.write(f"{printable(str(path))}\n")
     sys.stdout.flush()
@@ -71,8 +80,22 @@ def places(runs: Sequence[RunFiles], output: Path | None) -> list[Path]:
     return pages
 
 
+def _no_looks(run: RunFiles) -> "Looks | None":
+    return None
+
+
+def _looks_of(run: RunFiles) -> "Looks | None":
+    from launcher.results import gradcam  # and torch
+
+    return gradcam.of_mistakes(run)
+
+
 def _write_all(
-    runs: Sequence[RunFiles], pages: Sequence[Path], output: Path | None, *, is_watched: bool
+    runs: Sequence[RunFiles],
+    pages: Sequence[Path],
+    output: Path | None,
+    is_watched: bool,
+    looks_of: "Callable[[RunFiles], Looks | None]" = _no_looks,
 ) -> Path:
     """Write the pages, their script and, for several in one folder, a list of them.
 
@@ -80,7 +103,7 @@ def _write_all(
     """
     for run, path in zip(runs, pages, strict=True):
         seconds = SECONDS if is_watched and run.state == "running" else 0
-        html.write(path, render(run, SCRIPT, seconds), instead=_INSTEAD)
+        html.write(path, render(run, SCRIPT, seconds, looks_of(run)), instead=_INSTEAD)
     for folder in dict.fromkeys(path.parent for path in pages):
         html.write_script(folder, instead=_INSTEAD)
     if output is None or len(runs) == 1:
@@ -103,7 +126,7 @@ def _watch(
         fresh = [RunFiles(run.path) for run in runs]  # what is read of one is kept by it
         found = [_state(run) for run in fresh]
         if found != seen or not is_running:
-            _write_all(fresh, pages, output, is_watched=is_running)
+            _write_all(fresh, pages, output, is_running)
         seen = found
         if is_running:
             time.sleep(SECONDS)

@@ -12,12 +12,14 @@ import torch
 from launcher import load_run
 from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
+from launcher.errors import EXIT_FAULT, EXIT_SAVED
 from launcher.loggers import report, wandb_end
 from launcher.loggers.report import write
+from launcher.loggers.wandb import WandbRun, start
 from tests.support.helpers import RECIPES
 from tests.support.reported import HOSTILE, outcomes_of, write_reported
 from tests.support.wandb_server import API_KEY
-from tests.unit.loggers.test_wandb import inspect, own_world, serving
+from tests.unit.loggers.test_wandb import images, inspect, own_world, serving
 
 SHORT = ("data.fallback.count=60", "data.batch_size=20", "epochs=1", "data.root=nowhere")
 SECRET = "planted-secret-of-the-test"
@@ -104,6 +106,17 @@ def test_offline_keeps_them_for_a_later_upload(world: pytest.MonkeyPatch) -> Non
     for file in path.rglob("*"):
         if file.is_file():
             assert SECRET.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exit_code", [0, EXIT_SAVED, EXIT_FAULT])
+def test_only_what_has_come_to_its_end_is_sent(exit_code: int, world: pytest.MonkeyPatch) -> None:
+    path = write_reported(Path("runs"))
+    described = WandbRun(path, "pictures", "own", {}, has_model=True)
+    logger = start("offline", described, images())
+    logger.finish(exit_code)
+    names = [r["artifact"]["type"] for r in inspect(Path(logger.where)) if r["type"] == "artifact"]
+    assert ("model" in names) == (len(names) > 1) == (exit_code == 0)
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def test_a_page_has_all_of_it_and_the_curves(capsys: pytest.CaptureFixture[str])
         "91.00% ± 1.41% (n=2)",
         "lr 0.1 0.1 0.2 0.2",
         "Environment No difference.",
-        "--- runs/slow-0/recipe.py",
+        "Code slow-0 ... slow-1 (2 runs) and fast-0 ... fast-1 (2 runs) --- runs/slow-0/recipe.py",
         "-b = 2 +b = 3",
     ):
         assert words in page.words, words

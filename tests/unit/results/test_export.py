@@ -1,6 +1,9 @@
 """`launcher export`: each form answers as the trained network does, or is refused."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ from launcher.cli import main
 from launcher.data import sources
 from launcher.results import export
 from launcher.results.export import prove
+from tests.integration.test_readme import offline
 from tests.support.helpers import RECIPES, complaint, refused
+from tests.support.hub_server import HubServer
 
 RECIPE = RECIPES / "pictures64.py"
 FEW = ("data.fallback.count=60", "data.batch_size=20", "epochs=1", "data.root=nowhere")
@@ -220,3 +225,105 @@ def test_wrong_words_are_one_line(
 ) -> None:
     Path("taken").mkdir()
     assert part in complaint(capsys, "export", *words, "--runs", str(runs))
+
+
+# The Hub
+
+TOKEN = "hf_planted0token0of0the0test"
+
+
+@contextmanager
+def hub(monkeypatch: pytest.MonkeyPatch, status: int = 200, token: str = TOKEN) -> Iterator[Any]:
+    """A Hub on loopback, and somebody who is logged in there."""
+    from huggingface_hub import constants
+
+    server = HubServer(status)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # what HF_ENDPOINT sets in a new process
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks Git LFS only
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no-token-is-stored")
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of huggingface_hub's code
+def test_a_push_brings_the_proved_folder_to_the_hub(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hub(monkeypatch) as server:
+        folder = exported(runs, "--to", "hub", "--push", "someone/pictures")
+        assert f"pushed to {server.url}/someone/pictures" in capsys.readouterr().out
+    got = server.repository
+    assert got.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(got.files) == {"README.md", "config.json", "model.safetensors", "recipe.py"}
+    assert got.created.get("private") or got.created["visibility"] == "private"
+    assert got.tokens == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN.encode() in content for content in got.files.values())
+
+
+def test_nothing_is_pushed_by_itself(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(monkeypatch) as server:
+        exported(runs, "--to", "hub")
+    assert server.repository.tokens == set(), "asked for nothing"
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_a_push_that_is_refused_is_one_line_and_keeps_the_folder(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["own", "out", "--to", "hub", "--push", "someone/pictures", "--runs", str(runs)]
+    with hub(monkeypatch, status=403):
+        error = complaint(capsys, "export", *words)
+    assert "someone/pictures, which was not taken (HfHubHTTPError" in error
+    assert "hf upload someone/pictures out" in error
+    assert TOKEN not in error
+    assert (Path("out") / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "part"),
+    [
+        (["--to", "hub", "--push", "a/b"], "", "no token of the Hugging Face Hub"),
+        (["--to", "hub", "--push", "a/b/c"], TOKEN, "type --push OWNER/NAME"),
+        (["--push", "a/b"], TOKEN, "--push goes with --to hub"),
+    ],
+)
+def test_a_push_that_cannot_begin_is_one_line_before_the_export(
+    words: list[str],
+    token: str,
+    part: str,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with hub(monkeypatch, token=token) as server:
+        error = complaint(capsys, "export", "own", "out", *words, "--runs", str(runs))
+    assert part in error
+    assert not os.path.exists("out")
+    assert server.repository.tokens == set()
+
+
+# The recipes of this repository
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+@pytest.mark.parametrize(
+    "recipe", ["simplecnn", "pictures64", "resnet18", "speedrun94", "speedrun96"]
+)
+def test_the_recipes_can_be_exported(
+    recipe: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = offline((RECIPES / f"{recipe}.py").read_text())
+    Path(f"{recipe}.py").write_text(text.replace("count=300", "count=100"))
+    short = ["data.batch_size=20", "--max-steps", "2", "data.root=nowhere", "--wandb", "off"]
+    more = {"resnet18": ["compile=false"]}
+    for name in ("speedrun94", "speedrun96"):
+        more[name] = ["compile=false", "precision=pure_bf16"]
+    words = [f"{recipe}.py", *short, *more.get(recipe, []), "--name", "own", "--no-report"]
+    assert main(words) == 0
+    assert main(["export", "own", "out", "--to", form, "--from-pixels"]) == 0
+    assert "proved on all" in capsys.readouterr().out
