@@ -17,7 +17,6 @@ from launcher.errors import UserError
 
 EPOCHS = 3
 MOST_EACH, LEAST_EACH = 8, 3  # images of one micro-batch, about
-TEST_EACH = 8  # images that a rank evaluates
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,15 @@ def choose_sizes(recipe: Recipe, ranks: int, steps: int, each: int = MOST_EACH) 
     """For three epochs of `steps` steps together, the last of each with a smaller batch.
 
     Ranks and passes get unequal parts of every batch and of the test images; two images at least,
-    which BatchNorm needs. `each` is how many images a micro-batch has where the recipe allows it.
+    which BatchNorm needs. `each` is how many images a micro-batch has where the recipe allows it, and how many
+    a rank evaluates.
     """
     parts = ranks * recipe.passes
     batch = min(recipe.data.batch_size, each * parts + 1)
     smaller = 2 * parts + 1
     last = smaller if smaller < batch else batch
     steps_per_epoch = -(-steps // EPOCHS)
-    return Sizes((steps_per_epoch - 1) * batch + last, TEST_EACH * ranks + 1, batch)
+    return Sizes((steps_per_epoch - 1) * batch + last, each * ranks + 1, batch)
 
 
 def own_images(recipe: Recipe, sizes: Sizes) -> Data:

@@ -112,6 +112,7 @@ def test_neither_batches_nor_evaluation_are_even(ranks: int, accumulate: int, st
 
 def test_a_small_batch_stays_as_it_is() -> None:
     assert choose_sizes(tiny_recipe(data={"batch_size": 4}), 2, 9) == Sizes(12, 17, 4)
+    assert choose_sizes(tiny_recipe(data={"batch_size": 40}), 2, 6, each=3) == Sizes(12, 7, 7)
 
 
 def test_what_is_taken_has_all_classes_and_survives_its_file(tmp_path: Path) -> None:
