@@ -57,11 +57,12 @@ Words of the form name=value (or --name=value) change settings of the recipe for
 this run; `launcher RECIPE --help` lists them. `launcher submit --help` says how
 to train in a Slurm job."""
 
-_TUNE_USAGE = "launcher tune RECIPE [name=value ...] --lr | --search NAME=RANGE ... [options]"
+_TUNE_USAGE = "launcher tune RECIPE [name=value ...] --lr | --batch | --search NAME=RANGE ..."
 _TUNE_DESCRIPTION = """\
 Find out where to begin: --lr trains the recipe for a part of an epoch with a
 rate that rises from a thousandth to a thousand times its own, shows the loss
-over it, and suggests one; nothing is evaluated and nothing kept. --search lets
+over it, and suggests one; nothing is evaluated and nothing kept. --batch tries
+how many images a device takes at once, and how fast each size is. --search lets
 Optuna propose settings, and judges them by validation images:
 
   launcher tune recipes/simplecnn.py data.validation=0.1 --trials 40 \\
@@ -179,6 +180,8 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
             action="store_true",
             help="let the learning rate rise: where does the loss fall?",
         )
+        sizes = "how many images does a device take at once, and how fast?"
+        add("--batch", action="store_true", help=sizes)
         tries = "try settings: NAME=low..high, NAME=log:low..high or NAME=a|b"
         add("--search", nargs="+", action="extend", metavar="NAME=RANGE", help=tries)
         add("--trials", type=positive, default=20, metavar="N", help="default: %(default)s")
@@ -333,8 +336,10 @@ def _refuse_no_training(
     for option in ("smoke", "profile", "dry_run"):
         if getattr(arguments, option):
             parser.error(f"--{option.replace('_', '-')} goes with one run, not with {command}")
-    if command == "tune" and bool(arguments.lr) == bool(arguments.search) and not arguments.help:
-        parser.error("one of --lr and --search says what to tune")
+    if command == "tune" and not arguments.help:
+        named = (arguments.lr, arguments.batch, arguments.search)
+        if sum(map(bool, named)) != 1:
+            parser.error("one of --lr, --batch and --search says what to tune")
 
 
 def _tune(
@@ -343,7 +348,7 @@ def _tune(
     job: slurm_env.Allocation,
     words: list[str],
 ) -> int:
-    from launcher.experiments import learning_rate, search
+    from launcher.experiments import batch_size, learning_rate, search
 
     options, folder = _options(arguments, job), arguments.save
     if arguments.search:
@@ -355,6 +360,8 @@ def _tune(
         if arguments.job is not None:
             return search.work(found, arguments.job)
         return search.run(found, job.world, jobs=arguments.jobs, words=words)
+    if arguments.batch:
+        return batch_size.run(loaded, options, job.world)
     return learning_rate.run(loaded, options, job.world, steps=arguments.steps, folder=folder)
 
 

@@ -29,7 +29,7 @@ def test_the_commands_work_one_after_the_other(
         python, *module, first = shlex.split(command)[:4]
         assert [python, *module] == ["python", "-m", "launcher"]
         words = [first, *shlex.split(command)[4:]]
-        short = RAMP if "--lr" in words else SHORT
+        short = RAMP if {"--lr", "--batch"} & {*words} else SHORT
         at = words.index("--search") if "--search" in words else len(words)
         assert main([*words[:at], *short, *words[at:]]) == 0, command
     output = capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_the_command_shows_and_saves_the_curve(
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ((), "one of --lr and --search says what to tune"),
+        ((), "one of --lr, --batch and --search"),
         (("--lr", "--smoke"), "--smoke goes with one run, not with tune"),
         (("--lr", "--steps", "0"), "--steps"),
         (("--lr", "optimizer.lrr=3"), "optimizer.lr"),

@@ -151,7 +151,7 @@ def test_a_combination_that_fails_is_a_trial_that_failed(
         (("--search", "optimizer.lrr=1..2"), "optimizer.lr"),
         (("--search", "epochs=0.5..2.5"), "epochs"),
         (("--search", "model.width=a|b"), "model.width"),
-        (("--search", LR, "--lr"), "one of --lr and --search"),
+        (("--search", LR, "--lr"), "one of --lr, --batch and --search"),
         (("--search", LR, "--jobs", "0"), "--jobs"),
     ],
 )
