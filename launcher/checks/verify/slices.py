@@ -32,8 +32,8 @@ def choose_sizes(recipe: Recipe, ranks: int, steps: int, each: int = MOST_EACH) 
     """For three epochs of `steps` steps together, the last of each with a smaller batch.
 
     Ranks and passes get unequal parts of every batch and of the test images; two images at least,
-    which BatchNorm needs. `each` is how many images a micro-batch has where the recipe allows it, and how many
-    a rank evaluates.
+    which BatchNorm needs. `each` is how many images a micro-batch has where the recipe allows it,
+    and how many a rank evaluates.
     """
     parts = ranks * recipe.passes
     batch = min(recipe.data.batch_size, each * parts + 1)
