@@ -1,4 +1,4 @@
-"""`launcher tune RECIPE --batch`: how many images a device takes at once, and how fast each size is.
+"""`launcher tune RECIPE --batch`: how many images a device takes at once, and how fast it is.
 
 By the recipe's own steps, whose state is put back. What is found is the batch of one device and one
 pass: a global batch may be any number of them (`accumulate`).
@@ -22,9 +22,7 @@ from launcher.utils.text import count
 
 FIRST = 8  # images; then twice as many, and so on
 ENOUGH = 0.95  # of the highest speed
-SLOWER = (
-    2  # sizes in a row that are no faster, after which a CPU, which has room, is not asked more
-)
+SLOWER = 2  # sizes in a row that are no faster, after which a CPU is asked no more
 STEPS = 5  # measured of each size
 
 
