@@ -97,17 +97,20 @@ def _twice(data: Data) -> Verdict:
         if before != index:
             again += 1
             other_label += int(data.train.labels[before] != data.train.labels[index])
-    pairs = [
-        (index, first[digest])
-        for index, digest in enumerate(_digests(data.test))
-        if digest in first
-    ]
-    figures = {"train_twice": again, "with_two_labels": other_label, "in_both": len(pairs)}
-    answer = "no test image is a training image as well"
-    if pairs:
-        shown = ", ".join(f"{test} = {train}" for test, train in pairs[:_SHOWN])
-        answer = f"{count(len(pairs), 'test image')} of {len(data.test):,} in training as well, "
-        answer += f"counted from 0: {shown}{', ...' * (len(pairs) > _SHOWN)}"
+    held_back = {half: images for half, images in data.halves.items() if half != "training"}
+    pairs, answers = 0, []
+    for half, images in held_back.items():
+        found = [(n, first[digest]) for n, digest in enumerate(_digests(images)) if digest in first]
+        pairs += len(found)
+        if found:
+            shown = ", ".join(f"{other} = {train}" for other, train in found[:_SHOWN])
+            answers.append(
+                f"{count(len(found), f'{half} image')} of {len(images):,} in training as well, "
+                f"counted from 0: {shown}{', ...' * (len(found) > _SHOWN)}"
+            )
+    figures = {"train_twice": again, "with_two_labels": other_label, "in_both": pairs}
+    names = " or ".join(held_back)
+    answer = "; ".join(answers) or f"no {names} image is a training image as well"
     if again:
         answer += f"; {count(again, 'training image')} there more than once"
         answer += f", {other_label:,} of them with two labels" if other_label else ""

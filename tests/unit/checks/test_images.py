@@ -49,6 +49,21 @@ def test_equal_classes_and_right_numbers_are_good(recipe: Recipe, data: Data) ->
     assert statistics.figures["std"] == pytest.approx(std.tolist(), abs=1e-5)
 
 
+def test_validation_images_are_counted_and_looked_for_in_training(recipe: Recipe) -> None:
+    images = replace(recipe.data, validation=0.2)
+    data = sources.load(images)
+    classes, twice, *_ = told(data, images)
+    assert "8 training images of each, 2 validation images of each" in classes.answer
+    assert classes.figures["validation"] == [2] * 10
+    assert twice.answer == "no validation or test image is a training image as well"
+    assert data.validation is not None
+    leaked = replace(data.train, images=data.train.images.clone())
+    leaked.images[7] = data.validation.images[3]
+    verdict = told(replace(data, train=leaked), images)[1]
+    assert verdict.standing == "notice"
+    assert "1 validation image of 20 in training as well, counted from 0: 3 = 7" in verdict.answer
+
+
 def test_a_rare_class_is_told_with_weights_that_count_all_alike(recipe: Recipe, data: Data) -> None:
     few = (data.train.labels == 3).nonzero()[:2, 0]
     kept = torch.cat([few, (data.train.labels != 3).nonzero()[:, 0]])

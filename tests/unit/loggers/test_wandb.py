@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from launcher.loggers import wandb
 from launcher.loggers.logger import Logger
 from launcher.loggers.wandb import NullLogger, Samples, WandbLogger, WandbRun, start
 from launcher.loggers.wandb_history import epoch_scalars
-from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
+from launcher.training.metrics import Best, EpochReport, Evaluation, FinalReport, StepReport
 from tests.support import forked
 from tests.support.helpers import tiny_recipe
 from tests.support.wandb_server import API_KEY, WandbServer
@@ -455,6 +455,23 @@ def test_many_classes_are_no_flood_of_curves_and_columns() -> None:
     tables = Samples(images(classes=names)).tables(report)
     assert list(tables) == ["predictions"]
     assert tables["predictions"].columns == ["image", "truth", "prediction", "confidence"]
+
+
+def test_validation_images_have_curves_and_the_test_images_a_summary(tmp_path: Path) -> None:
+    report = replace(epoch_report(1), evaluated_on="val")
+    with own_world(tmp_path):
+        logger = begin("offline", tmp_path / "run")
+        logger.epoch(report, PLAN, Best.of(report))
+        logger.tested(FinalReport(report.evaluation, None, report.evaluation))
+        logger.finish(0)
+        records = inspect(Path(logger.where))
+    rows = [r["history"]["item"] for r in records if r["type"] == "history"]
+    names = {name for row in rows if "seconds" in row for name in row}
+    assert {"val/accuracy", "val/class_accuracy/dog", "best/val_accuracy"} <= names
+    assert not [name for name in names if name.startswith("test/")]
+    summary = str([r["summary"] for r in records if r["type"] == "summary"])
+    assert "last/test/accuracy" in summary
+    assert "best/test/accuracy" in summary
 
 
 def test_a_class_without_test_images_has_no_curve() -> None:
