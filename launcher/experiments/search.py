@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
@@ -37,8 +38,6 @@ from launcher.utils.text import printable
 if TYPE_CHECKING:
     import optuna
 
-JOURNAL = "search.journal"
-TRIALS = 20
 _SPAN = re.compile(r"(log:)?([-+0-9.eE]+)\.\.([-+0-9.eE]+)")
 _WIDTH = 110  # of a table that goes into a file
 _PRUNED = "the search, as others were better by this epoch"
@@ -83,9 +82,14 @@ class Search:
         return self.options.name or f"{self.loaded.name}-search"
 
     @property
+    def folder(self) -> Path:
+        """By its files, processes and machines know of each other's trials."""
+        return self.options.runs / f"{self.base}.files"
+
+    @property
     def journal(self) -> Path:
-        """The file by which processes and machines know of each other's trials."""
-        return self.options.runs / f"{self.base}.{JOURNAL}"
+        """Optuna's, of all trials."""
+        return self.folder / "journal"
 
     def run_name(self, number: int) -> str:
         """Of one trial."""
@@ -214,19 +218,39 @@ def work(search: Search, job: int = 0) -> int:
 
     First those that an earlier process left unfinished, unless another one trains them now.
     """
-    optuna = import_optuna()
-    search.options.runs.mkdir(parents=True, exist_ok=True)
+    search.folder.mkdir(parents=True, exist_ok=True)
     study = _study(search, job)
-    for frozen in _trials(study):
-        is_running = frozen.state == optuna.trial.TrialState.RUNNING
-        if not is_running or _files(search, frozen.number).is_locked:
-            continue
-        if _make(search, study, optuna.trial.Trial(study, frozen._trial_id)):
-            return EXIT_SAVED
-    while len(_trials(study)) < search.trials:
-        if _make(search, study, study.ask({r.name: r.distribution() for r in search.ranges})):
-            return EXIT_SAVED
+    while claimed := _claim(search, study):
+        trial, lock = claimed
+        try:
+            if _make(search, study, trial):
+                return EXIT_SAVED
+        finally:
+            lock.release()
     return 0
+
+
+def _claim(search: Search, study: Any) -> "tuple[Any, FileLock] | None":
+    """A trial that no other process has, and its lock, which is held; None when all are made.
+
+    One process at a time looks for one: else two would take up the same. A lock ends with its
+    process, however that ends.
+    """
+    optuna = import_optuna()
+    with FileLock(search.folder / "claim.lock"):
+        trials = _trials(study)
+        for frozen in trials:
+            if frozen.state == optuna.trial.TrialState.RUNNING:
+                lock = FileLock(search.folder / f"trial{frozen.number}.lock", blocking=False)
+                with suppress(Timeout):
+                    lock.acquire()
+                    return optuna.trial.Trial(study, frozen._trial_id), lock
+        if len(trials) >= search.trials:
+            return None
+        trial = study.ask({r.name: r.distribution() for r in search.ranges})
+        lock = FileLock(search.folder / f"trial{trial.number}.lock")
+        lock.acquire()
+        return trial, lock
 
 
 def _files(search: Search, number: int) -> RunFiles:
@@ -273,8 +297,7 @@ class Judge(Logger):
 def _make(search: Search, study: Any, trial: Any) -> bool:
     """One trial from where it stands to its end; whether a signal stopped it before.
 
-    A combination that the recipe refuses, or that diverges, is a trial that failed; one that
-    another process has taken up meanwhile is left to it.
+    A combination that the recipe refuses, or that diverges, is a trial that failed.
     """
     states = import_optuna().trial.TrialState
     name, judge = search.run_name(trial.number), Judge(trial)
@@ -286,9 +309,8 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
         loaded = replace(search.loaded, recipe=override(search.loaded.recipe, words))
         result = train_loaded(loaded, options, ALONE, also=(judge,))
     except (TrainingError, UserError) as error:
-        if not _files(search, trial.number).is_locked:
-            sys.stderr.write(redacted(f"launcher: {name}: {error}\n"))
-            study.tell(trial, state=states.FAIL, skip_if_finished=True)
+        sys.stderr.write(redacted(f"launcher: {name}: {error}\n"))
+        study.tell(trial, state=states.FAIL)
         return False
     finally:
         signals.withdraw()
@@ -297,7 +319,7 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
         return True
     value = None if judge.is_pruned else _files(search, trial.number).best_accuracy
     state = states.PRUNED if judge.is_pruned else states.COMPLETE
-    study.tell(trial, value, state, skip_if_finished=True)
+    study.tell(trial, value, state)
     return False
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.checkpoint.run_files import RunFiles
 from tests.support.processes import RESUMABLE, Run, fingerprint
 from tests.support.slurm_cluster import Slurm
 
@@ -202,3 +203,29 @@ def test_hosts_and_addresses_are_those_that_slurm_knows(slurm: Slurm) -> None:
 
     for nodes in ("node[1-2]", "gpu[007-009,012],cpu1", "a,b", "rack[2,4]n[10-11]"):
         assert slurm.say("scontrol", "show", "hostnames", nodes).split()[0] == first_host(nodes)
+
+
+def test_the_tasks_of_an_array_search_together(slurm: Slurm, tmp_path: Path) -> None:
+    words = "--trials 4 --name own --wandb off --job $SLURM_ARRAY_TASK_ID"
+    search = "--search 'optimizer.lr=log:1e-4..1e-1'"
+    recipe = f"'{RESUMABLE}' data.validation=0.2 epochs=2"
+    command = f"srun python -m launcher tune {recipe} {words} {search}"
+    done = subprocess.run(
+        ("sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1", "--time=5", "--wrap", command),
+        cwd=tmp_path,
+        env=slurm.environment | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    number = done.stdout.strip()
+    logs = [tmp_path / f"slurm-{number}_{task}.out" for task in (0, 1)]
+    for task in (0, 1):
+        state = slurm.wait_for_end(f"{number}_{task}")
+        assert state == "COMPLETED", "".join(log.read_text() for log in logs)
+    tried = [re.findall(r"=== own-trial(\d+)", log.read_text()) for log in logs]
+    assert all(tried), "both have searched"
+    assert sorted({*tried[0], *tried[1]}) == ["0", "1", "2", "3"]
+    assert not {*tried[0]} & {*tried[1]}
+    for trial in range(4):
+        assert RunFiles(tmp_path / "runs" / f"own-trial{trial}").state in ("done", "stopped")

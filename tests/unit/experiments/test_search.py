@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
-from launcher.checkpoint import run_dir
 from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
 from launcher.config.loader import load
@@ -220,11 +220,10 @@ def test_a_trial_that_another_process_trains_is_left_to_it() -> None:
     recipe = load(Path("mine.py"))
     options = RunOptions(runs=Path("runs"), wandb="off")
     own = search.prepare(recipe, [LR], 2, options, on_test=False)
-    Path("runs").mkdir()
+    own.folder.mkdir(parents=True)
     study = search._study(own)
     study.ask({"optimizer.lr": own.ranges[0].distribution()})
-    other = run_dir.create(Path("runs"), own.run_name(0), "mine")
-    with other.lock():
+    with FileLock(own.folder / "trial0.lock", is_singleton=False):
         assert search.work(own) == 0
     states = [trial.state.name for trial in study.get_trials()]
     assert states == ["RUNNING", "COMPLETE"]
