@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from launcher import run
+from launcher.cli import main
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import Plan
@@ -65,6 +66,7 @@ def begin(mode: str | None, folder: Path, data: Data | None = None) -> Logger:
         config={"optimizer": {"lr": 0.1}},
         tags=["synthetic-data"],
         note="a try",
+        group="tries",
     )
     return start(mode, run, data or images())
 
@@ -247,7 +249,7 @@ def test_a_run_carries_its_recipe_name_note_tags_log_and_exit_code(offline: Offl
     assert run["config"]["update"]["optimizer"] == {"lr": 0.1}
     assert run["config"]["update"]["data_fallback"] == "no network"
     assert (run["project"], run["display_name"], run["notes"]) == ("pictures", "first", "a try")
-    assert run["tags"] == ["synthetic-data"]
+    assert (run["tags"], run["run_group"]) == (["synthetic-data"], "tries")
     assert [record["exit_code"] for record in offline.of("exit")] == [3]
     logged = [record["line"] for record in offline.of("output_logger")]
     assert logged == ["WARNING:launcher:the disk is nearly full\n"]
@@ -271,6 +273,23 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
     run.train_loaded(loaded, RunOptions(runs=tmp_path, name=name, max_steps=1))
     (its,) = given
     assert (its.name, its.tags, its.note) == (shown, ["tiny", "a", "b"], "why")
+    assert its.group is None
+
+
+def test_repeats_are_a_group_of_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[WandbRun] = []
+
+    def began(mode: str | None, run: WandbRun, data: Data) -> Logger:
+        given.append(run)
+        return NullLogger()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb, "start", began)
+    Path("mine.py").write_text(
+        "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe(epochs=1)\n"
+    )
+    assert main(["repeat", "mine.py", "--seeds", "0-1", "--name", "own", "--no-report"]) == 0
+    assert [(its.group, its.name) for its in given] == [("own", "own-seed0"), ("own", "own-seed1")]
 
 
 def test_an_online_run_arrives_at_the_server(world: pytest.MonkeyPatch, tmp_path: Path) -> None:
