@@ -37,7 +37,9 @@ _CURVES = {
     "learning_rate": "train/learning_rate",
     "images_per_second": "train/images_per_second",
 }
-_NOT_FACTS = ("recipe", "name", "fallback", "started", "wandb_id", "data_digest")
+_NOT_FACTS = (
+    *("recipe", "name", "fallback", "started", "wandb_id", "data_digest", "evaluated_on"),
+)
 
 
 @dataclass(frozen=True)
