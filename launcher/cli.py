@@ -300,6 +300,13 @@ def _run(words: list[str], world: World) -> int:
         _refuse_no_training(arguments, parser, command)
     if command == "repeat":
         recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
+        seeds = [word for word in [*named[recipes:], *unknown] if word.lstrip("-")[:5] == "seed="]
+        if seeds:
+            raise UserError(
+                f"{seeds[0]} with repeat",
+                expected="the seeds of all runs",
+                instead="type --seeds 0-4, for example",
+            )
         others = [word for word in [*named[recipes:], *unknown] if "data.root=" not in word]
         if arguments.claims and others:
             raise UserError(

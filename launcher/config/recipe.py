@@ -218,7 +218,7 @@ def _refuse_no_part(validation: float | str | None) -> None:
         fits = 1 <= int(fold) <= int(folds) >= 2 if is_fold else validation.isidentifier()
         fits = fits and validation not in ("train", "test")
     elif isinstance(validation, int):
-        fits = validation >= 1
+        fits = validation >= 1 and not isinstance(validation, bool)
     else:
         fits = validation is None or 0 < validation < 1
     if not fits:

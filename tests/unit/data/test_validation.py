@@ -129,7 +129,8 @@ def test_a_folder_without_that_half_is_refused(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "given", [0, -1, 0.0, 1.0, 1.5, "0/5", "6/5", "1/1", "1/0", "a/b", "train", "test", "", "x y"]
+    "given",
+    [0, -1, 0.0, 1.0, 1.5, "0/5", "6/5", "1/1", "1/0", "a/b", "train", "test", "", "x y", True],
 )
 def test_what_is_no_part_of_the_images_is_refused(given: float | str) -> None:
     with refused(f"data.validation={given}", "data.validation=0.1"):

@@ -127,6 +127,10 @@ def test_two_recipes_are_compared(recipe: str, capsys: pytest.CaptureFixture[str
     assert "n=2 and 2" in said
 
 
+def test_a_single_seed_is_no_repeat(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--seeds 0-4" in complaint(capsys, "repeat", recipe, "seed=3")
+
+
 def test_two_recipes_of_one_name_are_refused(recipe: str) -> None:
     loaded = load(Path(recipe))
     from launcher.config.options import RunOptions
