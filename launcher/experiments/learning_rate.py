@@ -71,11 +71,11 @@ class RateCurve:
 
     @property
     def suggestion(self) -> float | None:
-        """The steepest, at most a tenth of the lowest; None where the loss did not fall."""
+        """The steepest, at most half of the lowest; None where the loss did not fall."""
         values = self.smoothed
         if min(values) > FALLEN * max(values[:FEWEST]):
             return None
-        return min(self.steepest, self.lowest / 10)
+        return min(self.steepest, self.lowest / 2)
 
 
 def ramp(progress: float, *, until: float) -> float:
@@ -150,7 +150,7 @@ def describe(curve: RateCurve, own: float) -> list[str]:
             [
                 f"falls steepest at {curve.steepest:.2g}, is lowest at {curve.lowest:.2g}",
                 f"try a rate of {rate:.2g} (the recipe has {own:g}): the steepest, but at most a "
-                "tenth of the lowest",
+                "half of the lowest",
                 "one run of one seed: a rate within a factor of three is as good a guess",
             ]
             if rate is not None

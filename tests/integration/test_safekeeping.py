@@ -313,16 +313,16 @@ def test_a_new_run_begins_with_given_weights(tmp_path: Path) -> None:
     first = Run(1, tmp_path, "epochs=1", "--name", "first")
     assert first.end() == 0, first.text()
     words = ("epochs=1", "--name", "second", "--init-from", "first", "--max-steps", "1")
-    second = Run(1, tmp_path, *words, "optimizer.lr=0.0")
+    second = Run(1, tmp_path, *words, "optimizer.lr=1e-30")
     assert second.end() == 0, second.text()
     assert "from runs/first/final.safetensors" in second.text()
     weights = [
         load_file(tmp_path / "runs" / name / "final.safetensors") for name in ("first", "second")
     ]
-    key = "layers.6.weight"  # neither decayed nor changed at rate 0
+    key = "layers.6.weight"  # neither decayed nor changed at such a rate
     assert torch.equal(weights[0][key], weights[1][key])
     shutil.rmtree(tmp_path / "runs" / "first")  # from now on the checkpoint has all
-    again = ("epochs=1", "--init-from", "first", "--resume", "optimizer.lr=0.0")
+    again = ("epochs=1", "--init-from", "first", "--resume", "optimizer.lr=1e-30")
     resumed = Run(1, tmp_path, *again, "--name", "second")
     assert resumed.end() == 0, resumed.text()
     assert Run(1, tmp_path, *again, "--name", "third").end() == 2

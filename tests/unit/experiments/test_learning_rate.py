@@ -82,7 +82,7 @@ def test_what_is_read_from_a_curve() -> None:
     curve = RateCurve(tuple(rates), tuple(map(loss, rates)))
     assert curve.lowest == pytest.approx(0.1, rel=0.5)
     assert 1e-3 < curve.steepest < 1e-1
-    assert curve.suggestion == pytest.approx(curve.lowest / 10)
+    assert curve.suggestion == min(curve.steepest, curve.lowest / 2)
 
 
 def test_a_loss_that_does_not_fall_suggests_nothing() -> None:
