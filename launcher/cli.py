@@ -300,20 +300,7 @@ def _run(words: list[str], world: World) -> int:
         _refuse_no_training(arguments, parser, command)
     if command == "repeat":
         recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
-        seeds = [word for word in [*named[recipes:], *unknown] if word.lstrip("-")[:5] == "seed="]
-        if seeds:
-            raise UserError(
-                f"{seeds[0]} with repeat",
-                expected="the seeds of all runs",
-                instead="type --seeds 0-4, for example",
-            )
-        others = [word for word in [*named[recipes:], *unknown] if "data.root=" not in word]
-        if arguments.claims and others:
-            raise UserError(
-                f"{others[0]} with --claims",
-                expected="the recipe as it is: what it claims is not of other settings",
-                instead="leave it out, or repeat the recipe without --claims",
-            )
+        _refuse_unrepeatable([*named[recipes:], *unknown], claims=arguments.claims)
     try:
         refuse_unusable(os.environ)
         several = [_load(path, [*named[recipes:], *unknown]) for path in named[:recipes]]
@@ -347,6 +334,23 @@ def _refuse_no_training(
         named = (arguments.lr, arguments.batch, arguments.search)
         if sum(map(bool, named)) != 1:
             parser.error("one of --lr, --batch and --search says what to tune")
+
+
+def _refuse_unrepeatable(settings: Sequence[str], *, claims: bool) -> None:
+    seeds = [word for word in settings if word.lstrip("-").startswith("seed=")]
+    others = [word for word in settings if "data.root=" not in word]
+    if seeds:
+        raise UserError(
+            f"{seeds[0]} with repeat",
+            expected="the seeds of all runs",
+            instead="type --seeds 0-4, for example",
+        )
+    if claims and others:
+        raise UserError(
+            f"{others[0]} with --claims",
+            expected="the recipe as it is: what it claims is not of other settings",
+            instead="leave it out, or repeat the recipe without --claims",
+        )
 
 
 def _tune(
