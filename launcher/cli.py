@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from launcher.data.sources import ImageSet
 
 DEFAULT_SEEDS = 5  # of repeat
+TO_SPEAK = 2.0  # seconds, for rank 0 to say what is wrong with what was typed
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _REPEAT_USAGE = "launcher repeat RECIPE [RECIPE ...] [name=value ...] --seeds 0-9 [options]"
 _REPEAT_DESCRIPTION = """\
@@ -210,7 +212,7 @@ def _submit(words: list[str]) -> int:
 def _check(words: list[str]) -> int:
     world = slurm_env.world_of_this_process()
     if not world.is_main:
-        return EXIT_USER
+        raise _left_to_rank_0()
     if world.size > 1:
         raise UserError(
             f"check on {world.size} processes",
@@ -237,7 +239,13 @@ def _doctor(words: list[str]) -> int:
     except UserError:  # what was typed was typed for all ranks
         if world.is_main:
             raise
-        raise OtherRankError(EXIT_USER) from None
+        raise _left_to_rank_0() from None
+
+
+def _left_to_rank_0() -> OtherRankError:
+    """For another rank to raise: torchrun ends all when one has ended, so rank 0 is to be first."""
+    time.sleep(TO_SPEAK)
+    return OtherRankError(EXIT_USER)
 
 
 def _verify(words: list[str]) -> int:
