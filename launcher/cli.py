@@ -7,7 +7,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -242,6 +243,17 @@ def _doctor(words: list[str]) -> int:
         raise _left_to_rank_0() from None
 
 
+@contextmanager
+def _rank_0_first(world: World) -> Iterator[None]:
+    """Let rank 0 say what is wrong with what was typed, before torchrun ends all as one ends."""
+    try:
+        yield
+    except UserError:
+        if not world.is_main:
+            time.sleep(TO_SPEAK)
+        raise
+
+
 def _left_to_rank_0() -> OtherRankError:
     """For another rank to raise: torchrun ends all when one has ended, so rank 0 is to be first."""
     time.sleep(TO_SPEAK)
@@ -285,30 +297,35 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _run(words: list[str], world: World) -> int:
     command = words[0] if words and words[0] in _TEXTS else "train"
     parser = _parser(command)
-    arguments, unknown = parser.parse_known_args(words)
-    if arguments.fold:
-        unknown.append(f"data.validation={arguments.fold}")
-    named = arguments.words[bool(arguments.words and arguments.words[0] in _TEXTS) :]
-    if not named:
-        if not arguments.help:
-            parser.error("no recipe is named")
-        sys.stdout.write(parser.format_help())
-        return 0
-    refuse_misplaced(unknown)
-    shows = arguments.help or arguments.dry_run
-    save_before = timedelta(seconds=arguments.save_before)
-    job = slurm_env.Allocation(world) if shows else slurm_env.enter(os.environ, world, save_before)
-    signals.stop_at(job.stops_at, job.stop_reason)
-    if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
-        parser.error("--profile goes with neither --smoke nor --resume")
-    if arguments.skip and arguments.init_from is None:
-        parser.error("--skip goes with --init-from")
-    recipes = 1
-    if command != "train":
-        _refuse_no_training(arguments, parser, command)
-    if command == "repeat":
-        recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
-        _refuse_unrepeatable([*named[recipes:], *unknown], claims=arguments.claims)
+    with _rank_0_first(world):
+        arguments, unknown = parser.parse_known_args(words)
+        if arguments.fold:
+            unknown.append(f"data.validation={arguments.fold}")
+        named = arguments.words[bool(arguments.words and arguments.words[0] in _TEXTS) :]
+        if not named:
+            if not arguments.help:
+                parser.error("no recipe is named")
+            sys.stdout.write(parser.format_help())
+            return 0
+        refuse_misplaced(unknown)
+        shows = arguments.help or arguments.dry_run
+        save_before = timedelta(seconds=arguments.save_before)
+        job = (
+            slurm_env.Allocation(world)
+            if shows
+            else slurm_env.enter(os.environ, world, save_before)
+        )
+        signals.stop_at(job.stops_at, job.stop_reason)
+        if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
+            parser.error("--profile goes with neither --smoke nor --resume")
+        if arguments.skip and arguments.init_from is None:
+            parser.error("--skip goes with --init-from")
+        recipes = 1
+        if command != "train":
+            _refuse_no_training(arguments, parser, command)
+        if command == "repeat":
+            recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
+            _refuse_unrepeatable([*named[recipes:], *unknown], claims=arguments.claims)
     try:
         refuse_unusable(os.environ)
         several = [_load(path, [*named[recipes:], *unknown]) for path in named[:recipes]]
