@@ -210,12 +210,17 @@ def _refuse_unfinished(part: Any, prefix: str = "") -> None:
                 )
 
 
+def parse_fold(text: str) -> tuple[int, int] | None:
+    """`2/5` as (2, 5), the second of five folds; None for other texts."""
+    fold, _, folds = text.partition("/")
+    return (int(fold), int(folds)) if fold.isdecimal() and folds.isdecimal() else None
+
+
 def _refuse_no_part(validation: float | str | None) -> None:
     """Refuse what is no number, fraction or fold of the training images, nor a name."""
     if isinstance(validation, str):
-        fold, _, folds = validation.partition("/")
-        is_fold = fold.isdecimal() and folds.isdecimal()
-        fits = 1 <= int(fold) <= int(folds) >= 2 if is_fold else validation.isidentifier()
+        fold = parse_fold(validation)
+        fits = 1 <= fold[0] <= fold[1] >= 2 if fold else validation.isidentifier()
         fits = fits and validation not in ("train", "test")
     elif isinstance(validation, int):
         fits = validation >= 1 and not isinstance(validation, bool)

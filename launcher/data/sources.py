@@ -24,11 +24,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from launcher.config.recipe import Images
+from launcher.config.recipe import Images, parse_fold
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data.synthetic import Synthetic
-from launcher.data.validation import held_out, parse_fold
+from launcher.data.validation import held_out
 from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.utils.text import count

@@ -8,17 +8,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from launcher.config.recipe import parse_fold
 from launcher.data.rng import VALIDATION, make_rng
 from launcher.errors import UserError
 from launcher.utils.text import count
-
-
-def parse_fold(text: str) -> tuple[int, int] | None:
-    """`2/5` as (2, 5), the second of five folds; None for other texts."""
-    fold, slash, folds = text.partition("/")
-    if not slash or not (fold.isdecimal() and folds.isdecimal()):
-        return None
-    return int(fold), int(folds)
 
 
 def held_out(labels: Tensor, validation: int | float | str, seed: int) -> Tensor:

@@ -1,6 +1,5 @@
 """`launcher repeat RECIPE --claims`: does this machine reach what a recipe says it reaches?"""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from launcher.errors import EXIT_USER, UserError
 from launcher.experiments import repeat
 from launcher.experiments.repeat import Repeats
 from launcher.results.quoted import LAST, LAST_TTA, quoted
-from launcher.results.statistics import describe, summary, two_sided
+from launcher.results.statistics import describe, difference, summary
 
 SEEDS_OF_ONE = 3  # for a claim of a single run
 FIGURES = {"test/accuracy": LAST, "test/accuracy_tta": LAST_TTA}
@@ -117,10 +116,7 @@ def judge(claim: Claim, values: Sequence[float]) -> Judgement:
 
 def probability(claim: Claim, values: Sequence[float]) -> float:
     """Of a difference as large as this one, where there is none; two-sided."""
-    own = stdev(values) ** 2 / len(values)
-    theirs = (claim.std or 0.0) ** 2 / claim.runs if claim.runs > 1 else 0.0
-    gap, error = fmean(values) - claim.value, math.sqrt(own + theirs)
-    if not error:
-        return 0.0 if gap else 1.0
-    squares = own**2 / (len(values) - 1) + (theirs**2 / (claim.runs - 1) if theirs else 0.0)
-    return two_sided(gap / error, (own + theirs) ** 2 / squares)
+    means = [(stdev(values) ** 2 / len(values), len(values))]
+    if claim.std and claim.runs > 1:
+        means.append((claim.std**2 / claim.runs, claim.runs))
+    return difference(fmean(values) - claim.value, means).p

@@ -22,7 +22,7 @@ from launcher.checkpoint.run_files import RunFiles, find
 from launcher.results import html
 from launcher.results.figures import number
 from launcher.results.quoted import LAST, headline, quoted
-from launcher.results.statistics import two_sided
+from launcher.results.statistics import difference
 from launcher.utils.arguments import Parser
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
@@ -175,26 +175,19 @@ def compared(first: Group, second: Group) -> Comparison | None:
     one, two = (group.figures.get(figure, ()) for group in (first, second))
     if len(one) < 2 or len(two) < 2:
         return None
-    spreads = [stdev(values) for values in (one, two)]
     whole = len(one) == len(first.runs) == len(two) == len(second.runs)
     same = whole and None not in first.seeds and len(set(first.seeds)) == len(one)
     if same and sorted(first.seeds) == sorted(second.seeds):
         by_seed = [dict(zip(g.seeds, v, strict=True)) for g, v in ((first, one), (second, two))]
         gaps = [by_seed[1][seed] - by_seed[0][seed] for seed in by_seed[0]]
-        kind, freedom, error = "paired", len(gaps) - 1.0, stdev(gaps) / math.sqrt(len(gaps))
+        kind, means = "paired", [(stdev(gaps) ** 2 / len(gaps), len(gaps))]
     else:
-        parts = [s**2 / len(v) for s, v in zip(spreads, (one, two), strict=True)]
-        kind, error = "Welch's", math.sqrt(sum(parts))
-        squares = [part**2 / (len(v) - 1) for part, v in zip(parts, (one, two), strict=True)]
-        freedom = sum(parts) ** 2 / sum(squares) if sum(squares) else 1.0
-    difference = fmean(two) - fmean(one)
-    pooled = math.sqrt(sum(s**2 for s in spreads) / 2)
-    effect = difference / pooled if pooled else math.copysign(math.inf, difference)
-    if not error:
-        t, p = (math.inf, 0.0) if difference else (0.0, 1.0)
-        return Comparison(figure, kind, difference, t, freedom, p, effect if difference else 0.0)
-    t = difference / error
-    return Comparison(figure, kind, difference, t, freedom, two_sided(t, freedom), effect)
+        kind, means = "Welch's", [(stdev(v) ** 2 / len(v), len(v)) for v in (one, two)]
+    gap = fmean(two) - fmean(one)
+    pooled = math.sqrt(sum(stdev(values) ** 2 for values in (one, two)) / 2)
+    effect = gap / pooled if pooled else math.copysign(math.inf, gap) if gap else 0.0
+    found = difference(gap, means)
+    return Comparison(figure, kind, gap, found.t, found.freedom, found.p, effect)
 
 
 # What is shown

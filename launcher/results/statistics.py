@@ -20,6 +20,29 @@ def two_sided(t: float, freedom: float) -> float:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far a difference is from zero: Student's t, degrees of freedom, two-sided probability."""
+
+    t: float
+    freedom: float
+    p: float
+
+
+def difference(gap: float, means: Sequence[tuple[float, int]]) -> Difference:
+    """Of a gap whose variance is the sum of those of some means, each of n values.
+
+    By Welch and Satterthwaite; of a single mean that is Student's test, with n - 1 degrees.
+    """
+    total = sum(variance for variance, _ in means)
+    squares = sum(variance**2 / (n - 1) for variance, n in means if variance)
+    if not squares:  # all values of each are equal
+        freedom = means[0][1] - 1.0 if len(means) == 1 else 1.0
+        return Difference(math.inf, freedom, 0.0) if gap else Difference(0.0, freedom, 1.0)
+    t, freedom = gap / math.sqrt(total), total**2 / squares
+    return Difference(t, freedom, two_sided(t, freedom))
+
+
+@dataclass(frozen=True)
 class Summary:
     """Of n values: their mean and standard deviation, and the 95 % interval of the mean.
 
