@@ -2,10 +2,11 @@
 
 import base64
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support.loopback import LoopbackHandler, LoopbackServer
 
 
 @dataclass
@@ -17,21 +18,13 @@ class Repository:
     tokens: set[str] = field(default_factory=set)
 
 
-class HubServer:
-    """Listens from its creation until `stop()`; with a `status`, it refuses every commit by it."""
+class HubServer(LoopbackServer):
+    """With a `status`, it refuses every commit by it."""
 
     def __init__(self, status: int = 200) -> None:
         self.repository, self.status = Repository(), status
         self.large: dict[str, bytes] = {}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().__init__(_handler(self))
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         """Of one of its requests."""
@@ -70,31 +63,20 @@ class HubServer:
             self.repository.files[value["path"]] = self.large[value["oid"]]
 
 
-def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _handler(server: HubServer) -> type[LoopbackHandler]:
+    class Handler(LoopbackHandler, BaseHTTPRequestHandler):  # who names methods in capitals
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.body()
             server.repository.tokens.add(self.headers.get("Authorization", ""))
             is_refused = server.status != 200 and "/commit/" in self.path
             content = {"error": "refused"} if is_refused else server.answer(self.path, body)
-            self._reply(server.status if is_refused else 200, json.dumps(content).encode())
+            self.reply(json.dumps(content).encode(), server.status if is_refused else 200)
 
         def do_GET(self) -> None:
-            self._reply(200, b"{}")
+            self.reply(b"{}")
 
         def do_PUT(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            server.large[self.path.removeprefix("/large/")] = body
-            self._reply(200, b"")
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            """Keep the output of the tests clean."""
-
-        def _reply(self, status: int, content: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            server.large[self.path.removeprefix("/large/")] = self.body()
+            self.reply(b"")
 
     return Handler

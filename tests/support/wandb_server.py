@@ -4,10 +4,11 @@ It records what it gets. `stop()` in mid-run is a network that goes away: the po
 """
 
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support.loopback import LoopbackHandler, LoopbackServer
 
 API_KEY = "0123456789" * 4  # made up: this server accepts any
 ENTITY = {"id": "entity", "name": "someone"}
@@ -31,26 +32,12 @@ class Received:
         return {name: entry["value"] for name, entry in json.loads(self.run["config"]).items()}
 
 
-class _Http(ThreadingHTTPServer):
-    request_queue_size = (
-        128  # the client uploads dozens of images at once and waits after a refusal
-    )
-
-
-class WandbServer:
-    """Listens from its creation until `stop()`; answers one operation, `refused`, with an error."""
+class WandbServer(LoopbackServer):
+    """Answers one operation, `refused`, with an error."""
 
     def __init__(self, refused: str = "") -> None:
         self.received, self.refused = Received(), refused
-        self._http = _Http(("127.0.0.1", 0), _handler(self))
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().__init__(_handler(self))
 
     def graphql(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
         """Answer one of the operations that a run needs; others get an empty answer."""
@@ -130,10 +117,10 @@ class WandbServer:
             self.received.exit_code = sent["exitcode"]
 
 
-def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _handler(server: WandbServer) -> type[LoopbackHandler]:
+    class Handler(LoopbackHandler, BaseHTTPRequestHandler):  # who names methods in capitals
         def do_POST(self) -> None:
-            body = self._body()
+            body = self.body()
             answer: dict[str, Any] = {}
             if self.path == "/graphql":
                 asked = json.loads(body)
@@ -144,22 +131,10 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                     answer = {"errors": [{"message": "refused"}]}
             elif self.path.endswith("/file_stream"):
                 server.file_stream(json.loads(body))
-            self._reply(json.dumps(answer).encode())
+            self.reply(json.dumps(answer).encode())
 
         def do_PUT(self) -> None:
-            server.received.uploads[self.path.removeprefix("/uploads/")] = self._body()
-            self._reply(b"")
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            """Keep the output of the tests clean."""
-
-        def _body(self) -> bytes:
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-        def _reply(self, answer: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            server.received.uploads[self.path.removeprefix("/uploads/")] = self.body()
+            self.reply(b"")
 
     return Handler
