@@ -21,7 +21,7 @@ from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
 from launcher.results.compare import compared, grouped, sentence
 from launcher.results.quoted import headline, quoted
-from launcher.results.statistics import Summary, describe, summary
+from launcher.results.statistics import Spread, describe, summary
 from launcher.run import train_loaded
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import redacted
@@ -162,7 +162,7 @@ def seconds_of(run: RunFiles) -> float:
     return sum(float(row.get("seconds", 0)) for row in run.epochs)
 
 
-def summaries(runs: Sequence[RunFiles]) -> dict[str, Summary]:
+def summaries(runs: Sequence[RunFiles]) -> dict[str, Spread]:
     """Of each figure, over the runs that have ended."""
     rows = [quoted(run) for run in runs if run.state == "done"]
     names = dict.fromkeys(name for row in rows for name in row)

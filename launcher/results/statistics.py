@@ -43,7 +43,7 @@ def difference(gap: float, means: Sequence[tuple[float, int]]) -> Difference:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Spread:
     """Of n values: their mean and standard deviation, and the 95 % interval of the mean.
 
     `std` and the interval are None for a single value.
@@ -56,17 +56,17 @@ class Summary:
     high: float | None
 
 
-def summary(values: Sequence[float]) -> Summary:
+def summary(values: Sequence[float]) -> Spread:
     """By Student's distribution with n - 1 degrees of freedom."""
     n, mean = len(values), fmean(values)
     if n < 2:
-        return Summary(n, mean, None, None, None)
+        return Spread(n, mean, None, None, None)
     std = stdev(values)
     half = quantile(0.95, n - 1) * std / math.sqrt(n)
-    return Summary(n, mean, std, mean - half, mean + half)
+    return Spread(n, mean, std, mean - half, mean + half)
 
 
-def describe(found: Summary) -> str:
+def describe(found: Spread) -> str:
     """`64.52 % +- 0.61 (95 % interval 63.76 to 65.28, n=5)`."""
     mean = f"{found.mean:.2%}"
     if found.std is None or found.low is None or found.high is None:
