@@ -1,14 +1,17 @@
 """How often `--smoke` is wrong: on sound recipes, and on such with a mistake.
 
-`python -m tests.corpus.smoke_rates [--seeds 20] [NAME ...]` trains the networks of the corpus by
-several optimizers as a smoke test does, and prints how often each verdict was reached: shuffled
-labels, a loss that is cut off from the scores, and a rate of 0.
+`python -m tests.corpus.smoke_rates [--seeds 20] [--output FILE] [NAME ...]` trains the networks of
+the corpus as a smoke test does, by several optimizers, which take turns from seed to seed, and
+counts each verdict: on sound recipes, on shuffled labels, on a loss that is cut off from the
+scores, and on a rate of 0. What FILE has of other networks stays there, so that hours of it can be parted.
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +38,7 @@ OPTIMIZERS: dict[str, Callable[[NamedParameters], Optimizer]] = {
 }
 PASSED, UNTOLD, FAILED = "passed", "too few steps to tell", "failed"
 REFUSED = "refused before training"
+Counts = dict[str, int]  # how often each verdict was reached
 KINDS = ("sound", "shuffled", "detached", "rate 0")
 
 
@@ -83,26 +87,48 @@ def verdict(name: str, optimizer: str, seed: int, kind: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--output", type=Path)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
-    totals = {kind: Counter[str]() for kind in KINDS}
-    print(f"{torch.get_num_threads()} threads")
+    output: Path | None = arguments.output
+    rates: dict[str, dict[str, Counts]] = {}
+    if output and output.exists():
+        rates = json.loads(output.read_text())["networks"]
     for name in arguments.names or names():
-        for optimizer in OPTIMIZERS:
-            counts = {kind: Counter[str]() for kind in KINDS}
-            for kind in KINDS:
-                for seed in range(arguments.seeds):
-                    counts[kind][verdict(name, optimizer, seed, kind)] += 1
-                totals[kind] += counts[kind]
-            print(f"{name:32} {optimizer:20} {shown(counts)}", flush=True)
-    print(f"{'all':53} {shown(totals)}")
+        own = rates.setdefault(name, {})
+        for kind in arguments.kinds:
+            if sum(own.get(kind, {}).values()) < arguments.seeds:
+                own[kind] = counted(name, kind, arguments.seeds)
+        print(f"{name:40} {shown(own)}", flush=True)
+        if output:
+            figures = {"torch": torch.__version__, "all": total(rates), "networks": rates}
+            output.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{'all':40} {shown(total(rates))}")
 
 
-def shown(counts: dict[str, Counter[str]]) -> str:
+def counted(name: str, kind: str, seeds: int) -> Counts:
+    """How often each verdict was reached; seed by seed the next optimizer."""
+    optimizers = list(OPTIMIZERS)
+    return Counter(
+        verdict(name, optimizers[seed % len(optimizers)], seed, kind) for seed in range(seeds)
+    )
+
+
+def total(rates: dict[str, dict[str, Counts]]) -> dict[str, Counts]:
+    """Over all networks."""
+    whole: dict[str, Counter[str]] = {}
+    for own in rates.values():
+        for kind, counts in own.items():
+            whole.setdefault(kind, Counter()).update(counts)
+    return dict(whole)
+
+
+def shown(rates: dict[str, Counts]) -> str:
     """`sound: 20 passed | shuffled: 19 failed, 1 passed`, in words."""
     return " | ".join(
-        f"{kind}: " + ", ".join(f"{count} {what}" for what, count in found.most_common())
-        for kind, found in counts.items()
+        f"{kind}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
+        for kind, counts in rates.items()
     )
 
 
