@@ -21,7 +21,7 @@ SMALLER = {  # than on a cluster with GPUs
     "gpus-per-node=8": "gpus-per-node=2",
     "ntasks-per-node=8": "ntasks-per-node=2",
     "cpus-per-task=16": "cpus-per-task=2",
-    "epochs=20": "epochs=40 data.batch_size=16",  # long enough to be interrupted
+    "epochs=20": "epochs=16 data.batch_size=16",  # long enough to be interrupted
     "epochs=5": "epochs=2 --cpus 1",
 }
 
@@ -80,7 +80,7 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
     shown = run(job)
     assert shown.startswith("#!/bin/bash\n")
     assert re.search(r"\nfirst +\d+ +(PENDING|CONFIGURING|RUNNING)", shown)
-    wait_for(r"epoch +1/40", folder, "runs/jobs/first-*-1.log")
+    wait_for(r"epoch +1/16", folder, "runs/jobs/first-*-1.log")
     assert "=== attempt 1 of job" in run(tail) or "epoch" in run(tail)
     run(again)
     wait_for("saved; waiting for attempt 2", folder, "runs/jobs/first-*-1.log")
@@ -91,7 +91,7 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
     number = run(accelerate).split()[-1]
     assert slurm.wait_for_end(number) == "COMPLETED", (folder / f"slurm-{number}.out").read_text()
     assert "= 4 ranks x" in (folder / f"slurm-{number}.out").read_text()
-    wait_for("last epoch +40", folder, "runs/jobs/first-*-2.log")
+    wait_for("last epoch +16", folder, "runs/jobs/first-*-2.log")
     for index in range(3):
         wait_for("last epoch +2", folder, f"runs/jobs/rates-{index}-*-1.log")
     for seed in range(2):

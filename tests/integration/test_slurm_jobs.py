@@ -14,7 +14,7 @@ from tests.support.processes import RESUMABLE, Run, fingerprint
 from tests.support.slurm_cluster import Slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
-EPOCHS = 6
+EPOCHS = 8
 ON_TWO_NODES = ("--nodes", "2", "--cpus", "1")
 ON_GPUS = ("--gpus", "2", *ON_TWO_NODES)  # which are there by name only: the ranks train on CPUs
 ON_CPUS = ("--gpus", "0", "--processes", "2", *ON_TWO_NODES)
@@ -83,29 +83,23 @@ def job(slurm: Slurm, tmp_path: Path) -> Job:
     return started
 
 
-def test_a_job_that_is_requeued_by_hand_goes_on(job: Job, slurm: Slurm, whole: str) -> None:
+def test_a_job_goes_on_requeued_by_hand_warned_of_its_time_limit_and_preempted(
+    job: Job, slurm: Slurm, whole: str
+) -> None:
     assert "= 4 ranks x" in job.log(1).read_text()
     slurm.say("scontrol", "requeue", job.number)
-    assert job.check(whole, "SIG(TERM|USR1)") == 2
-
-
-def test_a_job_that_slurm_warns_of_its_time_limit_goes_on(
-    job: Job, slurm: Slurm, whole: str
-) -> None:
+    slurm.wait_for(f"epoch 4/{EPOCHS}", job.log(2))
     slurm.say("scancel", "--batch", "--signal=USR1", job.number)
-    assert job.check(whole, "SIGUSR1") == 2
-
-
-def test_a_job_that_gives_way_to_a_more_urgent_one_goes_on(
-    job: Job, slurm: Slurm, whole: str
-) -> None:
+    slurm.wait_for(f"epoch 6/{EPOCHS}", job.log(3))
+    assert "stopped     by SIGUSR1" in job.log(2).read_text()
     words = ("-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     urgent = slurm.say("sbatch", "--parsable", *words)
     assert slurm.wait_for_end(urgent) == "COMPLETED"
     assert not (job.folder / "runs" / job.name / "final.safetensors").exists()
-    assert job.check(whole, "SIG(TERM|USR1)") == 2
+    assert job.check(whole, "SIG(TERM|USR1)") == 4
 
 
+@pytest.mark.thorough  # the warning is the one above, and the time limit that of the next
 def test_a_job_of_two_minutes_goes_on_in_another_two(
     slurm: Slurm, tmp_path: Path, whole: str
 ) -> None:
