@@ -26,7 +26,7 @@ class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types
 
     def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor]) -> None:
         """Take the images where torchvision would read them from its files."""
-        self.data, self.targets = images.images.numpy(), images.labels.tolist()
+        self.data, self.targets = images.tensor.numpy(), images.labels.tolist()
         self.transform, self.target_transform = transform, None
 
 
@@ -93,7 +93,7 @@ class Bare:
         """Train on the images in this order and yield the loss of every step."""
         network, optimizer, size = self.network, self.optimizer, self.recipe.data.batch_size
         count, *shape = images.images.shape
-        pixels, labels, order = images.images.view(count, -1), images.labels, order.to(self.device)
+        pixels, labels, order = images.tensor.view(count, -1), images.labels, order.to(self.device)
         scale, shift = self.normalization(pixels.shape[1])
         for start in range(0, count, size):
             chosen = order[start : start + size]

@@ -79,7 +79,7 @@ def opened(name: str, root: str, *overrides: str) -> tuple[Recipe, Data]:
 def first_steps(images: ImageSet, recipe: Recipe, steps: int) -> ImageSet:
     """The images of so many steps: a short epoch of its own."""
     count = steps * recipe.data.batch_size
-    return ImageSet(images.images[:count], images.labels[:count], images.classes)
+    return ImageSet(images.tensor[:count], images.labels[:count], images.classes)
 
 
 def measure(recipe: Recipe, data: Data, rounds: int, accelerator: Accelerator) -> Figures:

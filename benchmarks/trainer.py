@@ -104,7 +104,7 @@ def work_of_step(trainer: Trainer) -> tuple[int, int]:
     recipe = trainer.recipe
     train = trainer.ctx.data.train
     size = min(recipe.data.batch_size, len(train))
-    network, images = trainer.ctx.state.network, train.images[:size]
+    network, images = trainer.ctx.state.network, train.tensor[:size]
     kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in network.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:

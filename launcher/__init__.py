@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from launcher.config.recipe import Images, Recipe
     from launcher.config.schedules import constant, cosine, linear, steps
     from launcher.config.slots import Draws, NamedParameters
-    from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
+    from launcher.data.augment import (
+        alternating_flip,
+        crop,
+        cutmix,
+        cutout,
+        flip,
+        mixup,
+        random_resized_crop,
+    )
     from launcher.data.image_folder import Folder
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
@@ -50,6 +58,7 @@ __all__ = [
     "mirrored_and_shifted",
     "mixup",
     "no_decay",
+    "random_resized_crop",
     "steps",
     "train",
 ]
@@ -58,7 +67,7 @@ _HOMES = {
     "launcher.api": "train",
     "launcher.run": "RunResult",
     "launcher.results.load": "TrainedRun load_run",
-    "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
+    "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup random_resized_crop",
     "launcher.data.image_folder": "Folder",
     "launcher.training.state": "ema",
     "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",

@@ -27,7 +27,7 @@ from launcher.config.plan import NEVER, START, Plan, Progress, SaveInterval, mak
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.config.slots import Precision
-from launcher.data import cache
+from launcher.data import cache, tiers
 from launcher.data.sources import Data, digest
 from launcher.distributed import process_group, signals
 from launcher.distributed.accelerator import (
@@ -416,13 +416,15 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     name = short_name(loaded.recipe.model)
     numbers = [f"{len(half):,} {name}" for name, half in data.halves.items()]
     sizes = f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
-    height, width = data.train.images.shape[1:3]
+    height, width, _ = data.train.shape
     sizes += f" of {height} x {width} pixels"
+    where = tiers.describe(data)
+    kept = f"; {where}" if where else ""
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
     return {
         "recipe": ": ".join([loaded.name, *note]),
         "model": f"{name}, {count_parameters(network):,} parameters",
-        "data": f"{data.name}, {sizes}, {len(data.train.classes)} classes",
+        "data": f"{data.name}, {sizes}, {len(data.train.classes)} classes" + kept,
         "batch": plan.describe_batch(),
         "steps": f"{count(plan.epochs, 'epoch')} x {plan.steps_per_epoch} steps{early}",
     }
@@ -507,11 +509,10 @@ def describe_run(
 
     def write() -> ResumePoint:
         train = ctx.data.train
-        shape = list(train.images.shape[1:])
         about = {
             "name": loaded.name,
             "classes": list(train.classes),
-            "image_shape": shape,
+            "image_shape": list(train.shape),
             "data_digest": digest(ctx.data),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "evaluated_on": ctx.data.evaluated_on,

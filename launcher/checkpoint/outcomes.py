@@ -126,7 +126,7 @@ def of_epoch(report: "EpochReport", images: "ImageSet") -> Outcomes:
         pictures=none,
     )
     pictured = _to_picture(outcomes, sample_indices(len(truth)))
-    pictures = images.images[pictured.tolist()].cpu().numpy()
+    pictures = images.pixels(pictured.tolist()).cpu().numpy()
     values = {f.name: getattr(outcomes, f.name) for f in fields(outcomes)}
     return Outcomes(**{**values, "pictured": pictured, "pictures": _small(pictures)})
 

@@ -67,7 +67,7 @@ def measure(ctx: TrainContext, most: int = STEPS) -> Compute:
     """
     recipe, plan, state, data = ctx.recipe, ctx.plan, ctx.state, ctx.data.train
     size = max(LEAST_IMAGES, -(-plan.batch_size // plan.num_micro_batches))
-    pixels, labels = data.images[:size], data.labels[:size]
+    pixels, labels = data.pixels(slice(size)), data.labels[:size]
     # With mixing, a loss is given class probabilities.
     like = ctx.normalize(pixels[:1])
     targets = one_hot(labels, len(data.classes)).to(like) if recipe.data.mix else labels

@@ -49,6 +49,11 @@ class Images:
     `validation` holds training images out, by the recipe's seed and class by class: a fraction of
     them, a number, or a fold such as 2/5; or it names the source's own validation half. After each
     epoch those are evaluated, and the test images only at the end of the run.
+
+    `tier` says where the images are during the training: in the memory of the device; in the
+    host's, from where each batch is copied; or encoded on disk, from where each batch is decoded.
+    auto is the first of them in which they fit. `prefetch` is how many steps are read ahead of the
+    training where they are not on the device; by default what fits into 64 MB, 2 to 16 steps.
     """
 
     source: Source
@@ -60,12 +65,16 @@ class Images:
     mix: Mixing | None = None
     fallback: Source | None = None
     validation: int | float | str | None = None
+    tier: Literal["auto", "device", "host", "disk"] = "auto"
+    prefetch: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _refuse_unfinished(self, "data.")
         _refuse_no_part(self.validation)
         _at_least("data.batch_size", self.batch_size, 1)
+        if self.prefetch is not None:
+            _at_least("data.prefetch", self.prefetch, 1)
         if "\0" in str(self.root):
             raise UserError(
                 f"data.root={str(self.root)!r}",

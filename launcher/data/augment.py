@@ -10,6 +10,8 @@ a generator seeded by (seed, step), the same on every rank; it returns the mixed
 and the weight in [0, 1] that each image's own label keeps.
 """
 
+import inspect
+import math
 from typing import Any, Literal
 
 import numpy
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.config.slots import Augmentation, Draws
+from launcher.data.decoding import Cut
 from launcher.utils.user_code import function_of
 
 
@@ -66,6 +69,35 @@ def cutout(images: Tensor, draws: Draws, *, size: int = 8, fill: int = 128) -> T
     columns = _span(draws.fresh[:, 1], width, size)
     hidden = rows[:, :, None] & columns[:, None, :]
     return images.masked_fill(hidden[:, None], fill)
+
+
+def random_resized_crop(
+    images: Tensor,
+    draws: Draws,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Cut out a part of each image and stretch it to the whole size, smoothly.
+
+    `area` is that of the part, of the image's, `ratio` its width over its height: see `Cut`. As the
+    first augmentation of pictures that are read from disk, it cuts out of the picture as it is
+    stored (`cut_of`).
+    """
+    _, _, height, width = images.shape
+    tall, wide, down, right = Cut(area, ratio).shares(draws.fresh).unbind(1)
+    rows = _stretch(*_span_of(tall, down, height, height * width), height)
+    columns = _stretch(*_span_of(wide, right, width, height * width), width)
+    stretched = rows[:, None] @ images.float() @ columns[:, None].mT
+    return stretched.round().clamp(0, 255).to(torch.uint8)
+
+
+def cut_of(value: Any) -> Cut | None:
+    """What `random_resized_crop` with its settings cuts out; None for other augmentations."""
+    if function_of(value) is not random_resized_crop:
+        return None
+    settings = inspect.signature(value).parameters
+    return Cut(settings["area"].default, settings["ratio"].default)
 
 
 def mixup(
@@ -146,6 +178,28 @@ def _gather(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     flat = first + rows[:, :, None] * width + columns[:, None, :]
     shifted = pixels.index_select(0, flat.flatten())
     return shifted.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _span_of(share: Tensor, place: Tensor, length: int, area: int) -> tuple[Tensor, Tensor]:
+    """`decoding.span` of many images: start and size `(n,)`."""
+    size = (share * math.sqrt(area)).round().clamp(1, length)
+    return (place * (length - size + 1)).floor(), size
+
+
+def _stretch(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Weights `(n, size, size)` that stretch `length` pixels from `start` `(n,)` to `size` pixels.
+
+    Each new pixel is a mean of old ones, weighed by a triangle that is at least a pixel wide to
+    each side: linear interpolation, and where the part shrinks, a smooth mean.
+    """
+    scale = length[:, None] / size
+    centres = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale
+    old = torch.arange(size, device=start.device)
+    distances = (old + 0.5 - centres[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
+    weights = (1 - distances).clamp(min=0)
+    inside = (old >= start[:, None]) & (old < (start + length)[:, None])
+    weights = weights * inside[:, None]
+    return (weights / weights.sum(2, keepdim=True)).float()
 
 
 def _span(draw: Tensor, length: int, size: int) -> Tensor:

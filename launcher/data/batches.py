@@ -2,9 +2,11 @@
 
 Nothing here has state to save. Every rank computes the order of the whole epoch, takes its
 micro-batches, and uses the draws that belong to its images, so N ranks see what 1 rank would.
-Images stay uint8 on the device; a batch is gathered by index and normalized there.
+Images stay uint8 on the device; a batch is gathered by index and normalized there. Stored ones
+(`storage`) are read ahead of the steps that take them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,10 +18,13 @@ from torch.nn.functional import one_hot
 from launcher.config.plan import Plan
 from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
-from launcher.data.augment import as_augmentation
+from launcher.data.augment import as_augmentation, cut_of
 from launcher.data.rng import FIXED, FRESH, LAYERS, MIX, ORDER, make_rng
 from launcher.data.sources import ImageSet
+from launcher.data.storage import Encoded, Reading, Stored
 
+BYTES_AHEAD = 2**26  # of images that are read ahead of the steps, ...
+LEAST_STEPS_AHEAD, MOST_STEPS_AHEAD = 2, 16  # ... which are so many steps
 CHUNK_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
 
 
@@ -82,7 +87,9 @@ def steps_per_chunk(plan: Plan, image_bytes: int, device: torch.device) -> int:
 class Normalize:
     """uint8 `(n, h, w, c)` -> floating point `(n, c, h, w)` with the recipe's mean and std."""
 
-    def __init__(self, data: Images, shape: torch.Size, like: Tensor, contiguous: bool) -> None:
+    def __init__(
+        self, data: Images, shape: tuple[int, ...], like: Tensor, contiguous: bool
+    ) -> None:
         """Spread mean and std over a whole image, so the inner loop is long and vectorised.
 
         `shape` is `(h, w, c)`; the result has the device and the type of `like`.
@@ -112,6 +119,20 @@ class _Epoch:
     partners: Tensor | None
     fresh: Tensor | None
     weights: Tensor | None = None  # of the images before each place in the order, summed
+    on_host: tuple[Tensor, ...] = ()  # order and partners, of images that are stored
+    cuts: Tensor | None = None  # the fresh draws of the first augmentation, on the host
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Images that were read for some steps: `images[i]` is the one at `places[i]`, ascending."""
+
+    places: Tensor
+    images: Tensor
+
+    def take(self, places: Tensor) -> Tensor:
+        """Those at the places `(k,)`, each of which was read."""
+        return self.images.index_select(0, torch.searchsorted(self.places, places))
 
 
 class Batches:
@@ -135,12 +156,18 @@ class Batches:
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
         self._augmentations = tuple(map(as_augmentation, recipe.data.augment))
-        self._fixed = self._draws(make_rng(FIXED, recipe.seed))
         self._weights = None
         if class_weights is not None:
             self._weights = class_weights.double().cpu()[images.labels.cpu()]
         self._next_epoch: _Epoch | None = None
-        self._steps_per_chunk = steps_per_chunk(plan, normalize.image_bytes, images.images.device)
+        self._stored = images.images if isinstance(images.images, Stored) else None
+        is_cut = isinstance(self._stored, Encoded) and self._augmentations
+        self._cut = cut_of(self._augmentations[0]) if is_cut else None
+        self._ahead: dict[tuple[int, int], tuple[Tensor, Reading]] = {}  # by epoch and first step
+        self._device = images.labels.device
+        fixed = self._drawn(make_rng(FIXED, recipe.seed))
+        self._fixed = None if fixed is None else self._send(fixed)
+        self._steps_per_chunk = steps_per_chunk(plan, normalize.image_bytes, self._device)
 
     def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps of an epoch after step `after`, each with its number and its micro-batches."""
@@ -152,44 +179,101 @@ class Batches:
         self._next_epoch = None
         steps = self._plan.epoch_steps(epoch)
         steps = range(max(steps.start, after + 1), steps.stop)
-        for start in range(0, len(steps), self._steps_per_chunk):
-            if start + self._steps_per_chunk >= len(steps) and epoch < self._plan.last_epoch:
-                self._next_epoch = self._draw(epoch + 1)
-            yield from self._make(drawn, steps[start : start + self._steps_per_chunk])
+        chunks = self._chunks(steps)
+        try:
+            for number, chunk in enumerate(chunks):
+                if number + 1 == len(chunks) and epoch < self._plan.last_epoch:
+                    self._next_epoch = self._draw(epoch + 1)
+                self._read_ahead(drawn, chunks[number:])
+                yield from self._make(drawn, chunk)
+        except BaseException:  # what ends the epoch early, a generator that is closed as well
+            for _, reading in self._ahead.values():
+                reading.cancel()
+            raise
+
+    def _chunks(self, steps: range) -> list[range]:
+        """The steps whose pictures are made together."""
+        size = self._steps_per_chunk
+        return [steps[start : start + size] for start in range(0, len(steps), size)]
 
     def _draw(self, epoch: int) -> _Epoch:
         plan, seed = self._plan, self._recipe.seed
         order = epoch_order(seed, epoch, plan.train_images)
-        partners = None
+        on_host, partners = [order] if self._stored else [], None
         if self._recipe.data.mix:
-            partners = self._send(mix_partners(order, plan.batch_size))
+            partners = mix_partners(order, plan.batch_size)
+            on_host += [partners] if self._stored else []
+            partners = self._send(partners)
         weights = None
         if self._weights is not None:
             weights = nn.functional.pad(self._weights[order].cumsum(0), (1, 0))
-        fresh = self._draws(make_rng(FRESH, seed, epoch))
-        return _Epoch(epoch, self._send(order), partners, fresh, weights)
+        fresh = self._drawn(make_rng(FRESH, seed, epoch))
+        cuts = fresh[0] if fresh is not None and self._cut else None
+        return _Epoch(
+            epoch,
+            self._send(order),
+            partners,
+            None if fresh is None else self._send(fresh),
+            weights,
+            tuple(on_host),
+            cuts,
+        )
 
-    def _draws(self, random: numpy.random.Generator) -> Tensor | None:
-        """Draws of all images for all augmentations: `(augmentations, images, 4)`."""
+    def _drawn(self, random: numpy.random.Generator) -> Tensor | None:
+        """Draws of all images for all augmentations: `(augmentations, images, 4)`, on the host."""
         kinds = len(self._recipe.data.augment)
         if not kinds:
             return None
         size = (kinds, self._plan.train_images, DRAWS_PER_AUGMENTATION)
-        return self._send(torch.from_numpy(random.random(size, dtype=numpy.float32)))
+        return torch.from_numpy(random.random(size, dtype=numpy.float32))
 
     def _send(self, table: Tensor) -> Tensor:
         """To the device, without waiting for what it is doing."""
-        device = self._images.images.device
-        if device.type == "cuda":
+        if self._device.type == "cuda" and not table.is_pinned():
             table = table.pin_memory()
-        return table.to(device, non_blocking=True)
+        return table.to(self._device, non_blocking=True)
+
+    def _read_ahead(self, drawn: _Epoch, chunks: list[range]) -> None:
+        """Begin to read what the first of the chunks takes, and what some after it take."""
+        if self._stored is None:
+            return
+        wanted = [(drawn, chunk) for chunk in chunks]
+        if following := self._next_epoch:
+            steps = self._plan.epoch_steps(following.number)
+            wanted += [(following, chunk) for chunk in self._chunks(steps)]
+        for epoch, chunk in wanted[: 1 + self._chunks_ahead(self._stored)]:
+            key = (epoch.number, chunk.start)
+            if key not in self._ahead:
+                spans = self._spans_of(chunk, epoch)
+                places = torch.cat([o[s.start : s.stop] for o in epoch.on_host for s in spans])
+                places = torch.unique(places)  # ascending, and those of both orders once
+                shares = None
+                if self._cut is not None and epoch.cuts is not None:
+                    shares = self._cut.shares(epoch.cuts[places])
+                pinned = self._device.type == "cuda"
+                reading = Reading(self._stored, places, pinned=pinned, shares=shares)
+                self._ahead[key] = places, reading
+
+    def _chunks_ahead(self, stored: Stored) -> int:
+        if (steps := self._recipe.data.prefetch) is None:
+            images = -(-self._plan.batch_size // self._plan.world_size)
+            step_bytes = images * math.prod(stored.shape[1:])
+            steps = min(MOST_STEPS_AHEAD, max(LEAST_STEPS_AHEAD, BYTES_AHEAD // step_bytes))
+        return -(-steps // self._steps_per_chunk)
+
+    def _read(self, epoch: int, first: int) -> _Read | None:
+        """What `_read_ahead` has read for the steps from `first` on; None where nothing is."""
+        if self._stored is None:
+            return None
+        places, reading = self._ahead.pop((epoch, first))
+        return _Read(self._send(places), self._send(reading.images()))
 
     def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Make the pictures of `steps` together; yield each step with its micro-batches."""
-        spans = [span for step in steps for span in self._spans(step, drawn.weights)]
-        batches, partners = self._micro_batches(drawn.order, drawn, spans), None
+        spans, read = self._spans_of(steps, drawn), self._read(drawn.number, steps.start)
+        batches, partners = self._micro_batches(drawn.order, drawn, spans, read), None
         if drawn.partners is not None:
-            partners = self._micro_batches(drawn.partners, drawn, spans)
+            partners = self._micro_batches(drawn.partners, drawn, spans, read)
         for number, step in enumerate(steps):
             own = slice(number * self._plan.accumulate, (number + 1) * self._plan.accumulate)
             if partners is None:
@@ -198,20 +282,28 @@ class Batches:
                 pairs = zip(batches[own], partners[own], strict=True)
                 yield step, [self._mix(batch, partner, step) for batch, partner in pairs]
 
-    def _micro_batches(self, order: Tensor, drawn: _Epoch, spans: list[_Span]) -> list[MicroBatch]:
+    def _micro_batches(
+        self, order: Tensor, drawn: _Epoch, spans: list[_Span], read: _Read | None
+    ) -> list[MicroBatch]:
         """The images that `order` names in these spans of the epoch."""
         if len(spans) == 1:  # to join and to part would be 1 % of a small step on a CPU
             (span,) = spans
-            return [MicroBatch(*self._examples(order[span.start : span.stop], drawn), span.weight)]
+            examples = self._examples(order[span.start : span.stop], drawn, read)
+            return [MicroBatch(*examples, span.weight)]
         indices = torch.cat([order[span.start : span.stop] for span in spans])
         sizes = [span.stop - span.start for span in spans]
-        images, targets = (torch.split(part, sizes) for part in self._examples(indices, drawn))
+        images, targets = (torch.split(p, sizes) for p in self._examples(indices, drawn, read))
         weights = [span.weight for span in spans]
         return [MicroBatch(*parts) for parts in zip(images, targets, weights, strict=True)]
 
-    def _examples(self, indices: Tensor, drawn: _Epoch) -> tuple[Tensor, Tensor]:
+    def _examples(
+        self, indices: Tensor, drawn: _Epoch, read: _Read | None
+    ) -> tuple[Tensor, Tensor]:
         """The pictures and the labels of these images."""
-        return self._pictures(indices, drawn), self._images.labels.index_select(0, indices)
+        return self._pictures(indices, drawn, read), self._images.labels.index_select(0, indices)
+
+    def _spans_of(self, steps: range, drawn: _Epoch) -> list[_Span]:
+        return [span for step in steps for span in self._spans(step, drawn.weights)]
 
     def _spans(self, step: int, weights: Tensor | None) -> list[_Span]:
         """This rank's micro-batches of a step, in the order of the epoch."""
@@ -230,12 +322,17 @@ class Batches:
             spans.append(_Span(first + start, first + max(stop, start + 1), weight))
         return spans
 
-    def _pictures(self, indices: Tensor, drawn: _Epoch) -> Tensor:
+    def _pictures(self, indices: Tensor, drawn: _Epoch, read: _Read | None) -> Tensor:
         """Gather, augment and normalize: int64 `(n,)` -> floating point `(n, c, h, w)`."""
-        images = self._images.images.index_select(0, indices)
+        if read is not None:
+            images = read.take(indices)
+        else:
+            images = self._images.tensor.index_select(0, indices)
         if drawn.fresh is not None and self._fixed is not None:
             pictures = images.permute(0, 3, 1, 2)
             for number, augmentation in enumerate(self._augmentations):
+                if number == 0 and self._cut:
+                    continue  # done when the picture was read
                 draws = Draws(
                     drawn.fresh[number].index_select(0, indices),
                     self._fixed[number].index_select(0, indices),

@@ -13,12 +13,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from launcher.config.recipe import Images
 from launcher.data import sources
+from launcher.data.packed import map_images
 from launcher.data.sources import Data, ImageSet
+from launcher.data.storage import Encoded, Mapped, Stored
 from launcher.distributed.process_group import RankGroup
 
 _LOG = logging.getLogger(__name__)
@@ -57,7 +62,7 @@ def _written(loaded: Data) -> Iterator[str]:
     """Write the images into a file; yields where it is while it is open, empty if that failed."""
     halves = loaded.halves.values()
     content = {
-        "images": [half.images for half in halves],
+        "images": [_as_content(half.images) for half in halves],
         "labels": [half.labels for half in halves],
         "files": [half.files for half in halves],
         "halves": list(loaded.halves),
@@ -88,7 +93,7 @@ def _map(place: str) -> Data | None:
     except (OSError, RuntimeError):
         return None
     halves = {
-        name: ImageSet(images, labels, content["classes"], files)
+        name: ImageSet(_from_content(images), labels, content["classes"], files)
         for name, images, labels, files in zip(
             content["halves"],
             content["images"],
@@ -105,6 +110,27 @@ def _map(place: str) -> Data | None:
         halves.get("validation"),
         content["held_out"],
     )
+
+
+def _as_content(images: Tensor | Stored) -> Any:
+    """What the file holds: the images, or where they are stored."""
+    if isinstance(images, Tensor):
+        return images
+    about = {f.name: getattr(images, f.name) for f in fields(images)}
+    if isinstance(images, Mapped) and images.path:
+        about["array"] = images.array.shape
+    return type(images).__name__, about
+
+
+def _from_content(content: Any) -> Tensor | Stored:
+    if isinstance(content, Tensor):
+        return content
+    kind, about = content
+    if kind == Encoded.__name__:
+        return Encoded(**about)
+    if about["path"]:
+        about["array"] = map_images(about["path"], tuple(about["array"]))
+    return Mapped(**about)
 
 
 def _identity(path: str) -> list[int]:

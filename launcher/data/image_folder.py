@@ -1,31 +1,32 @@
-"""Pictures in class folders, read once into memory.
+"""Pictures in class folders.
 
 Two layouts are understood: `ROOT/train/CLASS/*.png` with `ROOT/test/CLASS/*.png` (or `val`), and
 plain `ROOT/CLASS/*.png`, of which every fifth picture of a class, by name, is kept for testing.
 With `ROOT/val` beside `ROOT/test`, data.validation=val validates on those.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
-from PIL import Image, ImageOps
+import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from launcher.data.decoding import not_a_picture
 from launcher.data.limits import at_least_one, refuse_too_large
+from launcher.data.storage import Encoded, read
 from launcher.errors import UserError
 from launcher.utils.text import count
 
 TEST_EVERY = 5
-# What Pillow raises for files that are no whole picture, and `fitted` for odd ones.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Folder:
     """RGB pictures of `size` pixels square, as uint8 `(n, size, size, 3)`; `files` below `root`.
 
-    Larger or oblong pictures are scaled to the shorter side and cropped around the middle.
+    Larger or oblong pictures are scaled to the shorter side and cropped around the middle. Where
+    they stay on disk (`Images.tier`) they are decoded step by step, else once, at the start.
     Raises `FileNotFoundError` where there is no folder `root`, and `UserError` where it is empty
     or holds something other than pictures.
     """
@@ -33,14 +34,13 @@ class Folder:
     def __init__(
         self, root: str, split: str = "train", download: bool = False, *, size: int = 32
     ) -> None:
-        """Read and decode the pictures of one half: train, test or val."""
+        """Find the pictures of one half: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
         at_least_one("size", size)
         half = _half(Path(root), split)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
-        refuse_too_large(f"{half}", len(files), size)
         if half == Path(root):
             _refuse_few(files, names)
             files = _split(files, split)
@@ -49,13 +49,14 @@ class Folder:
         self.classes = names
         self.targets = numpy.array([label for _, label in files])
         self.files = [str(file.relative_to(root)) for file, _ in files]
-        self.data: Any = numpy.empty((len(files), size, size, 3), numpy.uint8)
+        self.encoded = Encoded(torch.arange(len(files)), root, tuple(self.files), size)
+        self._half = half
 
-        def read(index: int) -> None:
-            self.data[index] = _read(files[index][0], size)
-
-        with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-            list(pool.map(read, range(len(files))))
+    @cached_property
+    def data(self) -> Any:
+        """All of them, decoded; raises `UserError` for a broken one, or for too many."""
+        refuse_too_large(f"{self._half}", len(self.files), self.encoded.size)
+        return read(self.encoded, self.encoded.places).numpy()
 
 
 def _half(root: Path, split: str) -> Path:
@@ -121,9 +122,9 @@ def _files(folder: Path) -> list[Path]:
         raise _empty(folder)
     for file in files:
         if file.suffix.lower() not in IMG_EXTENSIONS:
-            raise _not_a_picture(file, "its name does not end like a picture's")
+            raise not_a_picture(file, "its name does not end like a picture's")
         if file.exists() and not file.is_file():  # to read it might be to wait for ever
-            raise _not_a_picture(file, "it is a pipe or a device")
+            raise not_a_picture(file, "it is a pipe or a device")
     return files
 
 
@@ -135,40 +136,6 @@ def _split(files: list[tuple[Path, int]], split: str) -> list[tuple[Path, int]]:
         if is_test == (split == "test"):
             chosen.append((file, label))
     return chosen
-
-
-def _read(file: Path, size: int) -> Any:
-    try:
-        with Image.open(file) as picture:
-            return fitted(picture, (size, size))
-    except BROKEN as error:
-        raise _not_a_picture(file, str(error)) from None
-
-
-def fitted(picture: Image.Image, size: tuple[int, int], mode: str = "RGB") -> Any:
-    """Upright, scaled and cropped around the middle: uint8 `(height, width[, 3])`.
-
-    `size` is width and height; `mode` is RGB, or L for one channel. Raises `ValueError` for a
-    picture whose values do not say what is white.
-    """
-    upright = ImageOps.exif_transpose(picture)
-    return numpy.asarray(ImageOps.fit(_in_colour(upright), size).convert(mode))
-
-
-def _in_colour(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("I", "F"):  # Pillow would turn nearly all pixels white, or black
-        raise ValueError(f"in Pillow's mode {picture.mode} no value is known to be white")
-    if picture.mode.startswith("I;16"):  # ... all but the darkest white
-        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
-    return picture.convert("RGB")
-
-
-def _not_a_picture(file: Path, why: str) -> UserError:
-    return UserError(
-        f"{file} cannot be read as a picture ({why})",
-        expected="only pictures in a class folder",
-        instead="mend the file or move it out of the folder",
-    )
 
 
 def _empty(folder: Path) -> UserError:

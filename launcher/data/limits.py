@@ -15,6 +15,13 @@ def at_least_one(name: str, value: int) -> None:
         )
 
 
+def fits_in_memory(count: int, size: int, channels: int = 3) -> bool:
+    """Whether so many uint8 images of `size` pixels square leave half of the free memory free."""
+    import psutil
+
+    return count * size * size * channels <= psutil.virtual_memory().available / 2
+
+
 def refuse_too_large(what: str, count: int, size: int, channels: int = 3) -> None:
     """Raise `UserError` where so many uint8 images of `size` pixels square do not fit."""
     import psutil

@@ -10,7 +10,7 @@ import os
 import socket
 import traceback
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -27,6 +27,11 @@ from torch.utils.data import Dataset
 from launcher.config.recipe import Images, parse_fold
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
+from launcher.data import storage
+from launcher.data.augment import cut_of
+from launcher.data.limits import fits_in_memory
+from launcher.data.packed import Packed
+from launcher.data.storage import Encoded, Mapped, Stored
 from launcher.data.synthetic import Synthetic
 from launcher.data.validation import held_out
 from launcher.distributed import signals
@@ -42,10 +47,11 @@ EvaluatedOn = Literal["test", "val"]
 class ImageSet:
     """Images as uint8 `(n, height, width, channels)`, labels as int64 `(n,)`, on one device.
 
-    `files` says where each comes from, if from a file of its own.
+    Images that are `Stored` are elsewhere until they are asked for. `files` says where each comes
+    from, if from a file of its own.
     """
 
-    images: Tensor
+    images: Tensor | Stored
     labels: Tensor
     classes: tuple[str, ...]
     files: tuple[str, ...] = ()
@@ -54,14 +60,43 @@ class ImageSet:
         """The number of images."""
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of them: `(n, height, width, channels)`; stored ones are read."""
+        return self.pixels(slice(None))
+
+    def pixels(self, places: Tensor | Sequence[int] | slice) -> Tensor:
+        """The images at the places `(k,)`, on the device: uint8 `(k, height, width, channels)`."""
+        if isinstance(self.images, Tensor):
+            return self.images[places]
+        chosen = torch.arange(len(self))[places]
+        return storage.read(self.images, chosen).to(self.labels.device)
+
+    def in_parts(self, bounds: Sequence[slice]) -> Iterator[Tensor]:
+        """Each part of the images as `pixels` gives it; stored ones are read ahead."""
+        if isinstance(self.images, Tensor):
+            yield from (self.images[part] for part in bounds)
+        else:
+            for part in storage.read_in_parts(self.images, bounds):
+                yield part.to(self.labels.device)
+
     def take(self, places: Tensor) -> "ImageSet":
         """Those at the places `(n,)`, in that order."""
         files = tuple(self.files[place] for place in places.tolist()) if self.files else ()
-        return replace(self, images=self.images[places], labels=self.labels[places], files=files)
+        images, labels = self.images, self.labels[places]
+        own = images[places] if isinstance(images, Tensor) else images.at(places)
+        return replace(self, images=own, labels=labels, files=files)
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The same images on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        """The same images on another device, but for those that are stored."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return replace(self, images=images, labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -153,7 +188,7 @@ def load(data: Images, *, seed: int = 0, downloads: bool = True) -> Data:
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
-            loaded = _open_halves(replace(data, source=data.fallback), downloads)
+            loaded = _open_halves(replace(data, source=data.fallback, tier="auto"), downloads)
         except _UnavailableError as second:
             raise UserError(
                 f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
@@ -230,8 +265,16 @@ def digest(data: Data) -> str:
     for half in data.halves.values():
         whole.update(repr((tuple(half.images.shape), half.classes)).encode())
         whole.update(half.labels.cpu().numpy().tobytes())
-        whole.update(half.images[::100].cpu().numpy().tobytes())
+        whole.update(_sample(half))
     return whole.hexdigest()
+
+
+def _sample(half: ImageSet) -> bytes:
+    if isinstance(half.images, Tensor):
+        return half.images[::100].cpu().numpy().tobytes()
+    # However many there are, as each may be a file on a server of files.
+    some = range(0, len(half), max(100, len(half) // 1000))
+    return half.images.contents(list(some))
 
 
 def stand_in(data: Images, count: int) -> Images:
@@ -245,7 +288,7 @@ def stand_in(data: Images, count: int) -> Images:
     if function is not Synthetic:
         keywords = _known_shape(data)
     source = partial(Synthetic, **{**keywords, "count": count})
-    return replace(data, source=source, fallback=None, validation=None)
+    return replace(data, source=source, fallback=None, validation=None, tier="auto")
 
 
 def known_counts(data: Images) -> tuple[int, int] | None:
@@ -267,25 +310,25 @@ def _known_shape(data: Images) -> dict[str, int]:
 
 def _open_halves(data: Images, downloads: bool) -> Data:
     """All halves at once, since most of it is reading and hashing of files."""
-    source, root = data.source, data.root
     halves = ["train", "test"]
     if isinstance(data.validation, str) and not parse_fold(data.validation):
         halves.append(data.validation)
     with ThreadPoolExecutor(max_workers=len(halves)) as pool:
-        found = list(pool.map(partial(_open, source, root), halves))
+        found = list(pool.map(partial(_open, data), halves))
     if None in found and not downloads:
         raise _UnavailableError("is not downloaded here")
     train, test, *own = (
-        _fetch(source, root, name) if half is None else half
+        _fetch(data, name) if half is None else half
         for name, half in zip(halves, found, strict=True)
     )
-    return Data(train, test, short_name(source), validation=own[0] if own else None)
+    return Data(train, test, short_name(data.source), validation=own[0] if own else None)
 
 
-def _open(source: Source, root: str, half: str) -> ImageSet | None:
+def _open(data: Images, half: str) -> ImageSet | None:
     """Open one half; None where its files are absent or damaged."""
+    source = data.source
     try:
-        dataset = _call(source, root, half, download=False)
+        dataset = _call(source, data.root, half, download=False)
     except FileNotFoundError as error:
         if error.errno is not None:  # of the system: a file is absent
             return None
@@ -297,14 +340,15 @@ def _open(source: Source, root: str, half: str) -> ImageSet | None:
     except Exception as error:
         _refuse_failing(source, error)
         return None
-    return _as_set(dataset, source)
+    return _as_set(dataset, data)
 
 
-def _fetch(source: Source, root: str, half: str) -> ImageSet:
+def _fetch(data: Images, half: str) -> ImageSet:
     """Look again under the lock, for another process may be unpacking; then download.
 
     One process per node does so.
     """
+    source, root = data.source, data.root
     with _downloading(root):
         try:
             dataset = _call(source, root, half, download=False)
@@ -314,7 +358,7 @@ def _fetch(source: Source, root: str, half: str) -> ImageSet:
             if not is_absent:  # those are torchvision's words
                 raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
             dataset = _call(source, root, half, download=True)
-    return _as_set(dataset, source)
+    return _as_set(dataset, data)
 
 
 @contextmanager
@@ -450,9 +494,20 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
     )
 
 
-def _as_set(dataset: Any, source: Source) -> ImageSet:
-    name = short_name(source)
+def _as_set(dataset: Any, data: Images) -> ImageSet:
+    name = short_name(data.source)
     labels_name = "labels" if hasattr(dataset, "labels") else "targets"
+    encoded = getattr(dataset, "encoded", None)
+    if isinstance(encoded, Encoded) and _stays_on_disk(encoded, data):
+        labels, classes = torch.as_tensor(dataset.targets).long(), tuple(dataset.classes)
+        _check_labels(labels, classes, name)
+        return ImageSet(encoded, labels, classes, encoded.files)
+    if data.tier == "disk":
+        raise UserError(
+            f"data.tier=disk of {name}, whose images are not files of their own",
+            expected="pictures in class folders, as Folder reads them",
+            instead="type data.tier=host",
+        )
     pixels, numbers = getattr(dataset, "data", None), getattr(dataset, labels_name, None)
     if pixels is None or numbers is None:
         lacking = " and ".join(["`data`"] * (pixels is None) + ["`targets`"] * (numbers is None))
@@ -479,7 +534,22 @@ def _as_set(dataset: Any, source: Source) -> ImageSet:
     classes = tuple(str(label) for label in (range(10) if named is None else named))
     _check_labels(labels, classes, name)
     files = tuple(map(str, getattr(dataset, "files", ())))
-    return ImageSet(_channels_last(images), labels, classes, files * (len(files) == len(labels)))
+    kept: Tensor | Stored = _channels_last(images)
+    is_mapped = isinstance(dataset, Packed)
+    if data.tier == "host" or (is_mapped and data.tier == "auto"):
+        path = dataset.path if is_mapped else None
+        kept = Mapped(torch.arange(len(images)), _channels_last(images), path)
+    elif is_mapped:
+        kept = images.clone()
+    return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))
+
+
+def _stays_on_disk(encoded: Encoded, data: Images) -> bool:
+    """Whether pictures are decoded anew for each step, in place of once for all."""
+    if data.tier != "auto":
+        return data.tier == "disk"
+    cuts_originals = bool(data.augment) and cut_of(data.augment[0]) is not None
+    return cuts_originals or not fits_in_memory(len(encoded), encoded.size)
 
 
 def _not_images(found: str, name: str, better: str = "") -> UserError:

@@ -315,7 +315,8 @@ def prove(run: TrainedRun, answer: Answer, images: ImageSet, *, from_pixels: boo
     """
     gaps, largest, right, shares = [0.0], 1.0, 0, []
     for first in range(0, len(images), BATCH):
-        pixels, labels = (part[first : first + BATCH] for part in (images.images, images.labels))
+        part = slice(first, first + BATCH)
+        pixels, labels = images.pixels(part), images.labels[part]
         given = pixels.permute(0, 3, 1, 2).contiguous() if from_pixels else run.normalize(pixels)
         with torch.inference_mode():
             expected = upcast(run.model.eval()(run.normalize(pixels)))

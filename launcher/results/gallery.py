@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from launcher.checkpoint.run_files import RunFiles
-from launcher.data.image_folder import BROKEN, fitted
+from launcher.data.decoding import BROKEN, fitted
 from launcher.results import figures, html
 from launcher.results.figures import ClassRow
 from launcher.results.load import TrainedRun

@@ -100,4 +100,4 @@ def _pixels(files: RunFiles, run: TrainedRun, best: Outcomes, places: NDArray[An
     if best.pictures.shape[1:] == run.image_shape and all(p in kept for p in places.tolist()):
         return torch.from_numpy(best.pictures[[kept[place] for place in places.tolist()]])
     images, _ = evaluated_images(files, run, None)
-    return images.images[places.tolist()]
+    return images.pixels(places.tolist())

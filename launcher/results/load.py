@@ -15,7 +15,7 @@ from launcher.config import annotations, loader
 from launcher.config.overrides import as_text, override
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Normalize
-from launcher.data.image_folder import fitted
+from launcher.data.decoding import fitted
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network, first_parameter
@@ -93,8 +93,7 @@ def run_of(recipe: Recipe, weights: Path, images: ImageSet) -> TrainedRun:
     """The recipe's network with the weights of a file; for images such as these."""
     network = build_network(recipe, images)
     load_weights(network, weights)
-    height, width, channels = images.images.shape[1:]
-    return TrainedRun(network.eval(), images.classes, recipe, (height, width, channels))
+    return TrainedRun(network.eval(), images.classes, recipe, images.shape)
 
 
 def blank_images(shape: tuple[int, int, int], classes: tuple[str, ...]) -> ImageSet:

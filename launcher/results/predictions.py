@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from launcher.data.image_folder import BROKEN
+from launcher.data.decoding import BROKEN
 from launcher.errors import UserError
 from launcher.results.load import TrainedRun
 from launcher.utils.text import count, printable

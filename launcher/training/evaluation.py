@@ -38,13 +38,15 @@ def evaluate(
     start, stop = shard_bounds(count, accelerator.num_processes, accelerator.process_index)
     on_cpu = accelerator.device.type == "cpu"
     size = EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH
+    parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+    pixels = images.in_parts(parts)
     with evaluating(ctx.state.eval_model) as score, accelerator.autocast():
-        for first in range(start, stop, size):
+        for part in parts:
+            first = part.start
             all_ranks_have_it = first - start < count // accelerator.num_processes
             if stop_sync and all_ranks_have_it and stop_sync.stops():
                 raise StoppedError
-            part = slice(first, min(first + size, stop))
-            batch, labels = ctx.normalize(images.images[part]), images.labels[part]
+            batch, labels = ctx.normalize(next(pixels)), images.labels[part]
             logits = upcast(views(score, batch) if views else score(batch))
             accumulator.add(logits, labels, ctx.loss(logits, labels, batch))
             if table:
@@ -60,7 +62,7 @@ def evaluate(
 def score_samples(ctx: TrainContext) -> NDArray[Any]:
     """Class probabilities `(36, classes)` of the fixed sample images."""
     images, network = ctx.data.evaluated, ctx.state.eval_model
-    chosen = ctx.normalize(images.images[sample_indices(len(images))])
+    chosen = ctx.normalize(images.pixels(sample_indices(len(images))))
     with evaluating(network), ctx.accelerator.autocast():
         # Not through a compiled call: these few images are not worth another compilation.
         return upcast(network.forward(chosen)).softmax(dim=1).cpu().numpy()

@@ -70,8 +70,8 @@ def two_images(
     """The first image twice, normalized: `(2, c, h, w)`."""
     is_contiguous = memory_format == "contiguous"
     like = first_parameter(network)
-    normalize = Normalize(recipe.data, data.images.shape[1:], like, is_contiguous)
-    return normalize(data.images[:1].to(like.device).expand(2, -1, -1, -1))
+    normalize = Normalize(recipe.data, data.shape, like, is_contiguous)
+    return normalize(data.pixels(slice(1)).to(like.device).expand(2, -1, -1, -1))
 
 
 def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[int, ...]:
@@ -125,8 +125,8 @@ def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: tor
     network.to(device)
     if recipe.initialize is not None:
         like = upcast(first_parameter(network))
-        normalize = Normalize(recipe.data, images.images.shape[1:], like, contiguous=False)
-        first = normalize(images.images[:INITIAL_IMAGES].to(device))
+        normalize = Normalize(recipe.data, images.shape, like, contiguous=False)
+        first = normalize(images.pixels(slice(INITIAL_IMAGES)).to(device))
         try:
             with torch.no_grad():
                 recipe.initialize(network, first)

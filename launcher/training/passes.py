@@ -79,7 +79,7 @@ def pass_fits(ctx: TrainContext, size: int) -> bool:
                     parameter.grad = torch.zeros_like(parameter)
             state.optimizer.step()  # which makes its state
             for _ in range(2):  # the gradients of the first are there in the second
-                images, labels = ctx.normalize(train.images[places]), train.labels[places]
+                images, labels = ctx.normalize(train.pixels(places)), train.labels[places]
                 targets = one_hot(labels, len(train.classes)).to(images)
                 targets = targets if ctx.recipe.data.mix else labels
                 with ctx.accelerator.autocast():

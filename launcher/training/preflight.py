@@ -38,8 +38,8 @@ _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 def preflight(ctx: TrainContext) -> None:
     """Try what the recipe does with images; raises `UserError` that names the function."""
-    recipe, images, network = ctx.recipe, ctx.data.train.images, ctx.state.eval_model
-    two = images[:1].repeat(2, 1, 1, 1)
+    recipe, network = ctx.recipe, ctx.state.eval_model
+    two = ctx.data.train.pixels(slice(1)).repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
     _try_saving(ctx.state.optimizer)

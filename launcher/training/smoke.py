@@ -72,8 +72,9 @@ def _batch_in_time(recipe: Recipe, largest: int) -> int:
 def _seconds_of_pass(recipe: Recipe, data: Data) -> float:
     """Forward and backward, the second time; infinite where that fails, which is told later."""
     network = build_network(recipe, data.train).train()
-    pixels, like = data.train.images, first_parameter(network)
-    images = Normalize(recipe.data, pixels.shape[1:], like, contiguous=True)(pixels)
+    train, like = data.train, first_parameter(network)
+    normalize = Normalize(recipe.data, train.shape, like, contiguous=True)
+    images = normalize(train.pixels(slice(len(train))))
     halves = torch.autocast("cpu", enabled=recipe.precision in ("bf16", "pure_bf16"))
     seconds = math.inf
     try:
@@ -154,7 +155,7 @@ def _scale(ctx: TrainContext) -> float:
 
 def _scores(ctx: TrainContext) -> Tensor:
     """`(n, classes)`; with BatchNorm's statistics of the batch, as running ones come too late."""
-    network, images = ctx.state.network, ctx.data.train.images[:MOST_SCORED]
+    network, images = ctx.state.network, ctx.data.train.pixels(slice(MOST_SCORED))
     scores = []
     with restored_afterwards(network, ctx.accelerator.device), evaluating(network):
         for module in network.modules():

@@ -26,6 +26,7 @@ from launcher.config.serialize import code_name
 from launcher.config.slots import Schedule, TorchSchedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data
+from launcher.data.tiers import on_device
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
 from launcher.training.model import first_parameter, place_network, restored_afterwards
@@ -156,14 +157,14 @@ def make_context(
     `recipe.memory_format` may be auto: that of the returned context's recipe is what was chosen.
     Raises `UserError` for an optimizer that refuses its settings, and SyncBatchNorm on a CPU.
     """
-    data = data.to(accelerator.device)
+    data = on_device(data, recipe.data, accelerator.device)
     placed = place_network(network, recipe, accelerator, data.train)
     recipe = replace(recipe, memory_format=placed.memory_format)
     state = make_state(placed.network, recipe, accelerator)
     state.rate_table = replay(recipe.schedule, state.group_options, state.optimizer.defaults, plan)
-    shape, like = data.train.images.shape[1:], first_parameter(state.network)
-    normalize = Normalize(recipe.data, shape, like, placed.memory_format == "contiguous")
-    loss = make_loss(recipe, len(data.train.classes), normalize(data.train.images[:1]))
+    like = first_parameter(state.network)
+    normalize = Normalize(recipe.data, data.train.shape, like, placed.memory_format == "contiguous")
+    loss = make_loss(recipe, len(data.train.classes), normalize(data.train.pixels(slice(1))))
     notes = [
         placed.note,
         describe_counting(recipe.schedule),

@@ -3,7 +3,7 @@
 `python -m tests.corpus.smoke_rates [--seeds 20] [--output FILE] [NAME ...]` trains the networks of
 the corpus as a smoke test does, by several optimizers, which take turns from seed to seed, and
 counts each verdict: on sound recipes, on shuffled labels, on a loss that is cut off from the
-scores, and on a rate of 0. What FILE has of other networks stays there, so that hours of it can be parted.
+scores, and on a rate of 0. What FILE has of other networks stays there: all of it takes hours.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def test_the_first_layer_whitens_the_images(speedrun: Recipe) -> None:
     layer = network.whitening
     assert isinstance(layer, nn.Conv2d)
     normalize = Normalize(recipe.data, images.images.shape[1:], torch.zeros(()), False)
-    outputs = nn.functional.conv2d(normalize(images.images), layer.weight)
+    outputs = nn.functional.conv2d(normalize(images.tensor), layer.weight)
     outputs = outputs.permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(outputs[12:], -outputs[:12])
     moments = (outputs @ outputs.T / outputs.shape[1])[:12, :12]

@@ -92,7 +92,7 @@ def test_best_and_last_weights_are_told_apart_at_the_end(
     }
     for weights, expected in which.items():
         run = load_run(tmp_path / "own", weights=weights, recipe=recipe)
-        right = run.model(run.normalize(test.images)).argmax(1) == test.labels
+        right = run.model(run.normalize(test.tensor)).argmax(1) == test.labels
         assert float(right.double().mean()) == expected
 
 

@@ -68,11 +68,11 @@ def one_process(world: World, data: Images, results: int, silence: float) -> int
         return error.exit_code
     digest = hashlib.sha256(loaded.fallback.encode() if loaded.fallback else b"")
     for half in (loaded.train, loaded.test):
-        digest.update(half.images.numpy().tobytes())
+        digest.update(half.tensor.numpy().tobytes())
         digest.update(half.labels.numpy().tobytes())
         digest.update(" ".join(half.classes).encode())
-    memory = mapping_of(loaded.test.images)
-    loaded.train.images.zero_()  # is seen by nobody else
+    memory = mapping_of(loaded.test.tensor)
+    loaded.train.tensor.zero_()  # is seen by nobody else
     os.write(results, f"{loaded.name} {digest.hexdigest()} {memory}\n".encode())
     group.leave()
     return 0

@@ -124,6 +124,7 @@ def test_the_public_names_are_these() -> None:
     assert set(launcher.__all__) == {
         *("Claim", "Draws", "Folder", "Images", "Recipe", "Synthetic"),
         *("alternating_flip", "crop", "cutmix", "cutout", "flip", "mixup"),
+        "random_resized_crop",
         *("constant", "cosine", "ema", "linear", "steps"),
         *("RunResult", "TrainedRun", "load_run", "train"),
         *("ChainedOptimizer", "Muon", "NamedParameters", "mirrored", "mirrored_and_shifted"),

@@ -1,5 +1,6 @@
 """What a training will take: memory of a device, room on the disk, time of an epoch."""
 
+import math
 import shutil
 import time
 from contextlib import nullcontext
@@ -74,7 +75,7 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     chunk = steps_per_chunk(plan, ctx.normalize.image_bytes, torch.device("cuda"))
     pictures = chunk * step_images * ctx.normalize.image_bytes // halves
     draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
-    of_one = train.images[0].nbytes + train.labels[0].nbytes
+    of_one = math.prod(train.shape) + train.labels[0].nbytes
     others = plan.evaluated_images + (len(ctx.data.test) if ctx.data.validation else 0)
     return Memory(
         weights=weights // halves,
@@ -131,7 +132,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     def held() -> int:
         return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
 
-    images = ctx.normalize(ctx.data.train.images[:1].repeat(size, 1, 1, 1))
+    images = ctx.normalize(ctx.data.train.pixels(slice(1)).repeat(size, 1, 1, 1))
     half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
     cast = torch.autocast(images.device.type, dtype=half) if half else nullcontext()
     leaves = [module for module in network.modules() if not any(True for _ in module.children())]
@@ -207,7 +208,7 @@ def _measured_step(ctx: TrainContext) -> tuple[int, float]:
 
 
 def _evaluation_of_one(ctx: TrainContext) -> float:
-    images, taken = ctx.data.train.images[:64], []
+    images, taken = ctx.data.train.pixels(slice(64)), []
     with evaluating(ctx.state.eval_model) as score:
         for _ in range(3):  # the first prepares what others use again
             begin = time.perf_counter()

@@ -24,6 +24,7 @@ IMBALANCED = 3  # times as many images of one class as of another
 SAMPLES, EPOCHS = 8, 5  # pictures of the strip beside each other, and below each other
 NEAR = 4  # bits of 64 in which two pictures may differ that are nearly the same
 _NEAR_PIXELS = 16.0  # ... and by so much, of 255, on average
+_PART = 5000  # images that are looked at together
 _CHUNK = 2**22  # comparisons at once
 _SHOWN = 3
 _SHORT = {"training": "train"}  # of the figures
@@ -123,12 +124,18 @@ def _twice(data: Data) -> Verdict:
 
 
 def _digests(images: ImageSet) -> Iterator[bytes]:
-    for picture in images.images.cpu().numpy():
-        yield blake2b(picture.tobytes(), digest_size=16).digest()
+    for part in _in_parts(images):
+        for picture in part.cpu().numpy():
+            yield blake2b(picture.tobytes(), digest_size=16).digest()
+
+
+def _in_parts(images: ImageSet) -> Iterator[Tensor]:
+    """uint8 `(k, h, w, c)`, all images in their order."""
+    return images.in_parts([slice(n, n + _PART) for n in range(0, len(images), _PART)])
 
 
 def _nearly_twice(data: Data) -> Verdict:
-    pairs = near_pairs(data.test.images, data.train.images)
+    pairs = near_pairs(data.test, data.train)
     figures = {"near": len(pairs)}
     if not pairs:
         return Verdict(NAME, "no test image nearly is a training image", figures=figures)
@@ -143,8 +150,8 @@ def _nearly_twice(data: Data) -> Verdict:
     )
 
 
-def near_pairs(some: Tensor, others: Tensor) -> list[tuple[int, int]]:
-    """For each image of `some` that nearly is one of `others`, both places; uint8 `(n, h, w, c)`.
+def near_pairs(some: ImageSet, others: ImageSet) -> list[tuple[int, int]]:
+    """For each image of `some` that nearly is one of `others`, both places.
 
     By a hash of 64 bits, whether each of 8 x 8 fields is darker than the next (Krawetz, "Kind of
     Like That", 2013), and then by the pixels: plain grounds have like hashes.
@@ -156,16 +163,17 @@ def near_pairs(some: Tensor, others: Tensor) -> list[tuple[int, int]]:
         part = hashes[0][first : first + step]
         distances = numpy.bitwise_count(part[:, None] ^ hashes[1][None, :])
         for row, column in zip(*numpy.nonzero(distances <= NEAR), strict=True):
-            one, other = some[first + int(row)].float(), others[int(column)].float()
+            one = some.pixels([first + int(row)]).float()
+            other = others.pixels([int(column)]).float()
             if (one - other).abs().mean() <= _NEAR_PIXELS:
                 pairs.append((first + int(row), int(column)))
     return list({pair[0]: pair for pair in reversed(pairs)}.values())[::-1]
 
 
-def _hashes(images: Tensor) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.uint64]]":
+def _hashes(images: ImageSet) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.uint64]]":
     found = []
-    for part in torch.split(images.cpu(), 5000):
-        grey = part.permute(0, 3, 1, 2).float().mean(1, keepdim=True)
+    for part in _in_parts(images):
+        grey = part.cpu().permute(0, 3, 1, 2).float().mean(1, keepdim=True)
         fields = adaptive_avg_pool2d(grey, (8, 9))[:, 0]
         darker = (fields[:, :, :-1] < fields[:, :, 1:]).flatten(1).numpy()
         found.append(numpy.packbits(darker, axis=1).view(numpy.uint64)[:, 0])
@@ -175,7 +183,7 @@ def _hashes(images: Tensor) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.uint
 def _statistics(train: ImageSet, images: Images) -> Verdict:
     """The recipe's mean and std beside those of the images."""
     step = -(-len(train) // MEASURED)
-    pixels = train.images[::step].cpu()
+    pixels = train.pixels(slice(None, None, step)).cpu()
     channels = pixels.unbind(-1)
     # How often each value occurs: a fifth of the time of sums over floats, and exact.
     counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in channels]).double()
@@ -209,13 +217,14 @@ def samples(recipe: Recipe, train: ImageSet) -> Tensor:
     uint8 `(1 + epochs, pictures, h, w, c)`, by the code that trains: augmentation and mixing.
     """
     chosen = _of_each_class(train)
-    few = ImageSet(train.images[chosen].cpu(), train.labels[chosen].cpu(), train.classes)
+    own = train.pixels(chosen).cpu()
+    few = ImageSet(own, train.labels[chosen].cpu(), train.classes)
     data = replace(recipe.data, batch_size=len(few))
     recipe = replace(recipe, data=data, epochs=EPOCHS, accumulate=1, sync_batch_norm=False)
     plan = make_plan(recipe, world_size=1, train_images=len(few), evaluated_images=len(few))
-    shape = few.images.shape[1:]
-    batches = Batches(few, recipe, plan, Normalize(data, shape, torch.zeros(()), True), rank=0)
-    rows = [few.images]
+    normalize = Normalize(data, few.shape, torch.zeros(()), True)
+    batches = Batches(few, recipe, plan, normalize, rank=0)
+    rows = [own]
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     for epoch in range(1, EPOCHS + 1):
         ((_, (batch,)),) = batches.epoch(epoch)

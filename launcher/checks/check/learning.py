@@ -28,7 +28,7 @@ def first_loss(ctx: TrainContext) -> Verdict:
     """The loss before training, which for equal scores of all classes is their logarithm."""
     network, train = ctx.state.network, ctx.data.train
     chosen = torch.arange(0, len(train), max(1, len(train) // FIRST))[:FIRST]
-    images = ctx.normalize(train.images[chosen])
+    images = ctx.normalize(train.pixels(chosen))
     network.train()
     with restored_afterwards(network, ctx.accelerator.device), torch.no_grad():
         loss = float(ctx.loss(upcast(network(images)), train.labels[chosen], images))
@@ -97,4 +97,4 @@ def _few(train: ImageSet) -> ImageSet:
     """Of all classes alike, as far as there are enough."""
     order = torch.argsort(train.labels.cpu(), stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(IMAGES, len(order))).long()]
-    return ImageSet(train.images[chosen], train.labels[chosen], train.classes)
+    return ImageSet(train.pixels(chosen), train.labels[chosen], train.classes)

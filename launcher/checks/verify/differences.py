@@ -228,7 +228,7 @@ def own_layers(network: nn.Module, images: Tensor) -> OwnLayers:
 
 def unsteady_functions(recipe: Recipe, images: ImageSet) -> list[str]:
     """The functions of `data` that make another thing of the same images and draws, and why."""
-    pixels = images.images[:8].permute(0, 3, 1, 2)
+    pixels = images.pixels(slice(8)).permute(0, 3, 1, 2)
     random = numpy.random.default_rng(0)
     draws = torch.from_numpy(random.random((len(pixels), DRAWS_PER_AUGMENTATION), "float32"))
 

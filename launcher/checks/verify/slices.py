@@ -64,14 +64,14 @@ def _take(images: ImageSet, count: int) -> ImageSet:
     count = min(count, len(images))
     random = numpy.random.default_rng(0)
     chosen = torch.from_numpy(random.permutation(len(images))[:count]).sort().values
-    return replace(images, images=images.images[chosen], labels=images.labels[chosen])
+    return ImageSet(images.pixels(chosen), images.labels[chosen], images.classes)
 
 
 def fingerprint(data: Data) -> int:
     """A checksum of images, labels and classes, in their order."""
     total = crc32(repr(data.train.classes).encode())
     for half in (data.train, data.test):
-        for tensor in (half.images, half.labels):
+        for tensor in (half.tensor, half.labels):
             total = crc32(tensor.contiguous().numpy().tobytes(), total)
     return total
 
@@ -79,7 +79,7 @@ def fingerprint(data: Data) -> int:
 def save(data: Data, path: Path) -> None:
     """Write them where `Slice` finds them."""
     halves = {
-        name: (half.images, half.labels)
+        name: (half.tensor, half.labels)
         for name, half in (("train", data.train), ("test", data.test))
     }
     torch.save({**halves, "classes": data.train.classes}, path)

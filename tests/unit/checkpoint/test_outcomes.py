@@ -71,7 +71,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
         assert numpy.array_equal(getattr(again, name), value), name
     assert again.epoch == 2
     assert tuple(again.files) == files
-    images = ctx.data.test.images.numpy()
+    images = ctx.data.test.tensor.numpy()
     assert numpy.array_equal(again.pictures, images[again.pictured])
     assert set(sample_indices(len(images))) <= set(again.pictured.tolist())
     assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]

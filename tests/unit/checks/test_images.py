@@ -43,7 +43,7 @@ def test_equal_classes_and_right_numbers_are_good(recipe: Recipe, data: Data) ->
     assert sum(classes.figures["test"]) == len(data.test)
     assert twice.figures == {"train_twice": 0, "with_two_labels": 0, "in_both": 0}
     assert near.figures == {"near": 0}
-    pixels = data.train.images.double() / 255
+    pixels = data.train.tensor.double() / 255
     assert statistics.figures["mean"] == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-5)
     std = pixels.std((0, 1, 2), correction=0)
     assert statistics.figures["std"] == pytest.approx(std.tolist(), abs=1e-5)
@@ -57,8 +57,8 @@ def test_validation_images_are_counted_and_looked_for_in_training(recipe: Recipe
     assert classes.figures["validation"] == [2] * 10
     assert twice.answer == "no validation or test image is a training image as well"
     assert data.validation is not None
-    leaked = replace(data.train, images=data.train.images.clone())
-    leaked.images[7] = data.validation.images[3]
+    leaked = replace(data.train, images=data.train.tensor.clone())
+    leaked.tensor[7] = data.validation.tensor[3]
     verdict = told(replace(data, train=leaked), images)[1]
     assert verdict.standing == "notice"
     assert "1 validation image of 20 in training as well, counted from 0: 3 = 7" in verdict.answer
@@ -67,7 +67,7 @@ def test_validation_images_are_counted_and_looked_for_in_training(recipe: Recipe
 def test_a_rare_class_is_told_with_weights_that_count_all_alike(recipe: Recipe, data: Data) -> None:
     few = (data.train.labels == 3).nonzero()[:2, 0]
     kept = torch.cat([few, (data.train.labels != 3).nonzero()[:, 0]])
-    train = ImageSet(data.train.images[kept], data.train.labels[kept], data.train.classes)
+    train = ImageSet(data.train.tensor[kept], data.train.labels[kept], data.train.classes)
     verdict = told(replace(data, train=train), recipe.data)[0]
     assert verdict.standing == "notice"
     assert f"from 2 ({data.train.classes[3]})" in verdict.answer
@@ -89,8 +89,8 @@ def test_a_class_without_images_is_named(recipe: Recipe, data: Data) -> None:
 
 
 def test_images_that_stand_twice_are_counted(recipe: Recipe, data: Data) -> None:
-    images, labels = data.train.images.clone(), data.train.labels.clone()
-    images[5], images[7], images[9] = data.test.images[2], images[6], images[8]
+    images, labels = data.train.tensor.clone(), data.train.labels.clone()
+    images[5], images[7], images[9] = data.test.tensor[2], images[6], images[8]
     labels[6], labels[7] = 1, 2
     labels[8] = labels[9] = 0
     train = ImageSet(images, labels, data.train.classes)
@@ -105,10 +105,10 @@ def test_images_that_stand_twice_are_counted(recipe: Recipe, data: Data) -> None
 
 
 def test_pictures_that_are_nearly_the_same_are_found(recipe: Recipe, data: Data) -> None:
-    images = data.train.images.clone()
-    images[4] = (data.test.images[3].float() * 0.98 + 3).byte()  # a little paler
-    images[6] = data.test.images[1].flip(1)  # another picture, to the eye
-    assert near_pairs(data.test.images, images) == [(3, 4)]
+    images = data.train.tensor.clone()
+    images[4] = (data.test.tensor[3].float() * 0.98 + 3).byte()  # a little paler
+    images[6] = data.test.tensor[1].flip(1)  # another picture, to the eye
+    assert near_pairs(data.test, replace(data.train, images=images)) == [(3, 4)]
     train = ImageSet(images, data.train.labels, data.train.classes)
     verdict = told(replace(data, train=train), recipe.data, near=True)[2]
     assert (verdict.standing, verdict.figures) == ("notice", {"near": 1})

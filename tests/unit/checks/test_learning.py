@@ -48,7 +48,7 @@ def test_the_first_loss_is_compared_with_equal_scores(scale: float, standing: st
     verdict = first_loss(ctx)
     assert verdict.standing == standing
     assert verdict.figures["even"] == pytest.approx(math.log(10))
-    images = ctx.normalize(ctx.data.train.images[:64])
+    images = ctx.normalize(ctx.data.train.tensor[:64])
     loss = cross_entropy(ctx.state.network(images), ctx.data.train.labels[:64]).item()
     assert verdict.figures["first_loss"] == pytest.approx(loss, rel=1e-4)
     after = ctx.state.network.state_dict()

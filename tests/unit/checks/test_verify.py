@@ -120,11 +120,11 @@ def test_what_is_taken_has_all_classes_and_survives_its_file(tmp_path: Path) -> 
     taken = slices.take(slices.own_images(recipe, Sizes(50, 20, 10)), Sizes(50, 20, 10))
     assert (len(taken.train), len(taken.test)) == (50, 20)
     assert len(set(taken.train.labels.tolist())) > 7
-    assert len({image.sum().item() for image in taken.train.images}) > 40  # each once
+    assert len({image.sum().item() for image in taken.train.tensor}) > 40  # each once
     slices.save(taken, tmp_path / "images.pt")
     read = sources.load(slices.sliced(recipe.data, tmp_path / "images.pt", 10))
     assert slices.fingerprint(read) == slices.fingerprint(taken)
-    turned = replace(taken, train=replace(taken.train, images=taken.train.images.flip(0)))
+    turned = replace(taken, train=replace(taken.train, images=taken.train.tensor.flip(0)))
     assert slices.fingerprint(turned) != slices.fingerprint(taken)
 
 

@@ -188,11 +188,11 @@ def test_the_cifar_batches_become_one_tensor(tmp_path: Path, base: Any) -> None:
     data = sources.load(images_of(cifar.source(), tmp_path))
     assert (data.name, data.fallback) == ("SmallCIFAR", None)
     assert data.train.images.shape == (24, 32, 32, 3)
-    assert data.train.images.dtype == torch.uint8
-    assert data.train.images.is_contiguous()
+    assert data.train.tensor.dtype == torch.uint8
+    assert data.train.tensor.is_contiguous()
     expected = torch.from_numpy(cifar.pixels).permute(0, 2, 3, 1)
-    assert torch.equal(data.train.images, expected[:24])
-    assert torch.equal(data.test.images, expected[24:])
+    assert torch.equal(data.train.tensor, expected[:24])
+    assert torch.equal(data.test.tensor, expected[24:])
     assert data.train.labels.tolist() == [0, 1, 2] * 8
     assert data.train.labels.dtype == torch.int64
     assert data.train.classes == data.test.classes == tuple(NAMES)
@@ -205,7 +205,7 @@ def test_the_mnist_files_become_images_of_one_channel(tmp_path: Path, base: Any)
     data = sources.load(images_of(source, tmp_path, channels=1))
     assert data.train.images.shape == (10, 28, 28, 1)
     assert data.test.images.shape == (5, 28, 28, 1)
-    assert torch.equal(data.train.images[..., 0], torch.from_numpy(pixels))
+    assert torch.equal(data.train.tensor[..., 0], torch.from_numpy(pixels))
     assert data.train.labels.tolist() == list(range(10))
     assert data.train.classes == tuple(base.classes)
 
@@ -214,8 +214,8 @@ def test_pictures_with_the_channels_first_are_turned(tmp_path: Path) -> None:
     """STL10 has `split` for `train` and `labels` for `targets`, as SVHN does."""
     source, pixels = write_stl10(tmp_path)
     data = sources.load(images_of(source, tmp_path))
-    assert torch.equal(data.train.images, torch.from_numpy(pixels))
-    assert data.train.images.is_contiguous()
+    assert torch.equal(data.train.tensor, torch.from_numpy(pixels))
+    assert data.train.tensor.is_contiguous()
     assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.test.images.shape == (3, 96, 96, 3)
     assert data.train.classes == tuple(NAMES)
@@ -254,7 +254,7 @@ def test_the_svhn_files_are_opened(tmp_path: Path) -> None:
     scipy_io.savemat(tmp_path / "made.mat", {"X": pixels, "y": labels})
     content = (tmp_path / "made.mat").read_bytes()
     data = sources.load(images_of(svhn(tmp_path, {"train": content, "test": content}), tmp_path))
-    assert torch.equal(data.train.images, torch.from_numpy(pixels).permute(3, 0, 1, 2))
+    assert torch.equal(data.train.tensor, torch.from_numpy(pixels).permute(3, 0, 1, 2))
     assert data.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
 
@@ -268,7 +268,7 @@ def test_the_real_cifar10_is_opened() -> None:
     assert data.test.images.shape == (10_000, 32, 32, 3)
     assert torch.bincount(data.train.labels).tolist() == [5000] * 10
     assert data.train.classes[:3] == ("airplane", "automobile", "bird")
-    assert data.train.images.double().mean().item() / 255 == pytest.approx(0.4734, abs=1e-3)
+    assert data.train.tensor.double().mean().item() / 255 == pytest.approx(0.4734, abs=1e-3)
 
 
 def test_a_data_set_whose_folder_is_read_only_is_opened(tmp_path: Path) -> None:
@@ -641,15 +641,15 @@ def test_grey_images_in_any_layout_get_one_channel(tmp_path: Path, shape: tuple[
     pixels = numpy.arange(256, dtype=numpy.uint8).reshape(4, 8, 8)
     source = made("Grey", data=pixels.reshape(shape), targets=[0, 1, 2, 3])
     data = sources.load(images_of(source, tmp_path, channels=1))
-    assert torch.equal(data.train.images, torch.from_numpy(pixels)[..., None])
-    assert data.train.images.is_contiguous()
+    assert torch.equal(data.train.tensor, torch.from_numpy(pixels)[..., None])
+    assert data.train.tensor.is_contiguous()
 
 
 def test_colour_images_with_the_channels_first_are_turned(tmp_path: Path) -> None:
     pixels = numpy.arange(4 * 3 * 64, dtype=numpy.uint16).astype(numpy.uint8).reshape(4, 3, 8, 8)
     data = sources.load(images_of(made("First", data=pixels, labels=[0] * 4), tmp_path))
-    assert torch.equal(data.train.images, torch.from_numpy(pixels).permute(0, 2, 3, 1))
-    assert data.train.images.is_contiguous()
+    assert torch.equal(data.train.tensor, torch.from_numpy(pixels).permute(0, 2, 3, 1))
+    assert data.train.tensor.is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -892,7 +892,7 @@ def test_a_smoke_test_of_unknown_shape_is_refused_with_what_to_add(
 
 def test_an_image_set_moves_to_a_device_as_a_whole() -> None:
     moved = sources.load(images_of(SMALL, Path())).train.to(torch.device("meta"))
-    assert moved.images.device == moved.labels.device == torch.device("meta")
+    assert moved.tensor.device == moved.labels.device == torch.device("meta")
     assert len(moved) == 50
 
 

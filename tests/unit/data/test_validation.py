@@ -65,8 +65,8 @@ def test_training_and_validation_are_the_sources_images_with_their_files() -> No
     assert data.held_out is not None
     assert (len(data.train), len(data.validation), len(data.test)) == (16, 4, 20)
     for half in (data.train, data.validation):
-        assert [f"{int(pixel)}.png" for pixel in half.images[:, 0, 0, 0]] == list(half.files)
-        assert half.images[:, 0, 0, 0].remainder(2).equal(half.labels)
+        assert [f"{int(pixel)}.png" for pixel in half.tensor[:, 0, 0, 0]] == list(half.files)
+        assert half.tensor[:, 0, 0, 0].remainder(2).equal(half.labels)
     assert {*data.train.files, *data.validation.files} == {*files}
     assert [f"{place}.png" for place in data.held_out.tolist()] == list(data.validation.files)
     assert data.evaluated is data.validation

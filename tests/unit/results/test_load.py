@@ -56,7 +56,7 @@ def test_the_loaded_model_has_the_accuracy_of_the_run(tmp_path: Path, channels: 
     data = sources.load(run.recipe.data).test
     assert run.classes == data.classes
     with torch.no_grad():
-        logits = run.model(run.prepare(list(data.images.permute(0, 3, 1, 2))))
+        logits = run.model(run.prepare(list(data.tensor.permute(0, 3, 1, 2))))
     accuracy = (logits.argmax(1) == data.labels).float().mean()
     assert float(accuracy) == pytest.approx(result.last.accuracy)
 

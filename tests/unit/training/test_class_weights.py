@@ -60,7 +60,7 @@ def test_the_test_loss_is_that_of_all_images_in_one_batch(monkeypatch: pytest.Mo
     ctx = context_of(tiny_recipe(model=double, loss=LOSSES[0]))
     test = ctx.data.test
     with torch.no_grad():
-        logits = ctx.state.network.eval()(ctx.normalize(test.images))
+        logits = ctx.state.network.eval()(ctx.normalize(test.tensor))
     whole = cross_entropy(logits, test.labels, weight=WEIGHTS)
     assert evaluate(ctx, ctx.data.test).loss == pytest.approx(float(whole), abs=1e-12)
 

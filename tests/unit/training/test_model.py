@@ -81,7 +81,7 @@ def test_a_network_that_views_trains_in_contiguous_memory(model: type[nn.Module]
     ctx = placed(model)
     assert ctx.recipe.memory_format == "contiguous"
     assert next(ctx.state.network.parameters()).is_contiguous()
-    images = ctx.normalize(ctx.data.train.images[:2])
+    images = ctx.normalize(ctx.data.train.tensor[:2])
     assert images.is_contiguous()
     assert len(ctx.notes) == 1
 

@@ -1,0 +1,117 @@
+"""One picture: from its file, or its bytes, to uint8 pixels of the size that is asked for.
+
+Pillow decodes, since it knows every format that people have and lets other threads go on; torch
+resamples, three times as fast as Pillow, where a part of the picture is cut out.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from launcher.errors import UserError
+
+# What Pillow raises for files that are no whole picture, and `fitted` for odd ones.
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a picture: its area, of the whole picture's, and its width over its height."""
+
+    area: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        """Refuse parts that no picture has."""
+        if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(
+                f"area={self.area}, ratio={self.ratio}: two numbers each, the smaller one first, "
+                "of an area above 0 and at most 1, and of a ratio above 0"
+            )
+
+    def shares(self, draws: Tensor) -> Tensor:
+        """Of draws `(n, 4)` what does not depend on a picture's size: `(n, 4)`, float64.
+
+        The sides of the part over the square root of the picture's area, and where it lies, from 0
+        to 1. The area and the logarithm of the ratio are drawn evenly. Source: Szegedy et al.,
+        "Going Deeper with Convolutions" (2015).
+        """
+        draws = draws.double()
+        area = self.area[0] + draws[:, 0] * (self.area[1] - self.area[0])
+        low, high = map(math.log, self.ratio)
+        ratio = (low + draws[:, 1] * (high - low)).exp()
+        return torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt(), *draws[:, 2:].T], dim=1)
+
+
+def span(share: float, place: float, length: int, area: int) -> tuple[int, int]:
+    """Start and stop of a part, along one side of a picture; not more than the whole side.
+
+    torchvision's RandomResizedCrop draws again where it would be more.
+    """
+    size = min(length, max(1, round(share * math.sqrt(area))))
+    start = int(place * (length - size + 1))
+    return start, start + size
+
+
+@contextmanager
+def open_picture(file: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """The picture of a file, or of its bytes; raises `UserError` where it is broken."""
+    try:
+        with Image.open(BytesIO(content) if content is not None else file) as picture:
+            yield picture
+    except BROKEN as error:
+        raise not_a_picture(file, str(error)) from None
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Upright, in colour: uint8 `(h, w, 3)`."""
+    upright = ImageOps.exif_transpose(picture)
+    return torch.from_numpy(numpy.array(_in_colour(upright)))
+
+
+def cut_out(pixels: Tensor, share: Tensor, size: int) -> Tensor:
+    """A part of uint8 `(h, w, c)`, stretched to `size` pixels square; `share` is `Cut.shares`'."""
+    height, width, _ = pixels.shape
+    tall, wide, down, right = share.tolist()
+    top, bottom = span(tall, down, height, height * width)
+    left, right = span(wide, right, width, height * width)
+    part = pixels[top:bottom, left:right].permute(2, 0, 1)[None]
+    resized = interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], mode: str = "RGB") -> Any:
+    """Upright, scaled and cropped around the middle: uint8 `(height, width[, 3])`.
+
+    `size` is width and height; `mode` is RGB, or L for one channel. Raises `ValueError` for a
+    picture whose values do not say what is white.
+    """
+    upright = ImageOps.exif_transpose(picture)
+    return numpy.asarray(ImageOps.fit(_in_colour(upright), size).convert(mode))
+
+
+def _in_colour(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "F"):  # Pillow would turn nearly all pixels white, or black
+        raise ValueError(f"in Pillow's mode {picture.mode} no value is known to be white")
+    if picture.mode.startswith("I;16"):  # ... all but the darkest white
+        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def not_a_picture(file: Path, why: str) -> UserError:
+    """One line about a file that is no picture."""
+    return UserError(
+        f"{file} cannot be read as a picture ({why})",
+        expected="only pictures in a class folder",
+        instead="mend the file or move it out of the folder",
+    )

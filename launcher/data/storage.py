@@ -1,0 +1,174 @@
+"""Images that stay where they are until a step needs them: in mapped memory, or in files.
+
+Whoever trains on them asks for the images at some places and gets uint8 `(k, h, w, c)`, as from a
+tensor that holds all of them. Which images are asked for, and in which order, is decided elsewhere
+(`batches`), so nothing here has state that a checkpoint would need.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from threading import Barrier
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from launcher.data.decoding import cut_out, fitted, open_picture, to_tensor
+
+
+@dataclass(frozen=True)
+class Stored(ABC):
+    """Images that are no tensor; `places` `(n,)` are theirs among all that are stored."""
+
+    places: Tensor
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """Images, height, width and channels, as a tensor of all of them would have it."""
+
+    @abstractmethod
+    def read(self, places: Tensor, out: Tensor, shares: Tensor | None) -> None:
+        """Write the images at the places `(k,)` into `out` `(k, h, w, c)`; called in threads.
+
+        `shares` `(k, 4)`, those of a `Cut`, take a part of each picture as it is stored.
+        """
+
+    @abstractmethod
+    def contents(self, places: Sequence[int]) -> bytes:
+        """What is stored at the places, by which other images are told from these."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.places)
+
+    def at(self, places: Tensor) -> Self:
+        """Those at the places `(k,)`, in that order; nothing is read."""
+        return replace(self, places=self.places[places])
+
+
+@dataclass(frozen=True)
+class Mapped(Stored):
+    """Images of one size in the memory of the host: the system's, or a file's that is mapped.
+
+    `array` is uint8 `(m, h, w, c)`; `path` is its file, if that outlives the process.
+    """
+
+    array: Tensor
+    path: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Images, height, width and channels."""
+        _, height, width, channels = self.array.shape
+        return len(self), height, width, channels
+
+    def read(self, places: Tensor, out: Tensor, shares: Tensor | None) -> None:
+        """Copy them."""
+        torch.index_select(self.array, 0, self.places[places], out=out)
+
+    def contents(self, places: Sequence[int]) -> bytes:
+        """Their pixels."""
+        return self.array[self.places[list(places)]].numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Encoded(Stored):
+    """Pictures in files, of any sizes, which are decoded to RGB of `size` pixels square."""
+
+    root: str
+    files: tuple[str, ...]  # of all that are stored, below `root`
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Images, height, width and channels."""
+        return len(self), self.size, self.size, 3
+
+    def read(self, places: Tensor, out: Tensor, shares: Tensor | None) -> None:
+        """Decode them; raises `UserError` for one that is no whole picture."""
+        for number, place in enumerate(self.places[places].tolist()):
+            with open_picture(Path(self.root, self.files[place])) as picture:
+                if shares is None:
+                    out.numpy()[number] = fitted(picture, (self.size, self.size))
+                else:
+                    out[number] = cut_out(to_tensor(picture), shares[number], self.size)
+
+    def contents(self, places: Sequence[int]) -> bytes:
+        """Their files; empty for one that cannot be read, which is said when it is decoded."""
+        found = []
+        for place in self.places[list(places)].tolist():
+            with suppress(OSError):
+                found.append(Path(self.root, self.files[place]).read_bytes())
+        return b"".join(found)
+
+
+class Reading:
+    """Images that threads read now."""
+
+    def __init__(
+        self,
+        stored: Stored,
+        places: Tensor,
+        *,
+        pinned: bool = False,
+        shares: Tensor | None = None,
+    ) -> None:
+        """Begin; `pinned` memory is what a GPU copies from while it computes."""
+        shape = (len(places), *stored.shape[1:])
+        self._images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        threads, parts = reading_threads(), min(len(places), torch.get_num_threads())
+        bounds = [len(places) * part // parts for part in range(parts + 1)] if parts else []
+        self._futures: list[Future[None]] = []
+        for start, stop in pairwise(bounds):
+            own = None if shares is None else shares[start:stop]
+            out = self._images[start:stop]
+            self._futures += [threads.submit(stored.read, places[start:stop], out, own)]
+
+    def images(self) -> Tensor:
+        """uint8 `(k, h, w, c)` on the host, once all are read; raises what reading them raised."""
+        for future in self._futures:
+            future.result()
+        return self._images
+
+    def cancel(self) -> None:
+        """Read no more than what was begun."""
+        for future in self._futures:
+            future.cancel()
+
+
+@cache
+def reading_threads() -> ThreadPoolExecutor:
+    """As many as this process computes with, each of which works alone.
+
+    torch would else divide the work of each of them among further threads, which the loop needs.
+    """
+    count = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "reading", initializer=torch.set_num_threads, initargs=(1,))
+    all_there = Barrier(count)
+    for future in [pool.submit(all_there.wait) for _ in range(count)]:
+        future.result()
+    torch.set_num_threads(count)  # for all other threads
+    return pool
+
+
+def read(stored: Stored, places: Tensor) -> Tensor:
+    """The images at the places `(k,)`: uint8 `(k, h, w, c)` on the host."""
+    return Reading(stored, places).images()
+
+
+def read_in_parts(stored: Stored, parts: Sequence[slice]) -> Iterator[Tensor]:
+    """Each part, uint8 `(k, h, w, c)` on the host, while the next one is read."""
+    places = torch.arange(len(stored))
+    ahead: Reading | None = None
+    for number, part in enumerate(parts):
+        reading = ahead or Reading(stored, places[part])
+        more = number + 1 < len(parts)
+        ahead = Reading(stored, places[parts[number + 1]]) if more else None
+        yield reading.images()

@@ -1,0 +1,49 @@
+"""Where the images are during a training: on the device, in the host's memory, or on disk.
+
+What a recipe leaves to `auto` is decided by what fits. It changes no pixel, so no rank need know
+what another one has decided.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from launcher.config.recipe import Images
+from launcher.data.sources import Data, ImageSet
+from launcher.data.storage import Encoded, Mapped, Stored
+from launcher.utils.text import sizes
+
+
+def on_device(data: Data, images: Images, device: torch.device) -> Data:
+    """The images on the device, but for those that stay elsewhere."""
+    if images.tier == "auto" and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if bytes_of(data) > free / 2:  # the other half is for the training
+            own = None if data.validation is None else _in_host(data.validation)
+            train, test = _in_host(data.train), _in_host(data.test)
+            data = replace(data, train=train, test=test, validation=own)
+    return data.to(device)
+
+
+def describe(data: Data) -> str:
+    """Where the images are, of such a device; empty where they are simply on it."""
+    kinds = {type(half.images) for half in data.halves.values() if isinstance(half.images, Stored)}
+    if Encoded in kinds:
+        return "decoded from disk for each step"
+    return f"{sizes(bytes_of(data))} in the memory of the host" if Mapped in kinds else ""
+
+
+def bytes_of(data: Data) -> int:
+    """Of all images that are not encoded."""
+    total = 0
+    for half in data.halves.values():
+        count, height, width, channels = half.images.shape
+        total += 0 if isinstance(half.images, Encoded) else count * height * width * channels
+    return total
+
+
+def _in_host(images: ImageSet) -> ImageSet:
+    if not isinstance(images.images, Tensor):
+        return images
+    return replace(images, images=Mapped(torch.arange(len(images)), images.images))
