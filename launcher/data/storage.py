@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from launcher.data.decoding import cut_out, fitted, open_picture, to_tensor
-from launcher.errors import UserError
+from launcher.errors import BrokenPictureError
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Encoded(Stored):
         return len(self), self.size, self.size, 3
 
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
-        """Decode them; raises `UserError` for one that is no whole picture."""
+        """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
         for number, place in enumerate(self.places[places].tolist()):
             with open_picture(Path(self.root, self.files[place])) as picture:
                 if shares is None:
@@ -167,7 +167,7 @@ def broken(encoded: Encoded) -> dict[int, str]:
             encoded.read(
                 torch.tensor([place]), torch.empty(1, *encoded.shape[1:], dtype=torch.uint8)
             )
-        except UserError as error:
+        except BrokenPictureError as error:
             return error.given
         return ""
 
