@@ -81,11 +81,15 @@ class Mapped(Stored):
 
 @dataclass(frozen=True)
 class Encoded(Stored):
-    """Pictures in files, of any sizes, which are decoded to RGB of `size` pixels square."""
+    """Pictures in files, of any sizes, which are decoded to RGB of `size` pixels square.
+
+    `scaled_to` pixels has the shorter side before the middle is taken.
+    """
 
     root: str
     files: tuple[str, ...]  # of all that are stored, below `root`
     size: int
+    scaled_to: int
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -94,10 +98,11 @@ class Encoded(Stored):
 
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
         """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
+        margin = (1 - self.size / self.scaled_to) / 2
         for number, place in enumerate(self.places[places].tolist()):
             with open_picture(Path(self.root, self.files[place])) as picture:
                 if shares is None:
-                    out.numpy()[number] = fitted(picture, (self.size, self.size))
+                    out.numpy()[number] = fitted(picture, (self.size, self.size), margin=margin)
                 else:
                     out[number] = cut_out(to_tensor(picture), shares[number], self.size)
 
