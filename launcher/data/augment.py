@@ -76,7 +76,7 @@ def random_resized_crop(
     draws: Draws,
     *,
     area: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ratio: tuple[float, float] = (0.75, 1.333),
 ) -> Tensor:
     """Cut out a part of each image and stretch it to the whole size, smoothly.
 
