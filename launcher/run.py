@@ -53,6 +53,7 @@ from launcher.loggers.console import Console, first_step_line, make_console, tta
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
 from launcher.loggers.report import ReportAtEnd, page_of
+from launcher.training.compiling import choose_compiling, describe_kept, is_to_be_tried
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import (
@@ -286,6 +287,10 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
             facts | {"batch": ctx.plan.describe_batch()},
         )
         preflight(ctx)  # of the smaller passes
+    if not prepared.compile_is_kept and is_to_be_tried(ctx):
+        choice = choose_compiling(ctx)
+        ctx, facts = choice.ctx, facts | {"compile": choice.said}
+        loaded = replace(loaded, recipe=ctx.recipe)
     facts |= {
         "memory": ctx.recipe.memory_format,
         "devices": f"{ctx.plan.world_size} x {device_name(accelerator)}",
@@ -315,6 +320,7 @@ class Prepared:
     network: nn.Module
     precision: str
     facts: dict[str, str]
+    compile_is_kept: bool  # what compile=true means was settled when the run began
 
 
 def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
@@ -350,10 +356,9 @@ def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
 
 def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Open the images, count the steps, build the network."""
-    recipe = loaded.recipe
-    if recipe.accumulate == "auto" and (kept := kept_passes(loaded, options, group)):
-        recipe = replace(recipe, accumulate=kept)
-        loaded = replace(loaded, recipe=recipe)
+    kept = kept_choices(loaded, options, group)
+    recipe = replace(loaded.recipe, **kept)
+    loaded = replace(loaded, recipe=recipe)
     world, has_gpu = group.world, torch.cuda.is_available()
     precision, origin = choose_precision(recipe.precision, has_gpu, world.mixed_precision)
     data = cache.load(recipe.data, group, recipe.seed)
@@ -364,20 +369,32 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
         skipped = checkpoint.load_initial_weights(network, weights, options.skip)
         without = f", without {', '.join(skipped)}" if skipped else ""
         facts |= {"weights": f"from {weights}{without}"}
-    return Prepared(loaded, data, plan, network, precision, facts)
+    if "compile" in kept:
+        facts |= {"compile": describe_kept(bool(kept["compile"]))}
+    return Prepared(loaded, data, plan, network, precision, facts, "compile" in kept)
 
 
-def kept_passes(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> int | None:
-    """What accumulate=auto had found when the run began that is resumed."""
+def kept_choices(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> dict[str, Any]:
+    """What accumulate=auto and compile=true had become when the run began that is resumed."""
+    is_open = {"accumulate": loaded.recipe.accumulate == "auto"}
+    is_open |= {"compile": loaded.recipe.compile is True}
+    if not options.resume or not any(is_open.values()):
+        return {}
 
-    def read() -> str:
-        folder = run_dir.find(options.runs, options.name, loaded.name) if options.resume else None
+    def read() -> dict[str, Any]:
+        folder = run_dir.find(options.runs, options.name, loaded.name)
         found = checkpoint.newest(folder.checkpoints)[0] if folder else None
-        kept = checkpoint.read_state(found).config.get("accumulate") if found else None
-        return str(kept) if isinstance(kept, int) else ""
+        if folder is None:
+            return {}
+        config = checkpoint.read_state(found).config if found else folder.config()
+        passes, compiles = config.get("accumulate"), config.get("compile")
+        kept = {"accumulate": passes} if type(passes) is int else {}
+        is_kept = isinstance(compiles, bool) or compiles == "force"
+        is_kept = is_kept and "compile" not in options.resume_changed
+        return kept | ({"compile": compiles} if is_kept else {})
 
-    kept = group.broadcast("passes", read() if group.world.is_main else None)
-    return int(kept) if kept else None
+    text = group.broadcast("choices", json.dumps(read()) if group.world.is_main else None)
+    return {name: value for name, value in json.loads(text).items() if is_open[name]}
 
 
 def given_weights(loaded: LoadedRecipe, options: RunOptions) -> Path | None:

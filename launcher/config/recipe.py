@@ -116,13 +116,14 @@ class Recipe:
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `memory_format` auto
-    is channels_last, the faster one, where the network takes it. `compile` is true
-    or one of torch.compile's modes. `unused_parameters` says whether the network may have some on
-    which its scores do not depend, always or in some steps: to allow it costs several ranks a
-    search in each step. `deterministic` keeps to torch's deterministic algorithms, so
-    that a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused.
-    On CPUs a run repeats without it. `claims` are what it reaches: `launcher repeat RECIPE
-    --claims` measures it again.
+    is channels_last, the faster one, where the network takes it. `compile` is true or one of
+    torch.compile's modes; on a CPU, true times a few steps of both before the training and keeps
+    the faster, and force compiles all the same. `unused_parameters` says whether the network may
+    have some on which its scores do not depend, always or in some steps: to allow it costs several
+    ranks a search in each step. `deterministic` keeps to torch's deterministic algorithms, so that
+    a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused. On
+    CPUs a run repeats without it. `claims` are what it reaches: `launcher repeat RECIPE --claims`
+    measures it again.
     """
 
     model: Callable[[], nn.Module]
