@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from launcher.checkpoint import checkpoint, outcomes, run_dir
+from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
@@ -137,6 +138,7 @@ class ActiveRun:
     loaded: LoadedRecipe
     loggers: Loggers
     saver: Saver
+    code: CompiledCode | None = None
     best: Best | None = None
     highest: Best | None = None
     last: Best | None = None
@@ -465,18 +467,20 @@ def log_and_run(
     with ExitStack() as exit_stack:  # the lock of the folder, until this process is done with it
         report = exit_stack.enter_context(ReportAtEnd())
         start = None if options.smoke else open_run(ctx, loaded, options, exit_stack)
+        code = compiled_code(ctx, start)
+        note = code.load() if code else ""
         if start and start.checkpoint:
             warm_up_ddp(ctx)
             checkpoint.restore(start.checkpoint, ctx)
         if start:  # what was refused until here has left the folder as it was
-            start = describe_run(ctx, start, loaded, facts)
+            start = describe_run(ctx, replace(start, notes=(*start.notes, note)), loaded, facts)
         loggers = make_loggers(ctx, start, loaded, options, also)
         is_main, say = ctx.accelerator.is_main_process, loggers.console.say
         best = start.best if start else None
         saver = Saver(start.folder if start else None, is_main, say)
         if start and is_main and options.makes_report:
             report.begin(start.folder.path, say)
-        run = ActiveRun(ctx, loaded, loggers, saver, best=best, highest=best)
+        run = ActiveRun(ctx, loaded, loggers, saver, code, best=best, highest=best)
         exit_code = EXIT_FAULT
         try:
             show_header(run, start, facts)
@@ -515,6 +519,13 @@ def open_run(
         return start
 
     return run_on_main(ctx.accelerator, choose)
+
+
+def compiled_code(ctx: TrainContext, start: ResumePoint | None) -> CompiledCode | None:
+    """What the run folder has of it, or will have; None for a run that does not compile."""
+    if start is None or not ctx.recipe.compile:
+        return None
+    return CompiledCode(start.folder.path, ctx.accelerator)
 
 
 def describe_run(
@@ -718,6 +729,7 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if not saver.checkpoint(run.ctx, details, event.stops):
             run.unsaved = f"stopped by {stop_reason()}, not saved: --resume goes on from "
             run.unsaved += newest_progress(run)
+        saver.compiled(run.code)
 
 
 def early_stop_line(recipe: Recipe, report: EpochReport) -> str:

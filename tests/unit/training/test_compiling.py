@@ -86,6 +86,7 @@ def test_it_trains_as_if_told_so_and_keeps_to_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where a key is made
     let_wait(monkeypatch, compiled=not typed)
     train(RECIPE, name="tried", wandb="off")
     config, about = (
