@@ -72,7 +72,7 @@ from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, broadcast_state, make_context
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import count
+from launcher.utils.text import count, of_uncertain
 
 # Is shown a training that is ready to begin, and returns it, perhaps with phases that it marks.
 Watch = Callable[[TrainContext], TrainContext]
@@ -438,13 +438,17 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     height, width = data.train.images.shape[1:3]
     sizes += f" of {height} x {width} pixels"
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
-    return {
+    views, uncertain = loaded.recipe.views, loaded.recipe.uncertain
+    facts = {
         "recipe": ": ".join([loaded.name, *note]),
         "model": f"{name}, {count_parameters(network):,} parameters",
         "data": f"{data.name}, {sizes}, {len(data.train.classes)} classes",
         "batch": plan.describe_batch(),
         "steps": f"{count(plan.epochs, 'epoch')} x {plan.steps_per_epoch} steps{early}",
     }
+    if views and uncertain:
+        facts["views"] = f"{short_name(views)}, only{of_uncertain(uncertain)}"
+    return facts
 
 
 def fallback_warning(data: Data) -> str:
@@ -592,16 +596,19 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
     """What was reached and where it lies."""
     rows, images = {}, IMAGES_OF[run.ctx.data.evaluated_on]
     tested = run.tested.metrics() if run.tested else {}
+    uncertain = run.ctx.recipe.uncertain
     if run.stopped:
         rows["stopped"] = f"by {stop_reason()}; the same command with --resume goes on from here"
     for label, epoch in (("best epoch", run.best), ("last epoch", run.last)):
         if epoch:
-            figure = f"{images} accuracy {epoch.accuracy:.2%}{tta_note(epoch.accuracy_tta)}"
+            figure = (
+                f"{images} accuracy {epoch.accuracy:.2%}{tta_note(epoch.accuracy_tta, uncertain)}"
+            )
             if label == "best epoch" and images == "test":
                 figure += " (chosen on the test images)"
             figures = tested.get(label.partition(" ")[0])
             if figures:
-                note = tta_note(figures.get("test/accuracy_tta"))
+                note = tta_note(figures.get("test/accuracy_tta"), uncertain)
                 figure += f", test accuracy {figures['test/accuracy']:.2%}{note}"
             rows[label] = f"{epoch.epoch}, {figure}"
     if run.highest and run.highest != run.best:

@@ -108,7 +108,8 @@ class Recipe:
     clipping and the optimizer's rate must fit. `accumulate` splits the global batch into that many
     forward passes; auto is the smallest number that fits into memory. `average` keeps an average of
     the weights, which is then what is evaluated and saved. `views` is test-time augmentation: after
-    the last epoch, a second figure beside the plain test accuracy. `on_nan` says what follows a
+    the last epoch, a second figure beside the plain test accuracy; `uncertain` limits it to that
+    part of the images whose first prediction is the least certain. `on_nan` says what follows a
     loss or gradient that is not finite: stop (the last checkpoint stays); skip that update, for
     which the gradient's norm is read in every step; or roll back to the last checkpoint and leave
     that one update out. `patience` ends the training after so many epochs without a validation
@@ -138,6 +139,7 @@ class Recipe:
     clip_norm: float | None = None
     average: Callable[[nn.Module], AveragedModel] | None = None
     views: Views | None = None
+    uncertain: float | None = None
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     patience: int | None = None
     min_delta: float = 0.0
@@ -181,6 +183,7 @@ class Recipe:
                 instead="type clip_norm=1.0, for example",
             )
         _refuse_patience(self)
+        _refuse_uncertain(self)
         claims: object = self.claims
         if not isinstance(claims, tuple) or not all(isinstance(c, Claim) for c in claims):
             raise UserError(
@@ -250,6 +253,23 @@ def _refuse_patience(recipe: Recipe) -> None:
             f"min_delta={recipe.min_delta}",
             expected="a part of the images, of at least 0 and below 1",
             instead="type min_delta=0.001, for example",
+        )
+
+
+def _refuse_uncertain(recipe: Recipe) -> None:
+    if recipe.uncertain is None:
+        return
+    if not 0 < recipe.uncertain < 1:
+        raise UserError(
+            f"uncertain={recipe.uncertain}",
+            expected="a part of the images, above 0 and below 1, or none",
+            instead="type uncertain=0.25, for example",
+        )
+    if recipe.views is None:
+        raise UserError(
+            f"uncertain={recipe.uncertain} without views",
+            expected="views for the images that it chooses",
+            instead="type uncertain=none, or write views=mirrored in the recipe file",
         )
 
 
