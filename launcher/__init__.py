@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launcher.config.recipe import Images, Recipe
     from launcher.config.schedules import constant, cosine, linear, steps
     from launcher.config.slots import Draws, NamedParameters
-    from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, mixup
+    from launcher.data.augment import alternating_flip, crop, cutmix, cutout, flip, jitter, mixup
     from launcher.data.image_folder import Folder
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
@@ -44,6 +44,7 @@ __all__ = [
     "cutout",
     "ema",
     "flip",
+    "jitter",
     "linear",
     "load_run",
     "mirrored",
@@ -58,7 +59,7 @@ _HOMES = {
     "launcher.api": "train",
     "launcher.run": "RunResult",
     "launcher.results.load": "TrainedRun load_run",
-    "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup",
+    "launcher.data.augment": "alternating_flip crop cutmix cutout flip jitter mixup",
     "launcher.data.image_folder": "Folder",
     "launcher.training.state": "ema",
     "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",
