@@ -5,8 +5,8 @@
 FOLDER has train/CLASS/*.JPEG and val/CLASS/*.JPEG, as ImageNet's archives unpack. Pictures are
 decoded for each step, on every rank its own; docs/data.md says how many a second that takes.
 
-The network is torchvision's; batch, rate, decay and epochs are those of He et al. (2016) as Goyal et
-al. ("Accurate, Large Minibatch SGD", 2017) trained it; with no decay on norms and biases, label
+The network is torchvision's; batch, rate, decay and epochs are those of He et al. (2016) as Goyal
+et al. ("Accurate, Large Minibatch SGD", 2017) trained it; with no decay on norms and biases, label
 smoothing, a cosine and an average of the weights. Nobody has trained this file: it states no
 accuracy.
 """

@@ -6,7 +6,8 @@ tensor that holds all of them. Which images are asked for, and in which order, i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -185,12 +186,14 @@ def read(stored: Stored, places: Tensor) -> Tensor:
     return Reading(stored, places).images()
 
 
-def read_in_parts(stored: Stored, parts: Sequence[slice]) -> Iterator[Tensor]:
-    """Each part, uint8 `(k, h, w, c)` on the host, while the next one is read."""
+def read_in_parts(stored: Stored, parts: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Each part with its uint8 `(k, h, w, c)` on the host, while the next one is read."""
     places = torch.arange(len(stored))
-    ahead: Reading | None = None
-    for number, part in enumerate(parts):
-        reading = ahead or Reading(stored, places[part])
-        more = number + 1 < len(parts)
-        ahead = Reading(stored, places[parts[number + 1]]) if more else None
-        yield reading.images()
+    begun: deque[tuple[slice, Reading]] = deque()
+    for part in parts:
+        begun.append((part, Reading(stored, places[part])))
+        if len(begun) > 1:
+            before, reading = begun.popleft()
+            yield before, reading.images()
+    for before, reading in begun:
+        yield before, reading.images()
