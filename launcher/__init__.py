@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         random_resized_crop,
     )
     from launcher.data.image_folder import Folder
+    from launcher.data.packed import Packed
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
     from launcher.run import RunResult
@@ -40,6 +41,7 @@ __all__ = [
     "Images",
     "Muon",
     "NamedParameters",
+    "Packed",
     "Recipe",
     "RunResult",
     "Synthetic",
@@ -69,6 +71,7 @@ _HOMES = {
     "launcher.results.load": "TrainedRun load_run",
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup random_resized_crop",
     "launcher.data.image_folder": "Folder",
+    "launcher.data.packed": "Packed",
     "launcher.training.state": "ema",
     "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",
     "launcher.config.claims": "Claim",
