@@ -7,7 +7,8 @@
     │   └── StoppedBeforeTrainingError  by a signal                             exit code 75
     ├── OtherRankError     another rank prints why: this one prints nothing     that rank's
     └── UserError          what was typed or given cannot be trained            exit code 2
-        └── NotExportableError  or trained, but not exported
+        ├── NotExportableError  or trained, but not exported
+        └── BrokenPictureError  or a file among others that is no picture
 
 A `LauncherError` is shown as one line without a traceback; rank 0 prints it, since all ranks raise
 it alike, unless it says otherwise. Every other exception is a fault of
@@ -82,6 +83,10 @@ class UserError(LauncherError):
 
 class NotExportableError(UserError):
     """A network that trains, but whose code no exported form can hold."""
+
+
+class BrokenPictureError(UserError):
+    """A file that cannot be decoded, which one rank may meet in the middle of the training."""
 
 
 def _user_error(kind: type[UserError], given: str, expected: str, instead: str) -> UserError:

@@ -54,6 +54,10 @@ class Images:
     host's, from where each batch is copied; or encoded on disk, from where each batch is decoded.
     auto is the first of them in which they fit. `prefetch` is how many steps are read ahead of the
     training where they are not on the device; by default what fits into 64 MB, 2 to 16 steps.
+
+    `sampling` balanced visits all classes equally often, in epochs of as many images. `on_broken`
+    says what follows a picture of a folder that cannot be read: stop, or skip, by which all are
+    tried before the training and the broken ones left out.
     """
 
     source: Source
@@ -67,6 +71,8 @@ class Images:
     validation: int | float | str | None = None
     tier: Literal["auto", "device", "host", "disk"] = "auto"
     prefetch: int | None = None
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    on_broken: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""

@@ -64,6 +64,22 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(make_rng(ORDER, seed, epoch).permutation(count))
 
 
+def balanced_order(seed: int, epoch: int, labels: Tensor) -> Tensor:
+    """The same for classes that come equally often, whatever their sizes: int64 `(n,)`.
+
+    An image of a small class comes several times in an epoch, all of them equally often up to one;
+    of a large class each epoch takes others.
+    """
+    random, present = make_rng(ORDER, seed, epoch), torch.unique(labels.cpu())
+    quotas = torch.full((len(present),), len(labels) // len(present))
+    quotas[random.permutation(len(present))[: len(labels) % len(present)]] += 1
+    chosen = []
+    for label, quota in zip(present, quotas.tolist(), strict=True):
+        own = (labels.cpu() == label).nonzero()[:, 0].numpy()
+        chosen.append(numpy.resize(random.permutation(own), quota))
+    return torch.from_numpy(random.permutation(numpy.concatenate(chosen)))
+
+
 def shard_bounds(count: int, shards: int, index: int) -> tuple[int, int]:
     """Start and stop of shard `index` of `count` images: sizes differ by at most one."""
     return count * index // shards, count * (index + 1) // shards
@@ -111,28 +127,43 @@ class Normalize:
 
 
 @dataclass(frozen=True)
+class _Order:
+    """The place of each image that an epoch visits, and its row among the draws: int64 `(n,)`.
+
+    An image's row is its place, unless it comes more than once: then it is where it comes.
+    """
+
+    places: Tensor
+    rows: Tensor
+
+    def take(self, positions: Tensor | slice) -> "_Order":
+        """What is visited at these positions of the epoch."""
+        return _Order(self.places[positions], self.rows[positions])
+
+
+@dataclass(frozen=True)
 class _Epoch:
     """What is drawn for one epoch: the order of the images, their partners, their draws."""
 
     number: int
-    order: Tensor
-    partners: Tensor | None
+    order: _Order
+    partners: _Order | None
     fresh: Tensor | None
     weights: Tensor | None = None  # of the images before each place in the order, summed
-    on_host: tuple[Tensor, ...] = ()  # order and partners, of images that are stored
+    on_host: tuple[_Order, ...] = ()  # order and partners, of images that are stored
     cuts: Tensor | None = None  # the fresh draws of the first augmentation, on the host
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Images that were read for some steps: `images[i]` is the one at `places[i]`, ascending."""
+    """Images that were read for some steps: `images[i]` is the one of `rows[i]`, ascending."""
 
-    places: Tensor
+    rows: Tensor
     images: Tensor
 
-    def take(self, places: Tensor) -> Tensor:
-        """Those at the places `(k,)`, each of which was read."""
-        return self.images.index_select(0, torch.searchsorted(self.places, places))
+    def take(self, rows: Tensor) -> Tensor:
+        """Those of the rows `(k,)`, each of which was read."""
+        return self.images.index_select(0, torch.searchsorted(self.rows, rows))
 
 
 class Batches:
@@ -168,6 +199,7 @@ class Batches:
         fixed = self._drawn(make_rng(FIXED, recipe.seed))
         self._fixed = None if fixed is None else self._send(fixed)
         self._steps_per_chunk = steps_per_chunk(plan, normalize.image_bytes, self._device)
+        self._chunks_ahead = self._count_ahead()
 
     def epoch(self, epoch: int, after: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps of an epoch after step `after`, each with its number and its micro-batches."""
@@ -182,13 +214,15 @@ class Batches:
         chunks = self._chunks(steps)
         try:
             for number, chunk in enumerate(chunks):
-                if number + 1 == len(chunks) and epoch < self._plan.last_epoch:
+                is_soon = number + 1 + self._chunks_ahead >= len(chunks)
+                if is_soon and self._next_epoch is None and epoch < self._plan.last_epoch:
                     self._next_epoch = self._draw(epoch + 1)
                 self._read_ahead(drawn, chunks[number:])
                 yield from self._make(drawn, chunk)
         except BaseException:  # what ends the epoch early, a generator that is closed as well
             for _, reading in self._ahead.values():
                 reading.cancel()
+            self._ahead.clear()
             raise
 
     def _chunks(self, steps: range) -> list[range]:
@@ -198,26 +232,34 @@ class Batches:
 
     def _draw(self, epoch: int) -> _Epoch:
         plan, seed = self._plan, self._recipe.seed
-        order = epoch_order(seed, epoch, plan.train_images)
-        on_host, partners = [order] if self._stored else [], None
+        if self._recipe.data.sampling == "balanced":
+            places = balanced_order(seed, epoch, self._images.labels)
+            on_host = [_Order(places, torch.arange(len(places)))]
+        else:
+            places = epoch_order(seed, epoch, plan.train_images)
+            on_host = [_Order(places, places)]
         if self._recipe.data.mix:
-            partners = mix_partners(order, plan.batch_size)
-            on_host += [partners] if self._stored else []
-            partners = self._send(partners)
+            positions = torch.arange(len(places))
+            on_host.append(on_host[0].take(mix_partners(positions, plan.batch_size)))
         weights = None
         if self._weights is not None:
-            weights = nn.functional.pad(self._weights[order].cumsum(0), (1, 0))
+            weights = nn.functional.pad(self._weights[places].cumsum(0), (1, 0))
+        order, *partners = map(self._send_order, on_host)
         fresh = self._drawn(make_rng(FRESH, seed, epoch))
         cuts = fresh[0] if fresh is not None and self._cut else None
         return _Epoch(
             epoch,
-            self._send(order),
-            partners,
+            order,
+            partners[0] if partners else None,
             None if fresh is None else self._send(fresh),
             weights,
-            tuple(on_host),
+            tuple(on_host) if self._stored is not None else (),
             cuts,
         )
+
+    def _send_order(self, order: _Order) -> _Order:
+        places = self._send(order.places)
+        return _Order(places, places if order.rows is order.places else self._send(order.rows))
 
     def _drawn(self, random: numpy.random.Generator) -> Tensor | None:
         """Draws of all images for all augmentations: `(augmentations, images, 4)`, on the host."""
@@ -241,23 +283,30 @@ class Batches:
         if following := self._next_epoch:
             steps = self._plan.epoch_steps(following.number)
             wanted += [(following, chunk) for chunk in self._chunks(steps)]
-        for epoch, chunk in wanted[: 1 + self._chunks_ahead(self._stored)]:
+        for epoch, chunk in wanted[: 1 + self._chunks_ahead]:
             key = (epoch.number, chunk.start)
             if key not in self._ahead:
                 spans = self._spans_of(chunk, epoch)
-                places = torch.cat([o[s.start : s.stop] for o in epoch.on_host for s in spans])
-                places = torch.unique(places)  # ascending, and those of both orders once
+                parts = [
+                    order.take(slice(s.start, s.stop)) for order in epoch.on_host for s in spans
+                ]
+                # Ascending, and what both orders visit once.
+                rows, first = numpy.unique(torch.cat([p.rows for p in parts]), return_index=True)
+                places = torch.cat([part.places for part in parts])[first]
                 shares = None
                 if self._cut is not None and epoch.cuts is not None:
-                    shares = self._cut.shares(epoch.cuts[places])
+                    shares = self._cut.shares(epoch.cuts[rows])
                 pinned = self._device.type == "cuda"
                 reading = Reading(self._stored, places, pinned=pinned, shares=shares)
-                self._ahead[key] = places, reading
+                self._ahead[key] = torch.from_numpy(rows), reading
 
-    def _chunks_ahead(self, stored: Stored) -> int:
+    def _count_ahead(self) -> int:
+        """How many chunks are read ahead of the one that is trained."""
+        if self._stored is None:
+            return 0
         if (steps := self._recipe.data.prefetch) is None:
             images = -(-self._plan.batch_size // self._plan.world_size)
-            step_bytes = images * math.prod(stored.shape[1:])
+            step_bytes = images * math.prod(self._stored.shape[1:])
             steps = min(MOST_STEPS_AHEAD, max(LEAST_STEPS_AHEAD, BYTES_AHEAD // step_bytes))
         return -(-steps // self._steps_per_chunk)
 
@@ -265,8 +314,8 @@ class Batches:
         """What `_read_ahead` has read for the steps from `first` on; None where nothing is."""
         if self._stored is None:
             return None
-        places, reading = self._ahead.pop((epoch, first))
-        return _Read(self._send(places), self._send(reading.images()))
+        rows, reading = self._ahead.pop((epoch, first))
+        return _Read(self._send(rows), self._send(reading.images()))
 
     def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Make the pictures of `steps` together; yield each step with its micro-batches."""
@@ -283,24 +332,27 @@ class Batches:
                 yield step, [self._mix(batch, partner, step) for batch, partner in pairs]
 
     def _micro_batches(
-        self, order: Tensor, drawn: _Epoch, spans: list[_Span], read: _Read | None
+        self, order: _Order, drawn: _Epoch, spans: list[_Span], read: _Read | None
     ) -> list[MicroBatch]:
         """The images that `order` names in these spans of the epoch."""
         if len(spans) == 1:  # to join and to part would be 1 % of a small step on a CPU
             (span,) = spans
-            examples = self._examples(order[span.start : span.stop], drawn, read)
+            examples = self._examples(order.take(slice(span.start, span.stop)), drawn, read)
             return [MicroBatch(*examples, span.weight)]
-        indices = torch.cat([order[span.start : span.stop] for span in spans])
+        parts = [order.take(slice(span.start, span.stop)) for span in spans]
+        places, rows = torch.cat([p.places for p in parts]), torch.cat([p.rows for p in parts])
         sizes = [span.stop - span.start for span in spans]
-        images, targets = (torch.split(p, sizes) for p in self._examples(indices, drawn, read))
+        examples = self._examples(_Order(places, rows), drawn, read)
+        images, targets = (torch.split(part, sizes) for part in examples)
         weights = [span.weight for span in spans]
         return [MicroBatch(*parts) for parts in zip(images, targets, weights, strict=True)]
 
     def _examples(
-        self, indices: Tensor, drawn: _Epoch, read: _Read | None
+        self, visited: _Order, drawn: _Epoch, read: _Read | None
     ) -> tuple[Tensor, Tensor]:
         """The pictures and the labels of these images."""
-        return self._pictures(indices, drawn, read), self._images.labels.index_select(0, indices)
+        labels = self._images.labels.index_select(0, visited.places)
+        return self._pictures(visited, drawn, read), labels
 
     def _spans_of(self, steps: range, drawn: _Epoch) -> list[_Span]:
         return [span for step in steps for span in self._spans(step, drawn.weights)]
@@ -322,20 +374,20 @@ class Batches:
             spans.append(_Span(first + start, first + max(stop, start + 1), weight))
         return spans
 
-    def _pictures(self, indices: Tensor, drawn: _Epoch, read: _Read | None) -> Tensor:
-        """Gather, augment and normalize: int64 `(n,)` -> floating point `(n, c, h, w)`."""
+    def _pictures(self, visited: _Order, drawn: _Epoch, read: _Read | None) -> Tensor:
+        """Gather, augment and normalize: floating point `(n, c, h, w)`."""
         if read is not None:
-            images = read.take(indices)
+            images = read.take(visited.rows)
         else:
-            images = self._images.tensor.index_select(0, indices)
+            images = self._images.tensor.index_select(0, visited.places)
         if drawn.fresh is not None and self._fixed is not None:
             pictures = images.permute(0, 3, 1, 2)
             for number, augmentation in enumerate(self._augmentations):
                 if number == 0 and self._cut:
                     continue  # done when the picture was read
                 draws = Draws(
-                    drawn.fresh[number].index_select(0, indices),
-                    self._fixed[number].index_select(0, indices),
+                    drawn.fresh[number].index_select(0, visited.rows),
+                    self._fixed[number].index_select(0, visited.places),
                     drawn.number,
                 )
                 pictures = augmentation(pictures, draws)

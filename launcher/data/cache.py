@@ -65,6 +65,7 @@ def _written(loaded: Data) -> Iterator[str]:
         "images": [_as_content(half.images) for half in halves],
         "labels": [half.labels for half in halves],
         "files": [half.files for half in halves],
+        "left_out": [half.left_out for half in halves],
         "halves": list(loaded.halves),
         "classes": loaded.train.classes,  # all halves have the same: `sources.check`
         "name": loaded.name,
@@ -93,12 +94,13 @@ def _map(place: str) -> Data | None:
     except (OSError, RuntimeError):
         return None
     halves = {
-        name: ImageSet(_from_content(images), labels, content["classes"], files)
-        for name, images, labels, files in zip(
+        name: ImageSet(_from_content(images), labels, content["classes"], files, left_out)
+        for name, images, labels, files, left_out in zip(
             content["halves"],
             content["images"],
             content["labels"],
             content["files"],
+            content["left_out"],
             strict=True,
         )
     }

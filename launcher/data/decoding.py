@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from launcher.errors import UserError
+from launcher.errors import BrokenPictureError
 
 # What Pillow raises for files that are no whole picture, and `fitted` for odd ones.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -65,7 +65,7 @@ def span(share: float, place: float, length: int, area: int) -> tuple[int, int]:
 
 @contextmanager
 def open_picture(file: Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """The picture of a file, or of its bytes; raises `UserError` where it is broken."""
+    """The picture of a file, or of its bytes; raises `BrokenPictureError` for one that is none."""
     try:
         with Image.open(BytesIO(content) if content is not None else file) as picture:
             yield picture
@@ -108,9 +108,9 @@ def _in_colour(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def not_a_picture(file: Path, why: str) -> UserError:
+def not_a_picture(file: Path, why: str) -> BrokenPictureError:
     """One line about a file that is no picture."""
-    return UserError(
+    return BrokenPictureError(
         f"{file} cannot be read as a picture ({why})",
         expected="only pictures in a class folder",
         instead="mend the file or move it out of the folder",

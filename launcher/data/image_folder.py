@@ -50,12 +50,12 @@ class Folder:
         self.targets = numpy.array([label for _, label in files])
         self.files = [str(file.relative_to(root)) for file, _ in files]
         self.encoded = Encoded(torch.arange(len(files)), root, tuple(self.files), size)
-        self._half = half
+        self.root = str(half)
 
     @cached_property
     def data(self) -> Any:
         """All of them, decoded; raises `UserError` for a broken one, or for too many."""
-        refuse_too_large(f"{self._half}", len(self.files), self.encoded.size)
+        refuse_too_large(self.root, len(self.files), self.encoded.size)
         return read(self.encoded, self.encoded.places).numpy()
 
 

@@ -6,6 +6,7 @@ again: see `batches`.
 
 import http.client
 import inspect
+import logging
 import os
 import socket
 import traceback
@@ -29,16 +30,18 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data import storage
 from launcher.data.augment import cut_of
-from launcher.data.limits import fits_in_memory
+from launcher.data.image_folder import Folder
+from launcher.data.limits import fits_in_memory, refuse_too_large
 from launcher.data.packed import Packed
-from launcher.data.storage import Encoded, Mapped, Stored
+from launcher.data.storage import Encoded, Mapped, Stored, broken
 from launcher.data.synthetic import Synthetic
 from launcher.data.validation import held_out
 from launcher.distributed import signals
 from launcher.errors import UserError
-from launcher.utils.text import count
+from launcher.utils.text import count, some
 from launcher.utils.user_code import user_line, user_location
 
+_LOG = logging.getLogger(__name__)
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 EvaluatedOn = Literal["test", "val"]
 
@@ -48,13 +51,14 @@ class ImageSet:
     """Images as uint8 `(n, height, width, channels)`, labels as int64 `(n,)`, on one device.
 
     Images that are `Stored` are elsewhere until they are asked for. `files` says where each comes
-    from, if from a file of its own.
+    from, if from a file of its own; `left_out` are broken ones, which are not among them.
     """
 
     images: Tensor | Stored
     labels: Tensor
     classes: tuple[str, ...]
     files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """The number of images."""
@@ -508,11 +512,14 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 def _as_set(dataset: Any, data: Images) -> ImageSet:
     name = short_name(data.source)
     labels_name = "labels" if hasattr(dataset, "labels") else "targets"
-    encoded = getattr(dataset, "encoded", None)
-    if isinstance(encoded, Encoded) and _stays_on_disk(encoded, data):
-        labels, classes = torch.as_tensor(dataset.targets).long(), tuple(dataset.classes)
-        _check_labels(labels, classes, name)
-        return ImageSet(encoded, labels, classes, encoded.files)
+    if isinstance(dataset, Folder):
+        return _of_folder(dataset, data)
+    if data.on_broken == "skip":
+        raise UserError(
+            f"data.on_broken=skip of {name}, whose images are not files of their own",
+            expected="pictures in class folders, as Folder reads them",
+            instead="type data.on_broken=stop",
+        )
     if data.tier == "disk":
         raise UserError(
             f"data.tier=disk of {name}, whose images are not files of their own",
@@ -553,6 +560,25 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     elif is_mapped:
         kept = images.clone()
     return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))
+
+
+def _of_folder(folder: Folder, data: Images) -> ImageSet:
+    """Pictures that are decoded now, or in each step."""
+    encoded, labels = folder.encoded, torch.from_numpy(folder.targets)
+    left_out: tuple[str, ...] = ()
+    if data.on_broken == "skip" and (odd := broken(encoded)):
+        kept = torch.tensor([place for place in range(len(encoded)) if place not in odd])
+        left_out = tuple(encoded.files[place] for place in odd)
+        _LOG.warning("%s left out: %s", count(len(odd), "broken picture"), some(list(odd.values())))
+        encoded, labels = encoded.at(kept), labels[kept]
+    files = tuple(encoded.files[place] for place in encoded.places.tolist())
+    images: Tensor | Stored = encoded
+    if not _stays_on_disk(encoded, data):
+        refuse_too_large(folder.root, len(encoded), encoded.size)
+        images = storage.read(encoded, torch.arange(len(encoded)))
+        if data.tier == "host":
+            images = Mapped(torch.arange(len(encoded)), images)
+    return ImageSet(images, labels, tuple(folder.classes), files, left_out)
 
 
 def _stays_on_disk(encoded: Encoded, data: Images) -> bool:

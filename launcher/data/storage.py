@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from launcher.data.decoding import cut_out, fitted, open_picture, to_tensor
+from launcher.errors import BrokenPictureError
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Stored(ABC):
         """Images, height, width and channels, as a tensor of all of them would have it."""
 
     @abstractmethod
-    def read(self, places: Tensor, out: Tensor, shares: Tensor | None) -> None:
+    def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
         """Write the images at the places `(k,)` into `out` `(k, h, w, c)`; called in threads.
 
         `shares` `(k, 4)`, those of a `Cut`, take a part of each picture as it is stored.
@@ -69,7 +70,7 @@ class Mapped(Stored):
         _, height, width, channels = self.array.shape
         return len(self), height, width, channels
 
-    def read(self, places: Tensor, out: Tensor, shares: Tensor | None) -> None:
+    def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
         """Copy them."""
         torch.index_select(self.array, 0, self.places[places], out=out)
 
@@ -91,8 +92,8 @@ class Encoded(Stored):
         """Images, height, width and channels."""
         return len(self), self.size, self.size, 3
 
-    def read(self, places: Tensor, out: Tensor, shares: Tensor | None) -> None:
-        """Decode them; raises `UserError` for one that is no whole picture."""
+    def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
+        """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
         for number, place in enumerate(self.places[places].tolist()):
             with open_picture(Path(self.root, self.files[place])) as picture:
                 if shares is None:
@@ -156,6 +157,22 @@ def reading_threads() -> ThreadPoolExecutor:
         future.result()
     torch.set_num_threads(count)  # for all other threads
     return pool
+
+
+def broken(encoded: Encoded) -> dict[int, str]:
+    """The places of pictures that cannot be decoded, and what is said of each; all are tried."""
+
+    def try_one(place: int) -> str:
+        try:
+            encoded.read(
+                torch.tensor([place]), torch.empty(1, *encoded.shape[1:], dtype=torch.uint8)
+            )
+        except BrokenPictureError as error:
+            return error.given
+        return ""
+
+    tried = enumerate(reading_threads().map(try_one, range(len(encoded))))
+    return {place: why for place, why in tried if why}
 
 
 def read(stored: Stored, places: Tensor) -> Tensor:

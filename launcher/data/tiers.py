@@ -12,7 +12,7 @@ from torch import Tensor
 from launcher.config.recipe import Images
 from launcher.data.sources import Data, ImageSet
 from launcher.data.storage import Encoded, Mapped, Stored
-from launcher.utils.text import sizes
+from launcher.utils.text import count, sizes
 
 
 def on_device(data: Data, images: Images, device: torch.device) -> Data:
@@ -27,7 +27,13 @@ def on_device(data: Data, images: Images, device: torch.device) -> Data:
 
 
 def describe(data: Data) -> str:
-    """Where the images are, of such a device; empty where they are simply on it."""
+    """Where the images are, and which are missing; empty where all are simply on the device."""
+    left_out = sum(len(half.left_out) for half in data.halves.values())
+    missing = f"{count(left_out, 'broken picture')} left out" if left_out else ""
+    return "; ".join(filter(None, (_where(data), missing)))
+
+
+def _where(data: Data) -> str:
     kinds = {type(half.images) for half in data.halves.values() if isinstance(half.images, Stored)}
     if Encoded in kinds:
         return "decoded from disk for each step"

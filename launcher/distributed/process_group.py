@@ -22,6 +22,7 @@ from launcher.distributed.heartbeat import Heartbeat
 from launcher.distributed.store import in_thread, is_set, open_store
 from launcher.distributed.world import World
 from launcher.errors import (
+    EXIT_FAULT,
     EXIT_SAVED,
     LauncherError,
     OtherRankError,
@@ -306,13 +307,17 @@ class RankGroup:
         try:
             if is_of_other_rank(error):
                 return self._find_failed_rank(text, moment)
-            is_first = self._report_failure()
-            return RankError(f"{self._name} failed\n{text}") if is_first else OtherRankError()
+            if not self._report_failure(code := getattr(error, "exit_code", EXIT_FAULT)):
+                return OtherRankError(int(self._store.get("exit-code")))
+            if isinstance(error, LauncherError):
+                return RankError(f"{error} ({self._name}, {moment})", code)
+            return RankError(f"{self._name} failed\n{text}")
         except RuntimeError:  # the store is gone
             return self._store_lost()
 
-    def _report_failure(self) -> bool:
+    def _report_failure(self, exit_code: int = EXIT_FAULT) -> bool:
         """Count a failure; returns whether it is the first of the run."""
+        self._store.set("exit-code", str(exit_code))
         is_first = self._store.add("failures", 1) == 1
         time.sleep(GRACE if self.world.hosts_store else 0)  # the others have yet to ask who failed
         return is_first
@@ -325,7 +330,7 @@ class RankGroup:
         until = time.monotonic() + GRACE + (1 if self.world.hosts_store else 0)
         while (reports or self.world.hosts_store) and time.monotonic() < until:
             if self._store.add("failures", 0):
-                return OtherRankError()
+                return OtherRankError(int(self._store.get("exit-code")))
             time.sleep(0.1)
         if not reports:
             return OtherRankError()

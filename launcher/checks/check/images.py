@@ -219,7 +219,7 @@ def samples(recipe: Recipe, train: ImageSet) -> Tensor:
     chosen = _of_each_class(train)
     own = train.pixels(chosen).cpu()
     few = ImageSet(own, train.labels[chosen].cpu(), train.classes)
-    data = replace(recipe.data, batch_size=len(few))
+    data = replace(recipe.data, batch_size=len(few), sampling="uniform")
     recipe = replace(recipe, data=data, epochs=EPOCHS, accumulate=1, sync_batch_norm=False)
     plan = make_plan(recipe, world_size=1, train_images=len(few), evaluated_images=len(few))
     normalize = Normalize(data, few.shape, torch.zeros(()), True)
