@@ -44,7 +44,7 @@ from launcher.data.packed import (
 )
 from launcher.data.sources import Data, ImageSet
 from launcher.data.storage import Mapped, Reading, Stored, read
-from launcher.errors import UserError
+from launcher.errors import BrokenPictureError, UserError
 from launcher.utils import atomic_write, json_text
 from launcher.utils.arguments import Parser, positive
 from launcher.utils.terminal import progress
@@ -439,7 +439,7 @@ def _chunks(
                 reading.append(Reading(stored, torch.arange(other.start, other.stop)))
             try:
                 pixels, broken = reading.pop(0).images(), list[int]()
-            except UserError as error:
+            except BrokenPictureError as error:
                 if not skips:
                     instead = f"{error.instead}, or type --on-broken skip; what is packed stays"
                     raise UserError(error.given, expected=error.expected, instead=instead) from None
@@ -456,7 +456,7 @@ def _readable(stored: Stored, part: range) -> tuple[Tensor, list[int]]:
     for place in part:
         try:
             images.append(read(stored, torch.tensor([place])))
-        except UserError:
+        except BrokenPictureError:
             broken.append(place)
     return torch.cat(images), broken
 
