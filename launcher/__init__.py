@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         random_resized_crop,
     )
     from launcher.data.image_folder import Folder
+    from launcher.data.packed import Packed
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
     from launcher.run import RunResult
@@ -41,6 +42,7 @@ __all__ = [
     "Images",
     "Muon",
     "NamedParameters",
+    "Packed",
     "Recipe",
     "RunResult",
     "Synthetic",
@@ -72,6 +74,7 @@ _HOMES = {
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip jitter mixup "
     "random_resized_crop",
     "launcher.data.image_folder": "Folder",
+    "launcher.data.packed": "Packed",
     "launcher.training.state": "ema",
     "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",
     "launcher.config.claims": "Claim",

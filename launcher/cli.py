@@ -276,6 +276,12 @@ def _export_proved(recipe: "Recipe", weights: Path, test: "ImageSet", folder: Pa
     return export.proved(recipe, weights, test, folder)
 
 
+def _pack(words: list[str]) -> int:
+    from launcher.data import packing
+
+    return packing.main(words)
+
+
 def _look_at_runs(command: str, words: list[str]) -> int:
     """Each is a module of the room `results`."""
     code: int = import_module(f"launcher.results.{command}").main(words)
@@ -287,6 +293,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": _check,
     "verify": _verify,
     "doctor": _doctor,
+    "pack": _pack,
     **{
         name: partial(_look_at_runs, name)
         for name in ("runs", "report", "compare", "predict", "export")

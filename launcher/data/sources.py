@@ -178,6 +178,13 @@ def load(data: Images, *, seed: int = 0, downloads: bool = True) -> Data:
     `UserError` for damaged files, for labels out of range, and where the images are out of reach
     and there is no fallback. Out of reach is what is not on disk, unless it `downloads`.
     """
+    loaded = open_or_download(data, downloads=downloads)
+    check(loaded, data)
+    return hold_out(loaded, data.validation, seed)
+
+
+def open_or_download(data: Images, *, downloads: bool = True) -> Data:
+    """The halves of a source as they are, or of its declared fallback; `check` compares them."""
     data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
     if os.path.exists(data.root) and not os.path.isdir(data.root):
         raise _no_folder(Path(data.root), "not a folder")
@@ -200,8 +207,7 @@ def load(data: Images, *, seed: int = 0, downloads: bool = True) -> Data:
                 instead="type data.root=FOLDER, or declare fallback=Synthetic in the recipe",
             ) from None
         loaded = replace(loaded, fallback=why)
-    check(loaded, data)
-    return hold_out(loaded, data.validation, seed)
+    return loaded
 
 
 def open_on_disk(data: Images, seed: int = 0) -> Data | None:
@@ -233,12 +239,25 @@ def hold_out(data: Data, validation: float | str | None, seed: int) -> Data:
 
 
 def check(loaded: Data, data: Images) -> None:
-    """Raise `UserError` where the two halves or the recipe's numbers do not fit together."""
+    """Raise `UserError` where the halves or the recipe's numbers do not fit together."""
+    check_halves(loaded, data.root)
+    channels = loaded.train.images.shape[-1]
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != channels:
+            raise UserError(
+                f"data.{name}={values}",
+                expected=f"{count(channels, 'number')}, one per channel of {loaded.name}",
+                instead=f"type data.{name}={'0.5,' * channels}",
+            )
+
+
+def check_halves(loaded: Data, root: str) -> None:
+    """Raise `UserError` where the halves differ in classes, or in the shape of an image."""
     train = loaded.train
     for name, half in loaded.halves.items():
         if train.classes != half.classes:
             odd = sorted(set(train.classes) ^ set(half.classes))
-            given = f"classes that only one half of {data.root!r} has: {', '.join(odd)}"
+            given = f"classes that only one half of {root!r} has: {', '.join(odd)}"
             if not odd:
                 given = f"classes in another order for {name}: {', '.join(half.classes)}"
             raise UserError(
@@ -252,14 +271,6 @@ def check(loaded: Data, data: Images) -> None:
                 f"training images of {sizes[0]} and {name} images of {sizes[1]} in {loaded.name}",
                 expected="images of the same height, width and channels",
                 instead="scale one half to the size of the other",
-            )
-    channels = loaded.train.images.shape[-1]
-    for name, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != channels:
-            raise UserError(
-                f"data.{name}={values}",
-                expected=f"{count(channels, 'number')}, one per channel of {loaded.name}",
-                instead=f"type data.{name}={'0.5,' * channels}",
             )
 
 

@@ -1,14 +1,20 @@
 """A terminal, or a page where there is none: curves and pictures of block characters."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.style import Style
 from rich.text import Text
 
+from launcher.utils.text import count
+
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 COLUMNS, HEIGHT = 60, 4  # characters
+SECONDS_OF_A_LINE = 10.0  # of progress, where there is no terminal
 
 
 def make_console(page_width: int) -> Console:
@@ -17,6 +23,27 @@ def make_console(page_width: int) -> Console:
     if not console.is_terminal:
         console.width = page_width
     return console
+
+
+@contextmanager
+def progress(doing: str, total: int, noun: str) -> Iterator[Callable[[int], None]]:
+    """Yields what is told how many more of `total` are done: a bar, or now and then a line."""
+    console = make_console(80)
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(doing, total=total)
+            yield lambda more: bar.advance(task, more)
+        return
+    done, next_line = 0, time.monotonic() + SECONDS_OF_A_LINE
+
+    def advance(more: int) -> None:
+        nonlocal done, next_line
+        done += more
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + SECONDS_OF_A_LINE
+            console.print(f"{doing}: {done:,} of {count(total, noun)}")
+
+    yield advance
 
 
 def plot(values: Sequence[float], first: str, last: str, base: float = 0.0) -> tuple[str, ...]:

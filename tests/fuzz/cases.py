@@ -169,6 +169,7 @@ COMMAND_OPTIONS = {
     "report": ("--runs", "--output"),
     "compare": ("--runs", "--json"),
     "predict": ("--runs", "--weights", "--csv", "--json"),
+    "pack": ("--size", "--root", "--on-broken"),
     "export": ("--to", "--weights", "--runs", "--data", "--from-pixels"),
     "submit": ("--nodes", "--gpus", "--processes", "--cpus", "--time", "--save-before", "--sweep"),
 }
@@ -180,6 +181,7 @@ SHORT = {
     "report": ("case",),
     "compare": ("case", "case"),
     "predict": ("case", "picture.png"),
+    "pack": (str(EVERYTHING), "out"),
     "export": ("case", "out", "--to", "safetensors"),
     "submit": (str(EVERYTHING), "--dry-run"),
 }

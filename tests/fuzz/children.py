@@ -25,6 +25,7 @@ MOST_MEMORY = 6 << 30  # bytes: what a case asks for beyond is refused by the ke
 _IMPORTED = (
     *("launcher.api", "launcher.cluster.submit", "launcher.checks.check.command"),
     *("launcher.checks.verify.command", "launcher.checks.doctor.command"),
+    "launcher.data.packing",
     *(f"launcher.results.{name}" for name in ("runs", "report", "compare", "predict", "export")),
 )
 _OUT, _ERR = "output", "errors"

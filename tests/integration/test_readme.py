@@ -1,7 +1,7 @@
 """Every command of the README and of docs/ is run, made short; the README's recipe as printed.
 
-docs/slurm.md, docs/nodes.md, docs/results.md and docs/figures.md have tests of their own, beside
-this file.
+docs/slurm.md, docs/nodes.md, docs/results.md, docs/figures.md and docs/data.md have tests of their
+own, beside this file.
 """
 
 import io
@@ -29,6 +29,7 @@ ELSEWHERE = {
     "kubernetes.md": "test_node_docs.py",
     "results.md": "test_results_docs.py",
     "figures.md": "test_figures_docs.py",
+    "data.md": "test_data_docs.py",
 }
 COMMANDS = sorted(
     {

@@ -1,0 +1,543 @@
+"""`launcher pack`: images of a source are decoded once, into files that a training maps (`packed`).
+
+Chunk after chunk is read in all cores, while the one before it is appended to HALF.images. After
+each, pack.partial.json says how far it is: so a pack that ends early, however it ends, goes on from
+there when the same command is typed again. Typed again for one that is whole, it compares the files
+with their digests.
+"""
+
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from launcher.config import loader
+from launcher.config.recipe import Images, parse_fold
+from launcher.config.serialize import short_name
+from launcher.config.slots import Source
+from launcher.data import sources
+from launcher.data.image_folder import Folder
+from launcher.data.packed import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    PackedHalf,
+    images_file,
+    labels_file,
+    read_manifest,
+)
+from launcher.data.sources import Data, ImageSet
+from launcher.data.storage import Mapped, Reading, Stored, read
+from launcher.errors import BrokenPictureError, UserError
+from launcher.utils import atomic_write, json_text
+from launcher.utils.arguments import Parser, positive
+from launcher.utils.terminal import progress
+from launcher.utils.text import count, sizes, some
+from launcher.utils.user_code import function_of
+
+PARTIAL, LOCK = "pack.partial.json", ".pack.lock"
+CHUNK_IMAGES, CHUNK_BYTES = 1024, 2**26  # what is lost at most when a pack is killed
+_HASHED_AT_ONCE = 2**24  # bytes
+_USAGE = "launcher pack SOURCE OUT [--size N] [--root DIR] [--on-broken stop|skip]"
+
+_DESCRIPTION = """\
+Decode all images of a source once, into files from which any number of trainings read them:
+Images(Packed, root=OUT, ...) in a recipe. What ends early goes on, and what is whole is compared
+with its digests, when the same command is typed again."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """How far one half is; `skipped` are the places of broken pictures among those read."""
+
+    read: int = 0
+    images: str = ""
+    listed: str = ""
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Images that are written."""
+        return self.read - len(self.skipped)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is packed into which folder."""
+
+    source: str  # as a reader knows it
+    halves: dict[str, ImageSet]
+    out: Path
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.halves["train"].shape
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image."""
+        return math.prod(self.shape)
+
+    @property
+    def chunk(self) -> int:
+        """Images that are read and written at once."""
+        return max(1, min(CHUNK_IMAGES, CHUNK_BYTES // self.image_bytes))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a pack to go on."""
+        classes = list(self.halves["train"].classes)
+        about = {"source": self.source, "shape": list(self.shape), "classes": classes}
+        return {"version": VERSION, **about, "chunk": self.chunk}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words behind `launcher pack`."""
+    parser = Parser(prog="launcher pack", usage=_USAGE, description=_DESCRIPTION)
+    add = parser.add_argument
+    what = "a folder of class folders, a recipe file, or the name of a data set of torchvision"
+    add("source", metavar="SOURCE", help=what)
+    add("out", metavar="OUT", type=Path, help="the folder to make, which Packed reads")
+    add("--size", type=positive, metavar="N", help="pixels along each side (a folder: 32)")
+    add("--root", metavar="DIR", help="where the files of a recipe or a data set are")
+    broken = "whether a picture that cannot be read ends it, or is left out and counted"
+    add("--on-broken", choices=("stop", "skip"), default="stop", help=broken)
+    arguments = parser.parse_args(words)
+    _refuse_no_folder(arguments.out)
+    chosen = _images_of(arguments.source, arguments.size, arguments.root)
+    root = Path(os.path.expanduser(chosen.root))
+    if _is_folder(chosen.source) and arguments.out.resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"OUT={arguments.out}, inside of {root}",
+            expected="a folder that is not among the pictures",
+            instead="name one beside it",
+        )
+    job = _Job(
+        _described(chosen.source, root), _halves(_opened(chosen), chosen.validation), arguments.out
+    )
+    if (job.out / MANIFEST).exists():
+        _verify(job)
+    else:
+        _pack(job, skips=arguments.on_broken == "skip")
+    return 0
+
+
+def _images_of(word: str, size: int | None, root: str | None) -> Images:
+    """What the word SOURCE stands for, with its files in `root` if that is named."""
+    path = Path(word)
+    if path.is_dir():
+        if root is not None:
+            raise UserError(
+                f"--root {root} with the folder {word}",
+                expected="the pictures in the folder that is named first",
+                instead="leave out --root",
+            )
+        has_own = all((path / half).is_dir() for half in ("train", "val", "test"))
+        return _made_of(Folder, word, size, "val" if has_own else None)
+    if path.suffix == ".py" or path.exists():
+        data = loader.load(path).recipe.data
+        named = data.validation if isinstance(data.validation, str) else ""
+        half = None if not named or parse_fold(named) else named
+        return _made_of(data.source, root or data.root, size, half)
+    return _made_of(_of_torchvision(word), root or "data", size, None)
+
+
+def _made_of(source: Source, root: str, size: int | None, validation: str | None) -> Images:
+    if size is not None:
+        source = _sized(source, size)
+    # mean and std are a training's: what is packed are the pixels.
+    images = Images(source, 1, mean=(0.5,), std=(0.5,), root=root, validation=validation)
+    return replace(images, tier="disk" if _is_folder(source) else "auto")
+
+
+def _is_folder(source: Source) -> bool:
+    return function_of(source) is Folder
+
+
+def _sized(source: Source, size: int) -> Source:
+    if "size" not in inspect.signature(source).parameters:
+        raise UserError(
+            f"--size {size} of {short_name(source)}, whose images have a size",
+            expected="--size for pictures in folders, which have any",
+            instead="leave out --size",
+        )
+    return partial(source, size=size)
+
+
+def _of_torchvision(name: str) -> Source:
+    from torchvision import datasets
+
+    found = getattr(datasets, name, None) if name in datasets.__all__ else None
+    if isinstance(found, type):
+        return found
+    near = difflib.get_close_matches(name, datasets.__all__, 1)
+    raise UserError(
+        f"SOURCE={name!r}, which is not there",
+        expected="a folder of class folders, a recipe file, or a data set of torchvision",
+        instead=f"did you mean {near[0]}?" if near else "check the path",
+    )
+
+
+def _described(source: Source, root: Path) -> str:
+    keywords = source.keywords if isinstance(source, partial) else {}
+    settings = ", ".join(f"{name}={value}" for name, value in keywords.items())
+    return f"{short_name(source)}({settings}) in {root.resolve()}"
+
+
+def _opened(images: Images) -> Data:
+    try:
+        return sources.open_or_download(images)
+    except UserError as error:  # which names the settings of a recipe
+        instead = error.instead.replace("data.source.size=", "--size ")
+        instead = re.sub(r"data\.root=(\S+), or declare .*", r"--root \1", instead)
+        instead = instead.replace("data.root=", "--root ")
+        raise UserError(error.given, expected=error.expected, instead=instead) from None
+
+
+def _halves(data: Data, validation: float | str | None) -> dict[str, ImageSet]:
+    sources.check_halves(data, data.name)
+    halves = {"train": data.train, "test": data.test}
+    return halves if data.validation is None else {**halves, str(validation): data.validation}
+
+
+def _refuse_no_folder(out: Path) -> None:
+    """Refuse what is no folder, and one that holds something other than a pack."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"OUT={out}, a file", expected="a folder", instead="name another one")
+    try:
+        others = [] if _is_begun(out) or not out.exists() else _visible(out)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    if others:
+        raise UserError(
+            f"OUT={out}, a folder with {some(others)} in it",
+            expected="an empty folder, or one that launcher pack has begun",
+            instead="name another folder",
+        )
+
+
+def _is_begun(out: Path) -> bool:
+    return any((out / name).exists() for name in (MANIFEST, PARTIAL))
+
+
+def _visible(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"OUT={out} ({error.strerror})",
+        expected="a folder that can be written, with room for the images",
+        instead="make room and type the same command, which goes on, or name another folder",
+    )
+
+
+# Packing
+
+
+def _pack(job: _Job, *, skips: bool) -> None:
+    """Begin or go on. Raises `UserError` for a picture that cannot be read, unless it skips."""
+    done = _begun(job)
+    _refuse_no_room(job, done)
+    try:
+        with _locked(job.out):
+            done = _begun(job)
+            with progress("packing", sum(map(len, job.halves.values())), "image") as advance:
+                halves = {name: _packed(job, name, done, skips, advance) for name in job.halves}
+            classes = job.halves["train"].classes
+            manifest = Manifest(job.source, job.shape, classes, halves)
+            atomic_write.replace(job.out / MANIFEST, manifest.text().encode())
+            for name in (PARTIAL, LOCK):
+                (job.out / name).unlink(missing_ok=True)
+            atomic_write.flush_folder(job.out)
+    except OSError as error:
+        raise _unwritable(job.out, error) from None
+    _tell(f"packed {_summary(manifest)} into {job.out}")
+    _tell_skipped(manifest)
+
+
+def _begun(job: _Job) -> dict[str, _Done]:
+    """How far each half is. Raises `UserError` where that is a pack of something else."""
+    path = job.out / PARTIAL
+    if not path.exists():
+        return {name: _Done() for name in job.halves}
+    try:
+        content = json_text.read(path)
+        done = {
+            name: _Done(**{**about, "skipped": tuple(about["skipped"])})
+            for name, about in content.pop("halves").items()
+        }
+        same = content == job.identity and done.keys() == job.halves.keys()
+        same = same and all(d.read <= len(job.halves[name]) for name, d in done.items())
+        found = f"{content['source']}, {' x '.join(map(str, content['shape']))}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}, which is damaged",
+            expected="what launcher pack has written",
+            instead=f"delete the folder {job.out} and pack again",
+        ) from None
+    if not same or any(_listed(job, n, d.read) != d.listed for n, d in done.items() if d.read):
+        raise UserError(
+            f"OUT={job.out}, where a pack of {found} was begun",
+            expected="the same source, unchanged so far as it is packed, and the same size",
+            instead="name another folder, or delete that one",
+        )
+    return done
+
+
+def _listed(job: _Job, name: str, places: int) -> str:
+    """The digest of the first images of a half as the source lists them."""
+    whole, half = blake2b(digest_size=16), job.halves[name]
+    for part in _parts(0, places, job.chunk):
+        _list(whole, half, part)
+    return whole.hexdigest()
+
+
+def _list(whole: Any, half: ImageSet, part: range) -> None:
+    """Add a chunk: its labels, the names of its files, and what is in the first of them."""
+    whole.update(half.labels[part.start : part.stop].numpy().tobytes())
+    whole.update("\0".join(half.files[part.start : part.stop]).encode(errors="surrogateescape"))
+    whole.update(_stored(half).contents([part.start]))
+
+
+def _parts(start: int, stop: int, chunk: int) -> list[range]:
+    return [range(first, last) for first, last in pairwise([*range(start, stop, chunk), stop])]
+
+
+def _stored(half: ImageSet) -> Stored:
+    if isinstance(half.images, Stored):
+        return half.images
+    return Mapped(torch.arange(len(half)), half.images)
+
+
+def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
+    needed = sum(
+        (len(half) - done[name].read) * job.image_bytes + 8 * len(half)
+        for name, half in job.halves.items()
+    )
+    place = next(
+        path for path in (job.out.absolute(), *job.out.absolute().parents) if path.is_dir()
+    )
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{sizes(needed)} to be written to {job.out}, where {sizes(free)} are free",
+            expected="room for all images",
+            instead="make room, name a folder on another disk, or type a smaller --size",
+        )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Make the folder, and be the only one who packs into it."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / LOCK).touch()  # where that fails FileLock would wait for ever
+    try:
+        with FileLock(out / LOCK, blocking=False):
+            for litter in out.glob(f".{PARTIAL}.*"):  # of one that was killed
+                litter.unlink()
+            yield
+    except Timeout:
+        raise UserError(
+            f"OUT={out}, into which another process packs",
+            expected="one at a time",
+            instead="wait for it, or name another folder",
+        ) from None
+
+
+def _packed(
+    job: _Job, name: str, done: dict[str, _Done], skips: bool, advance: Advance
+) -> PackedHalf:
+    """Write what is left of a half, and note each chunk in `done` and on disk."""
+    half, path = job.halves[name], images_file(job.out, name)
+
+    def note(state: _Done) -> None:
+        done[name] = state
+        halves = {other: asdict(about) for other, about in done.items()}
+        content = json.dumps({**job.identity, "halves": halves})
+        atomic_write.replace(job.out / PARTIAL, content.encode())
+
+    if not (job.out / PARTIAL).exists():
+        note(_Done())
+    state = done[name]
+    with path.open("r+b" if path.exists() else "x+b") as file:
+        whole = blake2b(digest_size=16)
+        for piece in _read_pieces(file, state.count * job.image_bytes):
+            whole.update(piece)
+        if state.read and whole.hexdigest() != state.images:
+            _tell(f"{path} has changed since it was packed: it is packed again")
+            state, whole = _Done(), blake2b(digest_size=16)
+        file.truncate(state.count * job.image_bytes)
+        file.seek(0, os.SEEK_END)
+        listed = blake2b(digest_size=16)
+        for part in _parts(0, state.read, job.chunk):
+            _list(listed, half, part)
+        advance(state.read)
+        parts = _parts(state.read, len(half), job.chunk)
+        for part, pixels, broken in _chunks(half, parts, skips):
+            content = pixels.numpy().reshape(-1).data
+            file.write(content)
+            whole.update(content)
+            _list(listed, half, part)
+            file.flush()
+            os.fsync(file.fileno())
+            skipped = (*state.skipped, *broken)
+            state = _Done(part.stop, whole.hexdigest(), listed.hexdigest(), skipped)
+            note(state)
+            advance(len(part))
+    return _finished(job, name, state)
+
+
+def _finished(job: _Job, name: str, state: _Done) -> PackedHalf:
+    """Write the labels of a half of which all images are written."""
+    half = job.halves[name]
+    if not state.count:
+        raise UserError(
+            f"no picture for {name} that can be read in {job.source}",
+            expected="at least one",
+            instead="mend them, or name another source",
+        )
+    kept = torch.ones(len(half), dtype=torch.bool)
+    kept[list(state.skipped)] = False
+    labels = half.labels[kept].numpy().astype("<i8").tobytes()
+    atomic_write.replace(labels_file(job.out, name), labels)
+    names = tuple(_name(half, place) for place in state.skipped)
+    return PackedHalf(state.count, state.images, _digest(labels), state.listed, names)
+
+
+def _name(half: ImageSet, place: int) -> str:
+    return half.files[place] if half.files else f"image {place}"
+
+
+def _chunks(
+    half: ImageSet, parts: Sequence[range], skips: bool
+) -> Iterator[tuple[range, Tensor, list[int]]]:
+    """Each part, its images that can be read, and the places of the others."""
+    stored, reading = _stored(half), list[Reading]()
+    try:
+        for number, part in enumerate(parts):
+            for other in parts[number + len(reading) : number + 2]:  # this one and the next
+                reading.append(Reading(stored, torch.arange(other.start, other.stop)))
+            try:
+                pixels, broken = reading.pop(0).images(), list[int]()
+            except BrokenPictureError as error:
+                if not skips:
+                    instead = f"{error.instead}, or type --on-broken skip; what is packed stays"
+                    raise UserError(error.given, expected=error.expected, instead=instead) from None
+                pixels, broken = _readable(stored, part)
+            yield part, pixels, broken
+    finally:
+        for left in reading:
+            left.cancel()
+
+
+def _readable(stored: Stored, part: range) -> tuple[Tensor, list[int]]:
+    """Those of a part that can be read, one by one, and the places of the others."""
+    images, broken = [torch.empty((0, *stored.shape[1:]), dtype=torch.uint8)], list[int]()
+    for place in part:
+        try:
+            images.append(read(stored, torch.tensor([place])))
+        except BrokenPictureError:
+            broken.append(place)
+    return torch.cat(images), broken
+
+
+# Verifying
+
+
+def _verify(job: _Job) -> None:
+    """Compare a whole pack with its digests, and its source with what it was made of."""
+    manifest = read_manifest(job.out)
+    classes = job.halves["train"].classes
+    same = (job.source, job.shape, classes) == (manifest.source, manifest.shape, manifest.classes)
+    if not same or list(job.halves) != list(manifest.halves):
+        shape = " x ".join(map(str, manifest.shape))
+        raise UserError(
+            f"OUT={job.out}, a whole pack of {manifest.source}, {shape}",
+            expected="the same source and size, or another folder",
+            instead="name another folder, or delete that one",
+        )
+    for name, half in manifest.halves.items():
+        if _listed(job, name, len(job.halves[name])) != half.listed:
+            raise UserError(
+                f"{name} images of {job.source}, which have changed since they were packed",
+                expected=f"those of {job.out}",
+                instead="delete that folder and pack again, or name another folder",
+            )
+    total = sum(half.count * job.image_bytes for half in manifest.halves.values())
+    with progress("verifying", total, "byte") as advance:
+        for name, half in manifest.halves.items():
+            size = half.count * job.image_bytes
+            _compare(images_file(job.out, name), size, half.images, advance)
+            _compare(labels_file(job.out, name), 8 * half.count, half.labels, lambda _: None)
+    with suppress(OSError):  # of one that was killed in its last moment, or on a read-only disk
+        (job.out / PARTIAL).unlink()
+    _tell(f"{job.out} is whole: {_summary(manifest)}, as their digests say")
+    _tell_skipped(manifest)
+
+
+def _compare(path: Path, size: int, digest: str, advance: Advance) -> None:
+    whole, found = blake2b(digest_size=16), "is damaged: its digest is not that of the manifest"
+    try:
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"is no file of {size:,} bytes"
+        else:
+            with path.open("rb") as file:
+                for piece in _read_pieces(file, size):
+                    whole.update(piece)
+                    advance(len(piece))
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+    if whole.hexdigest() != digest:
+        raise UserError(
+            f"{path}, which {found}",
+            expected=f"the file of which {MANIFEST} says the digest",
+            instead=f"delete the folder {path.parent} and pack again",
+        )
+
+
+def _read_pieces(file: Any, size: int) -> Iterator[bytes]:
+    """The first bytes of a file, or all if there are fewer."""
+    while size > 0 and (piece := file.read(min(size, _HASHED_AT_ONCE))):
+        size -= len(piece)
+        yield piece
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def _summary(manifest: Manifest) -> str:
+    counts = [f"{half.count:,} for {name}" for name, half in manifest.halves.items()]
+    total = sum(half.count for half in manifest.halves.values()) * math.prod(manifest.shape)
+    shape = " x ".join(map(str, manifest.shape))
+    return f"images of {shape}, {' and '.join(counts)} ({sizes(total)})"
+
+
+def _tell_skipped(manifest: Manifest) -> None:
+    skipped = [name for half in manifest.halves.values() for name in half.skipped]
+    if skipped:
+        _tell(f"left out: {count(len(skipped), 'broken picture')}: {some(skipped, 5)}")
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write("".join(c if c.isprintable() else "?" for c in line) + "\n")

@@ -1,0 +1,44 @@
+"""Every command of docs/data.md, in its order."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from launcher import Packed
+from launcher.cli import main
+from tests.integration.test_readme import PAGES, ROOT, offline
+from tests.unit.data.test_sources import Cifar
+
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGES["data.md"], re.DOTALL)
+    for line in block.strip().splitlines()
+]
+
+
+def test_the_commands_work_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cifar = Cifar()
+    cifar.write(Path("data"))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", cifar.source())
+    Path("recipes").mkdir()
+    recipe = (ROOT / "recipes" / "simplecnn.py").read_text(encoding="utf-8")
+    Path("recipes/simplecnn.py").write_text(offline(recipe))
+    random = numpy.random.default_rng(0)
+    for name in ("cat", "dog"):
+        Path("photos", name).mkdir(parents=True)
+        for index in range(5):
+            pixels = random.integers(0, 256, (80, 100, 3), dtype=numpy.uint8)
+            Image.fromarray(pixels).save(Path("photos", name, f"{index}.jpg"))
+    for command in COMMANDS:
+        python, *module, first = shlex.split(command)[:4]
+        assert [python, *module] == ["python", "-m", "launcher"]
+        assert main([first, *shlex.split(command)[4:]]) == 0, command
+    assert Packed("packed").data.shape == (8, 64, 64, 3)
+    assert Packed("packed_cifar10", "test").data.shape == (6, 32, 32, 3)
