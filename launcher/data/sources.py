@@ -42,6 +42,7 @@ from launcher.utils.text import count, some
 from launcher.utils.user_code import user_line, user_location
 
 _LOG = logging.getLogger(__name__)
+LOCK = ".download.lock"
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 EvaluatedOn = Literal["test", "val"]
 
@@ -379,16 +380,26 @@ def _fetch(data: Images, half: str) -> ImageSet:
 @contextmanager
 def _downloading(root: str) -> Iterator[None]:
     """Hold the node's lock on `root`; a network that fails or is silent is `_UnavailableError`."""
-    before = socket.getdefaulttimeout()
+    before, is_new = socket.getdefaulttimeout(), not os.path.exists(root)
     try:
         os.makedirs(root, exist_ok=True)
-        with _locked(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
+        with _locked(Path(root, LOCK)) if os.access(root, os.W_OK) else nullcontext():
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             yield
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
+        if is_new:
+            _remove_empty(Path(root))
         raise _UnavailableError(f"cannot be downloaded ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _remove_empty(root: Path) -> None:
+    """Leave no folder behind in which there is nothing, which a source of pictures would refuse."""
+    with suppress(OSError):
+        if [path.name for path in root.iterdir()] == [LOCK]:
+            (root / LOCK).unlink()
+        root.rmdir()
 
 
 def _no_folder(root: Path, why: str) -> UserError:

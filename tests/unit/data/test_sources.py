@@ -344,6 +344,7 @@ def test_images_that_are_nowhere_are_replaced_by_the_declared_fallback(tmp_path:
     assert "SmallCIFAR is not in" in data.fallback
     assert "cannot be downloaded" in data.fallback
     assert "\n" not in data.fallback
+    assert list(tmp_path.iterdir()) == [], "an empty folder would be refused by others"
 
 
 @pytest.mark.parametrize("name", ["first", "test", "names"])
