@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         cutmix,
         cutout,
         flip,
+        jitter,
         mixup,
         random_resized_crop,
     )
@@ -54,6 +55,7 @@ __all__ = [
     "cutout",
     "ema",
     "flip",
+    "jitter",
     "linear",
     "load_run",
     "mirrored",
@@ -69,7 +71,8 @@ _HOMES = {
     "launcher.api": "train",
     "launcher.run": "RunResult",
     "launcher.results.load": "TrainedRun load_run",
-    "launcher.data.augment": "alternating_flip crop cutmix cutout flip mixup random_resized_crop",
+    "launcher.data.augment": "alternating_flip crop cutmix cutout flip jitter mixup "
+    "random_resized_crop",
     "launcher.data.image_folder": "Folder",
     "launcher.data.packed": "Packed",
     "launcher.training.state": "ema",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from launcher.checkpoint import checkpoint, outcomes, run_dir
+from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
@@ -54,6 +55,7 @@ from launcher.loggers.console import Console, first_step_line, make_console, tta
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
 from launcher.loggers.report import ReportAtEnd, page_of
+from launcher.training.compiling import choose_compiling, describe_kept, is_to_be_tried
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import (
@@ -71,7 +73,7 @@ from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, broadcast_state, make_context
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import count
+from launcher.utils.text import count, of_uncertain
 
 # Is shown a training that is ready to begin, and returns it, perhaps with phases that it marks.
 Watch = Callable[[TrainContext], TrainContext]
@@ -137,6 +139,7 @@ class ActiveRun:
     loaded: LoadedRecipe
     loggers: Loggers
     saver: Saver
+    code: CompiledCode | None = None
     best: Best | None = None
     highest: Best | None = None
     last: Best | None = None
@@ -289,6 +292,10 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
             facts | {"batch": ctx.plan.describe_batch()},
         )
         preflight(ctx)  # of the smaller passes
+    if not prepared.compile_is_kept and is_to_be_tried(ctx):
+        choice = choose_compiling(ctx)
+        ctx, facts = choice.ctx, facts | {"compile": choice.said}
+        loaded = replace(loaded, recipe=ctx.recipe)
     facts |= {
         "memory": ctx.recipe.memory_format,
         "devices": f"{ctx.plan.world_size} x {device_name(accelerator)}",
@@ -318,6 +325,7 @@ class Prepared:
     network: nn.Module
     precision: str
     facts: dict[str, str]
+    compile_is_kept: bool  # what compile=true means was settled when the run began
 
 
 def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
@@ -353,10 +361,9 @@ def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
 
 def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Open the images, count the steps, build the network."""
-    recipe = loaded.recipe
-    if recipe.accumulate == "auto" and (kept := kept_passes(loaded, options, group)):
-        recipe = replace(recipe, accumulate=kept)
-        loaded = replace(loaded, recipe=recipe)
+    kept = kept_choices(loaded, options, group)
+    recipe = replace(loaded.recipe, **kept)
+    loaded = replace(loaded, recipe=recipe)
     world, has_gpu = group.world, torch.cuda.is_available()
     precision, origin = choose_precision(recipe.precision, has_gpu, world.mixed_precision)
     data = cache.load(recipe.data, group, recipe.seed)
@@ -367,20 +374,32 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
         skipped = checkpoint.load_initial_weights(network, weights, options.skip)
         without = f", without {', '.join(skipped)}" if skipped else ""
         facts |= {"weights": f"from {weights}{without}"}
-    return Prepared(loaded, data, plan, network, precision, facts)
+    if "compile" in kept:
+        facts |= {"compile": describe_kept(bool(kept["compile"]))}
+    return Prepared(loaded, data, plan, network, precision, facts, "compile" in kept)
 
 
-def kept_passes(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> int | None:
-    """What accumulate=auto had found when the run began that is resumed."""
+def kept_choices(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> dict[str, Any]:
+    """What accumulate=auto and compile=true had become when the run began that is resumed."""
+    is_open = {"accumulate": loaded.recipe.accumulate == "auto"}
+    is_open |= {"compile": loaded.recipe.compile is True}
+    if not options.resume or not any(is_open.values()):
+        return {}
 
-    def read() -> str:
-        folder = run_dir.find(options.runs, options.name, loaded.name) if options.resume else None
+    def read() -> dict[str, Any]:
+        folder = run_dir.find(options.runs, options.name, loaded.name)
         found = checkpoint.newest(folder.checkpoints)[0] if folder else None
-        kept = checkpoint.read_state(found).config.get("accumulate") if found else None
-        return str(kept) if isinstance(kept, int) else ""
+        if folder is None:
+            return {}
+        config = checkpoint.read_state(found).config if found else folder.config()
+        passes, compiles = config.get("accumulate"), config.get("compile")
+        kept = {"accumulate": passes} if type(passes) is int else {}
+        is_kept = isinstance(compiles, bool) or compiles == "force"
+        is_kept = is_kept and "compile" not in options.resume_changed
+        return kept | ({"compile": compiles} if is_kept else {})
 
-    kept = group.broadcast("passes", read() if group.world.is_main else None)
-    return int(kept) if kept else None
+    text = group.broadcast("choices", json.dumps(read()) if group.world.is_main else None)
+    return {name: value for name, value in json.loads(text).items() if is_open[name]}
 
 
 def given_weights(loaded: LoadedRecipe, options: RunOptions) -> Path | None:
@@ -424,13 +443,17 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     where = tiers.describe(data)
     kept = f"; {where}" if where else ""
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
-    return {
+    views, uncertain = loaded.recipe.views, loaded.recipe.uncertain
+    facts = {
         "recipe": ": ".join([loaded.name, *note]),
         "model": f"{name}, {count_parameters(network):,} parameters",
         "data": f"{data.name}, {sizes}, {len(data.train.classes)} classes" + kept,
         "batch": plan.describe_batch(),
         "steps": f"{count(plan.epochs, 'epoch')} x {plan.steps_per_epoch} steps{early}",
     }
+    if views and uncertain:
+        facts["views"] = f"{short_name(views)}, only{of_uncertain(uncertain)}"
+    return facts
 
 
 def fallback_warning(data: Data) -> str:
@@ -453,18 +476,20 @@ def log_and_run(
     with ExitStack() as exit_stack:  # the lock of the folder, until this process is done with it
         report = exit_stack.enter_context(ReportAtEnd())
         start = None if options.smoke else open_run(ctx, loaded, options, exit_stack)
+        code = compiled_code(ctx, start)
+        note = code.load() if code else ""
         if start and start.checkpoint:
             warm_up_ddp(ctx)
             checkpoint.restore(start.checkpoint, ctx)
         if start:  # what was refused until here has left the folder as it was
-            start = describe_run(ctx, start, loaded, facts)
+            start = describe_run(ctx, replace(start, notes=(*start.notes, note)), loaded, facts)
         loggers = make_loggers(ctx, start, loaded, options, also)
         is_main, say = ctx.accelerator.is_main_process, loggers.console.say
         best = start.best if start else None
         saver = Saver(start.folder if start else None, is_main, say)
         if start and is_main and options.makes_report:
             report.begin(start.folder.path, say)
-        run = ActiveRun(ctx, loaded, loggers, saver, best=best, highest=best)
+        run = ActiveRun(ctx, loaded, loggers, saver, code, best=best, highest=best)
         exit_code = EXIT_FAULT
         try:
             show_header(run, start, facts)
@@ -503,6 +528,13 @@ def open_run(
         return start
 
     return run_on_main(ctx.accelerator, choose)
+
+
+def compiled_code(ctx: TrainContext, start: ResumePoint | None) -> CompiledCode | None:
+    """What the run folder has of it, or will have; None for a run that does not compile."""
+    if start is None or not ctx.recipe.compile:
+        return None
+    return CompiledCode(start.folder.path, ctx.accelerator)
 
 
 def describe_run(
@@ -568,16 +600,19 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
     """What was reached and where it lies."""
     rows, images = {}, IMAGES_OF[run.ctx.data.evaluated_on]
     tested = run.tested.metrics() if run.tested else {}
+    uncertain = run.ctx.recipe.uncertain
     if run.stopped:
         rows["stopped"] = f"by {stop_reason()}; the same command with --resume goes on from here"
     for label, epoch in (("best epoch", run.best), ("last epoch", run.last)):
         if epoch:
-            figure = f"{images} accuracy {epoch.accuracy:.2%}{tta_note(epoch.accuracy_tta)}"
+            figure = (
+                f"{images} accuracy {epoch.accuracy:.2%}{tta_note(epoch.accuracy_tta, uncertain)}"
+            )
             if label == "best epoch" and images == "test":
                 figure += " (chosen on the test images)"
             figures = tested.get(label.partition(" ")[0])
             if figures:
-                note = tta_note(figures.get("test/accuracy_tta"))
+                note = tta_note(figures.get("test/accuracy_tta"), uncertain)
                 figure += f", test accuracy {figures['test/accuracy']:.2%}{note}"
             rows[label] = f"{epoch.epoch}, {figure}"
     if run.highest and run.highest != run.best:
@@ -705,6 +740,7 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if not saver.checkpoint(run.ctx, details, event.stops):
             run.unsaved = f"stopped by {stop_reason()}, not saved: --resume goes on from "
             run.unsaved += newest_progress(run)
+        saver.compiled(run.code)
 
 
 def early_stop_line(recipe: Recipe, report: EpochReport) -> str:

@@ -18,12 +18,14 @@ record's script took 100 s an epoch there (median of four), so 833 s for its eig
 evaluation.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, max_pool2d
+from torch.nn.functional import cross_entropy, gelu, max_pool2d, silu
 from torch.optim import SGD, Optimizer
 from torchvision.datasets import CIFAR10
 
@@ -42,19 +44,28 @@ from launcher import (
 )
 
 BATCH = 2000
+Activation = Literal["gelu", "silu"]
 
 
 class Block(nn.Module):
     """Convolution and pooling, then more convolutions: halves the image's sides.
 
-    BatchNorm and GELU follow each convolution. From a third convolution on, what came out of the
-    first is added before the last GELU. Filters begin by passing the input on as it is, so that the
-    signal reaches the head from the first step on.
+    BatchNorm and an activation follow each convolution. From a third convolution on, what came out
+    of the first is added before the last activation. Filters begin by passing the input on as it
+    is, so that the signal reaches the head from the first step on.
     """
 
-    def __init__(self, inputs: int, outputs: int, convolutions: int, momentum: float) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        convolutions: int,
+        momentum: float,
+        activation: Activation = "gelu",
+    ) -> None:
         """`inputs` and `outputs` are numbers of channels; `momentum` is that of the statistics."""
         super().__init__()
+        self.activate: Callable[[Tensor], Tensor] = gelu if activation == "gelu" else silu
         channels = (inputs, *(outputs for _ in range(convolutions)))
         pairs = pairwise(channels)
         self.convolutions = nn.ModuleList(
@@ -67,11 +78,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, inputs, h, w) -> (n, outputs, h // 2, w // 2)."""
-        first = x = gelu(self.norms[0](max_pool2d(self.convolutions[0](x), 2)))
+        first = x = self.activate(self.norms[0](max_pool2d(self.convolutions[0](x), 2)))
         for number in range(1, len(self.convolutions)):
             x = self.norms[number](self.convolutions[number](x))
             closes_shortcut = number >= 2 and number == len(self.convolutions) - 1
-            x = gelu(x + first if closes_shortcut else x)
+            x = self.activate(x + first if closes_shortcut else x)
         return x
 
 
@@ -87,10 +98,11 @@ class SpeedVGG(nn.Module):
         classes: int = 10,
         convolutions: int = 2,
         momentum: float = 0.4,
+        activation: Activation = "gelu",
     ) -> None:
         """`widths` are the channels of the blocks, each of which has so many convolutions.
 
-        `momentum` is that of the running statistics.
+        `momentum` is that of the running statistics, `activation` that of the blocks.
         """
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, kernel_size=2)  # 24 = 2 signs x 3 channels x 2 x 2 pixels
@@ -98,7 +110,7 @@ class SpeedVGG(nn.Module):
         inputs = (24, *widths)
         pairs = zip(inputs, widths, strict=False)
         self.blocks = nn.Sequential(
-            *(Block(before, after, convolutions, momentum) for before, after in pairs)
+            *(Block(before, after, convolutions, momentum, activation) for before, after in pairs)
         )
         self.head = nn.Linear(widths[-1], classes, bias=False)
         self.head.weight.data /= self.head.weight.data.std()
@@ -141,11 +153,14 @@ def muon_and_sgd(
     head_rate: float = 0.67,
     decay: float = 2e-6 * BATCH,
     bias_epochs: float = 3 / 8,
+    filter_momentum: float = 0.6,
+    momentum: float = 0.85,
 ) -> Optimizer:
     """Muon for the filters; SGD for the biases and for the head, each at a rate of its own.
 
-    The weight decay per step is `decay` for all that SGD trains. The whitening's bias is trained
-    over the fraction `bias_epochs` of the training. The rates are those for a summed loss.
+    `filter_momentum` is Muon's, `momentum` that of SGD. The weight decay per step is `decay` for
+    all that SGD trains. The whitening's bias is trained over the fraction `bias_epochs` of the
+    training. The rates are those for a summed loss.
     """
     named = list(parameters)
     filters = [pair for pair in named if pair[1].ndim == 4]
@@ -158,8 +173,8 @@ def muon_and_sgd(
         {"params": norms, **bias},
         {"params": whitening, **bias, "schedule": partial(linear, until=bias_epochs)},
     ]
-    sgd = SGD(groups, momentum=0.85, nesterov=True)
-    return ChainedOptimizer(Muon(filters, lr=filter_rate), sgd)
+    sgd = SGD(groups, momentum=momentum, nesterov=True)
+    return ChainedOptimizer(Muon(filters, lr=filter_rate, momentum=filter_momentum), sgd)
 
 
 H100, CPU = "1x NVIDIA H100", "2 cores of an AMD EPYC"

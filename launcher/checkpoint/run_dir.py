@@ -12,6 +12,7 @@ runs/NAME/
     end.json            how the last attempt ended
     report/             a page for a browser, which launcher report can write again
     checkpoints/        the last three, from which --resume continues: see checkpoints.py
+    compiled.bin        what torch.compile has made, for the same: see compiled.py
     best.safetensors    the weights of the epoch with the highest accuracy
     final.safetensors   the weights at the end
 """

@@ -128,6 +128,12 @@ class RunFiles:
         return epochs if isinstance(epochs, int) else None
 
     @property
+    def uncertain(self) -> float | None:
+        """The part of the images to which test-time augmentation was limited."""
+        part = self.config.get("uncertain")
+        return part if isinstance(part, float) and 0 < part < 1 else None
+
+    @property
     def best_accuracy(self) -> float | None:
         """The highest accuracy of an epoch, of the images by which it is chosen."""
         return max(self._accuracies, default=None)

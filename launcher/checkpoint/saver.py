@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from launcher.checkpoint import checkpoint, outcomes
+from launcher.checkpoint import checkpoint, compiled, outcomes
 from launcher.checkpoint.checkpoint import Snapshot, Writer
+from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.run_dir import RunDir
 from launcher.data.sources import ImageSet
 from launcher.training.metrics import EpochReport, FinalReport
@@ -66,6 +67,11 @@ class Saver:
         """Write the figures of the test images at the end."""
         if self.folder is not None:
             self._attempt("test.json", partial(self.folder.tested, report.metrics()))
+
+    def compiled(self, code: CompiledCode | None) -> None:
+        """Write what torch has compiled, if anything is to be."""
+        if code is not None:
+            self._attempt(compiled.NAME, code.save)
 
     def end(self, exit_code: int) -> None:
         """Write how this attempt ended."""

@@ -67,5 +67,8 @@ def _lines(setting: Setting, width: int) -> list[str]:
     kind, *more = wrap(
         setting.type_name, TYPE_WIDTH, break_long_words=False, break_on_hyphens=False
     )
-    first = f"  {setting.name:<{width}}  {kind:<{TYPE_WIDTH}}  {as_text(setting.value)}"
+    begin, value = f"  {setting.name:<{width}}  ", as_text(setting.value)
+    first = f"{begin}{kind:<{TYPE_WIDTH}}  {value}"
+    if len(first) > WIDTH:  # a long number, under no other one
+        first = f"{begin}{kind}  {value}"
     return [first, *(f"  {'':<{width}}  {line}" for line in more)]

@@ -123,7 +123,8 @@ class Recipe:
     clipping and the optimizer's rate must fit. `accumulate` splits the global batch into that many
     forward passes; auto is the smallest number that fits into memory. `average` keeps an average of
     the weights, which is then what is evaluated and saved. `views` is test-time augmentation: after
-    the last epoch, a second figure beside the plain test accuracy. `on_nan` says what follows a
+    the last epoch, a second figure beside the plain test accuracy; `uncertain` limits it to that
+    part of the images whose first prediction is the least certain. `on_nan` says what follows a
     loss or gradient that is not finite: stop (the last checkpoint stays); skip that update, for
     which the gradient's norm is read in every step; or roll back to the last checkpoint and leave
     that one update out. `patience` ends the training after so many epochs without a validation
@@ -131,13 +132,14 @@ class Recipe:
 
     `precision` bf16 and fp16 are autocast; pure_bf16 and pure_fp16 keep weights and activations in
     half precision, all but BatchNorm's; None leaves it to Accelerate's config. `memory_format` auto
-    is channels_last, the faster one, where the network takes it. `compile` is true
-    or one of torch.compile's modes. `unused_parameters` says whether the network may have some on
-    which its scores do not depend, always or in some steps: to allow it costs several ranks a
-    search in each step. `deterministic` keeps to torch's deterministic algorithms, so
-    that a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused.
-    On CPUs a run repeats without it. `claims` are what it reaches: `launcher repeat RECIPE
-    --claims` measures it again.
+    is channels_last, the faster one, where the network takes it. `compile` is true or one of
+    torch.compile's modes; on a CPU, true times a few steps of both before the training and keeps
+    the faster, and force compiles all the same. `unused_parameters` says whether the network may
+    have some on which its scores do not depend, always or in some steps: to allow it costs several
+    ranks a search in each step. `deterministic` keeps to torch's deterministic algorithms, so that
+    a run on GPUs repeats bit by bit: it is slower, and an operation that has none is refused. On
+    CPUs a run repeats without it. `claims` are what it reaches: `launcher repeat RECIPE --claims`
+    measures it again.
     """
 
     model: Callable[[], nn.Module]
@@ -152,6 +154,7 @@ class Recipe:
     clip_norm: float | None = None
     average: Callable[[nn.Module], AveragedModel] | None = None
     views: Views | None = None
+    uncertain: float | None = None
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     patience: int | None = None
     min_delta: float = 0.0
@@ -195,6 +198,7 @@ class Recipe:
                 instead="type clip_norm=1.0, for example",
             )
         _refuse_patience(self)
+        _refuse_uncertain(self)
         claims: object = self.claims
         if not isinstance(claims, tuple) or not all(isinstance(c, Claim) for c in claims):
             raise UserError(
@@ -264,6 +268,23 @@ def _refuse_patience(recipe: Recipe) -> None:
             f"min_delta={recipe.min_delta}",
             expected="a part of the images, of at least 0 and below 1",
             instead="type min_delta=0.001, for example",
+        )
+
+
+def _refuse_uncertain(recipe: Recipe) -> None:
+    if recipe.uncertain is None:
+        return
+    if not 0 < recipe.uncertain < 1:
+        raise UserError(
+            f"uncertain={recipe.uncertain}",
+            expected="a part of the images, above 0 and below 1, or none",
+            instead="type uncertain=0.25, for example",
+        )
+    if recipe.views is None:
+        raise UserError(
+            f"uncertain={recipe.uncertain} without views",
+            expected="views for the images that it chooses",
+            instead="type uncertain=none, or write views=mirrored in the recipe file",
         )
 
 

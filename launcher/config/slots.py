@@ -37,4 +37,5 @@ Loss = Callable[[Tensor, Tensor], Tensor] | Callable[[Tensor, Tensor, Tensor], T
 Score = Callable[[Tensor], Tensor]  # images (n, c, h, w) -> logits (n, classes)
 Views = Callable[[Score, Tensor], Tensor]
 Precision = Literal["fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"]
-CompileMode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+# force compiles on a CPU, too, where true tries first whether that is faster
+CompileMode = Literal["force", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]

@@ -76,7 +76,7 @@ def random_resized_crop(
     draws: Draws,
     *,
     area: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ratio: tuple[float, float] = (0.75, 1.333),
 ) -> Tensor:
     """Cut out a part of each image and stretch it to the whole size, smoothly.
 
@@ -98,6 +98,23 @@ def cut_of(value: Any) -> Cut | None:
         return None
     settings = inspect.signature(value).parameters
     return Cut(settings["area"].default, settings["ratio"].default)
+
+
+def jitter(
+    images: Tensor, draws: Draws, *, brightness: float = 0.1, contrast: float = 0.1
+) -> Tensor:
+    """Change brightness by a part of white and contrast by a factor, up to so much either way.
+
+    Contrast is stretched around the middle grey. Both are drawn for each image; its pixels stay
+    whole numbers.
+    """
+    if not (0 <= brightness <= 1 and 0 <= contrast <= 1):
+        raise ValueError(f"brightness={brightness}, contrast={contrast}: expected parts, 0 to 1")
+    signed = draws.fresh[:, :2, None, None, None] * 2 - 1  # (n, 2, 1, 1, 1)
+    factor = 1 + signed[:, 1] * contrast
+    shift = 127.5 * (1 - factor) + 255 * brightness * signed[:, 0]
+    changed = images.float().mul_(factor).add_(shift + 0.5)  # and rounded by cutting it off
+    return changed.clamp_(0, 255).to(images.dtype)
 
 
 def mixup(

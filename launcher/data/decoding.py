@@ -90,14 +90,17 @@ def cut_out(pixels: Tensor, share: Tensor, size: int) -> Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-def fitted(picture: Image.Image, size: tuple[int, int], mode: str = "RGB") -> Any:
+def fitted(
+    picture: Image.Image, size: tuple[int, int], mode: str = "RGB", margin: float = 0.0
+) -> Any:
     """Upright, scaled and cropped around the middle: uint8 `(height, width[, 3])`.
 
-    `size` is width and height; `mode` is RGB, or L for one channel. Raises `ValueError` for a
+    `size` is width and height; `mode` is RGB, or L for one channel; `margin` is what is cropped off
+    on each side, of the picture's own. Raises `ValueError` for a
     picture whose values do not say what is white.
     """
     upright = ImageOps.exif_transpose(picture)
-    return numpy.asarray(ImageOps.fit(_in_colour(upright), size).convert(mode))
+    return numpy.asarray(ImageOps.fit(_in_colour(upright), size, bleed=margin).convert(mode))
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

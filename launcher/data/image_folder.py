@@ -25,19 +25,32 @@ TEST_EVERY = 5
 class Folder:
     """RGB pictures of `size` pixels square, as uint8 `(n, size, size, 3)`; `files` below `root`.
 
-    Larger or oblong pictures are scaled to the shorter side and cropped around the middle. Where
+    Larger or oblong pictures are scaled to the shorter side and cropped around the middle; by
+    `scaled_to` pixels, more than `size`, a margin is cropped off as well. Where
     they stay on disk (`Images.tier`) they are decoded step by step, else once, at the start.
     Raises `FileNotFoundError` where there is no folder `root`, and `UserError` where it is empty
     or holds something other than pictures.
     """
 
     def __init__(
-        self, root: str, split: str = "train", download: bool = False, *, size: int = 32
+        self,
+        root: str,
+        split: str = "train",
+        download: bool = False,
+        *,
+        size: int = 32,
+        scaled_to: int | None = None,
     ) -> None:
         """Find the pictures of one half: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
         at_least_one("size", size)
+        if scaled_to is not None and scaled_to < size:
+            raise UserError(
+                f"data.source.scaled_to={scaled_to}, of pictures of {size} pixels",
+                expected="at least as many, of which the middle is taken",
+                instead=f"type data.source.scaled_to={size * 8 // 7}, for example",
+            )
         half = _half(Path(root), split)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
@@ -49,7 +62,9 @@ class Folder:
         self.classes = names
         self.targets = numpy.array([label for _, label in files])
         self.files = [str(file.relative_to(root)) for file, _ in files]
-        self.encoded = Encoded(torch.arange(len(files)), root, tuple(self.files), size)
+        self.encoded = Encoded(
+            torch.arange(len(files)), root, tuple(self.files), size, scaled_to or size
+        )
         self.root = str(half)
 
     @cached_property

@@ -11,7 +11,7 @@ import os
 import socket
 import traceback
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -79,16 +79,16 @@ class ImageSet:
         """The images at the places `(k,)`, on the device: uint8 `(k, height, width, channels)`."""
         if isinstance(self.images, Tensor):
             return self.images[places]
-        chosen = torch.arange(len(self))[places]
+        chosen = torch.arange(len(self))[places.cpu() if isinstance(places, Tensor) else places]
         return storage.read(self.images, chosen).to(self.labels.device)
 
-    def in_parts(self, bounds: Sequence[slice]) -> Iterator[Tensor]:
-        """Each part of the images as `pixels` gives it; stored ones are read ahead."""
+    def in_parts(self, parts: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """Each part of the images as `pixels` gives it; stored ones are read one part ahead."""
         if isinstance(self.images, Tensor):
-            yield from (self.images[part] for part in bounds)
+            yield from ((part, self.images[part]) for part in parts)
         else:
-            for part in storage.read_in_parts(self.images, bounds):
-                yield part.to(self.labels.device)
+            for part, pixels in storage.read_in_parts(self.images, parts):
+                yield part, pixels.to(self.labels.device)
 
     def take(self, places: Tensor) -> "ImageSet":
         """Those at the places `(n,)`, in that order."""

@@ -6,7 +6,8 @@ tensor that holds all of them. Which images are asked for, and in which order, i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -81,11 +82,15 @@ class Mapped(Stored):
 
 @dataclass(frozen=True)
 class Encoded(Stored):
-    """Pictures in files, of any sizes, which are decoded to RGB of `size` pixels square."""
+    """Pictures in files, of any sizes, which are decoded to RGB of `size` pixels square.
+
+    `scaled_to` pixels has the shorter side before the middle is taken.
+    """
 
     root: str
     files: tuple[str, ...]  # of all that are stored, below `root`
     size: int
+    scaled_to: int
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -94,10 +99,11 @@ class Encoded(Stored):
 
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
         """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
+        margin = (1 - self.size / self.scaled_to) / 2
         for number, place in enumerate(self.places[places].tolist()):
             with open_picture(Path(self.root, self.files[place])) as picture:
                 if shares is None:
-                    out.numpy()[number] = fitted(picture, (self.size, self.size))
+                    out.numpy()[number] = fitted(picture, (self.size, self.size), margin=margin)
                 else:
                     out[number] = cut_out(to_tensor(picture), shares[number], self.size)
 
@@ -180,12 +186,14 @@ def read(stored: Stored, places: Tensor) -> Tensor:
     return Reading(stored, places).images()
 
 
-def read_in_parts(stored: Stored, parts: Sequence[slice]) -> Iterator[Tensor]:
-    """Each part, uint8 `(k, h, w, c)` on the host, while the next one is read."""
+def read_in_parts(stored: Stored, parts: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Each part with its uint8 `(k, h, w, c)` on the host, while the next one is read."""
     places = torch.arange(len(stored))
-    ahead: Reading | None = None
-    for number, part in enumerate(parts):
-        reading = ahead or Reading(stored, places[part])
-        more = number + 1 < len(parts)
-        ahead = Reading(stored, places[parts[number + 1]]) if more else None
-        yield reading.images()
+    begun: deque[tuple[slice, Reading]] = deque()
+    for part in parts:
+        begun.append((part, Reading(stored, places[part])))
+        if len(begun) > 1:
+            before, reading = begun.popleft()
+            yield before, reading.images()
+    for before, reading in begun:
+        yield before, reading.images()

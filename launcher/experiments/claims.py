@@ -57,11 +57,17 @@ def run(
     for claim in loaded.recipe.claims:
         runs = repeat.runs_of(repeats[claim.settings], options)
         name = FIGURES[claim.metric]
-        ended = [run for run in runs if run.state == "done" and name in quoted(run)]
-        found = judge(claim, [quoted(run)[name] for run in ended])
+        figures = [(run, figure_of(run, name)) for run in runs if run.state == "done"]
+        ended = [run for run, figure in figures if figure is not None]
+        found = judge(claim, [figure for _, figure in figures if figure is not None])
         sys.stdout.write(f"{found.verdict}: {found.answer}\n{_hardware(claim, ended)}\n")
         code = EXIT_USER if found.verdict == "does not hold" else code
     return code
+
+
+def figure_of(run: RunFiles, name: str) -> float | None:
+    """The figure of that name, also where it is that of a part of the images."""
+    return next((v for quote, v in quoted(run).items() if quote.startswith(name)), None)
 
 
 def of_claims(

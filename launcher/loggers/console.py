@@ -28,7 +28,7 @@ from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import half_blocks
-from launcher.utils.text import count, drop_stdout, printable
+from launcher.utils.text import count, drop_stdout, of_uncertain, printable
 
 PICTURES, PIXELS = 6, 20  # of the worst mistakes, and their longer side
 CAPTION = 24  # characters: three pictures beside each other in a terminal of 80
@@ -228,13 +228,15 @@ def shortened(line: str) -> str:
     return re.sub(" +", " ", line)
 
 
-def tta_note(accuracy: float | None) -> str:
+def tta_note(accuracy: float | None, uncertain: float | None) -> str:
     """The accuracy with test-time augmentation, where there is one, beside the plain figure."""
-    return f" ({accuracy:.2%} with TTA)" if accuracy is not None else ""
+    of_which = of_uncertain(uncertain)
+    return f" ({accuracy:.2%} with TTA{of_which})" if accuracy is not None else ""
 
 
 def _tta(report: EpochReport) -> str:
-    return tta_note(report.evaluation_tta.accuracy if report.evaluation_tta else None)
+    accuracy = report.evaluation_tta.accuracy if report.evaluation_tta else None
+    return tta_note(accuracy, report.uncertain)
 
 
 def first_step_line(report: StepReport, classes: tuple[str, ...]) -> str:

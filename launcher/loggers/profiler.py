@@ -267,7 +267,7 @@ def _without_communication(ctx: TrainContext) -> tuple[float, float]:
     """
     several = ctx.plan.world_size > 1
     windows = {"warm-up": WARM_UP, "split": MEASURED} if several else {"warm-up": 1}
-    timer = StepTimer(replace(ctx, recipe=replace(ctx.recipe, views=None)), windows)
+    timer = StepTimer(replace(ctx, recipe=replace(ctx.recipe, views=None, uncertain=None)), windows)
     before = ctx.plan.last_step - sum(windows.values())
     start = Progress(before, before // ctx.plan.steps_per_epoch)
     since = evaluation = 0.0

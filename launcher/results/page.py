@@ -20,7 +20,7 @@ from launcher.results.html import percent
 from launcher.results.sprites import Sheet, sheet
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import count, duration, some, spread
+from launcher.utils.text import count, duration, of_uncertain, some, spread
 
 if TYPE_CHECKING:  # torch
     from launcher.results.gradcam import Looks
@@ -265,6 +265,7 @@ class Page:
             "epochs": [row["epoch"] for row in self.run.epochs],
             "curves": curves,
             "images": self.run.images,
+            "tta": f"with TTA{of_uncertain(self.run.uncertain)}",
             "shown_epoch": self.shown_epoch,
             "matrix": self.cells if len(self.classes) <= MATRIX_CLASSES else [],
             "pictures": list(self._pictures()),

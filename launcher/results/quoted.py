@@ -3,6 +3,7 @@
 from typing import Any
 
 from launcher.checkpoint.run_files import RunFiles
+from launcher.utils.text import of_uncertain
 
 ON_TEST = "test accuracy, best epoch (chosen on the test images)"
 BY_VALIDATION = "test accuracy, best epoch"
@@ -13,16 +14,16 @@ VALIDATION = "validation accuracy, best epoch"
 
 def quoted(run: RunFiles) -> dict[str, float]:
     """What it reached; absent is what it has not measured, such as test images before its end."""
-    figures = {}
+    figures, with_tta = {}, LAST_TTA + of_uncertain(run.uncertain)
     if run.evaluated_on == "val":
         figures[VALIDATION] = run.best_accuracy
         figures[BY_VALIDATION] = run.test_accuracy("best")
         figures[LAST] = run.test_accuracy("last")
-        figures[LAST_TTA] = _number(run.tested.get("last", {}).get("test/accuracy_tta"))
+        figures[with_tta] = _number(run.tested.get("last", {}).get("test/accuracy_tta"))
     elif run.epochs:
         figures[ON_TEST] = run.best_accuracy
         figures[LAST] = run.epochs[-1]["test/accuracy"]
-        figures[LAST_TTA] = _number(run.epochs[-1].get("test/accuracy_tta"))
+        figures[with_tta] = _number(run.epochs[-1].get("test/accuracy_tta"))
     return {name: value for name, value in figures.items() if value is not None}
 
 

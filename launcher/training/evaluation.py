@@ -1,16 +1,19 @@
 """Test or validation images, each exactly once, over all ranks; and the samples among them."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from launcher.config.slots import Views
+from launcher.config.slots import Score, Views
 from launcher.data.batches import shard_bounds
 from launcher.data.sources import ImageSet
 from launcher.distributed.stop_sync import StoppedError, StopSync
 from launcher.training.metrics import ConfusionAccumulator, Evaluation, OutcomeTable, sample_indices
-from launcher.training.model import upcast
+from launcher.training.model import first_parameter, upcast
 from launcher.training.state import TrainContext, evaluating
 
 # Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.
@@ -25,7 +28,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate each of `images` exactly once, on whichever rank; by its `views` where given.
 
-    Without views, the outcome of each image is kept.
+    Of all images, or of those alone that the recipe's `uncertain` chooses. Without views, the
+    outcome of each image is kept.
 
     Raises `StoppedError` where the ranks agree to stop: they are asked before each batch that all
     of them have.
@@ -35,28 +39,100 @@ def evaluate(
         len(images.classes), accelerator.device, ctx.loss.class_weights
     )
     table = OutcomeTable(count, accelerator.device) if views is None else None
-    start, stop = shard_bounds(count, accelerator.num_processes, accelerator.process_index)
-    on_cpu = accelerator.device.type == "cpu"
-    size = EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH
-    parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-    pixels = images.in_parts(parts)
+    uncertain = ctx.recipe.uncertain if views else None
     with evaluating(ctx.state.eval_model) as score, accelerator.autocast():
-        for part in parts:
-            first = part.start
-            all_ranks_have_it = first - start < count // accelerator.num_processes
-            if stop_sync and all_ranks_have_it and stop_sync.stops():
-                raise StoppedError
-            batch, labels = ctx.normalize(next(pixels)), images.labels[part]
-            logits = upcast(views(score, batch) if views else score(batch))
+        if views and uncertain is not None:
+            scored = score_uncertain(ctx, score, images, views, uncertain, stop_sync)
+        else:
+            scored = score_all(ctx, score, images, views, stop_sync)
+        for part, batch, logits in scored:
+            labels = images.labels[part]
             accumulator.add(logits, labels, ctx.loss(logits, labels, batch))
             if table:
-                table.add(first, logits, labels)
+                table.add(part.start, logits, labels)
     evaluation = accumulator.evaluation(ctx.sum_over_ranks(accumulator.counts))
     if table:
         outcomes = ctx.sum_over_ranks(table.values).cpu().numpy()
         evaluation = replace(evaluation, outcomes=outcomes)
     assert evaluation.images == count, "an image was counted twice or not at all"
     return evaluation
+
+
+Scored = Iterator[tuple[slice, Tensor, Tensor]]  # places of images, they themselves, their logits
+
+
+def score_all(
+    ctx: TrainContext,
+    score: Score,
+    images: ImageSet,
+    views: Views | None = None,
+    stop_sync: StopSync | None = None,
+) -> Scored:
+    """This rank's images, batch by batch."""
+    for part, pixels in images.in_parts(_parts(ctx, len(images), stop_sync)):
+        batch = ctx.normalize(pixels)
+        yield part, batch, upcast(views(score, batch) if views else score(batch))
+
+
+def score_uncertain(
+    ctx: TrainContext,
+    score: Score,
+    images: ImageSet,
+    views: Views,
+    uncertain: float,
+    stop_sync: StopSync | None = None,
+) -> Scored:
+    """The same, where the views are scored of that part of all images which is least certain.
+
+    How certain a prediction is, is the margin between its two largest probabilities. A part of a
+    fixed size, and no margin as a limit, so that the shapes are known beforehand: the chosen images
+    are shared out over the ranks anew and filled up to batches of the size that the first pass had,
+    and nothing has to be compiled again. Of equal margins, the images that come first are taken.
+    """
+    count, device = len(images), ctx.accelerator.device
+    kind = upcast(first_parameter(ctx.state.eval_model)).dtype
+    # Each rank fills in its own rows, and the others are zero, so that a sum over the ranks is
+    # exact and all of them choose alike.
+    logits = torch.zeros(count, len(images.classes), dtype=kind, device=device)
+    margins, size = torch.zeros(count, device=device), 1
+    for part, _, found in score_all(ctx, score, images, stop_sync=stop_sync):
+        logits[part], margins[part] = found.to(kind), margin(found)
+        size = max(size, len(found))
+    order = ctx.sum_over_ranks(margins).argsort(stable=True)
+    chosen = order[: max(1, round(uncertain * count))]
+    again = torch.zeros_like(logits[: len(chosen)])
+    for part in _parts(ctx, len(chosen), stop_sync, size):
+        places = chosen[part]
+        filled = places.repeat(-(-size // len(places)))[:size]
+        batch = ctx.normalize(images.pixels(filled))
+        again[part] = upcast(views(score, batch))[: len(places)].to(kind)
+    logits[chosen] = ctx.sum_over_ranks(again)
+    for part, pixels in images.in_parts(_parts(ctx, count)):
+        yield part, ctx.normalize(pixels), logits[part]
+
+
+def margin(logits: Tensor) -> Tensor:
+    """Between the largest and the second largest probability, `(n, classes)` -> float32 `(n,)`.
+
+    Of a single class, which is as certain as can be, 1.
+    """
+    largest = logits.float().softmax(dim=1).topk(min(2, logits.shape[1])).values
+    return largest[:, 0] - largest[:, 1:].sum(dim=1)
+
+
+def _parts(
+    ctx: TrainContext, count: int, stop_sync: StopSync | None = None, size: int | None = None
+) -> Iterator[slice]:
+    """The places of this rank's batches among so many images."""
+    accelerator = ctx.accelerator
+    start, stop = shard_bounds(count, accelerator.num_processes, accelerator.process_index)
+    on_cpu = accelerator.device.type == "cpu"
+    size = size or (EVALUATION_BATCH_ON_CPU if on_cpu else EVALUATION_BATCH)
+    for first in range(start, stop, size):
+        all_ranks_have_it = first - start < count // accelerator.num_processes
+        if stop_sync and all_ranks_have_it and stop_sync.stops():
+            raise StoppedError
+        yield slice(first, min(first + size, stop))
 
 
 def score_samples(ctx: TrainContext) -> NDArray[Any]:

@@ -138,6 +138,7 @@ def evaluate_epoch(
         evaluated_on=ctx.data.evaluated_on,
         probabilities=score_samples(ctx),
         evaluation_tta=evaluation_tta,
+        uncertain=recipe.uncertain,
         ends_training=is_last,
     )
     return report, progress

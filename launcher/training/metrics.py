@@ -107,6 +107,7 @@ class EpochReport:
     evaluation_tta: Evaluation | None = None  # the same images with test-time augmentation
     evaluated_on: EvaluatedOn = "test"
     ends_training: bool = False
+    uncertain: float | None = None  # the part of the images that have several views
 
     @property
     def images(self) -> str:

@@ -68,9 +68,9 @@ class Muon(Optimizer):
             raise ValueError("a parameter of one dimension, which Muon cannot orthogonalize")
         self._update = _update
 
-    def compile(self) -> None:
-        """Fuse the step into few kernels."""
-        self._update = torch.compile(_update, dynamic=False)
+    def compile(self, is_wanted: bool = True) -> None:
+        """Fuse the step into few kernels, or leave it as it is written."""
+        self._update = torch.compile(_update, dynamic=False) if is_wanted else _update
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -339,11 +339,11 @@ def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = 
     optimizer.step()
 
 
-def compile_steps(optimizer: Optimizer) -> None:
-    """Compile what of an optimizer is worth it; torch's own are fused already."""
+def compile_steps(optimizer: Optimizer, is_wanted: bool = True) -> None:
+    """Compile what of an optimizer is worth it, or undo it; torch's own are fused already."""
     for part in _parts(optimizer):
         if isinstance(part, Muon):
-            part.compile()
+            part.compile(is_wanted)
 
 
 def orthogonalize(matrices: Tensor, newton_steps: int) -> Tensor:

@@ -122,7 +122,9 @@ class SmokeTest:
     def _control(self) -> TrainContext:
         ctx = self._ctx
         images = replace(ctx.recipe.data, augment=(), mix=None)
-        recipe = replace(ctx.recipe, data=images, loss=cross_entropy, average=None, views=None)
+        recipe = replace(
+            ctx.recipe, data=images, loss=cross_entropy, average=None, views=None, uncertain=None
+        )
         control = make_context(self._untrained, recipe, ctx.plan, ctx.accelerator, ctx.data)
         for _ in fit(control):
             pass

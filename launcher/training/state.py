@@ -23,7 +23,7 @@ from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.schedules import schedulers_in
 from launcher.config.serialize import code_name
-from launcher.config.slots import Schedule, TorchSchedule
+from launcher.config.slots import CompileMode, Schedule, TorchSchedule
 from launcher.data.batches import Normalize
 from launcher.data.sources import Data
 from launcher.data.tiers import on_device
@@ -195,12 +195,19 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         ddp_model, prepared = accelerator.prepare(network, optimizer)
     if recipe.compile:
-        mode = None if recipe.compile is True else recipe.compile
-        network.compile(mode=mode, dynamic=False)
-        compile_steps(optimizer)
+        compile_state(network, optimizer, recipe.compile)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
     return TrainState(network, ddp_model, ema_model, optimizer, schedules, options)
+
+
+def compile_state(network: nn.Module, optimizer: Optimizer, mode: bool | CompileMode) -> None:
+    """Compile the network, whatever wraps it, and what is worth it of the optimizer; or undo it."""
+    if mode:
+        network.compile(mode=None if mode in (True, "force") else mode, dynamic=False)
+    else:
+        network._compiled_call_impl = None  # torch has no public way back
+    compile_steps(optimizer, bool(mode))
 
 
 def _make_average(recipe: Recipe, network: nn.Module) -> AveragedModel | None:

@@ -67,3 +67,8 @@ def drop_stdout() -> None:
 def run_of_seed(name: str, seed: int | str) -> str:
     """What one of the repeats of `name` is called."""
     return f"{name}-seed{seed}"
+
+
+def of_uncertain(part: float | None) -> str:
+    """` of the uncertain 25%`: of which images several views were scored; empty for all."""
+    return "" if part is None else f" of the uncertain {100 * part:.3g}%"

@@ -1,7 +1,9 @@
 """Every command of docs/data.md, in its order."""
 
+import itertools
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy
@@ -21,7 +23,7 @@ COMMANDS = [
 
 
 def test_the_commands_work_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cifar = Cifar()
@@ -36,9 +38,18 @@ def test_the_commands_work_one_after_the_other(
         for index in range(5):
             pixels = random.integers(0, 256, (80, 100, 3), dtype=numpy.uint8)
             Image.fromarray(pixels).save(Path("photos", name, f"{index}.jpg"))
+    for name in ("pictures64", "imagenet_resnet50"):
+        shutil.copy(ROOT / "recipes" / f"{name}.py", "recipes")
+    for half, number in itertools.product(("train", "val"), range(1000)):
+        Path("imagenet", half, f"n{number:04}").mkdir(parents=True)
+        shutil.copy("photos/cat/0.jpg", Path("imagenet", half, f"n{number:04}", "0.JPEG"))
     for command in COMMANDS:
         python, *module, first = shlex.split(command)[:4]
         assert [python, *module] == ["python", "-m", "launcher"]
-        assert main([first, *shlex.split(command)[4:]]) == 0, command
+        short = [] if first == "pack" else ["--max-steps", "2", "--wandb", "off", "--no-report"]
+        short += ["model.classes=2", "data.batch_size=4"] if "photos data.tier" in command else []
+        assert main([first, *shlex.split(command)[4:], *short]) == 0, command
+    text = capsys.readouterr().out
+    assert text.count("decoded from disk for each step") == 2
     assert Packed("packed").data.shape == (8, 64, 64, 3)
     assert Packed("packed_cifar10", "test").data.shape == (6, 32, 32, 3)

@@ -28,6 +28,7 @@ from launcher import (
     ema,
     flip,
     linear,
+    mirrored,
     mirrored_and_shifted,
     mixup,
 )
@@ -159,6 +160,7 @@ SCENARIOS = {
         sum_loss=True,
         views=mirrored_and_shifted,
     ),
+    "uncertain_views": replace(plain, model=Small64, views=mirrored, uncertain=0.3),
 }
 
 

@@ -131,7 +131,8 @@ def _digests(images: ImageSet) -> Iterator[bytes]:
 
 def _in_parts(images: ImageSet) -> Iterator[Tensor]:
     """uint8 `(k, h, w, c)`, all images in their order."""
-    return images.in_parts([slice(n, n + _PART) for n in range(0, len(images), _PART)])
+    parts = (slice(first, first + _PART) for first in range(0, len(images), _PART))
+    return (pixels for _, pixels in images.in_parts(parts))
 
 
 def _nearly_twice(data: Data) -> Verdict:

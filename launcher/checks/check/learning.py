@@ -58,6 +58,7 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
         accumulate=1,
         average=None,
         views=None,
+        uncertain=None,
         patience=None,
     )
     plan = make_plan(

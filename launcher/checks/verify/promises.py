@@ -259,7 +259,9 @@ class Promises:
             yield Verdict(name, missing, "not asked", "install g++, or type compile=false")
         else:
             taken = self._trials.compile_mode(mode)
-            setting = f"compile={mode}" if taken is mode else f"compile=true (for {mode}, of GPUs)"
+            setting = "compile=true" if taken is True else f"compile={taken}"
+            if mode not in (True, taken):
+                setting += f" (for {mode}, of GPUs)"
             yield self._compiled(name, setting)
 
     def _compiled(self, name: str, setting: str) -> Verdict:

@@ -245,8 +245,11 @@ def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
 
 
 def compile_mode(mode: bool | CompileMode, on_cpu: bool) -> bool | CompileMode:
-    """A CPU takes the ordinary one: the others are about CUDA graphs, or try kernels for hours."""
-    return mode if mode is False or not on_cpu else True
+    """A CPU takes the ordinary one, even if it is slower: so that something is compiled.
+
+    The others are about CUDA graphs, or try kernels for hours.
+    """
+    return mode if mode is False or not on_cpu else "force"
 
 
 def options_of(subject: Subject, trial: Trial) -> RunOptions:

@@ -61,7 +61,7 @@ function drawAllCurves() {
   if (!page.curves) return;
   const curves = page.curves;
   drawCurves("chart-loss", [["training", curves.train_loss], [page.images, curves.evaluated_loss]], { hoverformat: ".4f" });
-  const accuracy = [[page.images, curves.accuracy], [page.images + ", with TTA", curves.accuracy_tta]];
+  const accuracy = [[page.images, curves.accuracy], [page.images + ", " + page.tta, curves.accuracy_tta]];
   if (page.classes.length > 5) accuracy.push([page.images + ", among the best five", curves.top5]);
   drawCurves("chart-accuracy", accuracy, { tickformat: ".1~%", hoverformat: ".2%" });
   drawCurves("chart-rate", [["learning rate", curves.learning_rate]], { hoverformat: ".3~g", exponentformat: "power", rangemode: "tozero" });

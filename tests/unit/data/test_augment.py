@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher import Draws, alternating_flip, crop, cutmix, cutout, flip, mixup
+from launcher import Draws, alternating_flip, crop, cutmix, cutout, flip, jitter, mixup
 
 SIZE = 8
 
@@ -85,7 +85,33 @@ def test_cutout_covers_a_square_around_the_drawn_centre() -> None:
     assert int((result == 9).sum()) == 3 * 4 * 2  # the part left of the picture is lost
 
 
-@pytest.mark.parametrize("augmentation", [flip, alternating_flip, crop, cutout])
+@pytest.mark.parametrize(
+    ("brightness", "contrast", "expected"),
+    [(0.5, 0.5, [20, 100, 250]), (0.999999, 0.5, [71, 151, 255]), (0.0, 0.5, [0, 49, 199])],
+)
+def test_jitter_shifts_by_a_part_of_white(
+    brightness: float, contrast: float, expected: list[int]
+) -> None:
+    images = torch.tensor([20, 100, 250], dtype=torch.uint8).view(1, 1, 1, 3)
+    result = jitter(images, draws(1, brightness, contrast), brightness=0.2, contrast=0.4)
+    assert result.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(("draw", "expected"), [(0.0, [64, 114, 191]), (0.999999, [0, 86, 255])])
+def test_jitter_stretches_contrast_around_the_middle_grey(draw: float, expected: list[int]) -> None:
+    images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    result = jitter(images, draws(1, 0.5, draw), brightness=0.2, contrast=0.5)
+    assert result.flatten().tolist() == expected
+
+
+def test_jitter_by_nothing_changes_nothing() -> None:
+    images = pictures(9)
+    assert torch.equal(jitter(images, random_draws(9), brightness=0, contrast=0), images)
+    with pytest.raises(ValueError, match="contrast=2"):
+        jitter(images, random_draws(9), contrast=2)
+
+
+@pytest.mark.parametrize("augmentation", [flip, alternating_flip, crop, cutout, jitter])
 def test_an_image_is_augmented_alike_in_any_batch(augmentation: object) -> None:
     assert callable(augmentation)
     images, drawn = pictures(16), random_draws(16)

@@ -314,3 +314,14 @@ def test_a_picture_has_pixels(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 5})
     with refused("size=0", "at least 1"):
         Folder(str(tmp_path), size=0)
+
+
+def test_a_margin_is_cropped_off_where_pictures_are_scaled_to_more(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (64, 64), RED)
+    picture.paste(GREEN, (5, 5, 59, 59))
+    (tmp_path / "train" / "frame").mkdir(parents=True)
+    picture.save(tmp_path / "train" / "frame" / "a.png")
+    assert (Folder(str(tmp_path), size=24, scaled_to=32).data == GREEN).all()
+    assert not (Folder(str(tmp_path), size=32).data == GREEN).all()
+    with refused("data.source.scaled_to=16", "of 32 pixels", "scaled_to=36"):
+        Folder(str(tmp_path), size=32, scaled_to=16)

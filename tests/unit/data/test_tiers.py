@@ -153,7 +153,7 @@ def test_cutting_a_tensor_is_cutting_each_picture() -> None:
     draws = Draws(fresh, fresh, epoch=1)
     together = random_resized_crop(images.permute(0, 3, 1, 2), draws, area=(0.02, 1.0))
     for image, share, cut in zip(
-        images, Cut((0.02, 1.0), (3 / 4, 4 / 3)).shares(fresh), together, strict=True
+        images, Cut((0.02, 1.0), (0.75, 1.333)).shares(fresh), together, strict=True
     ):
         alone = cut_out(image, share, 24).permute(2, 0, 1)
         assert (alone.int() - cut.int()).abs().max() <= 1, "one of them rounds in fixed point"
