@@ -48,7 +48,9 @@ def ours(folder: Path) -> Loader:
     from launcher.config.plan import make_plan
     from launcher.data import sources
     from launcher.data.batches import Batches, Normalize
+    from launcher.distributed.accelerator import create_accelerator
 
+    create_accelerator("fp32")  # as every run begins
     augment = (random_resized_crop, flip)
     source, root = partial(Folder, size=SIZE), str(folder / "jpegs")
     images = Images(source, BATCH, MEAN, STD, root=root, augment=augment, tier="disk")
