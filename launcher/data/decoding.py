@@ -73,20 +73,20 @@ def open_picture(file: Path, content: bytes | None = None) -> Iterator[Image.Ima
         raise not_a_picture(file, str(error)) from None
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """Upright, in colour: uint8 `(h, w, 3)`."""
-    upright = ImageOps.exif_transpose(picture)
-    return torch.from_numpy(numpy.array(_in_colour(upright)))
+def cut_out(picture: Image.Image, share: Tensor, size: int) -> Tensor:
+    """A part of it, upright, in colour, stretched to `size` pixels square: uint8 `(h, w, 3)`.
 
-
-def cut_out(pixels: Tensor, share: Tensor, size: int) -> Tensor:
-    """A part of uint8 `(h, w, c)`, stretched to `size` pixels square; `share` is `Cut.shares`'."""
-    height, width, _ = pixels.shape
+    `share` is `Cut.shares`' of this picture.
+    """
+    upright = _in_colour(_upright(picture))
+    width, height = upright.size
     tall, wide, down, right = share.tolist()
     top, bottom = span(tall, down, height, height * width)
     left, right = span(wide, right, width, height * width)
-    part = pixels[top:bottom, left:right].permute(2, 0, 1)[None]
-    resized = interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+    part = torch.from_numpy(numpy.array(upright.crop((left, top, right, bottom))))
+    # The axis of one image before the others, or torch would not see that the channels come last.
+    pixels = part[None].permute(0, 3, 1, 2)
+    resized = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0)
 
 
@@ -99,8 +99,15 @@ def fitted(
     on each side, of the picture's own. Raises `ValueError` for a
     picture whose values do not say what is white.
     """
-    upright = ImageOps.exif_transpose(picture)
-    return numpy.asarray(ImageOps.fit(_in_colour(upright), size, bleed=margin).convert(mode))
+    return numpy.asarray(
+        ImageOps.fit(_in_colour(_upright(picture)), size, bleed=margin).convert(mode)
+    )
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as the camera has noted; the same picture, and not a copy of it."""
+    ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from launcher.data.decoding import cut_out, fitted, open_picture, to_tensor
+from launcher.data.decoding import cut_out, fitted, open_picture
 from launcher.errors import BrokenPictureError
 
 
@@ -105,7 +105,7 @@ class Encoded(Stored):
                 if shares is None:
                     out.numpy()[number] = fitted(picture, (self.size, self.size), margin=margin)
                 else:
-                    out[number] = cut_out(to_tensor(picture), shares[number], self.size)
+                    out[number] = cut_out(picture, shares[number], self.size)
 
     def contents(self, places: Sequence[int]) -> bytes:
         """Their files; empty for one that cannot be read, which is said when it is decoded."""

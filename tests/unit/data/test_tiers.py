@@ -155,8 +155,18 @@ def test_cutting_a_tensor_is_cutting_each_picture() -> None:
     for image, share, cut in zip(
         images, Cut((0.02, 1.0), (0.75, 1.333)).shares(fresh), together, strict=True
     ):
-        alone = cut_out(image, share, 24).permute(2, 0, 1)
+        alone = cut_out(Image.fromarray(image.numpy()), share, 24).permute(2, 0, 1)
         assert (alone.int() - cut.int()).abs().max() <= 1, "one of them rounds in fixed point"
+
+
+def test_a_part_is_cut_out_of_a_picture_that_is_turned_upright() -> None:
+    pixels = numpy.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=numpy.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    turned = Image.fromarray(numpy.rot90(pixels).copy())
+    turned.info["exif"] = exif.tobytes()
+    share = torch.tensor([0.5, 0.4, 0.2, 0.7])
+    assert torch.equal(cut_out(turned, share, 16), cut_out(Image.fromarray(pixels), share, 16))
 
 
 @pytest.mark.parametrize(
