@@ -92,9 +92,14 @@ def random_resized_crop(
     return stretched.round().clamp(0, 255).to(torch.uint8)
 
 
+def is_cut(value: Any) -> bool:
+    """Whether an augmentation is `random_resized_crop`, whatever its settings."""
+    return function_of(value) is random_resized_crop
+
+
 def cut_of(value: Any) -> Cut | None:
     """What `random_resized_crop` with its settings cuts out; None for other augmentations."""
-    if function_of(value) is not random_resized_crop:
+    if not is_cut(value):
         return None
     settings = inspect.signature(value).parameters
     return Cut(settings["area"].default, settings["ratio"].default)

@@ -192,8 +192,8 @@ class Batches:
             self._weights = class_weights.double().cpu()[images.labels.cpu()]
         self._next_epoch: _Epoch | None = None
         self._stored = images.images if isinstance(images.images, Stored) else None
-        is_cut = isinstance(self._stored, Encoded) and self._augmentations
-        self._cut = cut_of(self._augmentations[0]) if is_cut else None
+        can_cut = isinstance(self._stored, Encoded) and self._augmentations
+        self._cut = cut_of(self._augmentations[0]) if can_cut else None
         self._ahead: dict[tuple[int, int], tuple[Tensor, Reading]] = {}  # by epoch and first step
         self._device = images.labels.device
         fixed = self._drawn(make_rng(FIXED, recipe.seed))

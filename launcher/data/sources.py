@@ -29,7 +29,7 @@ from launcher.config.recipe import Images, parse_fold
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data import storage
-from launcher.data.augment import cut_of
+from launcher.data.augment import is_cut
 from launcher.data.image_folder import Folder
 from launcher.data.limits import fits_in_memory, refuse_too_large
 from launcher.data.packed import Packed
@@ -596,7 +596,7 @@ def _stays_on_disk(encoded: Encoded, data: Images) -> bool:
     """Whether pictures are decoded anew for each step, in place of once for all."""
     if data.tier != "auto":
         return data.tier == "disk"
-    cuts_originals = bool(data.augment) and cut_of(data.augment[0]) is not None
+    cuts_originals = bool(data.augment) and is_cut(data.augment[0])
     return cuts_originals or not fits_in_memory(len(encoded), encoded.size)
 
 

@@ -19,6 +19,7 @@ from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION
 from launcher.data.batches import steps_per_chunk
+from launcher.data.storage import Stored
 from launcher.distributed.accelerator import device_name
 from launcher.training.model import restored_afterwards, upcast
 from launcher.training.state import TrainContext, evaluating
@@ -75,7 +76,8 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     chunk = steps_per_chunk(plan, ctx.normalize.image_bytes, torch.device("cuda"))
     pictures = chunk * step_images * ctx.normalize.image_bytes // halves
     draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
-    of_one = math.prod(train.shape) + train.labels[0].nbytes
+    is_stored = isinstance(train.images, Stored)  # which only the host holds, or the disk
+    of_one = (0 if is_stored else math.prod(train.shape)) + train.labels[0].nbytes
     others = plan.evaluated_images + (len(ctx.data.test) if ctx.data.validation else 0)
     return Memory(
         weights=weights // halves,

@@ -29,7 +29,7 @@ from launcher.data.batches import Batches, MicroBatch, Normalize
 from launcher.data.decoding import Cut, cut_out
 from launcher.data.sources import Data
 from launcher.data.storage import Encoded, Mapped, Reading
-from tests.support.helpers import HALF, refused, tiny_recipe
+from tests.support.helpers import HALF, complaint, refused, tiny_recipe
 
 SIZE = 16
 
@@ -177,6 +177,38 @@ def test_parts_that_no_picture_has_are_refused(settings: dict[str, Any]) -> None
     draws = Draws(torch.rand(1, 4), torch.rand(1, 4), epoch=1)
     with pytest.raises(ValueError, match="the smaller one first"):
         random_resized_crop(images, draws, **settings)
+
+
+def test_wrong_parts_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cut.py"
+    path.write_text(RECIPE.format(root=str(folder)))
+    words = (str(path), "--runs", str(tmp_path / "runs"), "--wandb", "off")
+    said = complaint(capsys, *words, "data.augment.random_resized_crop.area=0,1")
+    assert "area=(0.0, 1.0)" in said
+    assert not (tmp_path / "runs").exists()
+
+
+RECIPE = """
+from functools import partial
+from torch import nn
+from torch.optim import SGD
+from launcher import Folder, Images, Recipe, random_resized_crop
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+
+recipe = Recipe(
+    model=network,
+    data=Images(
+        partial(Folder, size=16), 8, (0.5,) * 3, (0.5,) * 3, root={root!r},
+        augment=(random_resized_crop,),
+    ),
+    optimizer=partial(SGD, lr=0.01),
+    epochs=1,
+)
+"""
 
 
 # Reading
