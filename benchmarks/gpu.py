@@ -170,7 +170,8 @@ def race(name: str, words: argparse.Namespace, deadline: float) -> tuple[Figures
 
     try:
         for each, trainer in trainers.items():
-            warm_up(each, turn_of(trainer))
+            if each == name or time.perf_counter() < deadline:
+                warm_up(each, turn_of(trainer))
         for script in words.peer:
             if ("96" in script.stem) == ("96" in name) and time.perf_counter() < deadline:
                 peer = Peer(script, data, cpu_epochs=1 if words.preflight else None)
@@ -213,7 +214,8 @@ def rounds(name: str, turns: dict[str, Turn], words: argparse.Namespace, until: 
         if seed and time.perf_counter() + last > until:
             break
         started = time.perf_counter()
-        made = {racer: turns[racer](seed, 10_000) for racer in rotated(list(turns), seed)}
+        order, end = rotated(list(turns), seed), until + REST
+        made = {racer: turns[racer](seed, end - time.perf_counter()) for racer in order}
         last = time.perf_counter() - started
         failed = [racer for racer, run in made.items() if "failed" in run]
         for racer in failed:
