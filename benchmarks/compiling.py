@@ -12,13 +12,15 @@ where the key of compiled.bin lies (launcher/checkpoint/compiled.py).
     same node   it goes on with the cache of the first node
     eager       the run with compile=false
 
-FOLDER holds torchvision's cifar-10-batches-py. Writes the rows to `--output`, which keeps those of
-other calls.
+Beside the seconds that pass, the seconds of computing are given, the compilers' among them: they
+mean something on a busy machine as well. FOLDER holds torchvision's cifar-10-batches-py. Writes the
+rows to `--output`, which keeps those of other calls.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,24 +37,30 @@ from launcher.checkpoint.compiled import NAME
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(words: list[str], folder: Path, name: str, node: str) -> float:
-    """Seconds from the command to the end of its run."""
+def start(words: list[str], folder: Path, name: str, node: str) -> tuple[float, float]:
+    """Seconds, and seconds of computing, from the command to the end of its run."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / node),
         "XDG_CACHE_HOME": str(folder / "user"),
     }
     command = [sys.executable, "-m", "launcher", *words, "--name", name, "--wandb", "off"]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), computing()
     done = subprocess.run(
         [*command, "--no-report"], cwd=folder, env=environment, capture_output=True, text=True
     )
-    seconds = time.perf_counter() - started
+    seconds, computed = time.perf_counter() - started, computing() - before
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    taken = f"is taken from {NAME}" in done.stdout
-    print(f"{name}, {node}: {seconds:.1f} s{', taken from ' + NAME if taken else ''}", flush=True)
-    return round(seconds, 2)
+    taken = f", taken from {NAME}" if f"is taken from {NAME}" in done.stdout else ""
+    print(f"{name}, {node}: {seconds:.1f} s, {computed:.1f} s of computing{taken}", flush=True)
+    return round(seconds, 2), round(computed, 2)
+
+
+def computing() -> float:
+    """Seconds of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(words: list[str], steps: int, without: bool) -> Figures:
@@ -61,18 +69,22 @@ def measure(words: list[str], steps: int, without: bool) -> Figures:
     more = ["--max-steps", str(2 * steps), "--resume"]
     with TemporaryDirectory() as name:
         folder, runs = Path(name), Path(name, "runs")
-        seconds = {"first": start([*words, *first], folder, "run", "one")}
+        measured = {"first": start([*words, *first], folder, "run", "one")}
         size = (runs / "run" / NAME).stat().st_size
         for copy in ("bare", "same"):
             shutil.copytree(runs / "run", runs / copy)
             (runs / copy / NAME).unlink()
-        seconds["second"] = start([*words, *more], folder, "run", "two")
+        measured["second"] = start([*words, *more], folder, "run", "two")
         if without:
-            seconds["without"] = start([*words, *more], folder, "bare", "three")
-        seconds["same node"] = start([*words, *more], folder, "same", "one")
+            measured["without"] = start([*words, *more], folder, "bare", "three")
+        measured["same node"] = start([*words, *more], folder, "same", "one")
         eager = [word for word in words if not word.startswith("compile=")]
-        seconds["eager"] = start([*eager, "compile=false", *first], folder, "eager", "four")
-    return {"seconds": seconds, "bytes": size}
+        measured["eager"] = start([*eager, "compile=false", *first], folder, "eager", "four")
+    return {
+        "seconds": {name: seconds for name, (seconds, _) in measured.items()},
+        "seconds_of_computing": {name: computed for name, (_, computed) in measured.items()},
+        "bytes": size,
+    }
 
 
 def main() -> None:

@@ -132,7 +132,8 @@ def use_of_device(trainer: Trainer, train_seconds: float) -> Figures:
     size = min(recipe.data.batch_size, images)
     flops, _ = work_of_step(trainer)
     step = train_seconds / (recipe.epochs * (images / size))
-    rate = matmul_rate(trainer.accelerator.device, torch.bfloat16)
+    on_gpu = trainer.accelerator.device.type == "cuda"  # a CPU may take minutes in half precision
+    rate = matmul_rate(trainer.accelerator.device, torch.bfloat16 if on_gpu else torch.float32)
     return {
         "flops_per_image": flops / size,
         "milliseconds_per_step": step * 1e3,

@@ -285,14 +285,16 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
     loaded = replace(loaded, recipe=ctx.recipe)
     preflight(ctx)
     facts = prepared.facts
+    is_tried = not prepared.compile_is_kept and is_to_be_tried(ctx)
     if recipe.accumulate == "auto":
-        ctx = choose_passes(ctx)
+        with torch.compiler.set_stance("force_eager" if is_tried else "default"):
+            ctx = choose_passes(ctx)
         loaded, facts = (
             replace(loaded, recipe=ctx.recipe),
             facts | {"batch": ctx.plan.describe_batch()},
         )
         preflight(ctx)  # of the smaller passes
-    if not prepared.compile_is_kept and is_to_be_tried(ctx):
+    if is_tried:
         choice = choose_compiling(ctx)
         ctx, facts = choice.ctx, facts | {"compile": choice.said}
         loaded = replace(loaded, recipe=ctx.recipe)

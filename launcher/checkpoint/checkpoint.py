@@ -36,7 +36,7 @@ from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.training.optimizers import try_step
+from launcher.training.optimizers import bring_steps, try_step
 from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted
@@ -235,6 +235,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
         raise _unfit_state(folder, error) from None
     for number, group in enumerate(state.optimizer.param_groups):
         group.update(_changed(state.group_options[number], initial[number]))
+    bring_steps(state.optimizer)
     saved_scaler = json_text.read(folder / "state.json")["scaler"]
     if scaler is not None and saved_scaler:
         scaler.load_state_dict(saved_scaler)

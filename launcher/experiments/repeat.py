@@ -120,7 +120,8 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
 def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
     """Whether a run of just this recipe has nothing left to train."""
     before, now = flatten(run.config), flatten(json.loads(json.dumps(loaded.config)))
-    left_open = {"precision": None, "memory_format": "auto"}  # which the run has then chosen
+    # Which the run has then chosen.
+    left_open = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
     now = {n: v for n, v in now.items() if n not in left_open or v != left_open[n]}
     is_this = now == {n: v for n, v in before.items() if n in now or n not in left_open}
     is_whole = run.epoch == loaded.recipe.epochs or loaded.recipe.patience is not None

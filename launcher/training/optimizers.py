@@ -185,6 +185,7 @@ def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimiz
         for name in ("lr", "momentum"):
             _refuse_number(name, group.get(name), f"write a group or an optimizer with {name}=")
     _refuse_other_parameters(optimizer, parameters, recipe)
+    fuse(optimizer)
     return optimizer
 
 
@@ -344,6 +345,35 @@ def compile_steps(optimizer: Optimizer, is_wanted: bool = True) -> None:
     for part in _parts(optimizer):
         if isinstance(part, Muon):
             part.compile(is_wanted)
+
+
+def fuse(optimizer: Optimizer, device: str = "cuda") -> None:
+    """Let torch's own optimizers on a GPU make their step in one kernel, where nobody said how.
+
+    It rounds otherwise than the step of several kernels, so a CPU keeps to that one.
+    """
+    for part in _parts(optimizer):
+        if not type(part).__module__.startswith("torch.optim.") or not _takes_fused(type(part)):
+            continue
+        for group in part.param_groups:
+            is_open = all(group.get(name) is None for name in ("fused", "foreach"))
+            is_open = is_open and not group.get("differentiable")
+            parameters = group["params"]
+            if is_open and all(p.device.type == device for p in parameters):
+                group["fused"] = True
+
+
+def bring_steps(optimizer: Optimizer) -> None:
+    """Where a step is fused, torch wants its numbers on the device: also of a run that was not."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            state = optimizer.state.get(parameter, {})
+            if isinstance(step := state.get("step"), Tensor):
+                state["step"] = step.to(parameter.device, torch.float32)
+
+
+def _takes_fused(kind: type[Optimizer]) -> bool:
+    return "fused" in inspect.signature(kind).parameters
 
 
 def orthogonalize(matrices: Tensor, newton_steps: int) -> Tensor:

@@ -81,6 +81,18 @@ def test_each_seed_is_an_ordinary_run_and_what_has_ended_is_left_alone(
     assert Path("runs/tiny-seed0/final.safetensors").stat().st_mtime_ns == times
 
 
+def test_what_has_chosen_for_itself_has_ended_as_well(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent",))  # so it is eager
+    words = ("--seeds", "0-1", "accumulate=auto", "compile=true")
+    assert repeated(recipe, *words) == 0
+    assert "eager: torch.compile fails here" in " ".join(capsys.readouterr().out.split())
+    assert repeated(recipe, *words) == 0
+    assert capsys.readouterr().out.count("has ended already") == 2
+
+
 def test_what_was_interrupted_goes_on(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert repeated(recipe, "--seeds", "0-1", "--name", "whole") == 0
     assert repeated(recipe, "--seeds", "0-1", "--name", "cut", "--max-steps", "3") == 0

@@ -1,7 +1,8 @@
 """Muon, several optimizers as one, and schedules of single groups."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer, Rprop
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, Rprop
 
 from launcher import ChainedOptimizer, Muon, NamedParameters, no_decay
 from launcher.config.overrides import override
 from launcher.config.serialize import resolve
-from launcher.training.optimizers import orthogonalize
+from launcher.training.optimizers import bring_steps, fuse, orthogonalize
 from launcher.training.state import TrainState, make_state
 from tests.support.helpers import context_of, refused, tiny_recipe
 from tests.support.world_worker import Small, Small64, divided, late, plain
@@ -323,3 +324,44 @@ def test_parameters_left_out_of_the_optimizer_are_named_in_a_note() -> None:
     notes = context_of(tiny_recipe(optimizer=only_matrices)).notes
     assert notes == ("not in the optimizer, so never changed: layers.2.bias, layers.4.bias",)
     assert context_of(tiny_recipe()).notes == ()
+
+
+# Fused, where the device is a GPU; a CPU's kernels stand in for them
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+def test_torchs_optimizers_are_fused_on_a_gpu(kind: Callable[..., Optimizer]) -> None:
+    network, twin = Small64(), Small64()
+    twin.load_state_dict(network.state_dict())
+    plain, fused = (kind(n.named_parameters(), lr=0.01) for n in (network, twin))
+    fuse(plain)  # which is on no GPU
+    fuse(fused, "cpu")
+    assert [group["fused"] for group in plain.param_groups] == [None]
+    assert [group["fused"] for group in fused.param_groups] == [True]
+    assert train(network, plain, 3) == pytest.approx(train(twin, fused, 3), abs=1e-10)
+    fused.load_state_dict(deepcopy(plain.state_dict()))  # of a run that was not fused
+    twin.load_state_dict(network.state_dict())
+    fuse(fused, "cpu")
+    bring_steps(fused)
+    assert train(network, plain, 2, skip=3) == pytest.approx(
+        train(twin, fused, 2, skip=3), abs=1e-10
+    )
+
+
+def test_what_the_recipe_says_of_it_is_left() -> None:
+    network = Small64()
+    for said in ({"fused": False}, {"foreach": True}, {"foreach": False}):
+        optimizer = SGD(network.named_parameters(), lr=0.01, **said)
+        fuse(optimizer, "cpu")
+        assert optimizer.param_groups[0]["fused"] is said.get("fused")
+
+
+def test_the_parts_of_several_as_one_are_fused() -> None:
+    network = Small64()
+    named = list(network.named_parameters())
+    filters = [pair for pair in named if pair[1].ndim == 4]
+    others = [pair for pair in named if pair[1].ndim != 4]
+    optimizer = ChainedOptimizer(Muon(filters, lr=0.01), SGD(others, lr=0.01))
+    fuse(optimizer, "cpu")
+    assert [group.get("fused") for group in optimizer.param_groups] == [None, True]
+    train(network, optimizer, 2)
