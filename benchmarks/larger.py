@@ -8,7 +8,8 @@ kernel holds to 2 GB (RLIMIT_DATA: all that is its own; pages of a file that it 
 kernel's cache, which gives them up when others need memory). The network is small, so that the
 time is that of the images. Noted after each hundredth step, in megabytes:
 
-    own      memory of the process itself (RssAnon)
+    own      memory of the process itself (RssAnon), at ten moments of each epoch; what the first
+             evaluation takes, the launcher keeps for the next
     mapped   pages of files that it has mapped (RssFile), of the 8 GB what the cache happens to hold
 
 This file is also the recipe that is trained. Writes larger.json beside this file.
@@ -39,6 +40,7 @@ from launcher.config.plan import Plan
 from launcher.data.packed import MANIFEST, Manifest, PackedHalf, images_file, labels_file
 from launcher.loggers.console import Console
 from launcher.training.metrics import Best, EpochReport, StepReport
+from launcher.utils.text import spread
 
 SELF = Path(__file__).resolve()
 GIGABYTES, LIMIT, SIZE, CLASSES, TESTED = 8.0, 2.0, 224, 10, 1_000
@@ -137,12 +139,14 @@ def train(pack: Path, limit: float, steps_of_an_epoch: int) -> Figures:
         words = [f"data.root={pack}"]
         subprocess.run([*command, *words], cwd=folder, env=environment, check=True)
         notes = json.loads(output.read_text())
-    first = [own for step, own, _ in notes["memory"] if step <= steps_of_an_epoch]
-    second = [own for step, own, _ in notes["memory"] if step > steps_of_an_epoch]
+    epochs = [
+        [own for step, own, _ in notes["memory"] if (step > steps_of_an_epoch) == is_second]
+        for is_second in (False, True)
+    ]
     return {
-        "own_megabytes_of_epoch_1": [round(first[0], 1), round(max(first), 1)],
-        "own_megabytes_of_epoch_2": [round(second[0], 1), round(max(second), 1)],
-        "last_over_first_epoch": round(second[-1] / first[-1], 4),
+        "own_megabytes_of_epoch_1": [round(own, 1) for own in spread(epochs[0], 10)],
+        "own_megabytes_of_epoch_2": [round(own, 1) for own in spread(epochs[1], 10)],
+        "last_over_first_of_epoch_2": round(epochs[1][-1] / epochs[1][0], 4),
         "mapped_megabytes": round(max(mapped for *_, mapped in notes["memory"]), 1),
         "images_per_second": round(statistics.median(notes["rates"])),
     }
