@@ -5,7 +5,7 @@ plain `ROOT/CLASS/*.png`, of which every fifth picture of a class, by name, is k
 With `ROOT/val` beside `ROOT/test`, data.validation=val validates on those.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from launcher.config.slots import Source
 from launcher.data.decoding import not_a_picture
 from launcher.data.limits import at_least_one, refuse_too_large
 from launcher.data.storage import Encoded, read
@@ -72,6 +73,12 @@ class Folder:
         """All of them, decoded; raises `UserError` for a broken one, or for too many."""
         refuse_too_large(self.root, len(self.files), self.encoded.size)
         return read(self.encoded, self.encoded.places).numpy()
+
+
+def margin_of(source: Source, size: int) -> float:
+    """The part of a picture that its source crops off on each side: see `scaled_to`."""
+    scaled_to = source.keywords.get("scaled_to") if isinstance(source, partial) else None
+    return (1 - size / scaled_to) / 2 if scaled_to else 0.0
 
 
 def _half(root: Path, split: str) -> Path:
