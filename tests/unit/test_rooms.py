@@ -123,7 +123,7 @@ def test_the_public_names_are_these() -> None:
     assert launcher.__all__ == sorted(launcher.__all__, key=lambda name: (name.islower(), name))
     assert set(launcher.__all__) == {
         *("Claim", "Draws", "Folder", "Images", "Recipe", "Synthetic"),
-        *("alternating_flip", "crop", "cutmix", "cutout", "flip", "mixup"),
+        *("alternating_flip", "crop", "cutmix", "cutout", "flip", "jitter", "mixup"),
         *("constant", "cosine", "ema", "linear", "steps"),
         *("RunResult", "TrainedRun", "load_run", "train"),
         *("ChainedOptimizer", "Muon", "NamedParameters", "mirrored", "mirrored_and_shifted"),
