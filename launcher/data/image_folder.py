@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from launcher.config.slots import Source
 from launcher.data.decoding import not_a_picture
-from launcher.data.limits import at_least_one, refuse_too_large
+from launcher.data.limits import refuse_margin, refuse_too_large
 from launcher.data.storage import Encoded, read
 from launcher.errors import UserError
 from launcher.utils.text import count
@@ -45,13 +45,7 @@ class Folder:
         """Find the pictures of one half: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
-        at_least_one("size", size)
-        if scaled_to is not None and scaled_to < size:
-            raise UserError(
-                f"data.source.scaled_to={scaled_to}, of pictures of {size} pixels",
-                expected="at least as many, of which the middle is taken",
-                instead=f"type data.source.scaled_to={size * 8 // 7}, for example",
-            )
+        refuse_margin(size, scaled_to)
         half = _half(Path(root), split)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
