@@ -125,6 +125,8 @@ def simplecnn(words: argparse.Namespace, deadline: float) -> Figures:
 
 def beside_bare(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figures:
     """Images per second, evaluation excluded, of what the bare loop does too; they take turns."""
+    if words.preflight:
+        data = replace(data, train=first_steps(data.train, recipe, 2))
     plain = replace(recipe.data, augment=())
     recipe = replace(recipe, data=plain, loss=cross_entropy, compile=False, epochs=1000)
     accelerator = fresh_accelerator(recipe.precision or "fp32")

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher import Images, Packed, Recipe, flip
 from launcher.config.plan import Plan
-from launcher.data.packed import MANIFEST, Manifest, PackedHalf, images_file, labels_file
+from launcher.data.packed import MANIFEST, Manifest, PackedHalf, file_of
 from launcher.loggers.console import Console
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils.text import spread
@@ -100,10 +100,11 @@ def write_pack(folder: Path, gigabytes: float) -> int:
     counts = {"train": int(gigabytes * 1e9 / (SIZE * SIZE * 3)), "test": TESTED}
     folder.mkdir(parents=True)
     for half, count in counts.items():
-        with images_file(folder, half).open("wb") as file:
+        with file_of(folder, half, "images").open("wb") as file:
             for start in range(0, count, AT_ONCE):
                 file.write(random.bytes(min(AT_ONCE, count - start) * SIZE * SIZE * 3))
-        labels_file(folder, half).write_bytes(random.integers(0, CLASSES, count, "<i8").tobytes())
+        labels = random.integers(0, CLASSES, count, "<i8").tobytes()
+        file_of(folder, half, "labels").write_bytes(labels)
     names = tuple(map(str, range(CLASSES)))
     halves = {half: PackedHalf(count, "", "", "") for half, count in counts.items()}
     text = Manifest("random bytes", shape, names, halves).text()
@@ -176,7 +177,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "machine": machine(Accelerator(cpu=True)),
             "images": count,
-            "gigabytes": round(images_file(pack, "train").stat().st_size / 1e9, 3),
+            "gigabytes": round(file_of(pack, "train", "images").stat().st_size / 1e9, 3),
             "limit_gigabytes": words.limit,
             **train(pack, words.limit, steps),
         }

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from launcher.config.recipe import Images
 from launcher.data import sources
-from launcher.data.packed import map_images
+from launcher.data.packed import map_file
 from launcher.data.sources import Data, ImageSet
-from launcher.data.storage import Encoded, Mapped, Stored
+from launcher.data.storage import Encoded, Joined, Mapped, Stored
 from launcher.distributed.process_group import RankGroup
 
 _LOG = logging.getLogger(__name__)
 _KEY = "images"
+_KINDS: dict[str, type[Stored]] = {kind.__name__: kind for kind in (Encoded, Joined, Mapped)}
 _NO_COPY = "no copy of the images for this node, so each process reads them: %s"
 
 
@@ -119,20 +120,20 @@ def _as_content(images: Tensor | Stored) -> Any:
     if isinstance(images, Tensor):
         return images
     about = {f.name: getattr(images, f.name) for f in fields(images)}
-    if isinstance(images, Mapped) and images.path:
-        about["array"] = images.array.shape
-    return type(images).__name__, about
+    path = None
+    if isinstance(images, Mapped | Joined):
+        path = images.path if isinstance(images, Mapped) else images.root
+        about["array"] = images.array.shape if path else images.array
+    return type(images).__name__, path, about
 
 
 def _from_content(content: Any) -> Tensor | Stored:
     if isinstance(content, Tensor):
         return content
-    kind, about = content
-    if kind == Encoded.__name__:
-        return Encoded(**about)
-    if about["path"]:
-        about["array"] = map_images(about["path"], tuple(about["array"]))
-    return Mapped(**about)
+    kind, path, about = content
+    if path:
+        about["array"] = map_file(path, tuple(about["array"]))
+    return _KINDS[kind](**about)
 
 
 def _identity(path: str) -> list[int]:

@@ -5,7 +5,7 @@ plain `ROOT/CLASS/*.png`, of which every fifth picture of a class, by name, is k
 With `ROOT/val` beside `ROOT/test`, data.validation=val validates on those.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from launcher.config.slots import Source
 from launcher.data.decoding import not_a_picture
-from launcher.data.limits import at_least_one, refuse_too_large
+from launcher.data.limits import refuse_margin, refuse_too_large
 from launcher.data.storage import Encoded, read
 from launcher.errors import UserError
 from launcher.utils.text import count
@@ -44,13 +45,7 @@ class Folder:
         """Find the pictures of one half: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
-        at_least_one("size", size)
-        if scaled_to is not None and scaled_to < size:
-            raise UserError(
-                f"data.source.scaled_to={scaled_to}, of pictures of {size} pixels",
-                expected="at least as many, of which the middle is taken",
-                instead=f"type data.source.scaled_to={size * 8 // 7}, for example",
-            )
+        refuse_margin(size, scaled_to)
         half = _half(Path(root), split)
         names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
         files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
@@ -72,6 +67,12 @@ class Folder:
         """All of them, decoded; raises `UserError` for a broken one, or for too many."""
         refuse_too_large(self.root, len(self.files), self.encoded.size)
         return read(self.encoded, self.encoded.places).numpy()
+
+
+def margin_of(source: Source, size: int) -> float:
+    """The part of a picture that its source crops off on each side: see `scaled_to`."""
+    scaled_to = source.keywords.get("scaled_to") if isinstance(source, partial) else None
+    return (1 - size / scaled_to) / 2 if scaled_to else 0.0
 
 
 def _half(root: Path, split: str) -> Path:

@@ -15,6 +15,17 @@ def at_least_one(name: str, value: int) -> None:
         )
 
 
+def refuse_margin(size: int, scaled_to: int | None) -> None:
+    """Raise `UserError` for pictures from whose middle no `size` pixels square can be taken."""
+    at_least_one("size", size)
+    if scaled_to is not None and scaled_to < size:
+        raise UserError(
+            f"data.source.scaled_to={scaled_to}, of pictures of {size} pixels",
+            expected="at least as many, of which the middle is taken",
+            instead=f"type data.source.scaled_to={size * 8 // 7}, for example",
+        )
+
+
 def fits_in_memory(count: int, size: int, channels: int = 3) -> bool:
     """Whether so many uint8 images of `size` pixels square leave half of the free memory free."""
     import psutil

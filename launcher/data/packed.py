@@ -1,12 +1,15 @@
-"""Images of one size in one file, which is mapped: `launcher pack` writes it, `Packed` reads it.
+"""Images in one file, which is mapped: `launcher pack` writes it, `Packed` reads it.
 
-A folder holds for each half `HALF.images`, uint8 `(n, h, w, c)` without a header, and
-`HALF.labels`, int64 `(n,)`, both little-endian; and `pack.json`, which is written last and says
-what belongs to it: so a pack that was interrupted is none.
+A folder holds for each half `HALF.labels`, int64 `(n,)`, and its images. If they have one size,
+`HALF.images`, uint8 `(n, h, w, c)` without a header. If they are encoded, `HALF.pictures`, the
+bytes of one picture behind those of the other; `HALF.offsets`, int64 `(n + 1,)`, where each begins;
+and `HALF.names`, that of the file each was, with a zero byte behind it. Numbers are little-endian.
+`pack.json` is written last and says what belongs to it: so a pack that was interrupted is none.
 """
 
 import json
 import math
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from launcher.data.limits import refuse_margin
+from launcher.data.storage import Encoded, Joined
 from launcher.errors import UserError
 from launcher.utils import json_text
 
@@ -27,8 +32,9 @@ VERSION = 1  # of what the files mean
 class PackedHalf:
     """What the manifest says of one half.
 
-    `images` and `labels` are the digests of its two files, and `listed` that of the source's list
-    from which they were made (`packing`). `skipped` are the pictures that could not be read.
+    `images` (of `HALF.images` or `HALF.pictures`), `labels`, `offsets` and `names` are the digests
+    of its files, and `listed` that of the source's list from which they were made (`packing`).
+    `skipped` are the pictures that could not be read, and `bytes` those of the encoded ones.
     """
 
     count: int
@@ -36,14 +42,17 @@ class PackedHalf:
     labels: str
     listed: str
     skipped: tuple[str, ...] = ()
+    bytes: int = 0
+    offsets: str = ""
+    names: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a pack holds, and of what it was made."""
+    """What a pack holds, and of what it was made; encoded pictures have no `shape`."""
 
     source: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None
     classes: tuple[str, ...]
     halves: dict[str, PackedHalf]
     version: int = VERSION
@@ -56,11 +65,23 @@ class Manifest:
 class Packed:
     """What `launcher pack` made of another source, in the folder `root`; nothing is copied.
 
-    Raises `FileNotFoundError` where there is no folder `root`, and `UserError` where it holds no
-    whole pack.
+    Images of one size are `data`. Encoded pictures are `encoded`, and come out in `size` pixels
+    square, `scaled_to` others before, as from a `Folder`. Raises `FileNotFoundError` where there
+    is no folder `root`, and `UserError` where it holds no whole pack.
     """
 
-    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+    data: Tensor
+    path: str
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        download: bool = False,
+        *,
+        size: int | None = None,
+        scaled_to: int | None = None,
+    ) -> None:
         """Map the images of one half: train, test, or another one that was packed."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
@@ -72,20 +93,56 @@ class Packed:
                 expected=f"one of {', '.join(manifest.halves)}",
                 instead="pack it from a source that has it, or type data.validation=0.1",
             )
+        self.root = root
         self.classes = list(manifest.classes)
-        self.path = str(images_file(Path(root), split))
-        self.data = map_images(self.path, (half.count, *manifest.shape))
-        self.targets = _labels(labels_file(Path(root), split), half.count)
+        self.targets = _numbers(file_of(Path(root), split, "labels"), half.count)
+        self.encoded: Encoded | None = None
+        if manifest.shape is None:
+            size = 32 if size is None else size
+            refuse_margin(size, scaled_to)
+            self.encoded = _joined(Path(root), split, half, size, scaled_to or size)
+        else:
+            _refuse_other(root, manifest.shape, size, scaled_to)
+            self.path = str(file_of(Path(root), split, "images"))
+            self.data = map_file(self.path, (half.count, *manifest.shape))
 
 
-def images_file(root: Path, half: str) -> Path:
-    """Where the pixels of a half are."""
-    return root / f"{half}.images"
+def _refuse_other(
+    root: str, shape: tuple[int, int, int], size: int | None, scaled_to: int | None
+) -> None:
+    """Refuse to scale what has a size, unless it is the one that is asked for."""
+    is_packed = size is None or shape[:2] == (size, size)
+    if not is_packed or scaled_to not in (None, size):
+        given = f"scaled_to={scaled_to}" if is_packed else f"size={size}"
+        raise UserError(
+            f"data.source.{given} of {root}, whose images are packed as {shape[0]} x {shape[1]}",
+            expected="no other size, or a pack of encoded pictures",
+            instead="leave it out, or pack again with --encoded",
+        )
 
 
-def labels_file(root: Path, half: str) -> Path:
-    """Where the labels of a half are."""
-    return root / f"{half}.labels"
+def _joined(root: Path, name: str, half: PackedHalf, size: int, scaled_to: int) -> Joined:
+    """Raises `UserError` for offsets that are none of the pictures, and for too few names."""
+    path = file_of(root, name, "pictures")
+    pictures = map_file(str(path), (half.bytes,))
+    offsets = _numbers(file_of(root, name, "offsets"), half.count + 1)
+    ends = [int(offsets[0]), int(offsets[-1])]
+    if ends != [0, half.bytes] or not bool((offsets[1:] > offsets[:-1]).all()):
+        how = (
+            "do not increase" if ends == [0, half.bytes] else f"go from {ends[0]:,} to {ends[1]:,}"
+        )
+        raise UserError(
+            f"{file_of(root, name, 'offsets')}, whose numbers {how}",
+            expected=f"where each picture begins in the {half.bytes:,} bytes of {path}",
+            instead="pack it again into another folder",
+        )
+    names = _names(file_of(root, name, "names"), half.count)
+    return Joined(torch.arange(half.count), str(path), names, size, scaled_to, pictures, offsets)
+
+
+def file_of(root: Path, half: str, kind: str) -> Path:
+    """Where the images, labels, pictures, offsets or names of a half are."""
+    return root / f"{half}.{kind}"
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -107,19 +164,24 @@ def read_manifest(root: Path) -> Manifest:
 
 def _checked(content: dict[str, Any]) -> Manifest:
     """Raises what odd content raises."""
-    height, width, channels = map(_number, content["shape"])
+    shape = None
+    if content["shape"] is not None:
+        height, width, channels = map(_number, content["shape"])
+        shape = height, width, channels
     classes, halves = content["classes"], dict[str, PackedHalf]()
     for name, about in content["halves"].items():
         half = PackedHalf(**{**about, "skipped": tuple(about["skipped"])})
-        texts = (half.images, half.labels, half.listed, *half.skipped)
+        texts = (half.images, half.labels, half.listed, half.offsets, half.names, *half.skipped)
         if not name.isidentifier() or not all(isinstance(text, str) for text in texts):
             raise ValueError(name)  # as one with a path out of the folder
         _number(half.count)
+        if shape is None:
+            _number(half.bytes)
         halves[name] = half
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(classes)
     source = str(content["source"])
-    return Manifest(source, (height, width, channels), tuple(classes), halves)
+    return Manifest(source, shape, tuple(classes), halves)
 
 
 def _number(value: Any) -> int:
@@ -128,8 +190,8 @@ def _number(value: Any) -> int:
     return value
 
 
-def map_images(path: str, shape: tuple[int, int, int, int]) -> Tensor:
-    """uint8 `(n, h, w, c)`, which must not be written to; raises `UserError` for another size."""
+def map_file(path: str, shape: tuple[int, ...]) -> Tensor:
+    """uint8, which must not be written to; raises `UserError` for a file of another size."""
     _refuse_size(Path(path), math.prod(shape))
     try:
         with warnings.catch_warnings():
@@ -139,12 +201,27 @@ def map_images(path: str, shape: tuple[int, int, int, int]) -> Tensor:
         raise _unreadable(Path(path), error) from None
 
 
-def _labels(path: Path, count: int) -> Tensor:
+def _numbers(path: Path, count: int) -> Tensor:
     _refuse_size(path, 8 * count)
     try:
         return torch.from_numpy(numpy.fromfile(path, "<i8"))
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _names(path: Path, count: int) -> tuple[str, ...]:
+    try:
+        whole = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    *names, rest = os.fsdecode(whole).split("\0")
+    if len(names) != count or rest:
+        raise UserError(
+            f"{path}, which has {len(names):,} names" if whole else f"{path}, which is not there",
+            expected=f"{count:,}, as {MANIFEST} says, each with a zero byte behind it",
+            instead="pack it again into another folder",
+        )
+    return tuple(names)
 
 
 def _refuse_size(path: Path, size: int) -> None:

@@ -1,9 +1,9 @@
-"""`launcher pack`: images of a source are decoded once, into files that a training maps (`packed`).
+"""`launcher pack`: images of a source are put once into files that a training maps (`packed`).
 
-Chunk after chunk is read in all cores, while the one before it is appended to HALF.images. After
-each, pack.partial.json says how far it is: so a pack that ends early, however it ends, goes on from
-there when the same command is typed again. Typed again for one that is whole, it compares the files
-with their digests.
+Chunk after chunk is read in all cores, and decoded into HALF.images; encoded ones are decoded to
+check them, and appended to HALF.pictures as they are. After each, pack.partial.json says how far it
+is: so a pack that ends early, however it ends, goes on from there when the same command is typed
+again. Typed again for one that is whole, it compares the files with their digests.
 """
 
 import difflib
@@ -14,15 +14,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import numpy
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -38,12 +42,11 @@ from launcher.data.packed import (
     VERSION,
     Manifest,
     PackedHalf,
-    images_file,
-    labels_file,
+    file_of,
     read_manifest,
 )
 from launcher.data.sources import Data, ImageSet
-from launcher.data.storage import Mapped, Reading, Stored, read
+from launcher.data.storage import Encoded, Mapped, Reading, Stored, read, reading_threads
 from launcher.errors import BrokenPictureError, UserError
 from launcher.utils import atomic_write, json_text
 from launcher.utils.arguments import Parser, positive
@@ -54,22 +57,29 @@ from launcher.utils.user_code import function_of
 PARTIAL, LOCK = "pack.partial.json", ".pack.lock"
 CHUNK_IMAGES, CHUNK_BYTES = 1024, 2**26  # what is lost at most when a pack is killed
 _HASHED_AT_ONCE = 2**24  # bytes
-_USAGE = "launcher pack SOURCE OUT [--size N] [--root DIR] [--on-broken stop|skip]"
+_USAGE = "launcher pack SOURCE OUT [--size N | --encoded] [--root DIR] [--on-broken stop|skip]"
 
 _DESCRIPTION = """\
 Decode all images of a source once, into files from which any number of trainings read them:
-Images(Packed, root=OUT, ...) in a recipe. What ends early goes on, and what is whole is compared
-with its digests, when the same command is typed again."""
+Images(Packed, root=OUT, ...) in a recipe. With --encoded they are put there as they are, and
+Images(partial(Packed, size=224), root=OUT, ...) decodes them as Folder does. What ends early goes
+on, and what is whole is compared with its digests, when the same command is typed again."""
 
 Advance = Callable[[int], None]
+# A chunk: its places, what is appended to which files, and the places of broken pictures, which are
+# known once all is appended.
+_Chunk = tuple[range, Iterable[tuple[str, bytes | memoryview]], list[int]]
 
 
 @dataclass(frozen=True)
 class _Done:
-    """How far one half is; `skipped` are the places of broken pictures among those read."""
+    """How far one half is; `skipped` are the places of broken pictures among those read.
+
+    `written` are the bytes and the digest of each of its files.
+    """
 
     read: int = 0
-    images: str = ""
+    written: dict[str, tuple[int, str]] = field(default_factory=dict)
     listed: str = ""
     skipped: tuple[int, ...] = ()
 
@@ -86,27 +96,36 @@ class _Job:
     source: str  # as a reader knows it
     halves: dict[str, ImageSet]
     out: Path
+    encoded: bool
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
-        return self.halves["train"].shape
+    def shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of what is decoded."""
+        return None if self.encoded else self.halves["train"].shape
 
     @property
     def image_bytes(self) -> int:
-        """Of one image."""
-        return math.prod(self.shape)
+        """Of one image that is decoded."""
+        return math.prod(self.halves["train"].shape)
+
+    @property
+    def grow(self) -> tuple[str, ...]:
+        """The files of a half to which each chunk is appended."""
+        return ("pictures", "offsets") if self.encoded else ("images",)
 
     @property
     def chunk(self) -> int:
         """Images that are read and written at once."""
+        if self.encoded:  # which are written one by one
+            return CHUNK_IMAGES
         return max(1, min(CHUNK_IMAGES, CHUNK_BYTES // self.image_bytes))
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a pack to go on."""
         classes = list(self.halves["train"].classes)
-        about = {"source": self.source, "shape": list(self.shape), "classes": classes}
+        shape = list(self.shape) if self.shape else None
+        about = {"source": self.source, "shape": shape, "classes": classes}
         return {"version": VERSION, **about, "chunk": self.chunk}
 
 
@@ -118,12 +137,16 @@ def main(words: Sequence[str]) -> int:
     add("source", metavar="SOURCE", help=what)
     add("out", metavar="OUT", type=Path, help="the folder to make, which Packed reads")
     add("--size", type=positive, metavar="N", help="pixels along each side (a folder: 32)")
+    encoded = "put pictures of a folder there as they are, of any sizes"
+    add("--encoded", action="store_true", help=encoded)
     add("--root", metavar="DIR", help="where the files of a recipe or a data set are")
     broken = "whether a picture that cannot be read ends it, or is left out and counted"
     add("--on-broken", choices=("stop", "skip"), default="stop", help=broken)
     arguments = parser.parse_args(words)
     _refuse_no_folder(arguments.out)
     chosen = _images_of(arguments.source, arguments.size, arguments.root)
+    if arguments.encoded:
+        _refuse_encoded(chosen.source, arguments.size)
     root = Path(os.path.expanduser(chosen.root))
     if _is_folder(chosen.source) and arguments.out.resolve().is_relative_to(root.resolve()):
         raise UserError(
@@ -131,9 +154,10 @@ def main(words: Sequence[str]) -> int:
             expected="a folder that is not among the pictures",
             instead="name one beside it",
         )
-    job = _Job(
-        _described(chosen.source, root), _halves(_opened(chosen), chosen.validation), arguments.out
-    )
+    halves = _halves(_opened(chosen), chosen.validation)
+    # Encoded pictures are the same whatever size a recipe has them decoded to.
+    source = function_of(chosen.source) if arguments.encoded else chosen.source
+    job = _Job(_described(source, root), halves, arguments.out, arguments.encoded)
     if (job.out / MANIFEST).exists():
         _verify(job)
     else:
@@ -167,6 +191,21 @@ def _made_of(source: Source, root: str, size: int | None, validation: str | None
     # mean and std are a training's: what is packed are the pixels.
     images = Images(source, 1, mean=(0.5,), std=(0.5,), root=root, validation=validation)
     return replace(images, tier="disk" if _is_folder(source) else "auto")
+
+
+def _refuse_encoded(source: Source, size: int | None) -> None:
+    if size is not None:
+        raise UserError(
+            f"--size {size} with --encoded",
+            expected="one of them: encoded pictures keep their sizes",
+            instead=f"leave it out, and write partial(Packed, size={size}) in the recipe",
+        )
+    if not _is_folder(source):
+        raise UserError(
+            f"--encoded of {short_name(source)}, whose images are not files of their own",
+            expected="pictures in class folders, as Folder reads them",
+            instead="leave out --encoded",
+        )
 
 
 def _is_folder(source: Source) -> bool:
@@ -282,13 +321,10 @@ def _begun(job: _Job) -> dict[str, _Done]:
         return {name: _Done() for name in job.halves}
     try:
         content = json_text.read(path)
-        done = {
-            name: _Done(**{**about, "skipped": tuple(about["skipped"])})
-            for name, about in content.pop("halves").items()
-        }
+        done = {name: _as_done(about) for name, about in content.pop("halves").items()}
         same = content == job.identity and done.keys() == job.halves.keys()
         same = same and all(d.read <= len(job.halves[name]) for name, d in done.items())
-        found = f"{content['source']}, {' x '.join(map(str, content['shape']))}"
+        found = f"{content['source']}, {_form(content['shape'])}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path}, which is damaged",
@@ -302,6 +338,12 @@ def _begun(job: _Job) -> dict[str, _Done]:
             instead="name another folder, or delete that one",
         )
     return done
+
+
+def _as_done(about: dict[str, Any]) -> _Done:
+    """Raises what odd content raises."""
+    written = {kind: (int(size), str(digest)) for kind, (size, digest) in about["written"].items()}
+    return _Done(**{**about, "written": written, "skipped": tuple(about["skipped"])})
 
 
 def _listed(job: _Job, name: str, places: int) -> str:
@@ -330,10 +372,7 @@ def _stored(half: ImageSet) -> Stored:
 
 
 def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
-    needed = sum(
-        (len(half) - done[name].read) * job.image_bytes + 8 * len(half)
-        for name, half in job.halves.items()
-    )
+    needed = sum(_bytes_left(job, half, done[name].read) for name, half in job.halves.items())
     place = next(
         path for path in (job.out.absolute(), *job.out.absolute().parents) if path.is_dir()
     )
@@ -342,8 +381,21 @@ def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
         raise UserError(
             f"{sizes(needed)} to be written to {job.out}, where {sizes(free)} are free",
             expected="room for all images",
-            instead="make room, name a folder on another disk, or type a smaller --size",
+            instead="make room, or name a folder on another disk"
+            if job.encoded
+            else "make room, name a folder on another disk, or type a smaller --size",
         )
+
+
+def _bytes_left(job: _Job, half: ImageSet, read: int) -> int:
+    """Of what is not written yet of a half."""
+    if not isinstance(half.images, Encoded) or not job.encoded:
+        return (len(half) - read) * job.image_bytes + 8 * len(half)
+    total = 16 * len(half) + 8 + len(_names(half.files))
+    for name in half.files[read:]:
+        with suppress(OSError):  # it is broken
+            total += Path(half.images.root, name).stat().st_size
+    return total
 
 
 @contextmanager
@@ -368,7 +420,7 @@ def _packed(
     job: _Job, name: str, done: dict[str, _Done], skips: bool, advance: Advance
 ) -> PackedHalf:
     """Write what is left of a half, and note each chunk in `done` and on disk."""
-    half, path = job.halves[name], images_file(job.out, name)
+    half = job.halves[name]
 
     def note(state: _Done) -> None:
         done[name] = state
@@ -379,36 +431,40 @@ def _packed(
     if not (job.out / PARTIAL).exists():
         note(_Done())
     state = done[name]
-    with path.open("r+b" if path.exists() else "x+b") as file:
-        whole = blake2b(digest_size=16)
-        for piece in _read_pieces(file, state.count * job.image_bytes):
-            whole.update(piece)
-        if state.read and whole.hexdigest() != state.images:
-            _tell(f"{path} has changed since it was packed: it is packed again")
-            state, whole = _Done(), blake2b(digest_size=16)
-        file.truncate(state.count * job.image_bytes)
-        file.seek(0, os.SEEK_END)
+    with ExitStack() as opened:
+        files = {
+            kind: opened.enter_context(_Growing(file_of(job.out, name, kind))) for kind in job.grow
+        }
+        before = {kind: state.written.get(kind, (0, "")) for kind in files}
+        for kind, file in files.items():
+            file.keep(before[kind][0])
+        changed = [file for kind, file in files.items() if file.written != before[kind]]
+        if state.read and changed:
+            _tell(f"{changed[0].path} has changed since it was packed: it is packed again")
+            state = _Done()
+            for file in files.values():
+                file.keep(0)
         listed = blake2b(digest_size=16)
         for part in _parts(0, state.read, job.chunk):
             _list(listed, half, part)
         advance(state.read)
         parts = _parts(state.read, len(half), job.chunk)
-        for part, pixels, broken in _chunks(half, parts, skips):
-            content = pixels.numpy().reshape(-1).data
-            file.write(content)
-            whole.update(content)
+        for part, contents, broken in _chunks(job, half, parts, skips, files):
+            for kind, content in contents:
+                files[kind].append(content)
             _list(listed, half, part)
-            file.flush()
-            os.fsync(file.fileno())
+            for file in files.values():
+                file.flush()
+            written = {kind: file.written for kind, file in files.items()}
             skipped = (*state.skipped, *broken)
-            state = _Done(part.stop, whole.hexdigest(), listed.hexdigest(), skipped)
+            state = _Done(part.stop, written, listed.hexdigest(), skipped)
             note(state)
             advance(len(part))
     return _finished(job, name, state)
 
 
 def _finished(job: _Job, name: str, state: _Done) -> PackedHalf:
-    """Write the labels of a half of which all images are written."""
+    """Write the labels, and the names, of a half of which all images are written."""
     half = job.halves[name]
     if not state.count:
         raise UserError(
@@ -419,18 +475,129 @@ def _finished(job: _Job, name: str, state: _Done) -> PackedHalf:
     kept = torch.ones(len(half), dtype=torch.bool)
     kept[list(state.skipped)] = False
     labels = half.labels[kept].numpy().astype("<i8").tobytes()
-    atomic_write.replace(labels_file(job.out, name), labels)
-    names = tuple(_name(half, place) for place in state.skipped)
-    return PackedHalf(state.count, state.images, _digest(labels), state.listed, names)
+    atomic_write.replace(file_of(job.out, name, "labels"), labels)
+    skipped = tuple(_name(half, place) for place in state.skipped)
+    size, digest = state.written[job.grow[0]]
+    packed = PackedHalf(state.count, digest, _digest(labels), state.listed, skipped)
+    if not job.encoded:
+        return packed
+    names = _names([half.files[place] for place in kept.nonzero()[:, 0].tolist()])
+    atomic_write.replace(file_of(job.out, name, "names"), names)
+    offsets = state.written["offsets"][1]
+    return replace(packed, bytes=size, offsets=offsets, names=_digest(names))
+
+
+def _names(files: Iterable[str]) -> bytes:
+    return b"".join(os.fsencode(name) + b"\0" for name in files)
 
 
 def _name(half: ImageSet, place: int) -> str:
     return half.files[place] if half.files else f"image {place}"
 
 
+class _Growing:
+    """A file to which is appended, and its digest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("r+b" if path.exists() else "x+b")
+        self._size, self._whole = 0, blake2b(digest_size=16)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    @property
+    def written(self) -> tuple[int, str]:
+        """Its bytes, and their digest."""
+        return self._size, self._whole.hexdigest()
+
+    def keep(self, size: int) -> None:
+        """Read the first bytes, and take the others away."""
+        self._file.seek(0)
+        self._size, self._whole = 0, blake2b(digest_size=16)
+        for piece in _read_pieces(self._file, size):
+            self._size += len(piece)
+            self._whole.update(piece)
+        self._file.truncate(self._size)
+        self._file.seek(self._size)
+
+    def append(self, content: bytes | memoryview) -> None:
+        """Add bytes."""
+        self._file.write(content)
+        self._whole.update(content)
+        self._size += len(content)
+
+    def flush(self) -> None:
+        """Bring what was added to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
 def _chunks(
-    half: ImageSet, parts: Sequence[range], skips: bool
-) -> Iterator[tuple[range, Tensor, list[int]]]:
+    job: _Job, half: ImageSet, parts: Sequence[range], skips: bool, files: dict[str, _Growing]
+) -> Iterator[_Chunk]:
+    if isinstance(half.images, Encoded) and job.encoded:
+        return _encoded_chunks(half.images, parts, skips, files["pictures"].written[0])
+    return _decoded_chunks(half, parts, skips)
+
+
+def _encoded_chunks(
+    encoded: Encoded, parts: Sequence[range], skips: bool, start: int
+) -> Iterator[_Chunk]:
+    """Each part with the pictures of it that can be read, as they are; one begins at `start`."""
+    for part in parts:
+        offsets, broken = [start], list[int]()
+        yield part, _as_they_are(encoded, part, skips, offsets, broken), broken
+        start = offsets[-1]
+
+
+def _as_they_are(
+    encoded: Encoded, part: range, skips: bool, offsets: list[int], broken: list[int]
+) -> Iterator[tuple[str, bytes]]:
+    """What is appended; also adds to `offsets` and `broken`."""
+    for place, picture in _checked(encoded, part):
+        try:
+            content = picture.result()
+        except BrokenPictureError as error:
+            if not skips:
+                raise _stopped(error) from None
+            broken.append(place)
+        else:
+            offsets.append(offsets[-1] + len(content))
+            yield "pictures", content
+    # The end of each is where the next one begins; only before the first one there is no other.
+    yield "offsets", numpy.array(offsets[part.start > 0 :], "<i8").tobytes()
+
+
+def _checked(encoded: Encoded, part: range) -> Iterator[tuple[int, Future[bytes]]]:
+    """Each place, in order, with its picture, while a few further ones are read."""
+    ahead = deque[tuple[int, Future[bytes]]]()
+    try:
+        for place in part:
+            ahead.append((place, reading_threads().submit(encoded.checked, place)))
+            if len(ahead) > 2 * torch.get_num_threads():
+                yield ahead.popleft()
+        while ahead:
+            yield ahead.popleft()
+    finally:
+        for _, left in ahead:
+            left.cancel()
+
+
+def _stopped(error: BrokenPictureError) -> UserError:
+    instead = f"{error.instead}, or type --on-broken skip; what is packed stays"
+    return UserError(error.given, expected=error.expected, instead=instead)
+
+
+def _decoded_chunks(half: ImageSet, parts: Sequence[range], skips: bool) -> Iterator[_Chunk]:
     """Each part, its images that can be read, and the places of the others."""
     stored, reading = _stored(half), list[Reading]()
     try:
@@ -441,10 +608,9 @@ def _chunks(
                 pixels, broken = reading.pop(0).images(), list[int]()
             except BrokenPictureError as error:
                 if not skips:
-                    instead = f"{error.instead}, or type --on-broken skip; what is packed stays"
-                    raise UserError(error.given, expected=error.expected, instead=instead) from None
+                    raise _stopped(error) from None
                 pixels, broken = _readable(stored, part)
-            yield part, pixels, broken
+            yield part, [("images", pixels.numpy().reshape(-1).data)], broken
     finally:
         for left in reading:
             left.cancel()
@@ -470,9 +636,8 @@ def _verify(job: _Job) -> None:
     classes = job.halves["train"].classes
     same = (job.source, job.shape, classes) == (manifest.source, manifest.shape, manifest.classes)
     if not same or list(job.halves) != list(manifest.halves):
-        shape = " x ".join(map(str, manifest.shape))
         raise UserError(
-            f"OUT={job.out}, a whole pack of {manifest.source}, {shape}",
+            f"OUT={job.out}, a whole pack of {manifest.source}, {_form(manifest.shape)}",
             expected="the same source and size, or another folder",
             instead="name another folder, or delete that one",
         )
@@ -483,12 +648,18 @@ def _verify(job: _Job) -> None:
                 expected=f"those of {job.out}",
                 instead="delete that folder and pack again, or name another folder",
             )
-    total = sum(half.count * job.image_bytes for half in manifest.halves.values())
-    with progress("verifying", total, "byte") as advance:
+    with progress("verifying", _total(manifest), "byte") as advance:
         for name, half in manifest.halves.items():
-            size = half.count * job.image_bytes
-            _compare(images_file(job.out, name), size, half.images, advance)
-            _compare(labels_file(job.out, name), 8 * half.count, half.labels, lambda _: None)
+            size = half.bytes if job.encoded else half.count * job.image_bytes
+            _compare(file_of(job.out, name, job.grow[0]), size, half.images, advance)
+            own = {"labels": (8 * half.count, half.labels)}
+            if job.encoded:
+                files, left_out = job.halves[name].files, set(half.skipped)
+                names = _names(file for file in files if file not in left_out)
+                own["offsets"] = 8 * (half.count + 1), half.offsets
+                own["names"] = len(names), half.names
+            for kind, (size, digest) in own.items():
+                _compare(file_of(job.out, name, kind), size, digest, lambda _: None)
     with suppress(OSError):  # of one that was killed in its last moment, or on a read-only disk
         (job.out / PARTIAL).unlink()
     _tell(f"{job.out} is whole: {_summary(manifest)}, as their digests say")
@@ -528,9 +699,19 @@ def _digest(content: bytes) -> str:
 
 def _summary(manifest: Manifest) -> str:
     counts = [f"{half.count:,} for {name}" for name, half in manifest.halves.items()]
-    total = sum(half.count for half in manifest.halves.values()) * math.prod(manifest.shape)
-    shape = " x ".join(map(str, manifest.shape))
-    return f"images of {shape}, {' and '.join(counts)} ({sizes(total)})"
+    what = f"images of {_form(manifest.shape)}" if manifest.shape else _form(None)
+    return f"{what}, {' and '.join(counts)} ({sizes(_total(manifest))})"
+
+
+def _total(manifest: Manifest) -> int:
+    """The bytes of all images."""
+    if manifest.shape is None:
+        return sum(half.bytes for half in manifest.halves.values())
+    return sum(half.count for half in manifest.halves.values()) * math.prod(manifest.shape)
+
+
+def _form(shape: Sequence[int] | None) -> str:
+    return "encoded pictures" if shape is None else " x ".join(map(str, shape))
 
 
 def _tell_skipped(manifest: Manifest) -> None:

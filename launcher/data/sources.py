@@ -30,7 +30,6 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data import storage
 from launcher.data.augment import is_cut
-from launcher.data.image_folder import Folder
 from launcher.data.limits import fits_in_memory, refuse_too_large
 from launcher.data.packed import Packed
 from launcher.data.storage import Encoded, Mapped, Stored, broken
@@ -523,8 +522,9 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 def _as_set(dataset: Any, data: Images) -> ImageSet:
     name = short_name(data.source)
     labels_name = "labels" if hasattr(dataset, "labels") else "targets"
-    if isinstance(dataset, Folder):
-        return _of_folder(dataset, data)
+    encoded = getattr(dataset, "encoded", None)
+    if isinstance(encoded, Encoded):
+        return _of_pictures(dataset, encoded, data)
     if data.on_broken == "skip":
         raise UserError(
             f"data.on_broken=skip of {name}, whose images are not files of their own",
@@ -534,7 +534,7 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     if data.tier == "disk":
         raise UserError(
             f"data.tier=disk of {name}, whose images are not files of their own",
-            expected="pictures in class folders, as Folder reads them",
+            expected="pictures in class folders, or a pack of them, --encoded",
             instead="type data.tier=host",
         )
     pixels, numbers = getattr(dataset, "data", None), getattr(dataset, labels_name, None)
@@ -573,9 +573,10 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))
 
 
-def _of_folder(folder: Folder, data: Images) -> ImageSet:
+def _of_pictures(dataset: Any, encoded: Encoded, data: Images) -> ImageSet:
     """Pictures that are decoded now, or in each step."""
-    encoded, labels = folder.encoded, torch.from_numpy(folder.targets)
+    labels, classes = torch.as_tensor(dataset.targets), tuple(dataset.classes)
+    _check_labels(labels, classes, short_name(data.source))
     left_out: tuple[str, ...] = ()
     if data.on_broken == "skip" and (odd := broken(encoded)):
         kept = torch.tensor([place for place in range(len(encoded)) if place not in odd])
@@ -585,11 +586,11 @@ def _of_folder(folder: Folder, data: Images) -> ImageSet:
     files = tuple(encoded.files[place] for place in encoded.places.tolist())
     images: Tensor | Stored = encoded
     if not _stays_on_disk(encoded, data):
-        refuse_too_large(folder.root, len(encoded), encoded.size)
+        refuse_too_large(dataset.root, len(encoded), encoded.size)
         images = storage.read(encoded, torch.arange(len(encoded)))
         if data.tier == "host":
             images = Mapped(torch.arange(len(encoded)), images)
-    return ImageSet(images, labels, tuple(folder.classes), files, left_out)
+    return ImageSet(images, labels, classes, files, left_out)
 
 
 def _stays_on_disk(encoded: Encoded, data: Images) -> bool:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -18,9 +18,10 @@ from threading import Barrier
 from typing import Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from launcher.data.decoding import cut_out, fitted, open_picture
+from launcher.data.decoding import cut_out, fitted, not_a_picture, open_picture
 from launcher.errors import BrokenPictureError
 
 
@@ -101,7 +102,7 @@ class Encoded(Stored):
         """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
         margin = (1 - self.size / self.scaled_to) / 2
         for number, place in enumerate(self.places[places].tolist()):
-            with open_picture(Path(self.root, self.files[place])) as picture:
+            with self._open(place) as picture:
                 if shares is None:
                     out.numpy()[number] = fitted(picture, (self.size, self.size), margin=margin)
                 else:
@@ -112,8 +113,56 @@ class Encoded(Stored):
         found = []
         for place in self.places[list(places)].tolist():
             with suppress(OSError):
-                found.append(Path(self.root, self.files[place]).read_bytes())
+                found.append(self._content(place))
         return b"".join(found)
+
+    def checked(self, place: int) -> bytes:
+        """Its own bytes at a place; raises `BrokenPictureError` where they are no whole picture."""
+        stored = int(self.places[place])
+        file = Path(self.root, self.files[stored])
+        try:
+            content = self._content(stored)
+        except OSError as error:
+            raise not_a_picture(file, str(error)) from None
+        with open_picture(file, content) as picture:
+            fitted(picture, (self.size, self.size))
+        return content
+
+    @contextmanager
+    def _open(self, place: int) -> Iterator[Image.Image]:
+        with open_picture(Path(self.root, self.files[place])) as picture:
+            yield picture
+
+    def _content(self, place: int) -> bytes:
+        return Path(self.root, self.files[place]).read_bytes()
+
+
+@dataclass(frozen=True)
+class Joined(Encoded):
+    """Pictures one behind the other in one file, `root`, which is mapped.
+
+    `array` is uint8 `(bytes,)`; of `offsets`, int64 `(m + 1,)`, two say where a picture lies.
+    """
+
+    array: Tensor
+    offsets: Tensor
+
+    @contextmanager
+    def _open(self, place: int) -> Iterator[Image.Image]:
+        try:
+            with open_picture(Path(self.root, self.files[place]), self._content(place)) as picture:
+                yield picture
+        except BrokenPictureError as error:
+            raise BrokenPictureError(
+                error.given,
+                expected="each picture as it was packed",
+                instead="type the command again that packed it, which compares all bytes",
+            ) from None
+
+    def _content(self, place: int) -> bytes:
+        start, stop = self.offsets[place : place + 2].tolist()
+        # torch copies, since other threads go on while it waits for the disk; numpy holds them up.
+        return self.array[start:stop].clone().numpy().tobytes()
 
 
 class Reading:

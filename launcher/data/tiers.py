@@ -35,7 +35,7 @@ def describe(data: Data) -> str:
 
 def _where(data: Data) -> str:
     kinds = {type(half.images) for half in data.halves.values() if isinstance(half.images, Stored)}
-    if Encoded in kinds:
+    if any(issubclass(kind, Encoded) for kind in kinds):
         return "decoded from disk for each step"
     return f"{sizes(bytes_of(data))} in the memory of the host" if Mapped in kinds else ""
 

@@ -16,6 +16,7 @@ from launcher.config.overrides import as_text, override
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Normalize
 from launcher.data.decoding import fitted
+from launcher.data.image_folder import margin_of
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network, first_parameter
@@ -37,7 +38,7 @@ class TrainedRun:
         """What the model takes: pictures to normalized images `(n, c, h, w)`.
 
         A picture is a path, a PIL image, or a uint8 tensor `(c, h, w)`. Paths and PIL images are
-        scaled and cropped to the run's size. Raises `UserError` for tensors of another shape.
+        scaled and cropped as the run's own were. Raises `UserError` for tensors of another shape.
         """
         several = pictures if isinstance(pictures, list) else [pictures]
         return self.normalize(torch.stack([self.pixels(picture) for picture in several]))
@@ -59,12 +60,12 @@ class TrainedRun:
                     instead="give its path or a PIL image, which are scaled",
                 )
             return picture.permute(1, 2, 0)
-        mode = "L" if channels == 1 else "RGB"
+        mode, margin = "L" if channels == 1 else "RGB", margin_of(self.recipe.data.source, height)
         if isinstance(picture, Image.Image):
-            pixels = fitted(picture, (width, height), mode)
+            pixels = fitted(picture, (width, height), mode, margin)
         else:
             with Image.open(picture) as opened:
-                pixels = fitted(opened, (width, height), mode)
+                pixels = fitted(opened, (width, height), mode, margin)
         return torch.from_numpy(numpy.array(pixels)).reshape(self.image_shape)
 
 

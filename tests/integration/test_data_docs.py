@@ -51,5 +51,8 @@ def test_the_commands_work_one_after_the_other(
         assert main([first, *shlex.split(command)[4:], *short]) == 0, command
     text = capsys.readouterr().out
     assert text.count("decoded from disk for each step") == 2
+    encoded = Packed("packed_jpeg", size=64).encoded
+    assert encoded is not None
+    assert encoded.shape == (8, 64, 64, 3)
     assert Packed("packed").data.shape == (8, 64, 64, 3)
     assert Packed("packed_cifar10", "test").data.shape == (6, 32, 32, 3)

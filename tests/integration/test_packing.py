@@ -39,8 +39,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, folder: Path, output: Path | None = None) -> forked.Popen:
-    command = [sys.executable, "-m", "launcher", "pack", str(root), "out", "--size", "8"]
+def start(
+    root: Path, folder: Path, output: Path | None = None, how: tuple[str, ...] = ("--size", "8")
+) -> forked.Popen:
+    command = [sys.executable, "-m", "launcher", "pack", str(root), "out", *how]
     with (output or folder / "output").open("a") as file:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return forked.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
@@ -48,9 +50,14 @@ def start(root: Path, folder: Path, output: Path | None = None) -> forked.Popen:
 
 def is_that_of(root: Path, out: Path) -> None:
     for half in ("train", "test"):
-        packed, folder = Packed(str(out), half), Folder(str(root), half, size=8)
-        assert numpy.array_equal(packed.data.numpy(), folder.data)
+        packed, folder = Packed(str(out), half, size=8), Folder(str(root), half, size=8)
         assert packed.targets.tolist() == folder.targets.tolist()
+        if packed.encoded is None:
+            assert numpy.array_equal(packed.data.numpy(), folder.data)
+        else:
+            places = range(len(folder.files))
+            assert packed.encoded.contents(places) == folder.encoded.contents(places)
+            assert packed.encoded.files == folder.encoded.files
 
 
 def read_so_far(out: Path) -> int:
@@ -61,13 +68,20 @@ def read_so_far(out: Path) -> int:
         return 0
 
 
+PIXELS, PICTURES = ("--size", "8"), ("--encoded",)
+
+
+@pytest.mark.parametrize(
+    ("how", "kinds"),
+    [(PIXELS, {"images", "labels"}), (PICTURES, {"pictures", "offsets", "names", "labels"})],
+)
 def test_a_pack_that_is_killed_goes_on_from_its_last_whole_chunk(
-    many: Path, tmp_path: Path
+    how: tuple[str, ...], kinds: set[str], many: Path, tmp_path: Path
 ) -> None:
     """Killed after each chunk, and in the middle of one."""
     reached = [0]
     for kill in range(3):
-        process = start(many, tmp_path)
+        process = start(many, tmp_path, how=how)
         until = time.monotonic() + PATIENCE
         while read_so_far(tmp_path / "out") <= reached[-1] and process.poll() is None:
             assert time.monotonic() < until
@@ -78,13 +92,10 @@ def test_a_pack_that_is_killed_goes_on_from_its_last_whole_chunk(
         reached.append(read_so_far(tmp_path / "out"))
     assert reached[1] >= 1024, "it was killed before it had packed anything"
     assert reached == sorted(reached)
-    assert start(many, tmp_path).wait() == 0, (tmp_path / "output").read_text()
+    assert start(many, tmp_path, how=how).wait() == 0, (tmp_path / "output").read_text()
     is_that_of(many, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {
-        "pack.json",
-        *(f"{h}.{k}" for h in ("train", "test") for k in ("images", "labels")),
-    }
+    assert names == {"pack.json", *(f"{h}.{k}" for h in ("train", "test") for k in kinds)}
 
 
 def test_a_file_that_may_not_grow_is_said_in_one_line_and_the_pack_goes_on(
@@ -177,6 +188,31 @@ def recipe_of(folder: Path, source: str, root: str) -> Path:
     path = folder / f"{root}.py"
     path.write_text(text.replace("        augment", "        validation=0.1,\n        augment"))
     return path
+
+
+CUT = "partial(random_resized_crop, area=(0.25, 1.0)), "
+
+
+@pytest.mark.parametrize("augmented", ["", CUT])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_pack_of_encoded_pictures_trains_to_the_weights_of_its_folder(
+    ranks: int, augmented: str, small: Path, tmp_path: Path
+) -> None:
+    size = "size=32, scaled_to=36"
+    recipes = {
+        "pets": recipe_of(tmp_path, f"partial(Folder, {size})", "pets"),
+        "out": recipe_of(tmp_path, f"partial(Packed, {size})", "out"),
+    }
+    (tmp_path / "pets").symlink_to(small)
+    assert start(small, tmp_path, how=PICTURES).wait() == 0, (tmp_path / "output").read_text()
+    for name, recipe in recipes.items():
+        text = recipe.read_text().replace("cosine,", "cosine, random_resized_crop,", 1)
+        text = text.replace("augment=(", f"augment=({augmented}")
+        recipe.write_text(text.replace("batch_size=50,", 'batch_size=50,\n        tier="disk",'))
+        run = Run(ranks, tmp_path, "epochs=2", "--name", name, recipe=recipe)
+        assert run.end() == 0, run.text()
+        assert "decoded from disk for each step" in run.text()
+    assert fingerprint(tmp_path / "runs" / "pets") == fingerprint(tmp_path / "runs" / "out")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -31,14 +31,14 @@ HALF = (0.5, 0.5, 0.5)
 class Tiny(nn.Module):
     """The smallest network with a setting."""
 
-    def __init__(self, width: int = 4, dropout: float = 0.0) -> None:
+    def __init__(self, width: int = 4, dropout: float = 0.0, classes: int = 10) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(3, width),
             nn.Dropout(dropout),
-            nn.Linear(width, 10),
+            nn.Linear(width, classes),
         )
 
     def forward(self, images: Tensor) -> Tensor:

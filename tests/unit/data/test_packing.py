@@ -2,6 +2,8 @@
 
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,19 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from launcher import Folder, Packed
+from launcher import Folder, Images, Packed, random_resized_crop
 from launcher.cli import main
-from launcher.data import packing, storage
+from launcher.data import cache, packing, sources, storage, tiers
+from launcher.data.storage import Joined
+from launcher.errors import BrokenPictureError
 from tests.support import helpers
-from tests.support.helpers import RECIPES, refused
+from tests.support.helpers import HALF, RECIPES, refused
 from tests.unit.data.test_sources import Cifar
 
 COUNTS = {"train": 11, "test": 3}  # of each of two classes: the last chunk is smaller
 LINE = ("pack", "pets", "out", "--size", "8")
+ENCODED = ("pack", "pets", "out", "--encoded")
+KINDS = ("pictures", "offsets", "names", "labels")
 SIMPLECNN = str(RECIPES / "simplecnn.py")
 
 
@@ -295,6 +301,9 @@ def test_a_file_that_is_gone_or_no_file_is_found(
         (["CIFAR10", "out", "--root", "file"], ["file", "--root"]),
         (["ImageFolder", "out", "--root", "pets"], ["ImageFolder", "neither `train` nor `split`"]),
         (["CIFAR10", "out", "--size", "8"], ["--size 8 of CIFAR10", "leave out --size"]),
+        (["CIFAR10", "out", "--encoded"], ["--encoded of CIFAR10", "leave out --encoded"]),
+        (["pets", "out", "--encoded", "--size", "8"], ["--size 8 with --encoded"]),
+        (["pets", "/proc/self/out", "--encoded"], ["/proc/self/out", "0 bytes are free"]),
         (["pets", "out", "--size", "0"], ["--size: '0'", "whole number from 1"]),
         (["pets", "out", "--size", "9" * 12], ["to be written to out", "are free"]),
         (["pets", "out", "--root", "x"], ["--root x with the folder pets"]),
@@ -419,3 +428,247 @@ def test_a_half_that_was_not_packed_is_refused() -> None:
     assert main(LINE) == 0
     with refused("without the half 'val'", "one of train, test"):
         Packed("out", "val")
+
+
+def test_a_pack_of_pixels_is_not_scaled_to_another_size() -> None:
+    assert main(LINE) == 0
+    assert torch.equal(Packed("out", size=8).data, Packed("out").data)
+    with refused("data.source.size=9 of out, whose images are packed as 8 x 8", "--encoded"):
+        Packed("out", size=9)
+    with refused("data.source.scaled_to=9 of out, whose images are packed as 8 x 8"):
+        Packed("out", scaled_to=9)
+
+
+# Pictures that stay encoded
+
+
+def pack_encoded(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is said by a pack of encoded pictures that succeeds."""
+    assert main([*ENCODED, *words]) == 0
+    return capsys.readouterr().out
+
+
+def joined(half: str = "train", size: int = 8) -> Joined:
+    found = Packed("out", half, size=size).encoded
+    assert isinstance(found, Joined)
+    return found
+
+
+def has_encoded(folder: str, left_out: tuple[str, ...] = ()) -> None:
+    """The files of the folder, one behind the other, with their names and labels."""
+    for half in COUNTS:
+        packed, source = Packed("out", half), Folder(folder, half)
+        kept = [place for place, file in enumerate(source.files) if file not in left_out]
+        files = [source.files[place] for place in kept]
+        whole = [Path(folder, file).read_bytes() for file in files]
+        assert Path(f"out/{half}.pictures").read_bytes() == b"".join(whole)
+        assert joined(half).files == tuple(files)
+        assert [joined(half).contents([place]) for place in range(len(files))] == whole
+        assert packed.targets.tolist() == source.targets[kept].tolist()
+        assert packed.classes == source.classes
+
+
+def images_of(source: Any, root: str, **changes: Any) -> Images:
+    return replace(Images(source, batch_size=4, mean=HALF, std=HALF, root=root), **changes)
+
+
+def test_encoded_pictures_are_packed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    size = sum(path.stat().st_size for path in Path("pets").rglob("*.png"))
+    said = pack_encoded(capsys)
+    assert said == (
+        f"packed encoded pictures, 22 for train and 6 for test ({size / 1000:.1f} KB) into out\n"
+    )
+    has_encoded("pets")
+    names = {path.name for path in Path("out").iterdir()}
+    assert names == {"pack.json", *(f"{half}.{kind}" for half in COUNTS for kind in KINDS)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tier": "disk"}, {"tier": "device"}, {"tier": "host"}])
+@pytest.mark.parametrize(
+    "cut", [(), (partial(random_resized_crop, area=(0.25, 1.0)),)], ids=["whole", "cut"]
+)
+def test_they_are_loaded_as_those_of_the_folder(changes: dict[str, Any], cut: Any) -> None:
+    assert main(ENCODED) == 0
+    changes = {**changes, "augment": cut, "validation": 0.25}
+    loaded = [
+        sources.load(images_of(partial(source, size=8, scaled_to=9), root, **changes), seed=1)
+        for source, root in ((Folder, "pets"), (Packed, "out"))
+    ]
+    folder, packed = loaded
+    for name, half in folder.halves.items():
+        other = packed.halves[name]
+        assert other.tensor.equal(half.tensor)
+        assert other.labels.equal(half.labels)
+        assert other.files == half.files
+        assert isinstance(other.images, torch.Tensor) == isinstance(half.images, torch.Tensor)
+    assert tiers.describe(packed) == tiers.describe(folder)
+    assert sources.digest(packed) == sources.digest(folder)
+
+
+def test_without_a_size_they_have_that_of_a_folder() -> None:
+    assert main(ENCODED) == 0
+    encoded = Packed("out").encoded
+    assert encoded is not None
+    assert encoded.shape == (22, 32, 32, 3)
+    with refused("scaled_to=7, of pictures of 8 pixels"):
+        Packed("out", size=8, scaled_to=7)
+    with refused("size=0 for a source of images"):
+        Packed("out", size=0)
+
+
+def test_another_process_of_the_node_maps_the_file() -> None:
+    """Rather than a copy of it."""
+    assert main(ENCODED) == 0
+    loaded = sources.load(images_of(partial(Packed, size=8), "out", tier="disk"))
+    with cache._written(loaded) as place:
+        assert os.stat(json.loads(place)[0]).st_size < Path("out/train.pictures").stat().st_size
+        other = cache._map(place)
+    assert other is not None
+    assert isinstance(other.train.images, Joined)
+    assert other.train.tensor.equal(loaded.train.tensor)
+    assert other.train.files == loaded.train.files
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count("out/train.pictures") == 2
+
+
+def test_names_may_hold_any_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = os.fsdecode(b"pets/train/cat/a\nb \xff.png")
+    Path("pets/train/cat/000.png").rename(odd)
+    pack_encoded(capsys)
+    has_encoded("pets")
+    assert "out is whole" in pack_encoded(capsys)
+
+
+def test_a_broken_picture_ends_a_pack_of_encoded_ones_which_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path("pets/train/dog/002.png")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])  # its beginning is that of a picture
+    line = helpers.complaint(capsys, *ENCODED)
+    assert f"{path} cannot be read as a picture" in line
+    assert "or type --on-broken skip; what is packed stays" in line
+    assert content("pack.partial.json")["halves"]["train"]["read"] == 12
+    path.write_bytes(whole)
+    before = {kind: Path(f"out/train.{kind}").stat().st_ino for kind in ("pictures", "offsets")}
+    pack_encoded(capsys)
+    has_encoded("pets")
+    assert before == {kind: Path(f"out/train.{kind}").stat().st_ino for kind in before}
+
+
+def test_broken_ones_can_be_left_out_of_encoded_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    first = [f"train/cat/{number:03}.png" for number in range(4)]  # all of the first chunk
+    names = (*first, "train/dog/002.png", "test/dog/001.png")
+    for name in names:
+        spoil(name)
+    Path("pets", names[-1]).unlink()
+    Path("pets", names[-1]).symlink_to("nowhere")
+    said = pack_encoded(capsys, "--on-broken", "skip")
+    assert "17 for train and 5 for test" in said
+    assert "left out: 6 broken pictures: train/cat/000.png" in said
+    has_encoded("pets", names)
+    assert "left out: 6 broken pictures: train/cat/000.png" in pack_encoded(capsys)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "offsets"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_encoded_ones_that_have_changed_are_packed_again(
+    kind: str, place: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil("train/dog/002.png")
+    helpers.complaint(capsys, *ENCODED)
+    change(Path("out", f"train.{kind}"), place)
+    said = pack_encoded(capsys, "--on-broken", "skip")
+    if (kind, place) == ("pictures", -1):  # which is behind the last whole chunk
+        assert "has changed" not in said
+    else:
+        assert f"out/train.{kind} has changed since it was packed: it is packed again\n" in said
+    has_encoded("pets", ("train/dog/002.png",))
+
+
+@pytest.mark.parametrize("lines", [(LINE, ENCODED), (ENCODED, LINE)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_pixels_and_encoded_ones_do_not_go_into_one_folder(
+    lines: tuple[tuple[str, ...], ...], whole: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if whole:
+        assert main(lines[0]) == 0
+        capsys.readouterr()
+    else:
+        spoil("train/dog/002.png")
+        helpers.complaint(capsys, *lines[0])
+    line = helpers.complaint(capsys, *lines[1])
+    assert "8 x 8 x 3" in line if lines[0] == LINE else "encoded pictures" in line
+
+
+@pytest.mark.parametrize("file", [f"{half}.{kind}" for half in COUNTS for kind in KINDS])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_changed_byte_of_encoded_ones_is_found(
+    file: str, place: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack_encoded(capsys)
+    assert "out is whole: encoded pictures, 22 for train" in pack_encoded(capsys)
+    change(Path("out", file), place)
+    assert f"out/{file}, which is damaged" in helpers.complaint(capsys, *ENCODED)
+
+
+@pytest.mark.parametrize(
+    ("places", "value", "found"),
+    [
+        ([5], 2**40, "train.offsets, whose numbers do not increase"),
+        ([5], -1, "train.offsets, whose numbers do not increase"),
+        ([4, 5], 300, "train.offsets, whose numbers do not increase"),
+        ([0], 1, "train.offsets, whose numbers go from 1 to"),
+        ([-1], 2**40, "train.offsets, whose numbers go from 0 to 1,099,511,627,776; expected"),
+    ],
+)
+def test_offsets_that_are_none_are_refused(places: list[int], value: int, found: str) -> None:
+    assert main(ENCODED) == 0
+    offsets = numpy.fromfile("out/train.offsets", "<i8")
+    offsets[places] = value
+    offsets.tofile("out/train.offsets")
+    with refused(found, "where each picture begins"):
+        Packed("out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoded_ones_with_a_file_of_another_length_are_refused(kind: str) -> None:
+    assert main(ENCODED) == 0
+    path = Path("out", f"train.{kind}")
+    path.write_bytes(path.read_bytes()[:-1])
+    with refused(f"out/train.{kind}, which has"):
+        Packed("out")
+    path.unlink()
+    with refused(f"out/train.{kind}, which is not there"):
+        Packed("out")
+
+
+@pytest.mark.parametrize("about", [{"bytes": 0}, {"bytes": "3"}, {"names": 3}, {"offsets": None}])
+def test_a_manifest_of_an_odd_half_of_encoded_ones_is_refused(about: dict[str, Any]) -> None:
+    assert main(ENCODED) == 0
+    whole = content("pack.json")
+    whole["halves"]["train"].update(about)
+    Path("out/pack.json").write_text(json.dumps(whole))
+    with refused("pack.json, which is damaged"):
+        Packed("out")
+
+
+def test_labels_beyond_the_classes_are_refused() -> None:
+    assert main(ENCODED) == 0
+    numpy.full(22, 2, "<i8").tofile("out/train.labels")
+    with refused("labels from 2 to 2 in Packed"):
+        sources.load(images_of(partial(Packed, size=8), "out"))
+
+
+def test_a_packed_picture_that_has_changed_is_named_or_left_out() -> None:
+    assert main(ENCODED) == 0
+    start = int(joined().offsets[3])
+    for place in range(start, start + 30):
+        change(Path("out/train.pictures"), place)
+    with pytest.raises(BrokenPictureError, match=r"out/train.pictures/train/cat/003.png cannot"):
+        storage.read(joined(), torch.tensor([3]))
+    images = images_of(partial(Packed, size=8), "out", tier="disk", on_broken="skip")
+    loaded = sources.load(images)
+    assert loaded.train.left_out == ("train/cat/003.png",)
+    assert len(loaded.train) == 21
+    assert "train/cat/003.png" not in loaded.train.files

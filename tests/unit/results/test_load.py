@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from launcher import RunResult, Synthetic, load_run, train
+from launcher import Folder, RunResult, Synthetic, load_run, train
 from launcher.data import sources
 from tests.support.helpers import Tiny, refused, tiny_recipe
 
@@ -75,6 +75,22 @@ def test_paths_pictures_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
     assert run.prepare(picture.resize((77, 41))).shape == (1, 3, 20, 20)
     assert run.prepare(picture.convert("L")).shape == (1, 3, 20, 20)
+
+
+def test_a_picture_is_cropped_as_the_run_s_own_were(tmp_path: Path) -> None:
+    random = numpy.random.default_rng(0)
+    for kind in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        pixels = random.integers(0, 256, (40, 50, 3), dtype=numpy.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / kind / "a.png")
+    source = partial(Folder, size=16, scaled_to=20)
+    data = {"source": source, "root": str(tmp_path / "pictures"), "batch_size": 1}
+    recipe = tiny_recipe(data=data, model=partial(Tiny, classes=2), epochs=1)
+    result = train(recipe, runs=tmp_path / "runs", wandb="off")
+    assert result.folder is not None
+    run = load_run(result.folder, recipe=recipe)
+    evaluated = sources.load(recipe.data).test.tensor
+    assert run.pixels(tmp_path / "pictures" / "test" / "cat" / "a.png").equal(evaluated[0])
 
 
 @pytest.mark.parametrize(
