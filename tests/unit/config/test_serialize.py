@@ -20,7 +20,12 @@ def test_the_resolved_form_is_plain_json_with_defaults_filled_in(recipe: Recipe)
     assert form["optimizer"]["call"] == "torch.optim.adam:Adam"
     assert form["optimizer"]["lr"] == 1e-3
     assert form["optimizer"]["eps"] == 1e-8
-    assert form["model"] == {"call": "tests.support.helpers:Tiny", "width": 4, "dropout": 0.0}
+    assert form["model"] == {
+        "call": "tests.support.helpers:Tiny",
+        "width": 4,
+        "dropout": 0.0,
+        "classes": 10,
+    }
     assert form["data"]["augment"][1] == {
         "call": "launcher.data.augment:crop",
         "padding": 4,
