@@ -7,7 +7,7 @@ Images stay uint8 on the device; a batch is gathered by index and normalized the
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -70,12 +70,13 @@ def balanced_order(seed: int, epoch: int, labels: Tensor) -> Tensor:
     An image of a small class comes several times in an epoch, all of them equally often up to one;
     of a large class each epoch takes others.
     """
-    random, present = make_rng(ORDER, seed, epoch), torch.unique(labels.cpu())
+    labels = labels.cpu()
+    random, present = make_rng(ORDER, seed, epoch), torch.unique(labels)
     quotas = torch.full((len(present),), len(labels) // len(present))
     quotas[random.permutation(len(present))[: len(labels) % len(present)]] += 1
     chosen = []
     for label, quota in zip(present, quotas.tolist(), strict=True):
-        own = (labels.cpu() == label).nonzero()[:, 0].numpy()
+        own = (labels == label).nonzero()[:, 0].numpy()
         chosen.append(numpy.resize(random.permutation(own), quota))
     return torch.from_numpy(random.permutation(numpy.concatenate(chosen)))
 
@@ -138,7 +139,20 @@ class _Order:
 
     def take(self, positions: Tensor | slice) -> "_Order":
         """What is visited at these positions of the epoch."""
-        return _Order(self.places[positions], self.rows[positions])
+        return self._each(lambda table: table[positions])
+
+    def take_spans(self, spans: list[_Span]) -> "_Order":
+        """What is visited in these parts of the epoch, one after the other."""
+        return self._each(lambda table: torch.cat([table[s.start : s.stop] for s in spans]))
+
+    def to(self, send: Callable[[Tensor], Tensor]) -> "_Order":
+        """The same where `send` brings it."""
+        return self._each(send)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "_Order":
+        """Once, where places and rows are one table."""
+        places = change(self.places)
+        return _Order(places, places if self.rows is self.places else change(self.rows))
 
 
 @dataclass(frozen=True)
@@ -244,7 +258,7 @@ class Batches:
         weights = None
         if self._weights is not None:
             weights = nn.functional.pad(self._weights[places].cumsum(0), (1, 0))
-        order, *partners = map(self._send_order, on_host)
+        order, *partners = (each.to(self._send) for each in on_host)
         fresh = self._drawn(make_rng(FRESH, seed, epoch))
         cuts = fresh[0] if fresh is not None and self._cut else None
         return _Epoch(
@@ -256,10 +270,6 @@ class Batches:
             tuple(on_host) if self._stored is not None else (),
             cuts,
         )
-
-    def _send_order(self, order: _Order) -> _Order:
-        places = self._send(order.places)
-        return _Order(places, places if order.rows is order.places else self._send(order.rows))
 
     def _drawn(self, random: numpy.random.Generator) -> Tensor | None:
         """Draws of all images for all augmentations: `(augmentations, images, 4)`, on the host."""
@@ -287,9 +297,7 @@ class Batches:
             key = (epoch.number, chunk.start)
             if key not in self._ahead:
                 spans = self._spans_of(chunk, epoch)
-                parts = [
-                    order.take(slice(s.start, s.stop)) for order in epoch.on_host for s in spans
-                ]
+                parts = [order.take_spans(spans) for order in epoch.on_host]
                 # Ascending, and what both orders visit once.
                 rows, first = numpy.unique(torch.cat([p.rows for p in parts]), return_index=True)
                 places = torch.cat([part.places for part in parts])[first]
@@ -339,10 +347,8 @@ class Batches:
             (span,) = spans
             examples = self._examples(order.take(slice(span.start, span.stop)), drawn, read)
             return [MicroBatch(*examples, span.weight)]
-        parts = [order.take(slice(span.start, span.stop)) for span in spans]
-        places, rows = torch.cat([p.places for p in parts]), torch.cat([p.rows for p in parts])
         sizes = [span.stop - span.start for span in spans]
-        examples = self._examples(_Order(places, rows), drawn, read)
+        examples = self._examples(order.take_spans(spans), drawn, read)
         images, targets = (torch.split(part, sizes) for part in examples)
         weights = [span.weight for span in spans]
         return [MicroBatch(*parts) for parts in zip(images, targets, weights, strict=True)]

@@ -96,12 +96,17 @@ def fitted(
     """Upright, scaled and cropped around the middle: uint8 `(height, width[, 3])`.
 
     `size` is width and height; `mode` is RGB, or L for one channel; `margin` is what is cropped off
-    on each side, of the picture's own. Raises `ValueError` for a
-    picture whose values do not say what is white.
+    on each side, of the picture's own. Raises `ValueError` for a picture whose values do not say
+    what is white.
     """
     return numpy.asarray(
         ImageOps.fit(_in_colour(_upright(picture)), size, bleed=margin).convert(mode)
     )
+
+
+def margin_of(size: int, scaled_to: int) -> float:
+    """The part to crop off on each side of what is scaled to more pixels than are kept."""
+    return (1 - size / scaled_to) / 2
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from launcher.config.slots import Source
-from launcher.data.decoding import not_a_picture
+from launcher.data.decoding import margin_of, not_a_picture
 from launcher.data.limits import refuse_margin, refuse_too_large
 from launcher.data.storage import Encoded, read
 from launcher.errors import UserError
@@ -27,10 +27,10 @@ class Folder:
     """RGB pictures of `size` pixels square, as uint8 `(n, size, size, 3)`; `files` below `root`.
 
     Larger or oblong pictures are scaled to the shorter side and cropped around the middle; by
-    `scaled_to` pixels, more than `size`, a margin is cropped off as well. Where
-    they stay on disk (`Images.tier`) they are decoded step by step, else once, at the start.
-    Raises `FileNotFoundError` where there is no folder `root`, and `UserError` where it is empty
-    or holds something other than pictures.
+    `scaled_to` pixels, more than `size`, a margin is cropped off as well. Where they stay on disk
+    (`Images.tier`) they are decoded step by step, else once, at the start. Raises
+    `FileNotFoundError` where there is no folder `root`, and `UserError` where it is empty or holds
+    something other than pictures.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Folder:
         return read(self.encoded, self.encoded.places).numpy()
 
 
-def margin_of(source: Source, size: int) -> float:
+def margin_of_source(source: Source, size: int) -> float:
     """The part of a picture that its source crops off on each side: see `scaled_to`."""
     scaled_to = source.keywords.get("scaled_to") if isinstance(source, partial) else None
-    return (1 - size / scaled_to) / 2 if scaled_to else 0.0
+    return margin_of(size, scaled_to or size)
 
 
 def _half(root: Path, split: str) -> Path:

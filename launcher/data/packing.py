@@ -17,14 +17,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy
 import torch
@@ -433,7 +432,8 @@ def _packed(
     state = done[name]
     with ExitStack() as opened:
         files = {
-            kind: opened.enter_context(_Growing(file_of(job.out, name, kind))) for kind in job.grow
+            kind: opened.enter_context(closing(_Growing(file_of(job.out, name, kind))))
+            for kind in job.grow
         }
         before = {kind: state.written.get(kind, (0, "")) for kind in files}
         for kind, file in files.items():
@@ -503,15 +503,8 @@ class _Growing:
         self._file = path.open("r+b" if path.exists() else "x+b")
         self._size, self._whole = 0, blake2b(digest_size=16)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Whoever opened it does so."""
         self._file.close()
 
     @property

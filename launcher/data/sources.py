@@ -563,11 +563,12 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     classes = tuple(str(label) for label in (range(10) if named is None else named))
     _check_labels(labels, classes, name)
     files = tuple(map(str, getattr(dataset, "files", ())))
-    kept: Tensor | Stored = _channels_last(images)
+    images = _channels_last(images)
+    kept: Tensor | Stored = images
     is_mapped = isinstance(dataset, Packed)
     if data.tier == "host" or (is_mapped and data.tier == "auto"):
         path = dataset.path if is_mapped else None
-        kept = Mapped(torch.arange(len(images)), _channels_last(images), path)
+        kept = Mapped(torch.arange(len(images)), images, path)
     elif is_mapped:
         kept = images.clone()
     return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))

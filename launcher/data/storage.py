@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from launcher.data.decoding import cut_out, fitted, not_a_picture, open_picture
+from launcher.data.decoding import cut_out, fitted, margin_of, not_a_picture, open_picture
 from launcher.errors import BrokenPictureError
 
 
@@ -100,7 +100,7 @@ class Encoded(Stored):
 
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
         """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
-        margin = (1 - self.size / self.scaled_to) / 2
+        margin = margin_of(self.size, self.scaled_to)
         for number, place in enumerate(self.places[places].tolist()):
             with self._open(place) as picture:
                 if shares is None:
@@ -219,9 +219,7 @@ def broken(encoded: Encoded) -> dict[int, str]:
 
     def try_one(place: int) -> str:
         try:
-            encoded.read(
-                torch.tensor([place]), torch.empty(1, *encoded.shape[1:], dtype=torch.uint8)
-            )
+            encoded.checked(place)
         except BrokenPictureError as error:
             return error.given
         return ""

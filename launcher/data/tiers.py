@@ -4,6 +4,7 @@ What a recipe leaves to `auto` is decided by what fits. It changes no pixel, so 
 what another one has decided.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -42,11 +43,8 @@ def _where(data: Data) -> str:
 
 def bytes_of(data: Data) -> int:
     """Of all images that are not encoded."""
-    total = 0
-    for half in data.halves.values():
-        count, height, width, channels = half.images.shape
-        total += 0 if isinstance(half.images, Encoded) else count * height * width * channels
-    return total
+    kept = (half.images for half in data.halves.values() if not isinstance(half.images, Encoded))
+    return sum(math.prod(images.shape) for images in kept)
 
 
 def _in_host(images: ImageSet) -> ImageSet:

@@ -16,7 +16,7 @@ from launcher.config.overrides import as_text, override
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Normalize
 from launcher.data.decoding import fitted
-from launcher.data.image_folder import margin_of
+from launcher.data.image_folder import margin_of_source
 from launcher.data.sources import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network, first_parameter
@@ -60,7 +60,8 @@ class TrainedRun:
                     instead="give its path or a PIL image, which are scaled",
                 )
             return picture.permute(1, 2, 0)
-        mode, margin = "L" if channels == 1 else "RGB", margin_of(self.recipe.data.source, height)
+        mode = "L" if channels == 1 else "RGB"
+        margin = margin_of_source(self.recipe.data.source, height)
         if isinstance(picture, Image.Image):
             pixels = fitted(picture, (width, height), mode, margin)
         else:

@@ -74,7 +74,7 @@ def _seconds_of_pass(recipe: Recipe, data: Data) -> float:
     network = build_network(recipe, data.train).train()
     train, like = data.train, first_parameter(network)
     normalize = Normalize(recipe.data, train.shape, like, contiguous=True)
-    images = normalize(train.pixels(slice(len(train))))
+    images = normalize(train.tensor)
     halves = torch.autocast("cpu", enabled=recipe.precision in ("bf16", "pure_bf16"))
     seconds = math.inf
     try:

@@ -409,16 +409,21 @@ def test_a_pack_that_is_not_finished_is_refused(capsys: pytest.CaptureFixture[st
         Packed("out")
 
 
+def assert_needed_whole(path: Path) -> None:
+    """Shorter by a byte, and then not there at all, a file of a pack is refused."""
+    path.write_bytes(path.read_bytes()[:-1])
+    with refused(f"{path}, which has"):
+        Packed("out")
+    path.unlink()
+    with refused(f"{path}, which is not there"):
+        Packed("out")
+
+
 @pytest.mark.parametrize("file", ["train.images", "train.labels"])
 def test_a_pack_with_a_file_of_another_length_is_refused(file: str) -> None:
     assert main(LINE) == 0
     path = Path("out", file)
-    path.write_bytes(path.read_bytes()[:-1])
-    with refused(f"out/{file}, which has"):
-        Packed("out")
-    path.unlink()
-    with refused(f"out/{file}, which is not there"):
-        Packed("out")
+    assert_needed_whole(path)
     os.mkfifo(path)
     with refused(f"out/{file}, which is no file"):
         Packed("out")
@@ -634,13 +639,7 @@ def test_offsets_that_are_none_are_refused(places: list[int], value: int, found:
 @pytest.mark.parametrize("kind", KINDS)
 def test_encoded_ones_with_a_file_of_another_length_are_refused(kind: str) -> None:
     assert main(ENCODED) == 0
-    path = Path("out", f"train.{kind}")
-    path.write_bytes(path.read_bytes()[:-1])
-    with refused(f"out/train.{kind}, which has"):
-        Packed("out")
-    path.unlink()
-    with refused(f"out/train.{kind}, which is not there"):
-        Packed("out")
+    assert_needed_whole(Path("out", f"train.{kind}"))
 
 
 @pytest.mark.parametrize("about", [{"bytes": 0}, {"bytes": "3"}, {"names": 3}, {"offsets": None}])
