@@ -95,6 +95,18 @@ def refused(*parts: str) -> Iterator[None]:
         assert part in message, message
 
 
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """As on a machine on which torch.compile finds no C++ compiler.
+
+    Not by monkeypatch, which cannot put back a setting of torch: it would be gone for good.
+    """
+    from torch._inductor import config  # which takes seconds to import
+
+    with config.patch({"cpp.cxx": ("/nonexistent",)}):
+        yield
+
+
 def words_to_type(error: UserError) -> list[str]:
     """The `name=value` words that a refusal tells its reader to type, as a shell reads them."""
     return [word.rstrip(",?") for word in shlex.split(error.instead) if "=" in word]

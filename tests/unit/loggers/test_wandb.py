@@ -110,6 +110,8 @@ def world(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
 def serving(world: pytest.MonkeyPatch, refused: str = "") -> Iterator[WandbServer]:
     """A server on loopback, and an account there."""
     server = WandbServer(refused)
+    # The client asks it through a process of its own, which takes long to start on a busy machine.
+    world.setenv("WANDB_HTTP_TIMEOUT", "60")
     world.setenv("WANDB_BASE_URL", server.url)
     world.setenv("WANDB_API_KEY", API_KEY)
     try:

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from launcher import ChainedOptimizer, Muon, NamedParameters, train
 from launcher.config.slots import CompileMode
 from launcher.training.compiling import choose_compiling, is_to_be_tried
-from tests.support.helpers import Tiny, context_of, tiny_recipe
+from tests.support.helpers import Tiny, context_of, tiny_recipe, without_compiler
 from tests.support.processes import Run, fingerprint
 
 COMPILED_WAITS, SECONDS = True, 0.05  # more than a step takes
@@ -109,9 +109,9 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent",))
     torch.compiler.reset()
-    choice = choose_compiling(context_of(RECIPE))
+    with without_compiler():
+        choice = choose_compiling(context_of(RECIPE))
     assert choice.ctx.recipe.compile is False
     assert choice.said.startswith("eager: torch.compile fails here: ")
     assert "\n" not in choice.said
