@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -68,7 +68,12 @@ def open_picture(file: Path, content: bytes | None = None) -> Iterator[Image.Ima
     """The picture of a file, or of its bytes; raises `BrokenPictureError` for one that is none."""
     try:
         with Image.open(BytesIO(content) if content is not None else file) as picture:
+            # MPO is what some cameras write: the picture, and more of the same moment behind it.
+            if picture.format != "MPO" and (several := getattr(picture, "n_frames", 1)) > 1:
+                raise ValueError(f"it is {several} in one file")
             yield picture
+    except UnidentifiedImageError:  # whose words name the object that held the bytes
+        raise not_a_picture(file, "its content is that of no known format") from None
     except BROKEN as error:
         raise not_a_picture(file, str(error)) from None
 

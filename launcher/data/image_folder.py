@@ -5,6 +5,7 @@ plain `ROOT/CLASS/*.png`, of which every fifth picture of a class, by name, is k
 With `ROOT/val` beside `ROOT/test`, data.validation=val validates on those.
 """
 
+import os
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from launcher.config.slots import Source
 from launcher.data.decoding import margin_of, not_a_picture
 from launcher.data.limits import refuse_margin, refuse_too_large
 from launcher.data.storage import Encoded, read
+from launcher.distributed import signals
 from launcher.errors import UserError
+from launcher.utils.terminal import progress
 from launcher.utils.text import count
 
 TEST_EVERY = 5
@@ -47,18 +50,20 @@ class Folder:
             raise FileNotFoundError(root)
         refuse_margin(size, scaled_to)
         half = _half(Path(root), split)
-        names = sorted(folder.name for folder in half.iterdir() if _is_visible(folder, "folder"))
-        files = [(file, label) for label, name in enumerate(names) for file in _files(half / name)]
+        names = _pictures_of_classes(half)
         if half == Path(root):
-            _refuse_few(files, names)
-            files = _split(files, split)
-        if not files:
+            _refuse_few(half, names)
+            names = {of_class: _chosen(own, split) for of_class, own in names.items()}
+        if not names:
             raise _empty(half)
-        self.classes = names
-        self.targets = numpy.array([label for _, label in files])
-        self.files = [str(file.relative_to(root)) for file, _ in files]
+        inside = "" if half == Path(root) else half.name
+        self.classes = list(names)
+        self.targets = numpy.repeat(numpy.arange(len(names)), [len(own) for own in names.values()])
+        self.files = [
+            os.path.join(inside, of_class, name) for of_class, own in names.items() for name in own
+        ]
         self.encoded = Encoded(
-            torch.arange(len(files)), root, tuple(self.files), size, scaled_to or size
+            torch.arange(len(self.files)), root, tuple(self.files), size, scaled_to or size
         )
         self.root = str(half)
 
@@ -90,7 +95,7 @@ def _half(root: Path, split: str) -> Path:
         )
     if not (root / "train").is_dir():
         return root
-    others = {path.name for path in root.iterdir() if _is_visible(path, "folder")}
+    others = {entry.name for entry in _visible(root) if entry.is_dir()}
     if others := others - {"train", "test", "val"}:
         raise UserError(
             f"{root} holds the folder train and beside it {', '.join(sorted(others))}",
@@ -105,53 +110,62 @@ def _half(root: Path, split: str) -> Path:
     raise _empty(root / "test")
 
 
-def _refuse_few(files: list[tuple[Path, int]], names: list[str]) -> None:
-    """Refuse a class that would have no picture for testing."""
-    for label, name in enumerate(names):
-        own = [file for file, number in files if number == label]
-        if len(own) < TEST_EVERY:
-            raise UserError(
-                f"{own[0].parent} holds {count(len(own), 'picture')}",
-                expected=f"at least {TEST_EVERY}, as every fifth is kept for testing",
-                instead=f"add pictures of {name!r}, or use folders train/CLASS and test/CLASS",
-            )
+def _pictures_of_classes(half: Path) -> dict[str, list[str]]:
+    """The names of the pictures in each folder, both in order."""
+    folders = sorted(entry.name for entry in _visible(half) if entry.is_dir())
+    names = {}
+    with progress(f"scanning {half}", len(folders), "class folder") as advance:
+        for name in folders:
+            names[name] = _names_in(half / name)
+            advance(1)
+            signals.end_if_stopped(f"the scan of {half}")
+    return names
 
 
-def _is_visible(path: Path, kind: str) -> bool:
-    """Skip what desktops leave behind: `.DS_Store`, `Thumbs.db`, hidden folders.
-
-    A link to nothing counts as a file: reading it says so.
-    """
-    right_kind = path.is_dir() == (kind == "folder")
-    return right_kind and not path.name.startswith(".") and path.name != "Thumbs.db"
-
-
-def _files(folder: Path) -> list[Path]:
-    if inner := next((path for path in folder.iterdir() if _is_visible(path, "folder")), None):
+def _names_in(folder: Path) -> list[str]:
+    entries = sorted(_visible(folder), key=lambda entry: entry.name)
+    if inner := next((entry for entry in entries if entry.is_dir()), None):
         raise UserError(
-            f"{inner} is a folder inside of a class",
+            f"{inner.path} is a folder inside of a class",
             expected="pictures only, such as CLASS/picture.png",
             instead=f"move its pictures into {folder}, or the folder away",
         )
-    files = sorted(file for file in folder.iterdir() if _is_visible(file, "file"))
-    if not files:
+    if not entries:
         raise _empty(folder)
-    for file in files:
-        if file.suffix.lower() not in IMG_EXTENSIONS:
+    for entry in entries:
+        file = Path(entry.path)
+        if os.path.splitext(entry.name)[1].lower() not in IMG_EXTENSIONS:
             raise not_a_picture(file, "its name does not end like a picture's")
-        if file.exists() and not file.is_file():  # to read it might be to wait for ever
+        if not entry.is_file() and file.exists():  # to read it might be to wait for ever
             raise not_a_picture(file, "it is a pipe or a device")
-    return files
+    return [entry.name for entry in entries]
 
 
-def _split(files: list[tuple[Path, int]], split: str) -> list[tuple[Path, int]]:
-    chosen, seen = [], dict.fromkeys({label for _, label in files}, 0)
-    for file, label in files:
-        is_test = seen[label] % TEST_EVERY == TEST_EVERY - 1
-        seen[label] += 1
-        if is_test == (split == "test"):
-            chosen.append((file, label))
-    return chosen
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Without what desktops leave behind: `.DS_Store`, `Thumbs.db`, hidden folders.
+
+    An entry knows its kind without a look at the file, which a server of files takes long to give;
+    a link to nothing counts as a file: reading it says so.
+    """
+    with os.scandir(folder) as entries:
+        return [e for e in entries if not e.name.startswith(".") and e.name != "Thumbs.db"]
+
+
+def _refuse_few(folder: Path, names: dict[str, list[str]]) -> None:
+    """Refuse a class that would have no picture for testing."""
+    for of_class, own in names.items():
+        if len(own) < TEST_EVERY:
+            raise UserError(
+                f"{folder / of_class} holds {count(len(own), 'picture')}",
+                expected=f"at least {TEST_EVERY}, as every fifth is kept for testing",
+                instead=f"add pictures of {of_class!r}, or use folders train/CLASS and test/CLASS",
+            )
+
+
+def _chosen(names: list[str], split: str) -> list[str]:
+    """Those of a class that are for one half."""
+    every = TEST_EVERY
+    return [n for i, n in enumerate(names) if (i % every == every - 1) == (split == "test")]
 
 
 def _empty(folder: Path) -> UserError:

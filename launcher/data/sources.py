@@ -36,7 +36,8 @@ from launcher.data.storage import Encoded, Mapped, Stored, broken
 from launcher.data.synthetic import Synthetic
 from launcher.data.validation import held_out
 from launcher.distributed import signals
-from launcher.errors import UserError
+from launcher.errors import LauncherError, UserError
+from launcher.utils.terminal import progress
 from launcher.utils.text import count, some
 from launcher.utils.user_code import user_line, user_location
 
@@ -199,7 +200,7 @@ def open_or_download(data: Images, *, downloads: bool = True) -> Data:
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
-            loaded = _open_halves(replace(data, source=data.fallback, tier="auto"), downloads)
+            loaded = _open_halves(_of_source(data, data.fallback), downloads)
         except _UnavailableError as second:
             raise UserError(
                 f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
@@ -303,13 +304,18 @@ def stand_in(data: Images, count: int) -> Images:
     if function is not Synthetic:
         keywords = _known_shape(data)
     source = partial(Synthetic, **{**keywords, "count": count})
-    return replace(data, source=source, fallback=None, validation=None, tier="auto")
+    return replace(_of_source(data, source), fallback=None, validation=None)
 
 
 def known_counts(data: Images) -> tuple[int, int] | None:
     """How many training and test images a published set has; None for others."""
     known = _KNOWN.get(short_name(data.source))
     return (known.train, known.test) if known else None
+
+
+def _of_source(data: Images, source: Source) -> Images:
+    """With other images, without what is said of files that they do not have."""
+    return replace(data, source=source, tier="auto", on_broken="stop")
 
 
 def _known_shape(data: Images) -> dict[str, int]:
@@ -336,7 +342,61 @@ def _open_halves(data: Images, downloads: bool) -> Data:
         _fetch(data, name) if half is None else half
         for name, half in zip(halves, found, strict=True)
     )
-    return Data(train, test, short_name(data.source), validation=own[0] if own else None)
+    opened = Data(train, test, short_name(data.source), validation=own[0] if own else None)
+    return _decoded(opened, data)
+
+
+def _decoded(opened: Data, data: Images) -> Data:
+    """Without broken pictures, if that is wanted, and decoded, if they do not stay on disk."""
+    ready = {}
+    for name, half in opened.halves.items():
+        if data.on_broken == "skip":
+            half = _without_broken(half, name)
+        if isinstance(half.images, Encoded) and not _stays_on_disk(half.images, data):
+            refuse_too_large(half.images.root, len(half), half.images.size)
+            pixels = _all_pixels(half.images, name)
+            in_host = data.tier == "host"
+            half = replace(
+                half, images=Mapped(torch.arange(len(half)), pixels) if in_host else pixels
+            )
+        ready[name] = half
+    own = ready.get("validation")
+    return replace(opened, train=ready["training"], test=ready["test"], validation=own)
+
+
+def _without_broken(half: ImageSet, name: str) -> ImageSet:
+    """Those that can be decoded; all are tried."""
+    assert isinstance(half.images, Encoded)  # or it was refused
+    with progress(f"trying {name} pictures", len(half), "picture") as advance:
+        odd = {}
+        for place, why in enumerate(broken(half.images)):
+            if why:
+                odd[place] = why
+            advance(1)
+            signals.end_if_stopped(f"the trial of all {name} pictures")
+    if not odd:
+        return half
+    if len(odd) == len(half):
+        raise UserError(
+            f"{half.images.root} holds {count(len(odd), f'broken {name} picture')} and no other: "
+            f"{some(list(odd.values()), 1)}",
+            expected="pictures, of which some may be broken",
+            instead="name another folder with data.root=FOLDER",
+        )
+    _LOG.warning("%s left out: %s", count(len(odd), "broken picture"), some(list(odd.values())))
+    kept = torch.tensor([place for place in range(len(half)) if place not in odd])
+    return replace(half.take(kept), left_out=tuple(half.files[place] for place in odd))
+
+
+def _all_pixels(encoded: Encoded, name: str) -> Tensor:
+    """All pictures, decoded once: uint8 `(n, size, size, 3)`."""
+    pixels = torch.empty(encoded.shape, dtype=torch.uint8)
+    with progress(f"decoding {name} pictures", len(encoded), "picture") as advance:
+        for part, decoded in storage.read_in_parts(encoded, storage.parts_of(len(encoded))):
+            pixels[part] = decoded
+            advance(len(decoded))
+            signals.end_if_stopped(f"the decoding of {name} pictures")
+    return pixels
 
 
 def _open(data: Images, half: str) -> ImageSet | None:
@@ -350,7 +410,7 @@ def _open(data: Images, half: str) -> ImageSet | None:
         raise _UnavailableError(f"there is no folder {error}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
-    except UserError:
+    except LauncherError:
         raise
     except Exception as error:
         _refuse_failing(source, error)
@@ -575,23 +635,11 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
 
 
 def _of_pictures(dataset: Any, encoded: Encoded, data: Images) -> ImageSet:
-    """Pictures that are decoded now, or in each step."""
+    """Pictures as they are found; `_decoded` follows."""
     labels, classes = torch.as_tensor(dataset.targets), tuple(dataset.classes)
     _check_labels(labels, classes, short_name(data.source))
-    left_out: tuple[str, ...] = ()
-    if data.on_broken == "skip" and (odd := broken(encoded)):
-        kept = torch.tensor([place for place in range(len(encoded)) if place not in odd])
-        left_out = tuple(encoded.files[place] for place in odd)
-        _LOG.warning("%s left out: %s", count(len(odd), "broken picture"), some(list(odd.values())))
-        encoded, labels = encoded.at(kept), labels[kept]
     files = tuple(encoded.files[place] for place in encoded.places.tolist())
-    images: Tensor | Stored = encoded
-    if not _stays_on_disk(encoded, data):
-        refuse_too_large(dataset.root, len(encoded), encoded.size)
-        images = storage.read(encoded, torch.arange(len(encoded)))
-        if data.tier == "host":
-            images = Mapped(torch.arange(len(encoded)), images)
-    return ImageSet(images, labels, classes, files, left_out)
+    return ImageSet(encoded, labels, classes, files)
 
 
 def _stays_on_disk(encoded: Encoded, data: Images) -> bool:

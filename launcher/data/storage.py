@@ -24,6 +24,8 @@ from torch import Tensor
 from launcher.data.decoding import cut_out, fitted, margin_of, not_a_picture, open_picture
 from launcher.errors import BrokenPictureError
 
+AT_ONCE = 256  # pictures
+
 
 @dataclass(frozen=True)
 class Stored(ABC):
@@ -214,8 +216,8 @@ def reading_threads() -> ThreadPoolExecutor:
     return pool
 
 
-def broken(encoded: Encoded) -> dict[int, str]:
-    """The places of pictures that cannot be decoded, and what is said of each; all are tried."""
+def broken(encoded: Encoded) -> Iterator[str]:
+    """Tries each picture: what is said of one that cannot be decoded, else nothing."""
 
     def try_one(place: int) -> str:
         try:
@@ -224,8 +226,14 @@ def broken(encoded: Encoded) -> dict[int, str]:
             return error.given
         return ""
 
-    tried = enumerate(reading_threads().map(try_one, range(len(encoded))))
-    return {place: why for place, why in tried if why}
+    for part in parts_of(len(encoded)):
+        yield from reading_threads().map(try_one, range(part.start, part.stop))
+
+
+def parts_of(count: int) -> Iterator[slice]:
+    """Of so many pictures, as many at once as threads decode between two looks at the signals."""
+    for start in range(0, count, AT_ONCE):
+        yield slice(start, min(start + AT_ONCE, count))
 
 
 def read(stored: Stored, places: Tensor) -> Tensor:

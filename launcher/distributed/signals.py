@@ -26,6 +26,7 @@ _received: list[str] = []
 _end = _NEVER
 _parent = os.getppid()
 _watches_launcher = False
+_listens = False
 _asked = ""
 
 
@@ -37,13 +38,15 @@ def listening(*, ends_process: bool = True) -> Iterator[None]:
     follows: the state is saved, and a late one must not change the exit code. At a time limit,
     Slurm's own comes at the same moment.
     """
-    global _end, _watches_launcher
+    global _end, _watches_launcher, _listens
     _received.clear()
     _end, _watches_launcher = _NEVER, False
+    was_listening, _listens = _listens, True
     before = {number: signal.signal(number, _record) for number in _STOPPING}
     try:
         yield
     finally:
+        _listens = was_listening
         stopped = ends_process and (bool(_received) or time.time() >= _end[0])
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if stopped else handler)
@@ -87,8 +90,11 @@ def stop_reason() -> str:
 
 
 def end_if_stopped(name: str) -> None:
-    """Raise `StoppedBeforeTrainingError` after a signal, in a wait before training."""
-    if reason := stop_reason():
+    """Raise `StoppedBeforeTrainingError` after a signal, in a wait before training.
+
+    Outside of `listening` a signal ends the process itself, and an earlier one is of the past.
+    """
+    if _listens and (reason := stop_reason()):
         raise StoppedBeforeTrainingError(stopped_line(name, reason))
 
 

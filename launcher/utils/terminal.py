@@ -1,8 +1,10 @@
 """A terminal, or a page where there is none: curves and pictures of block characters."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +17,8 @@ from launcher.utils.text import count
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 COLUMNS, HEIGHT = 60, 4  # characters
 SECONDS_OF_A_LINE = 10.0  # of progress, where there is no terminal
+SECONDS_BEFORE_A_BAR = 1.0
+_shown = Lock()  # by the one bar of this process
 
 
 def make_console(page_width: int) -> Console:
@@ -27,23 +31,35 @@ def make_console(page_width: int) -> Console:
 
 @contextmanager
 def progress(doing: str, total: int, noun: str) -> Iterator[Callable[[int], None]]:
-    """Yields what is told how many more of `total` are done: a bar, or now and then a line."""
-    console = make_console(80)
-    if console.is_terminal:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(doing, total=total)
-            yield lambda more: bar.advance(task, more)
-        return
+    """Yields what is told how many more of `total` are done: a bar, or now and then a line.
+
+    On stderr, since what is on stdout may be for a program, and only once it has taken a second. Of
+    several at the same time, in threads, one is shown.
+    """
+    console = Console(stderr=True, highlight=False)
+    bar = Progress(console=console, transient=True)
+    task = bar.add_task(doing, total=total)
     done, next_line = 0, time.monotonic() + SECONDS_OF_A_LINE
+    bar_begins = time.monotonic() + SECONDS_BEFORE_A_BAR
 
     def advance(more: int) -> None:
         nonlocal done, next_line
         done += more
-        if time.monotonic() >= next_line:
-            next_line = time.monotonic() + SECONDS_OF_A_LINE
-            console.print(f"{doing}: {done:,} of {count(total, noun)}")
+        bar.update(task, completed=done)
+        now = time.monotonic()
+        if console.is_terminal:
+            if not bar.live.is_started and now >= bar_begins and _shown.acquire(blocking=False):
+                bar.start()
+        elif now >= next_line:
+            next_line = now + SECONDS_OF_A_LINE
+            sys.stderr.write(f"{doing}: {done:,} of {count(total, noun)}\n")
 
-    yield advance
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+            _shown.release()
 
 
 def plot(values: Sequence[float], first: str, last: str, base: float = 0.0) -> tuple[str, ...]:

@@ -325,3 +325,20 @@ def test_a_margin_is_cropped_off_where_pictures_are_scaled_to_more(tmp_path: Pat
     assert not (Folder(str(tmp_path), size=32).data == GREEN).all()
     with refused("data.source.scaled_to=16", "of 32 pixels", "scaled_to=36"):
         Folder(str(tmp_path), size=32, scaled_to=16)
+
+
+@pytest.mark.parametrize("ending", ["webp", "png", "tiff"])
+def test_several_pictures_in_one_file_are_refused(tmp_path: Path, ending: str) -> None:
+    first, second = Image.new("RGB", (8, 8), RED), Image.new("RGB", (8, 8), BLUE)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    file = tmp_path / "train" / "cat" / f"a.{ending}"
+    first.save(file, save_all=True, append_images=[second])
+    with refused(f"{file} cannot be read as a picture (it is 2 in one file)", "move it out"):
+        _ = Folder(str(tmp_path), size=8).data
+
+
+def test_what_a_camera_wrote_behind_its_picture_is_passed_over(tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (8, 8), RED), Image.new("RGB", (8, 8), BLUE)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    first.save(tmp_path / "train" / "cat" / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert abs(Folder(str(tmp_path), size=8).data.astype(int) - RED).max() <= 2

@@ -1,5 +1,7 @@
 """Where the images are changes nothing that is trained: on the device, on the host, on disk."""
 
+import os
+import signal
 import threading
 from dataclasses import replace
 from functools import partial
@@ -29,6 +31,9 @@ from launcher.data.batches import Batches, MicroBatch, Normalize
 from launcher.data.decoding import Cut, cut_out
 from launcher.data.sources import Data
 from launcher.data.storage import Encoded, Mapped, Reading
+from launcher.distributed.signals import listening
+from launcher.errors import StoppedBeforeTrainingError
+from launcher.utils import terminal
 from tests.support.helpers import HALF, complaint, refused, tiny_recipe
 
 SIZE = 16
@@ -290,6 +295,37 @@ def test_broken_pictures_are_left_out_if_asked(
     assert "1 broken picture left out: " in caplog.text
 
 
+def test_where_all_are_broken_there_is_nothing_to_train_on(folder: Path, tmp_path: Path) -> None:
+    for path in folder.rglob("*.png"):
+        target = tmp_path / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"text")
+    with refused("holds 60 broken training pictures and no other", "no known format", "data.root="):
+        sources.load(images_of(tmp_path, on_broken="skip"))
+
+
+# Progress and signals, before the first step
+
+
+def test_what_is_done_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SECONDS_OF_A_LINE", 0.0)
+    sources.load(images_of(folder, on_broken="skip"))
+    said = capsys.readouterr().err
+    assert f"scanning {folder / 'train'}: 3 of 3 class folders\n" in said
+    assert "trying training pictures: 60 of 60 pictures\n" in said
+    assert "decoding test pictures: 15 of 15 pictures\n" in said
+
+
+def test_a_signal_ends_the_decoding(folder: Path) -> None:
+    wanted = images_of(folder)
+    with listening(ends_process=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedBeforeTrainingError, match="SIGTERM"):
+            sources.load(wanted)
+
+
 # Which tier
 
 
@@ -314,8 +350,11 @@ def test_other_sources_have_nothing_on_disk() -> None:
 
 
 def test_what_stands_in_for_pictures_on_disk_is_in_memory(tmp_path: Path) -> None:
-    images = images_of(tmp_path / "nowhere", tier="disk", fallback=Synthetic)
+    images = images_of(
+        tmp_path / "nowhere", tier="disk", on_broken="skip", fallback=partial(Synthetic, size=8)
+    )
     assert isinstance(sources.load(images).train.images, Tensor)
+    assert isinstance(sources.load(sources.stand_in(images, 20)).train.images, Tensor)
 
 
 # Which images

@@ -1,7 +1,9 @@
 """Ranks that meet in one process, each in a thread of its own."""
 
+import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -13,9 +15,11 @@ from launcher.errors import EXIT_SAVED, LauncherError, OtherRankError, StoppedBe
 
 
 @pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped() -> Iterator[None]:
     """As after a signal."""
-    monkeypatch.setattr(signals, "stop_reason", lambda: "SIGTERM")
+    with signals.listening(ends_process=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield
 
 
 def on_two_ranks(block: Callable[[RankGroup], None]) -> list[LauncherError | None]:
