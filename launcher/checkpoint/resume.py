@@ -17,7 +17,8 @@ from launcher.training.metrics import Best
 from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 
-_OF_THE_MACHINE = "data.root"  # where the images lie, not what they are
+# Where the images lie and how they are read, not what they are.
+_OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def refuse_changes(
     differing = [
         name
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and name != _OF_THE_MACHINE
+        if before.get(name) != now.get(name) and name not in _OF_THE_MACHINE
     ]
     surprising = [name for name in differing if not _is_named(name, changed)]
     if surprising:

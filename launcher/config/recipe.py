@@ -57,7 +57,8 @@ class Images:
 
     `sampling` balanced visits all classes equally often, in epochs of as many images. `on_broken`
     says what follows a picture of a folder that cannot be read: stop, or skip, by which all are
-    tried before the training and the broken ones left out.
+    tried before the training and the broken ones left out. `local_copy` copies a pack to TMPDIR,
+    once per node, before the training reads it.
     """
 
     source: Source
@@ -73,6 +74,7 @@ class Images:
     prefetch: int | None = None
     sampling: Literal["uniform", "balanced"] = "uniform"
     on_broken: Literal["stop", "skip"] = "stop"
+    local_copy: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""

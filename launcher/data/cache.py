@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from launcher.config.recipe import Images
-from launcher.data import sources
+from launcher.data import local_copy, sources
 from launcher.data.packed import map_file
 from launcher.data.sources import Data, ImageSet
 from launcher.data.storage import Encoded, Joined, Mapped, Stored
@@ -39,9 +39,9 @@ def load(data: Images, group: RankGroup, seed: int = 0) -> Data:
     `RankGroup.sync_errors`, by which a `UserError` of the one that reads reaches all.
     """
     if group.world.local_size == 1:
-        return sources.load(data, seed=seed)
+        return _read(data, seed)
     if group.world.local_rank == 0:
-        loaded = sources.load(data, seed=seed)
+        loaded = _read(data, seed)
         with _written(loaded) as place:
             group.broadcast_on_node(_KEY, place)
             if place:
@@ -50,12 +50,16 @@ def load(data: Images, group: RankGroup, seed: int = 0) -> Data:
         return loaded
     place = group.broadcast_on_node(_KEY)
     if not place:
-        return sources.load(data, seed=seed)
+        return _read(data, seed)
     mapped = _map(place)
     group.node_barrier(_KEY)
     if mapped is None and group.world.local_rank == 1:
         _LOG.warning(_NO_COPY, "it belongs to a process that cannot be seen from here")
-    return mapped or sources.load(data, seed=seed)
+    return mapped or _read(data, seed)
+
+
+def _read(data: Images, seed: int) -> Data:
+    return sources.load(local_copy.on_this_node(data), seed=seed)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import traceback
 import urllib.error
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,6 +29,7 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data import storage
 from launcher.data.augment import is_cut
+from launcher.data.file_lock import held
 from launcher.data.limits import fits_in_memory, refuse_too_large
 from launcher.data.packed import Packed
 from launcher.data.storage import Encoded, Mapped, Stored, broken
@@ -315,7 +315,7 @@ def known_counts(data: Images) -> tuple[int, int] | None:
 
 def _of_source(data: Images, source: Source) -> Images:
     """With other images, without what is said of files that they do not have."""
-    return replace(data, source=source, tier="auto", on_broken="stop")
+    return replace(data, source=source, tier="auto", on_broken="stop", local_copy=False)
 
 
 def _known_shape(data: Images) -> dict[str, int]:
@@ -442,7 +442,7 @@ def _downloading(root: str) -> Iterator[None]:
     before, is_new = socket.getdefaulttimeout(), not os.path.exists(root)
     try:
         os.makedirs(root, exist_ok=True)
-        with _locked(Path(root, LOCK)) if os.access(root, os.W_OK) else nullcontext():
+        with _lock_of(root):
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             yield
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
@@ -451,6 +451,18 @@ def _downloading(root: str) -> Iterator[None]:
         raise _UnavailableError(f"cannot be downloaded ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _lock_of(root: str) -> AbstractContextManager[None]:
+    """None where nothing can be written, and so nothing is downloaded."""
+    path = Path(root, LOCK)
+    if not os.access(root, os.W_OK):
+        return nullcontext()
+    try:
+        path.touch()
+    except OSError as error:
+        raise _no_folder(path.parent, f"{error.strerror}") from None
+    return held(path)
 
 
 def _remove_empty(root: Path) -> None:
@@ -467,25 +479,6 @@ def _no_folder(root: Path, why: str) -> UserError:
         expected="a folder in which the images are, or in which they can be written",
         instead="type data.root=data, for example",
     )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock; a signal ends the wait for it."""
-    try:
-        path.touch()
-    except OSError as error:  # FileLock would wait for ever
-        raise _no_folder(path.parent, f"{error.strerror}") from None
-    lock = FileLock(path)
-    while True:
-        with suppress(Timeout):
-            lock.acquire(timeout=0.5)
-            break
-        signals.end_if_stopped(f"the wait for another process, which holds {path},")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _call(source: Source, root: str, half: str, download: bool) -> Any:

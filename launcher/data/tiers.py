@@ -6,11 +6,13 @@ what another one has decided.
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from launcher.config.recipe import Images
+from launcher.data import local_copy
 from launcher.data.sources import Data, ImageSet
 from launcher.data.storage import Encoded, Mapped, Stored
 from launcher.utils.text import count, sizes
@@ -31,7 +33,15 @@ def describe(data: Data) -> str:
     """Where the images are, and which are missing; empty where all are simply on the device."""
     left_out = sum(len(half.left_out) for half in data.halves.values())
     missing = f"{count(left_out, 'broken picture')} left out" if left_out else ""
-    return "; ".join(filter(None, (_where(data), missing)))
+    copied = f"from the copy of the pack in {local_copy.folder()}" if _is_copied(data) else ""
+    return "; ".join(filter(None, (_where(data), copied, missing)))
+
+
+def _is_copied(data: Data) -> bool:
+    """Whether the images are in a file of which this node has a copy of its own."""
+    images = data.train.images
+    path = images.path if isinstance(images, Mapped) else getattr(images, "root", None)
+    return bool(path) and local_copy.folder() in Path(str(path)).parents
 
 
 def _where(data: Data) -> str:

@@ -235,7 +235,14 @@ def test_a_pack_trains_to_the_weights_of_its_folder(
         run = Run(ranks, tmp_path, "epochs=2", "--name", name, recipe=recipe)
         assert run.end() == 0, run.text()
     assert "in the memory of the host" in run.text()
-    assert fingerprint(tmp_path / "runs" / "pets") == fingerprint(tmp_path / "runs" / "out")
+    own = tmp_path / "own"
+    own.mkdir()
+    words = ("epochs=2", "--name", "copied", "data.local_copy=true")
+    run = Run(ranks, tmp_path, *words, recipe=recipe, environment={"TMPDIR": str(own)})
+    assert run.end() == 0, run.text()
+    assert f"from the copy of the pack in {own}".replace(" ", "") in "".join(run.text().split())
+    found = {fingerprint(tmp_path / "runs" / name) for name in ("pets", "out", "copied")}
+    assert len(found) == 1
 
 
 @pytest.fixture(scope="module")

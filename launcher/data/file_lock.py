@@ -1,0 +1,25 @@
+"""A lock on a file, for which a process waits that can still be stopped."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from launcher.distributed import signals
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock; a signal ends the wait for it. Raises `OSError` where it cannot be made."""
+    path.touch()  # where that fails FileLock would wait for ever
+    lock = FileLock(path)
+    while True:
+        with suppress(Timeout):
+            lock.acquire(timeout=0.5)
+            break
+        signals.end_if_stopped(f"the wait for another process, which holds {path},")
+    try:
+        yield
+    finally:
+        lock.release()
