@@ -16,7 +16,7 @@ from PIL import Image
 
 from launcher import Folder, Packed
 from tests.support import forked
-from tests.support.processes import PATIENCE, RESUMABLE, ROOT, Run, fingerprint
+from tests.support.processes import PATIENCE, RESUMABLE, ROOT, TORCHRUN, Run, fingerprint
 
 LINKS = 2_600  # more than two chunks of each half
 
@@ -235,14 +235,23 @@ def test_a_pack_trains_to_the_weights_of_its_folder(
         run = Run(ranks, tmp_path, "epochs=2", "--name", name, recipe=recipe)
         assert run.end() == 0, run.text()
     assert "in the memory of the host" in run.text()
-    own = tmp_path / "own"
+    assert fingerprint(tmp_path / "runs" / "pets") == fingerprint(tmp_path / "runs" / "out")
+
+
+def test_two_ranks_train_on_one_copy_of_a_pack(small: Path, tmp_path: Path) -> None:
+    recipe, own = recipe_of(tmp_path, "Packed", "out"), tmp_path / "own"
     own.mkdir()
-    words = ("epochs=2", "--name", "copied", "data.local_copy=true")
-    run = Run(ranks, tmp_path, *words, recipe=recipe, environment={"TMPDIR": str(own)})
-    assert run.end() == 0, run.text()
+    assert start(small, tmp_path, how=("--size", "32")).wait() == 0
+    weights = set()
+    for name, copied in (("whole", "false"), ("copied", "true")):
+        # New processes: those that are forked know already where temporary files are.
+        words = ("epochs=2", "--name", name, f"data.local_copy={copied}")
+        run = Run(TORCHRUN, tmp_path, *words, recipe=recipe, environment={"TMPDIR": str(own)})
+        assert run.end() == 0, run.text()
+        weights.add(fingerprint(tmp_path / "runs" / name))
     assert f"from the copy of the pack in {own}".replace(" ", "") in "".join(run.text().split())
-    found = {fingerprint(tmp_path / "runs" / name) for name in ("pets", "out", "copied")}
-    assert len(found) == 1
+    assert len(weights) == 1
+    assert len(list(own.glob("launcher-*/pack-*/train.images"))) == 1
 
 
 @pytest.fixture(scope="module")
