@@ -29,7 +29,11 @@ def two(
 @pytest.mark.parametrize(
     ("words", "own", "first"),
     [
-        (("seed=9", "optimizer.lr=0.5"), r"optimizer\.lr 0\.5, seed 9", r"optimizer\.lr .*seed 0"),
+        pytest.param(
+            *(("seed=9", "optimizer.lr=0.5"), r"optimizer\.lr 0\.5, seed 9"),
+            r"optimizer\.lr .*seed 0",
+            marks=pytest.mark.slow,
+        ),
         (("--max-steps", "3"), "--max-steps 3", "--max-steps 2"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.helpers import alike
 from tests.support.node_network import NETWORKS, Node, needs_networks, network
 from tests.support.processes import ACCELERATE_2, PYTHON, ROOT, TORCHRUN, free_port, places_of
 from tests.support.slurm_cluster import Slurm
@@ -105,7 +106,7 @@ def seconds_in(output: str) -> float:
 # Where all is well
 
 
-@pytest.mark.parametrize("launch", [TORCHRUN, ACCELERATE_2], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launch", [TORCHRUN, alike(ACCELERATE_2)], ids=["torchrun", "accelerate"])
 def test_two_processes_are_well(launch: tuple[str, ...], ranks: Doctor) -> None:
     ranks.start((*launch, "-m", "launcher", "doctor", "--json"), {"HF_HOME": str(ranks.folder)})
     output = ranks.wait()
@@ -312,6 +313,7 @@ def test_a_rank_that_is_stopped_after_the_ranks_met_is_named(
 
 
 @needs_networks
+@pytest.mark.thorough
 def test_a_link_that_is_cut_in_between_is_named(ranks: Doctor, pair: list[Node]) -> None:
     for node in pair:
         node.slow("2mbit")

@@ -72,6 +72,7 @@ def test_a_rank_that_does_not_answer_ends_the_run_and_is_named(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_one_of_four_ranks_that_was_killed_is_named(tmp_path: Path) -> None:
     """Not those who were waiting for others who were waiting for it."""
     run = failing(4, tmp_path, "kill", rank=2)

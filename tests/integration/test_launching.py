@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.helpers import alike
 from tests.support.processes import ACCELERATE, PATIENCE, TORCHRUN_1, Run
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def ranks(done: subprocess.CompletedProcess[str]) -> int:
     ("launch", "wanted"),
     [
         ((*ACCELERATE, "--config_file", str(CONFIGS / "cpu.yaml")), 1),
-        ((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), 2),
+        alike((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), 2),
     ],
     ids=["cpu.yaml", "multi_gpu"],
 )
@@ -103,7 +104,7 @@ def begun(launcher: psutil.Process) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.skipif("python" in psutil.Process(1).name(), reason="may be a launcher itself")
-@pytest.mark.parametrize("launch", [ACCELERATE, TORCHRUN_1], ids=["accelerate", "torchrun"])
+@pytest.mark.parametrize("launch", [ACCELERATE, alike(TORCHRUN_1)], ids=["accelerate", "torchrun"])
 def test_a_process_whose_launcher_is_gone_when_it_begins_does_not_train(
     launch: tuple[str, ...], tmp_path: Path
 ) -> None:

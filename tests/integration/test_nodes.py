@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.distributed.process_group import GRACE
+from tests.support.helpers import alike
 from tests.support.node_network import Node, needs_networks, network
 from tests.support.processes import ACCELERATE, ROOT, Run, write_double
 
@@ -21,7 +22,7 @@ PAUSE = 0.03  # seconds per forward pass: four epochs take at least 4 seconds
 SILENCE = 6.0  # --timeout
 STARTING = 60.0  # seconds at most until a process on a busy machine is under way
 AGENTS = {"torchrun": "torch.distributed.run", "ours": "launcher.cluster.torchrun"}
-WAYS = ["accelerate", "torchrun", "ours"]
+WAYS = [alike("accelerate"), alike("torchrun"), "ours"]
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def seconds_until_end(run: Run) -> float:
 # One run
 
 
-@pytest.mark.parametrize("way", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("way", [alike("accelerate"), "torchrun"])
 def test_two_machines_compute_what_one_process_does(
     way: str, pair: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_two_machines_compute_what_one_process_does(
     same_weights(tmp_path, alone)
 
 
+@pytest.mark.thorough
 def test_four_machines_compute_what_one_process_does(
     four: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:
@@ -203,7 +205,7 @@ def test_a_first_machine_that_never_comes_is_named_in_time(
     assert "Traceback" not in run.text()
 
 
-@pytest.mark.parametrize("way", ["accelerate", "ours"])
+@pytest.mark.parametrize("way", [alike("accelerate"), "ours"])
 def test_a_machine_that_comes_late_is_waited_for(
     way: str, pair: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:
@@ -217,7 +219,7 @@ def test_a_machine_that_comes_late_is_waited_for(
 # Healing
 
 
-@pytest.mark.parametrize("way", ["accelerate", "ours"])
+@pytest.mark.parametrize("way", ["accelerate", alike("ours")])
 def test_a_killed_rank_comes_back_from_the_last_checkpoint(
     way: str, pair: list[Node], tmp_path: Path, recipe: Path, alone: Path
 ) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from launcher import Folder, Packed
 from tests.support import forked
+from tests.support.helpers import alike
 from tests.support.processes import PATIENCE, RESUMABLE, ROOT, TORCHRUN, Run, fingerprint
 
 LINKS = 2_600  # more than two chunks of each half
@@ -73,7 +74,12 @@ PIXELS, PICTURES = ("--size", "8"), ("--encoded",)
 
 @pytest.mark.parametrize(
     ("how", "kinds"),
-    [(PIXELS, {"images", "labels"}), (PICTURES, {"pictures", "offsets", "names", "labels"})],
+    [
+        (PIXELS, {"images", "labels"}),
+        pytest.param(
+            *(PICTURES, {"pictures", "offsets", "names", "labels"}), marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_pack_that_is_killed_goes_on_from_its_last_whole_chunk(
     how: tuple[str, ...], kinds: set[str], many: Path, tmp_path: Path
@@ -101,6 +107,8 @@ def test_a_pack_that_is_killed_goes_on_from_its_last_whole_chunk(
     assert names == {"pack.json", *(f"{h}.{k}" for h in ("train", "test") for k in kinds)}
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_file_that_may_not_grow_is_said_in_one_line_and_the_pack_goes_on(
     many: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +144,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line_and_the_pack_goes_on(many: Path, disk: Path) -> None:
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(500_000))
@@ -154,6 +163,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_pack_goes_on(many: Path, disk: 
     is_that_of(many, disk / "out")
 
 
+@pytest.mark.slow
 def test_on_a_disk_that_is_only_read_a_whole_pack_is_compared(many: Path, disk: Path) -> None:
     remount = ["mount", "-o", "remount,ro", str(disk)]
     subprocess.run(remount, check=True)
@@ -196,8 +206,8 @@ def recipe_of(folder: Path, source: str, root: str) -> Path:
 CUT = "partial(random_resized_crop, area=(0.25, 1.0)), "
 
 
-@pytest.mark.parametrize("augmented", ["", CUT])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("augmented", [alike(""), CUT])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_pack_of_encoded_pictures_trains_to_the_weights_of_its_folder(
     ranks: int, augmented: str, small: Path, tmp_path: Path
 ) -> None:
@@ -218,7 +228,7 @@ def test_a_pack_of_encoded_pictures_trains_to_the_weights_of_its_folder(
     assert fingerprint(tmp_path / "runs" / "pets") == fingerprint(tmp_path / "runs" / "out")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [alike(1), 2])
 def test_a_pack_trains_to_the_weights_of_its_folder(
     ranks: int, small: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +248,7 @@ def test_a_pack_trains_to_the_weights_of_its_folder(
     assert fingerprint(tmp_path / "runs" / "pets") == fingerprint(tmp_path / "runs" / "out")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_one_copy_of_a_pack(small: Path, tmp_path: Path) -> None:
     recipe, own = recipe_of(tmp_path, "Packed", "out"), tmp_path / "own"
     own.mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.helpers import alike
 from tests.support.processes import RESUMABLE, Run, places_of
 
 HOST = re.escape(socket.gethostname())
@@ -37,7 +38,7 @@ def two_ranks(folder: Path, odd: int, does: str, *words: str) -> Iterator[list[R
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("number", ["SIGKILL", alike("SIGSTOP")])
 def test_a_rank_that_stops_answering_is_named(number: str, tmp_path: Path) -> None:
     with two_ranks(tmp_path, 1, FAILING.format(number)) as (first, _):
         assert first.end() == 1

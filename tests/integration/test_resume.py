@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.helpers import alike
 from tests.support.processes import (
     ACCELERATE,
     ACCELERATE_2,
@@ -56,9 +57,7 @@ def resume(folder: Path, ranks: int = 1) -> Run:
     return run
 
 
-@pytest.mark.parametrize(
-    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1"))]
-)
+@pytest.mark.parametrize("name", ["SIGTERM", alike("SIGINT"), alike("SIGUSR1")])
 def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     name: str, whole: Path, tmp_path: Path
 ) -> None:
@@ -99,7 +98,7 @@ recipe = replace(resumable.recipe, model=Interrupted, epochs=3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "passes"),  # of an epoch's evaluation on one rank, with that of the samples
-    [(1, 6), (2, 4)],
+    [(1, 6), alike(2, 4)],
 )
 def test_a_signal_within_an_evaluation_leaves_it_to_the_resumed_run(
     ranks: int, passes: int, tmp_path: Path
@@ -154,6 +153,7 @@ def test_several_ranks_stop_together_and_resume_bit_identical(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_sums_over_four_ranks_are_rounded_the_same_after_a_resume(tmp_path: Path) -> None:
     """Two numbers have one sum; of more, the order decides, and DDP changes it after one step."""
     for name, parts in {"whole": ("60",), "cut": ("10", "55", "60")}.items():
@@ -179,8 +179,8 @@ def test_a_killed_rank_ends_the_run_and_costs_nothing(whole_of_two: Path, tmp_pa
 @pytest.mark.parametrize(
     ("launch", "name"),
     [
-        pytest.param(ACCELERATE, "SIGTERM", id="dies-of-it"),
-        pytest.param(ACCELERATE, "SIGINT", id="a-terminal-tells-both"),
+        alike(ACCELERATE, "SIGTERM", id="dies-of-it"),
+        alike(ACCELERATE, "SIGINT", id="a-terminal-tells-both"),
         pytest.param(ACCELERATE_2, "SIGTERM", id="passes-it-on"),
         pytest.param(TORCHRUN_1, "SIGUSR1", id="an-agent-dies-of-it"),
     ],

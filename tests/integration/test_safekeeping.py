@@ -32,7 +32,7 @@ from launcher.run import ActiveRun, Loggers, closing_rows, run_loop
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
-from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
+from tests.support.helpers import Tiny, alike, context_of, refused, tiny_recipe
 from tests.support.processes import RESUMABLE, Run, fingerprint
 from tests.support.wandb_server import API_KEY
 
@@ -65,7 +65,7 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", ["7", "never"])
+@pytest.mark.parametrize("every", ["7", alike("never")])
 def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
     every: str, tmp_path: Path
 ) -> None:

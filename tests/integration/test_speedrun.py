@@ -22,7 +22,7 @@ from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport
 from launcher.training.model import build_network, initialize
 from recipes.speedrun94 import Block
-from tests.support.helpers import context_of
+from tests.support.helpers import alike, context_of
 from tests.support.world_worker import Small64, plain
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -64,7 +64,7 @@ def test_the_first_layer_whitens_the_images(speedrun: Recipe) -> None:
     assert (moments - powers.diag()).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("pure_bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", alike("pure_bf16")])
 def test_it_learns(speedrun: Recipe, precision: str) -> None:
     words = (f"precision={precision}", "epochs=3", "model.widths=(16,32,32)")
     network, epochs = trained(small(speedrun, words))

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.support.helpers import alike
 from tests.support.processes import Run, fingerprint, write_double
 
 PICTURES = "partial(Folder, size=32), root={root!r}"
@@ -47,7 +48,7 @@ def apart(one: Path, other: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [alike(1), 2, alike(4)])
 def test_the_tiers_train_alike_and_go_on_after_a_kill(
     recipe: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -80,6 +81,7 @@ def test_parts_of_stored_pictures_are_the_same_on_two_ranks_and_after_a_kill(
     assert fingerprint(trained(own, tmp_path, 1, "pieces", "--resume")) == fingerprint(one)
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_broken_ends_all_ranks_with_its_name(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,11 @@ class Tiny(nn.Module):
         return self.layers(images)
 
 
+def alike(*values: Any, id: str | None = None) -> Any:
+    """A case that is like the others of its test: run before a release, and by nothing else."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.thorough], id=id)
+
+
 def tiny_recipe(**changes: Any) -> Recipe:
     """A recipe built anew at each call, with some fields changed; `data` takes a dict."""
     data = Images(partial(Synthetic, count=100), batch_size=10, mean=HALF, std=HALF)

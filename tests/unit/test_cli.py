@@ -307,6 +307,7 @@ def test_checkpoints_come_as_often_as_told(text: str, count: int) -> None:
     assert len(list(Path("runs/often").glob("checkpoints/step-*"))) == count
 
 
+@pytest.mark.slow
 def test_pictures64_trains_on_folders_of_png_files(capsys: pytest.CaptureFixture[str]) -> None:
     """Drawn pictures of another size and shape than the network wants, in five class folders."""
     drawn = Synthetic(size=80, classes=5, count=300)

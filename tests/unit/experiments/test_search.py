@@ -83,6 +83,7 @@ def test_each_trial_is_a_run_and_the_best_is_told(capsys: pytest.CaptureFixture[
     assert Path("runs", names[0], "final.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_lagging_trial_is_ended_early(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.py").write_text(PLANTED)
     assert searched("--search", "model.quality=0|1", trials=16) == 0

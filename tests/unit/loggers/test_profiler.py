@@ -64,6 +64,7 @@ def check_trace(path: Path) -> None:
     assert not late, "what follows the steps is in the trace"
 
 
+@pytest.mark.slow
 def test_a_profiled_run_trains_as_a_short_one_does(tmp_path: Path) -> None:
     for name, word in (("profiled", "--profile"), ("short", f"--max-steps={STEPS}")):
         run = Run(1, tmp_path, "--name", name, word)

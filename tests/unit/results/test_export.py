@@ -21,7 +21,7 @@ from launcher.data import sources
 from launcher.results import export
 from launcher.results.export import prove
 from tests.integration.test_readme import offline
-from tests.support.helpers import RECIPES, complaint, refused
+from tests.support.helpers import RECIPES, alike, complaint, refused
 from tests.support.hub_server import HubServer
 
 RECIPE = RECIPES / "pictures64.py"
@@ -80,7 +80,7 @@ def test_pixels_in_and_probabilities_out(runs: Path, pixels: Tensor) -> None:
     torch.testing.assert_close(shares, expected(runs, pixels).softmax(1))
 
 
-@pytest.mark.parametrize("from_pixels", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("from_pixels", [alike(False), pytest.param(True, marks=pytest.mark.slow)])
 def test_onnx_runs_without_torch(runs: Path, pixels: Tensor, from_pixels: bool) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     words = ["--from-pixels"] if from_pixels else []
