@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.config.options import RunOptions
-from launcher.config.plan import NEVER
+from launcher.config.plan import NEVER, make_plan
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.data.batches import Normalize
@@ -36,6 +36,8 @@ SECONDS_PER_STEP = 0.5  # on a CPU, where a smaller batch keeps to it
 MOST_SCORED = 512  # images, before training and after it
 LEARNS = 2.0  # standard deviations, which a normal distribution exceeds in 1 of 44 cases
 SURE = 3.0  # of the control: in 1 of 741
+NOTHING = 1.0  # below this the longer training has taught nothing
+LONGER = 4  # times the steps, where the first ones leave a doubt
 
 
 def smoke_options(options: RunOptions) -> RunOptions:
@@ -101,34 +103,55 @@ class SmokeTest:
         """What to tell of a test that is passed, if anything; raises `TrainingError` if it is not.
 
         Where the recipe taught nothing, its network is trained again by plain cross entropy, of
-        images as they are. Only if that does teach it, the recipe is at fault.
+        images as they are. If that does teach it, the recipe gets four times as many steps, since
+        strong augmentation and mixing may have held it up; if those teach nothing either, it is at
+        fault.
         """
-        accelerator, scale = self._ctx.accelerator, _scale(self._ctx)
-        own = run_on_main(accelerator, lambda: learning(self._ctx, self._before))
+        scale = _scale(self._ctx)
+        own = self._learning(self._ctx)
         if own is None:
             raise TrainingError(
                 "smoke test: no score has changed: is the rate 0, or the loss cut off from them?"
             )
         if own >= LEARNS * scale:
             return ""
-        control = self._control()
-        if run_on_main(accelerator, lambda: learning(control, self._before) or 0) < SURE * scale:
-            return f"smoke test: {STEPS} steps are too few to tell whether this network learns"
-        raise TrainingError(
-            "smoke test: nothing learnt, while the same steps with plain cross_entropy do teach "
-            "this network: look for images without their labels in augment, mix and loss"
+        recipe = self._ctx.recipe
+        plain = replace(
+            recipe,
+            data=replace(recipe.data, augment=(), mix=None),
+            loss=cross_entropy,
+            average=None,
+            views=None,
+            uncertain=None,
         )
+        if self._trained_by(plain) >= SURE * scale:
+            longer = self._trained_by(replace(recipe, epochs=LONGER))
+            if longer >= LEARNS * scale:
+                return ""
+            if longer < NOTHING * scale:
+                raise TrainingError(
+                    "smoke test: nothing learnt, while plain cross_entropy does teach this "
+                    "network: look for images without their labels in augment, mix and loss"
+                )
+        return f"smoke test: {STEPS} steps are too few to tell whether this network learns"
 
-    def _control(self) -> TrainContext:
+    def _trained_by(self, recipe: Recipe) -> float:
+        """What another recipe teaches the same network, from the beginning."""
         ctx = self._ctx
-        images = replace(ctx.recipe.data, augment=(), mix=None)
-        recipe = replace(
-            ctx.recipe, data=images, loss=cross_entropy, average=None, views=None, uncertain=None
+        plan = make_plan(
+            recipe,
+            world_size=ctx.plan.world_size,
+            train_images=ctx.plan.train_images,
+            evaluated_images=ctx.plan.evaluated_images,
         )
-        control = make_context(self._untrained, recipe, ctx.plan, ctx.accelerator, ctx.data)
-        for _ in fit(control):
+        network = deepcopy(self._untrained)
+        other = make_context(network, recipe, plan, ctx.accelerator, ctx.data)
+        for _ in fit(other):
             pass
-        return control
+        return self._learning(other) or 0.0
+
+    def _learning(self, ctx: TrainContext) -> float | None:
+        return run_on_main(ctx.accelerator, lambda: learning(ctx, self._before))
 
 
 def learning(ctx: TrainContext, before: Tensor) -> float | None:

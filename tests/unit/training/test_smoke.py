@@ -10,13 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from launcher import Draws, Images, Recipe, Synthetic
+from launcher import (
+    Draws,
+    Images,
+    Recipe,
+    Synthetic,
+    cutmix,
+    flip,
+    jitter,
+    random_resized_crop,
+)
 from launcher.data import sources
 from launcher.distributed.process_group import RankGroup
 from launcher.distributed.world import ALONE
 from launcher.errors import TrainingError
+from launcher.training import smoke
 from launcher.training.loop import fit
 from launcher.training.smoke import LARGEST_BATCH, SMALLEST_BATCH, STEPS, SmokeTest, smoke_version
+from launcher.training.state import TrainContext
 from tests.support.helpers import HALF, Tiny, context_of, tiny_recipe
 
 
@@ -85,8 +96,33 @@ def test_a_recipe_that_teaches_passes_at_any_rate(classes: int, optimizer: Any) 
 
 @pytest.mark.parametrize("mistake", [{"augment": (exchanged,)}, {"loss": wrong_class}])
 def test_labels_of_other_images_fail(mistake: Any) -> None:
-    with pytest.raises(TrainingError, match="nothing learnt, while"):
+    with pytest.raises(TrainingError, match="nothing learnt, while plain"):
         verdict(recipe_of(**mistake))
+
+
+def test_a_recipe_that_makes_it_hard_gets_more_steps() -> None:
+    tiny_parts = partial(random_resized_crop, area=(0.05, 0.15))
+    recipe = recipe_of(
+        augment=(tiny_parts, flip, partial(jitter, brightness=0.6, contrast=0.9)),
+        optimizer=partial(SGD, lr=1e-2),
+        loss=partial(nn.functional.cross_entropy, label_smoothing=0.2),
+        seed=8,
+    )
+    recipe = replace(recipe, data=replace(recipe.data, mix=cutmix))
+    found = []
+    measured = smoke.learning
+
+    def learning(ctx: TrainContext, before: Tensor) -> float | None:
+        found.append(measured(ctx, before) or 0.0)
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoke, "learning", learning)
+        assert verdict(recipe) == ""
+    first, plain, longer = found
+    assert first < smoke.LEARNS
+    assert plain > smoke.SURE
+    assert longer > smoke.LEARNS
 
 
 def test_a_rate_of_zero_fails() -> None:
