@@ -157,8 +157,7 @@ def resized(images: Tensor, size: int | None) -> Tensor:
     """
     if size is None or tuple(images.shape[1:3]) == (size, size):
         return images
-    # In one layout, whatever the augmentations leave: torch has a way of its own for each.
-    pixels = images.contiguous().permute(0, 3, 1, 2)
+    pixels = images.permute(0, 3, 1, 2)
     if images.device.type != "cpu":  # where torch does not take whole numbers
         pixels = pixels.float()
     smooth = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)

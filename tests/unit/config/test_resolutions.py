@@ -35,6 +35,12 @@ def resolutions(
         ({"first": 16, "last": 32, "multiple": 4}, 5, (16, 20, 24, 28, 32)),
         ({"first": 16, "last": 32, "start": 0.25, "end": 0.5}, 5, (16, 16, 32, 32, 32)),
         ({"first": 16, "last": 32, "start": 0.5, "end": 0.5}, 5, (16, 16, 16, 32, 32)),
+        # 176 pixels, which floats make a little less
+        (
+            {"first": 128, "last": 224, "start": 7 / 9, "multiple": 32},
+            10,
+            (*[128] * 8, 192, 224),
+        ),
         ({"first": 24, "last": 24}, 2, (24, 24)),
         ({"first": 16, "last": 32}, 1, (32,)),
     ],
