@@ -25,7 +25,7 @@ SMALL = {
     "imagenet_resnet18_16": [
         *("data.source.size=32", "data.fallback.size=32", "data.batch_size=8"),
         *("data.train_resolution.first=16", "data.train_resolution.last=32"),
-        "data.train_resolution.multiple=16",
+        *("data.train_resolution.multiple=16", "optimizer.base.lr=0.01"),  # or 8 images diverge
     ],
     "resnet18": ["--steps", "6", "compile=false", "precision=fp32"],
     "speedrun94": ["precision=fp32", "compile=false", "model.widths=16,32,32"],
