@@ -129,8 +129,10 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         """Normalize images, so large or smaller; in channels_last memory unless told otherwise."""
         flat = images.reshape(len(images), -1).to(self._scale.dtype)
-        values = flat.shape[1]
-        flat = flat.mul_(self._scale[:values]).add_(self._shift[:values])
+        scale, shift = self._scale, self._shift
+        if (values := flat.shape[1]) < len(scale):  # which repeat from pixel to pixel
+            scale, shift = scale[:values], shift[:values]
+        flat = flat.mul_(scale).add_(shift)
         pictures = flat.view(images.shape).permute(0, 3, 1, 2)
         return pictures.contiguous() if self._contiguous else pictures
 
