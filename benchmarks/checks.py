@@ -1,4 +1,4 @@
-"""What must hold on a GPU: checks of half precision, compiling, equal runs, resume, and two ranks.
+"""What must hold on a GPU: half precision, compiling, equal runs, resume, two ranks, resizing.
 
 `python benchmarks/checks.py` prints their figures, gpu.py puts them into its own, `pytest -m gpu`
 wants them to pass. Without a GPU they run on the CPU: without fp16, and without BatchNorm in the
@@ -33,6 +33,7 @@ from launcher.config import loader
 from launcher.config.overrides import override
 from launcher.config.slots import CompileMode
 from launcher.data import sources
+from launcher.data.augment import resized
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import be_deterministic, create_accelerator
 from launcher.distributed.world import World
@@ -205,6 +206,20 @@ def rank(output: Path) -> None:
 
 
 HALF = ("bf16", "fp16", "pure_bf16", "pure_fp16")
+
+
+def smaller_images_are_alike() -> Figures:
+    """An image is resized alike beside any others, and to a grey of what a CPU makes of it."""
+    device = create_accelerator("fp32").device
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 48, 48, 3), dtype=torch.uint8, generator=random)
+    together = resized(images.to(device), 32)
+    alone = torch.cat([resized(image[None].to(device), 32) for image in images])
+    apart = int((together.cpu().int() - resized(images, 32).int()).abs().max())
+    equal = torch.equal(together, alone)
+    return {"equal": equal, "greys_from_cpu": apart, "passed": equal and apart <= 1}
+
+
 CHECKS: dict[str, Callable[[], Figures]] = {
     **{
         f"{precision} learns": partial(learns, precision)
@@ -216,6 +231,7 @@ CHECKS: dict[str, Callable[[], Figures]] = {
     "equal runs are equal": equal_runs_are_equal,
     "resume is exact": resume_is_exact,
     "two ranks with SyncBatchNorm are one": two_ranks_are_one,
+    "smaller images are alike": smaller_images_are_alike,
 }
 
 

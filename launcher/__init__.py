@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from launcher.api import train
     from launcher.config.claims import Claim
     from launcher.config.recipe import Images, Recipe
+    from launcher.config.resolutions import growing
     from launcher.config.schedules import constant, cosine, linear, steps
     from launcher.config.slots import Draws, NamedParameters
     from launcher.data.augment import (
@@ -55,6 +56,7 @@ __all__ = [
     "cutout",
     "ema",
     "flip",
+    "growing",
     "jitter",
     "linear",
     "load_run",
@@ -79,6 +81,7 @@ _HOMES = {
     "launcher.training.optimizers": "Muon ChainedOptimizer no_decay",
     "launcher.config.claims": "Claim",
     "launcher.config.recipe": "Images Recipe",
+    "launcher.config.resolutions": "growing",
     "launcher.config.slots": "Draws NamedParameters",
     "launcher.config.schedules": "constant cosine linear steps",
     "launcher.data.synthetic": "Synthetic",

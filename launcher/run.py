@@ -431,6 +431,7 @@ def plan_for(loaded: LoadedRecipe, data: Data, options: RunOptions, world_size: 
         max_steps=options.max_steps,
         log_every=options.log_every,
         save=save,
+        image_size=data.train.shape[:2],
     )
 
 
@@ -442,6 +443,9 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     sizes = f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
     height, width, _ = data.train.shape
     sizes += f" of {height} x {width} pixels"
+    if plan.resolutions:
+        least, most = min(plan.resolutions), max(plan.resolutions)
+        sizes += f", trained at {least}" + f" to {most}" * (least < most) + " pixels"
     where = tiers.describe(data)
     kept = f"; {where}" if where else ""
     early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""

@@ -14,6 +14,7 @@ from launcher.checks.scaling import Compute
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
+from launcher.data.augment import resized
 from launcher.data.sources import Data
 from launcher.distributed.accelerator import (
     choose_precision,
@@ -67,7 +68,8 @@ def measure(ctx: TrainContext, most: int = STEPS) -> Compute:
     """
     recipe, plan, state, data = ctx.recipe, ctx.plan, ctx.state, ctx.data.train
     size = max(LEAST_IMAGES, -(-plan.batch_size // plan.num_micro_batches))
-    pixels, labels = data.pixels(slice(size)), data.labels[:size]
+    pixels = resized(data.pixels(slice(size)), plan.largest_resolution)
+    labels = data.labels[:size]
     # With mixing, a loss is given class probabilities.
     like = ctx.normalize(pixels[:1])
     targets = one_hot(labels, len(data.classes)).to(like) if recipe.data.mix else labels

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from launcher.config.recipe import Recipe
+from launcher.config.resolutions import resolutions_of
 from launcher.errors import UserError
 from launcher.utils.text import count
 
@@ -51,7 +52,11 @@ NEVER = SaveInterval()
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps of how many images. A step is one optimizer step."""
+    """How many steps of how many images. A step is one optimizer step.
+
+    `resolutions` are those of the training images, in pixels a side, epoch by epoch; empty where
+    they stay as they come.
+    """
 
     train_images: int
     evaluated_images: int
@@ -63,6 +68,7 @@ class Plan:
     last_step: int  # where the run ends: all steps, or --max-steps
     log_every: int
     save: SaveInterval = NEVER
+    resolutions: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -92,6 +98,15 @@ class Plan:
         """The steps of epoch `epoch`, both counted from 1; the run's last epoch may end early."""
         stop = min(epoch * self.steps_per_epoch, self.last_step)
         return range((epoch - 1) * self.steps_per_epoch + 1, stop + 1)
+
+    def resolution(self, epoch: int) -> int | None:
+        """Pixels a side of the training images in an epoch, counted from 1; None: as they come."""
+        return self.resolutions[epoch - 1] if self.resolutions else None
+
+    @property
+    def largest_resolution(self) -> int | None:
+        """That of the epoch which takes the most memory and time; None: as the images come."""
+        return max(self.resolutions, default=None)
 
     def is_reported(self, step: int) -> bool:
         """Whether the loss is read after this step: at intervals and at the end of an epoch."""
@@ -141,11 +156,16 @@ def make_plan(
     max_steps: int | None = None,
     log_every: int | None = None,
     save: SaveInterval = NEVER,
+    image_size: tuple[int, int] | None = None,
 ) -> Plan:
-    """Count the steps. Raises `UserError` for a batch that cannot be divided over the ranks."""
+    """Count the steps. Raises `UserError` for a batch that cannot be divided over the ranks.
+
+    And for a resolution that images of this height and width cannot be trained at, if it is known.
+    """
     batch_size = min(recipe.data.batch_size, train_images)
     steps_per_epoch = math.ceil(train_images / batch_size)
     steps = recipe.epochs * steps_per_epoch
+    resolution = recipe.data.train_resolution
     plan = Plan(
         train_images=train_images,
         evaluated_images=evaluated_images,
@@ -157,6 +177,7 @@ def make_plan(
         last_step=min(steps, max_steps or steps),
         log_every=log_every or max(1, min(50, steps_per_epoch // 20)),
         save=save,
+        resolutions=resolutions_of(resolution, recipe.epochs, image_size) if resolution else (),
     )
     _check_division(plan, recipe)
     return plan

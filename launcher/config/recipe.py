@@ -23,6 +23,7 @@ from launcher.config.slots import (
     Mixing,
     NamedParameters,
     Precision,
+    Resolution,
     Schedule,
     Source,
     TorchSchedule,
@@ -55,6 +56,10 @@ class Images:
     auto is the first of them in which they fit. `prefetch` is how many steps are read ahead of the
     training where they are not on the device; by default what fits into 64 MB, 2 to 16 steps.
 
+    `train_resolution` is that of the training images, in pixels a side, from the progress of the
+    training (0 in the first epoch, 1 in the last): square, and at most that of the source's images,
+    at which is evaluated. By default they are as they come.
+
     `sampling` balanced visits all classes equally often, in epochs of as many images. `on_broken`
     says what follows a picture of a folder that cannot be read: stop, or skip, by which all are
     tried before the training and the broken ones left out. `local_copy` copies a pack to TMPDIR,
@@ -68,6 +73,7 @@ class Images:
     root: str = "data"
     augment: tuple[Augmentation, ...] = ()
     mix: Mixing | None = None
+    train_resolution: Resolution | None = None
     fallback: Source | None = None
     validation: int | float | str | None = None
     tier: Literal["auto", "device", "host", "disk"] = "auto"

@@ -31,6 +31,7 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 Mixing = Callable[[Tensor, Tensor, numpy.random.Generator], tuple[Tensor, float]]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 Schedule = Callable[[float], float]
+Resolution = Callable[[float], int]  # progress of the training -> pixels a side
 TorchSchedule = Callable[..., LRScheduler]  # optimizer -> scheduler
 # logits, targets, and where the third argument is called `images` the normalized images
 Loss = Callable[[Tensor, Tensor], Tensor] | Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from launcher.config.slots import Augmentation, Draws
 from launcher.data.decoding import Cut
@@ -147,6 +148,22 @@ def cutmix(
     images = images.clone()
     images[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
     return images, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def resized(images: Tensor, size: int | None) -> Tensor:
+    """uint8 `(n, h, w, c)` -> `(n, size, size, c)`, smoothly; None, or their own size: as they are.
+
+    What becomes of an image does not depend on those beside it, on any device.
+    """
+    if size is None or tuple(images.shape[1:3]) == (size, size):
+        return images
+    pixels = images.permute(0, 3, 1, 2)
+    if images.device.type != "cpu":  # where torch does not take whole numbers
+        pixels = pixels.float()
+    smooth = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    if smooth.dtype != torch.uint8:
+        smooth = smooth.round_().clamp_(0, 255).to(torch.uint8)
+    return smooth.permute(0, 2, 3, 1)
 
 
 def as_augmentation(value: Any) -> Augmentation:

@@ -18,7 +18,8 @@ from torch.nn.functional import one_hot
 from launcher.config.plan import Plan
 from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
-from launcher.data.augment import as_augmentation, cut_of
+from launcher.data.augment import as_augmentation, cut_of, resized
+from launcher.data.decoding import Cut
 from launcher.data.rng import FIXED, FRESH, LAYERS, MIX, ORDER, make_rng
 from launcher.data.sources import ImageSet
 from launcher.data.storage import Encoded, Reading, Stored
@@ -95,6 +96,12 @@ def mix_partners(order: Tensor, batch_size: int) -> Tensor:
     return following
 
 
+def cut_when_read(images: ImageSet, data: Images) -> Cut | None:
+    """What is cut out of each picture where it is read, which is the first augmentation then."""
+    can_cut = isinstance(images.images, Encoded) and data.augment
+    return cut_of(data.augment[0]) if can_cut else None
+
+
 def steps_per_chunk(plan: Plan, image_bytes: int, device: torch.device) -> int:
     """For how many steps pictures are made together, each of `image_bytes`."""
     step_bytes = image_bytes * (-(-plan.batch_size // plan.world_size))
@@ -120,9 +127,12 @@ class Normalize:
         self.image_bytes = self._scale.nbytes
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalize a batch; in channels_last memory unless told otherwise."""
+        """Normalize images, so large or smaller; in channels_last memory unless told otherwise."""
         flat = images.reshape(len(images), -1).to(self._scale.dtype)
-        flat = flat.mul_(self._scale).add_(self._shift)
+        scale, shift = self._scale, self._shift
+        if (values := flat.shape[1]) < len(scale):  # which repeat from pixel to pixel
+            scale, shift = scale[:values], shift[:values]
+        flat = flat.mul_(scale).add_(shift)
         pictures = flat.view(images.shape).permute(0, 3, 1, 2)
         return pictures.contiguous() if self._contiguous else pictures
 
@@ -206,8 +216,7 @@ class Batches:
             self._weights = class_weights.double().cpu()[images.labels.cpu()]
         self._next_epoch: _Epoch | None = None
         self._stored = images.images if isinstance(images.images, Stored) else None
-        can_cut = isinstance(self._stored, Encoded) and self._augmentations
-        self._cut = cut_of(self._augmentations[0]) if can_cut else None
+        self._cut = cut_when_read(images, recipe.data)
         self._ahead: dict[tuple[int, int], tuple[Tensor, Reading]] = {}  # by epoch and first step
         self._device = images.labels.device
         fixed = self._drawn(make_rng(FIXED, recipe.seed))
@@ -304,8 +313,13 @@ class Batches:
                 shares = None
                 if self._cut is not None and epoch.cuts is not None:
                     shares = self._cut.shares(epoch.cuts[rows])
-                pinned = self._device.type == "cuda"
-                reading = Reading(self._stored, places, pinned=pinned, shares=shares)
+                reading = Reading(
+                    self._stored,
+                    places,
+                    pinned=self._device.type == "cuda",
+                    shares=shares,
+                    size=None if shares is None else self._plan.resolution(epoch.number),
+                )
                 self._ahead[key] = torch.from_numpy(rows), reading
 
     def _count_ahead(self) -> int:
@@ -381,7 +395,7 @@ class Batches:
         return spans
 
     def _pictures(self, visited: _Order, drawn: _Epoch, read: _Read | None) -> Tensor:
-        """Gather, augment and normalize: floating point `(n, c, h, w)`."""
+        """Gather, augment, resize and normalize: floating point `(n, c, h, w)`."""
         if read is not None:
             images = read.take(visited.rows)
         else:
@@ -398,7 +412,7 @@ class Batches:
                 )
                 pictures = augmentation(pictures, draws)
             images = pictures.permute(0, 2, 3, 1)
-        return self._normalize(images)
+        return self._normalize(resized(images, self._plan.resolution(drawn.number)))
 
     def _mix(self, own: MicroBatch, other: MicroBatch, step: int) -> MicroBatch:
         mix = self._recipe.data.mix

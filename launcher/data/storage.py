@@ -42,7 +42,8 @@ class Stored(ABC):
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
         """Write the images at the places `(k,)` into `out` `(k, h, w, c)`; called in threads.
 
-        `shares` `(k, 4)`, those of a `Cut`, take a part of each picture as it is stored.
+        `shares` `(k, 4)`, those of a `Cut`, take a part of each picture as it is stored, stretched
+        to the size of `out`.
         """
 
     @abstractmethod
@@ -108,7 +109,7 @@ class Encoded(Stored):
                 if shares is None:
                     out.numpy()[number] = fitted(picture, (self.size, self.size), margin=margin)
                 else:
-                    out[number] = cut_out(picture, shares[number], self.size)
+                    out[number] = cut_out(picture, shares[number], out.shape[1])
 
     def contents(self, places: Sequence[int]) -> bytes:
         """Their files; empty for one that cannot be read, which is said when it is decoded."""
@@ -177,9 +178,14 @@ class Reading:
         *,
         pinned: bool = False,
         shares: Tensor | None = None,
+        size: int | None = None,
     ) -> None:
-        """Begin; `pinned` memory is what a GPU copies from while it computes."""
-        shape = (len(places), *stored.shape[1:])
+        """Begin; `pinned` memory is what a GPU copies from while it computes.
+
+        `size` is that of parts of pictures, in pixels a side, if not that of whole ones.
+        """
+        _, height, width, channels = stored.shape
+        shape = (len(places), size or height, size or width, channels)
         self._images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         threads, parts = reading_threads(), min(len(places), torch.get_num_threads())
         bounds = [len(places) * part // parts for part in range(parts + 1)] if parts else []

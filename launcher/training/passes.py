@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from launcher.data.augment import resized
 from launcher.errors import UserError
 from launcher.training.model import count_over_ranks, upcast
 from launcher.training.state import TrainContext, put_back
@@ -79,7 +80,8 @@ def pass_fits(ctx: TrainContext, size: int) -> bool:
                     parameter.grad = torch.zeros_like(parameter)
             state.optimizer.step()  # which makes its state
             for _ in range(2):  # the gradients of the first are there in the second
-                images, labels = ctx.normalize(train.pixels(places)), train.labels[places]
+                pixels = resized(train.pixels(places), ctx.plan.largest_resolution)
+                images, labels = ctx.normalize(pixels), train.labels[places]
                 targets = one_hot(labels, len(train.classes)).to(images)
                 targets = targets if ctx.recipe.data.mix else labels
                 with ctx.accelerator.autocast():

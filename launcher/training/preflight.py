@@ -1,6 +1,7 @@
 """What a recipe's own functions refuse is known before training, and before anything is written.
 
-Augmentations, mixing, loss and views are tried on two images. The loss must be a mean: where the
+Augmentations, mixing, loss and views are tried on two images, and at each resolution that the
+training has, network and loss. The loss must be a mean: where the
 micro-batches do not add up to the whole batch, N processes would not equal one.
 """
 
@@ -24,7 +25,8 @@ from launcher.config.recipe import Recipe
 from launcher.config.schedules import schedulers_in
 from launcher.config.serialize import code_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
-from launcher.data.augment import as_augmentation
+from launcher.data.augment import as_augmentation, resized
+from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
 from launcher.training.model import upcast
@@ -68,7 +70,51 @@ def preflight(ctx: TrainContext) -> None:
             shares = torch.full_like(logits, 1 / logits.shape[1])
             _tried(ctx.loss, upcast(logits), upcast(shares), pictures, name=ctx.loss.function)
         _try_one_image(ctx.plan, network, pictures[:1])
+    _try_resolutions(ctx, two)
     _refuse_no_rate(ctx)
+
+
+def _try_resolutions(ctx: TrainContext, two: Tensor) -> None:
+    """Network, mixing and loss on images of each one that the training has, the smallest first."""
+    recipe, network = ctx.recipe, ctx.state.eval_model
+    if recipe.data.train_resolution:
+        with _no_global_draws(recipe.data.train_resolution, "the progress that it is given"):
+            recipe.data.train_resolution(0.0)
+    for size in sorted(set(ctx.plan.resolutions) - {two.shape[1]}):
+        smaller = resized(two, size)
+        pictures = ctx.normalize(smaller)
+        if cut_when_read(ctx.data.train, recipe.data):  # the others follow it
+            _try_augmentations(recipe, smaller.permute(0, 3, 1, 2))
+        if recipe.data.mix:
+            _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
+        with evaluating(network), ctx.accelerator.autocast():
+            logits = upcast(_scores(ctx, pictures))
+            labels = logits[:1].argmax(1)
+            targets = one_hot(labels, logits.shape[1]).to(logits) if recipe.data.mix else labels
+            _tried(ctx.loss, logits[:1], targets, pictures[:1], name=ctx.loss.function)
+            _try_one_image(ctx.plan, network, pictures[:1])
+
+
+def _scores(ctx: TrainContext, pictures: Tensor) -> Tensor:
+    """`(2, classes)`; raises `UserError` where the network takes no images of this resolution."""
+    expected = (2, len(ctx.data.train.classes))
+    try:
+        scores = ctx.state.eval_model.forward(pictures)
+        found = f"makes {tuple(scores.shape)} of two of them"
+    except Exception as error:
+        if not is_users(error, _FAULTS):
+            raise  # of the launcher's own
+        scores, found = None, f"fails: {error}{user_location(error)}"
+    if not isinstance(scores, Tensor) or scores.shape != expected:
+        size = pictures.shape[2]
+        raise UserError(
+            f"training images of {size} x {size} pixels, at which {code_name(ctx.recipe.model)} "
+            f"{found}",
+            expected=f"{expected} of two images, at each resolution of data.train_resolution",
+            instead="write nn.AdaptiveAvgPool2d(1) before its last layers, or type "
+            "data.train_resolution=none",
+        )
+    return scores
 
 
 def _try_saving(optimizer: Optimizer) -> None:

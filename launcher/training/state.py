@@ -161,6 +161,8 @@ def make_context(
     placed = place_network(network, recipe, accelerator, data.train)
     recipe = replace(recipe, memory_format=placed.memory_format)
     state = make_state(placed.network, recipe, accelerator)
+    if recipe.compile and plan.resolutions:
+        _allow_compilations(len(set(plan.resolutions)))
     state.rate_table = replay(recipe.schedule, state.group_options, state.optimizer.defaults, plan)
     like = first_parameter(state.network)
     normalize = Normalize(recipe.data, data.train.shape, like, placed.memory_format == "contiguous")
@@ -208,6 +210,19 @@ def compile_state(network: nn.Module, optimizer: Optimizer, mode: bool | Compile
     else:
         network._compiled_call_impl = None  # torch has no public way back
     compile_steps(optimizer, bool(mode))
+
+
+def _allow_compilations(resolutions: int) -> None:
+    """torch compiles 8 shapes of batches; at the next one it warns and goes on eager.
+
+    At each resolution a rank may meet four: ranks and passes differ by an image, and so they do in
+    the last batch.
+    """
+    import torch._dynamo.config as settings  # which takes seconds
+
+    needed = 8 + 4 * resolutions
+    settings.recompile_limit = max(settings.recompile_limit, needed)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 4 * needed)
 
 
 def _make_average(recipe: Recipe, network: nn.Module) -> AveragedModel | None:

@@ -38,7 +38,7 @@ def test_the_commands_work_one_after_the_other(
         for index in range(5):
             pixels = random.integers(0, 256, (80, 100, 3), dtype=numpy.uint8)
             Image.fromarray(pixels).save(Path("photos", name, f"{index}.jpg"))
-    for name in ("pictures64", "imagenet_resnet50"):
+    for name in ("pictures64", "imagenet_resnet50", "imagenet_resnet18_16"):
         shutil.copy(ROOT / "recipes" / f"{name}.py", "recipes")
     for half, number in itertools.product(("train", "val"), range(1000)):
         Path("imagenet", half, f"n{number:04}").mkdir(parents=True)
@@ -50,7 +50,9 @@ def test_the_commands_work_one_after_the_other(
         short += ["model.classes=2", "data.batch_size=4"] if "photos data.tier" in command else []
         assert main([first, *shlex.split(command)[4:], *short]) == 0, command
     text = capsys.readouterr().out
-    assert text.count("decoded from disk for each step") == 2
+    assert text.count("decoded from disk for each step") == 4
+    assert text.count("trained at 160 to 192 pixels") == 1
+    assert text.count("trained at 128 to 192 pixels") == 1
     encoded = Packed("packed_jpeg", size=64).encoded
     assert encoded is not None
     assert encoded.shape == (8, 64, 64, 3)

@@ -82,6 +82,36 @@ def test_parts_of_stored_pictures_are_the_same_on_two_ranks_and_after_a_kill(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", ["crop", "random_resized_crop"])
+@pytest.mark.parametrize("ranks", [1, alike(2)])
+def test_images_that_grow_are_alike_on_the_tiers_on_ranks_and_after_a_kill(
+    recipe: Path, tmp_path: Path, ranks: int, first: str
+) -> None:
+    text = recipe.read_text().replace("(flip, crop)", f"({first}, flip)")
+    text = text.replace("Folder, Images", "Folder, Images, growing, random_resized_crop")
+    text = text.replace("nn.Flatten()", "nn.AdaptiveAvgPool2d(2), nn.Flatten()")
+    text = text.replace("width * 8 * 8", "width * 2 * 2")
+    sizes = "train_resolution=partial(growing, first=16, last=32),"
+    own = tmp_path / "growing.py"
+    own.write_text(text.replace("mix=cutmix,", f"mix=cutmix, {sizes}"))
+    # A part that is cut out of the stored picture is another one than one of what was cropped.
+    tiers = TIERS if first == "crop" else ("disk",)
+    runs = [trained(own, tmp_path, ranks, tier, f"data.tier={tier}") for tier in tiers]
+    assert "trained at 16 to 32 pixels" in (runs[0] / "run.json").read_text()
+    for one, other in pairwise(map(fingerprint, runs)):
+        assert one == other
+    assert apart(trained(own, tmp_path, 3 - ranks, "others"), runs[-1]) < 1e-12
+    words = ("--name", "killed", "epochs=3", "data.tier=disk", "--checkpoint-every", "3")
+    killed = Run(ranks, tmp_path, *words, "--log-every", "1", recipe=own)
+    killed.wait_for("epoch 1/3")
+    for process in killed.ranks():
+        process.kill()
+    killed.end()
+    run = trained(own, tmp_path, ranks, "killed", "--resume", "data.tier=disk")
+    assert fingerprint(run) == fingerprint(runs[-1])
+
+
+@pytest.mark.slow
 def test_a_picture_that_is_broken_ends_all_ranks_with_its_name(
     recipe: Path, tmp_path: Path
 ) -> None:

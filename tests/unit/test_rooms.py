@@ -125,7 +125,7 @@ def test_the_public_names_are_these() -> None:
         *("Claim", "Draws", "Folder", "Images", "Packed", "Recipe", "Synthetic"),
         *("alternating_flip", "crop", "cutmix", "cutout", "flip", "jitter", "mixup"),
         "random_resized_crop",
-        *("constant", "cosine", "ema", "linear", "steps"),
+        *("constant", "cosine", "ema", "growing", "linear", "steps"),
         *("RunResult", "TrainedRun", "load_run", "train"),
         *("ChainedOptimizer", "Muon", "NamedParameters", "mirrored", "mirrored_and_shifted"),
         "no_decay",

@@ -80,6 +80,7 @@ class Subject:
             world_size=self.world_size,
             train_images=train,
             evaluated_images=evaluated,
+            image_size=data.train.shape[:2],
         )
 
 

@@ -18,6 +18,7 @@ from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION
+from launcher.data.augment import resized
 from launcher.data.batches import steps_per_chunk
 from launcher.data.storage import Stored
 from launcher.distributed.accelerator import device_name
@@ -134,7 +135,8 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     def held() -> int:
         return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
 
-    images = ctx.normalize(ctx.data.train.pixels(slice(1)).repeat(size, 1, 1, 1))
+    pixels = resized(ctx.data.train.pixels(slice(1)), ctx.plan.largest_resolution)
+    images = ctx.normalize(pixels.repeat(size, 1, 1, 1))
     half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
     cast = torch.autocast(images.device.type, dtype=half) if half else nullcontext()
     leaves = [module for module in network.modules() if not any(True for _ in module.children())]

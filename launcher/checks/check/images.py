@@ -9,7 +9,7 @@ import numpy
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import make_plan
@@ -232,6 +232,8 @@ def samples(recipe: Recipe, train: ImageSet) -> Tensor:
         # A batch comes in the order of its epoch.
         order = epoch_order(recipe.seed, epoch, len(few)).argsort()
         pictures = ((batch.images * std + mean) * 255).round().clamp(0, 255).byte()
+        if pictures.shape[2:] != own.shape[1:3]:  # of a smaller resolution: its pixels enlarged
+            pictures = interpolate(pictures, size=own.shape[1:3], mode="nearest")
         rows.append(pictures[order].permute(0, 2, 3, 1))
     return torch.stack(rows)
 

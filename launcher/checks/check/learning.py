@@ -53,7 +53,9 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
     few = _few(ctx.data.train)
     recipe = replace(
         ctx.recipe,
-        data=replace(ctx.recipe.data, batch_size=len(few), augment=(), mix=None),
+        data=replace(
+            ctx.recipe.data, batch_size=len(few), augment=(), mix=None, train_resolution=None
+        ),
         epochs=STEPS,
         accumulate=1,
         average=None,

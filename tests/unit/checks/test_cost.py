@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim import SGD, Adam
 
-from launcher import Recipe, Synthetic, ema
+from launcher import Recipe, Synthetic, ema, growing
 from launcher.checkpoint import checkpoint
 from launcher.checks.check import cost
 from launcher.config import loader
@@ -72,6 +72,18 @@ def test_accumulation_and_ranks_divide_the_activations() -> None:
     assert split.passes == pytest.approx(alone.passes / 4, rel=0.05)
     ctx = replace(ctx, plan=replace(ctx.plan, world_size=4))
     assert cost.predict_memory(ctx, recipe).passes < 0.3 * split.passes
+
+
+def test_smaller_training_images_need_less() -> None:
+    """As much as at the largest size that the training has."""
+    recipe = recipe_of("resnet18", 64)
+    passes = {}
+    for last in (16, 24, 32):
+        sizes = replace(recipe.data, train_resolution=partial(growing, first=16, last=last))
+        ctx = context_of(replace(recipe, data=sizes))
+        passes[last] = cost.predict_memory(ctx, recipe).passes
+    assert passes[16] < passes[24] < passes[32]
+    assert passes[32] == cost.predict_memory(context_of(recipe), recipe).passes
 
 
 def test_half_precision_needs_less() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from launcher import Draws, flip, mixup
+from launcher import Draws, flip, growing, mixup
 from launcher.checks.check.images import describe_images, joined, near_pairs, samples, write_samples
 from launcher.checks.verdicts import Verdict
 from launcher.config.recipe import Images, Recipe
@@ -143,6 +143,17 @@ def test_samples_are_what_training_sees(recipe: Recipe, data: Data) -> None:
     assert {picture.numpy().tobytes() for picture in pictures[1:].flatten(0, 1)} == trained
     mixed = replace(recipe, data=replace(recipe.data, augment=(), mix=mixup))
     assert not torch.equal(samples(mixed, data.train)[1], pictures[0])
+
+
+def test_samples_of_smaller_images_are_enlarged(recipe: Recipe, data: Data) -> None:
+    sizes = partial(growing, first=8, last=32, end=0.75)
+    pictures = samples(
+        replace(recipe, data=replace(recipe.data, train_resolution=sizes)), data.train
+    )
+    assert pictures.shape == (6, 8, *data.train.images.shape[1:])
+    assert torch.equal(pictures[0], pictures[5])
+    pixels = pictures[1][:, ::4, ::4]  # of the first epoch
+    assert torch.equal(pictures[1], pixels.repeat_interleave(4, 1).repeat_interleave(4, 2))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from launcher import (
     Draws,
@@ -23,12 +24,17 @@ from launcher import (
     crop,
     cutmix,
     flip,
+    growing,
+    jitter,
     random_resized_crop,
 )
 from launcher.config.plan import make_plan
+from launcher.config.slots import Augmentation
 from launcher.data import sources, storage, tiers
-from launcher.data.batches import Batches, MicroBatch, Normalize
+from launcher.data.augment import resized
+from launcher.data.batches import Batches, MicroBatch, Normalize, epoch_order
 from launcher.data.decoding import Cut, cut_out
+from launcher.data.rng import FRESH, make_rng
 from launcher.data.sources import Data
 from launcher.data.storage import Encoded, Mapped, Reading
 from launcher.distributed.signals import listening
@@ -214,6 +220,104 @@ recipe = Recipe(
     epochs=1,
 )
 """
+
+
+# Training images that grow
+
+GROWING = {"train_resolution": partial(growing, first=8, last=16, multiple=4)}  # 8, 12, 16
+
+
+def sides(batches: list[MicroBatch]) -> list[int]:
+    assert all(batch.images.shape[2] == batch.images.shape[3] for batch in batches)
+    return sorted({batch.images.shape[2] for batch in batches})
+
+
+@pytest.mark.parametrize("augment", [(flip, partial(crop, padding=2)), (), (jitter,)])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_small_images_are_the_same_to_the_bit_on_any_tier_and_rank(
+    folder: Path, tier: str, augment: tuple[Augmentation, ...]
+) -> None:
+    changes = {"augment": augment, "mix": cutmix, **GROWING}
+    made = []
+    for where in ("device", tier):
+        images = images_of(folder, tier=where, **changes)
+        recipe = replace(tiny_recipe(epochs=3), data=images)
+        for epoch, side in ((1, 8), (2, 12), (3, 16)):
+            made.append(trained_on(recipe, (epoch,)))
+            assert sides(made[-1]) == [side]
+    assert all(map(equal, made[:3], made[3:]))
+    one = trained_on(recipe, (2,))
+    ranks = [trained_on(recipe, (2,), world_size=3, rank=rank) for rank in range(3)]
+    for step, whole in enumerate(one[:-1]):  # the last batch has an image that counts nothing
+        parts = [rank[step] for rank in ranks]
+        assert whole.images.equal(torch.cat([part.images for part in parts]))
+        assert whole.targets.equal(torch.cat([part.targets for part in parts]))
+
+
+def test_images_at_their_full_size_are_those_of_a_training_without(folder: Path) -> None:
+    grown = replace(tiny_recipe(epochs=3), data=images_of(folder, augment=(flip,), **GROWING))
+    plain = replace(tiny_recipe(epochs=3), data=images_of(folder, augment=(flip,)))
+    assert equal(trained_on(grown, (3,)), trained_on(plain, (3,)))
+    for epoch in (1, 2):  # the same order and draws as well, but for the size
+        smaller, whole = trained_on(grown, (epoch,)), trained_on(plain, (epoch,))
+        assert all(s.targets.equal(w.targets) for s, w in zip(smaller, whole, strict=True))
+
+
+def test_a_part_is_cut_out_at_once_at_the_size_of_the_epoch(folder: Path) -> None:
+    """Of the picture as it is stored, and not of what was cut out at the full size."""
+    cut = partial(random_resized_crop, area=(0.1, 0.3))
+    images = images_of(folder, augment=(cut,), batch_size=60, **GROWING)
+    recipe = replace(tiny_recipe(epochs=3), data=images)
+    data = sources.load(images)
+    encoded = data.train.images
+    assert isinstance(encoded, Encoded)
+    for epoch, side in ((1, 8), (2, 12), (3, 16)):
+        (made,) = trained_on(recipe, (epoch,))
+        order = epoch_order(recipe.seed, epoch, 60)
+        random = make_rng(FRESH, recipe.seed, epoch).random((1, 60, 4), dtype=numpy.float32)
+        shares = Cut((0.1, 0.3), (0.75, 1.333)).shares(torch.from_numpy(random)[0])
+        for place, picture in zip(order.tolist(), made.images, strict=True):
+            with Image.open(Path(encoded.root, encoded.files[place])) as stored:
+                wanted = cut_out(stored, shares[place], side)
+            assert picture.permute(1, 2, 0).equal(wanted.float() * (1 / 127.5) - 1)
+
+
+@pytest.mark.parametrize("first", [(random_resized_crop,), (crop,)])
+def test_an_epoch_of_small_images_goes_on_in_its_middle(
+    folder: Path, first: tuple[Augmentation, ...]
+) -> None:
+    """Of a run that had read ahead into an epoch of another size, and of one that begins there."""
+    images = images_of(folder, tier="disk", augment=(*first, flip), **GROWING)
+    recipe = replace(tiny_recipe(epochs=3), data=images)
+    batches = batches_of(recipe, sources.load(recipe.data))
+    whole = [batch for epoch in (1, 2) for _, step in batches.epoch(epoch) for batch in step]
+    assert sides(whole[:9]) == [8]
+    assert sides(whole[9:]) == [12]
+    assert equal(whole[9:], trained_on(recipe, (2,)))
+    begun = batches_of(recipe, sources.load(recipe.data))
+    rest = [batch for _, step in begun.epoch(2, after=9 + 4) for batch in step]
+    assert equal(whole[9 + 4 :], rest)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_image_is_resized_alike_beside_any_others(channels: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (9, 20, 20, channels), dtype=torch.uint8, generator=random)
+    for size in (7, 12, 20, 33):
+        together = resized(images, size)
+        assert together.shape == (9, size, size, channels)
+        assert together.dtype == torch.uint8
+        for number in range(9):
+            assert resized(images[number : number + 1], size)[0].equal(together[number])
+        # As augmentations leave them: the channels before the pixels.
+        planes = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        assert resized(planes, size).equal(together)
+        exact = interpolate(
+            images.permute(0, 3, 1, 2).double(), (size, size), mode="bilinear", antialias=True
+        )
+        assert (together.permute(0, 3, 1, 2) - exact).abs().max() <= 1, "fixed point"
+    assert resized(images, 20) is images
+    assert resized(images, None) is images
 
 
 # Reading

@@ -3,16 +3,19 @@
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim import SGD
 
-from launcher import ChainedOptimizer, Muon, NamedParameters, train
+from launcher import ChainedOptimizer, Muon, NamedParameters, growing, train
 from launcher.config.slots import CompileMode
 from launcher.training.compiling import choose_compiling, is_to_be_tried
+from launcher.training.loop import fit
 from tests.support.helpers import Tiny, context_of, tiny_recipe, without_compiler
 from tests.support.processes import Run, fingerprint
 
@@ -115,6 +118,24 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(
     assert choice.ctx.recipe.compile is False
     assert choice.said.startswith("eager: torch.compile fails here: ")
     assert "\n" not in choice.said
+
+
+def test_each_resolution_is_compiled_for_itself_and_none_trains_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has a limit, beyond which it goes on eager."""
+    from torch._dynamo import config  # which takes seconds to import
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    counters.clear()
+    sizes = {"train_resolution": partial(growing, first=8, last=24)}
+    recipe = tiny_recipe(compile="force", epochs=3, data=sizes)
+    with config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for _ in fit(context_of(recipe)):
+            pass
+    # Three sizes, none of them of any size, and the batches of an evaluation.
+    assert counters["stats"]["unique_graphs"] == 3 + 1
 
 
 ON_TWO_RANKS = """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from launcher import train
+from launcher import growing, train
 from launcher.training.passes import choose_passes, is_out_of_memory, pass_fits, smallest
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 from tests.support.processes import Run
@@ -63,6 +63,23 @@ def test_the_passes_are_found_by_trying_and_nothing_is_left() -> None:
     assert all(map(torch.equal, before, ctx.state.network.state_dict().values()))
     assert not ctx.state.optimizer.state
     assert all(p.grad is None for p in ctx.state.network.parameters())
+
+
+class Large(Narrow):
+    """Trains on so many pixels at once."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and images.shape[2] ** 2 * len(images) > 28**2 * self.limit:
+            raise RuntimeError(NO_MEMORY)
+        return Tiny.forward(self, images)
+
+
+def test_the_largest_images_of_the_training_are_tried() -> None:
+    for last, passes in ((28, 4), (16, 2)):
+        sizes = partial(growing, first=8, last=last, multiple=4)
+        data = replace(AUTO.data, train_resolution=sizes)
+        ctx = context_of(replace(AUTO, model=Large, data=data, epochs=3))
+        assert choose_passes(ctx).plan.accumulate == passes
 
 
 def test_batch_norm_is_told_that_the_number_matters() -> None:

@@ -6,10 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from launcher import Synthetic, crop, cutout, ema, flip, mirrored, mixup, run
+from launcher import (
+    Folder,
+    Synthetic,
+    crop,
+    cutout,
+    ema,
+    flip,
+    growing,
+    mirrored,
+    mixup,
+    random_resized_crop,
+    run,
+)
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.recipe import Recipe
@@ -147,3 +160,80 @@ def test_preflight_leaves_the_network_as_it_is(loss: Any) -> None:
     network = preflighted(recipe)
     fresh = build_network(recipe, sources.load(recipe.data).train).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in network.state_dict().items())
+
+
+# At each resolution of the training images
+
+GROWING = {"train_resolution": partial(growing, first=8, last=32, multiple=4)}
+
+
+class Fewer(Tiny):
+    """Makes less scores of smaller images, and nothing in it fails."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images[: images.shape[2] // 16])
+
+
+class Patches(Tiny):
+    """As a transformer: takes images whose sides are multiples of 8."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.reshape(len(images), 3, -1, images.shape[2] // 8 * 64))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Fewer, "training images of 16 x 16 pixels, at which "),
+        (Fewer, "Fewer makes (1, 10) of two of them"),
+        (Patches, "training images of 20 x 20 pixels"),  # between the first and the last
+        (Patches, "Patches fails: shape '[2, 3, -1, 128]' is invalid"),
+    ],
+)
+def test_a_network_that_takes_only_some_sizes_is_refused(model: Any, message: str) -> None:
+    sizes = partial(growing, first=16, last=32, multiple=4)
+    with refused(message, "(2, 10)", "data.train_resolution=none"):
+        preflighted(tiny_recipe(model=model, epochs=9, data={"train_resolution": sizes}))
+    sizes = partial(growing, first=16, last=32)
+    preflighted(tiny_recipe(model=Patches, epochs=9, data={"train_resolution": sizes}))
+
+
+def at_full_size(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+    teacher = images.flatten(1)[:, : 3 * 32 * 32].reshape(len(images), 3 * 32 * 32)
+    return cross_entropy(logits, targets) + 0 * teacher.sum()
+
+
+def test_a_loss_is_tried_at_each_size() -> None:
+    preflighted(tiny_recipe(loss=at_full_size))
+    with refused("at_full_size fails"):
+        preflighted(tiny_recipe(loss=at_full_size, data=GROWING))
+
+
+def drawn(progress: float) -> int:
+    return int(torch.randint(1, 32, ()))
+
+
+def test_sizes_that_are_drawn_are_refused() -> None:
+    with refused("drawn draws from the global generator of torch", "progress"):
+        preflighted(tiny_recipe(data={"train_resolution": drawn}))
+
+
+def test_what_follows_a_part_that_is_cut_when_it_is_read_gets_smaller_images(
+    tmp_path: Path,
+) -> None:
+    for half in ("train", "test"):
+        for label in "ab":
+            (tmp_path / half / label).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / half / label / "0.png")
+    shift = partial(crop, padding=10)
+    images = {
+        "source": partial(Folder, size=32),
+        "root": str(tmp_path),
+        "augment": (random_resized_crop, shift),
+        "batch_size": 2,
+    }
+    model = partial(Tiny, classes=2)
+    preflighted(tiny_recipe(model=model, data=images))
+    with refused("crop fails: ValueError: padding=10 of images of 8 x 8 pixels"):
+        preflighted(tiny_recipe(model=model, data=images | GROWING))
+    preflighted(tiny_recipe(model=model, data=images | GROWING | {"augment": (shift,)}))
