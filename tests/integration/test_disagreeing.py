@@ -34,7 +34,9 @@ def two(
             r"optimizer\.lr .*seed 0",
             marks=pytest.mark.slow,
         ),
-        (("--max-steps", "3"), "--max-steps 3", "--max-steps 2"),
+        pytest.param(
+            *(("--max-steps", "3"), "--max-steps 3", "--max-steps 2"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_settings_on_one_rank_are_named(

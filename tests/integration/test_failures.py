@@ -172,6 +172,7 @@ def test_rolling_back_finds_the_step_whose_gradient_was_not_finite(tmp_path: Pat
     assert prints["skip"] == prints["rollback"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_whose_loss_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     recipe = tmp_path / "blind.py"
     recipe.write_text(
@@ -227,6 +228,7 @@ def test_a_run_without_any_good_update_stops(tmp_path: Path) -> None:
     assert "not finite in each of the" in run.text()
 
 
+@pytest.mark.slow
 def test_an_operation_without_a_deterministic_algorithm_is_refused(tmp_path: Path) -> None:
     """It would make a run that promises to repeat bit by bit differ without a word."""
     run = failing(1, tmp_path, "unsteady", "deterministic=true", rank=0)

@@ -18,6 +18,7 @@ SHORT = ["--max-steps", "3", "data.batch_size=16", "--wandb", "off", "--no-repor
 RAMP = ["--wandb", "off", "data.batch_size=4"]
 
 
+@pytest.mark.slow
 def test_the_commands_work_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

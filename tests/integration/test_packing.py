@@ -206,8 +206,8 @@ def recipe_of(folder: Path, source: str, root: str) -> Path:
 CUT = "partial(random_resized_crop, area=(0.25, 1.0)), "
 
 
-@pytest.mark.parametrize("augmented", [alike(""), CUT])
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("augmented", [alike(""), pytest.param(CUT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [alike(1), 2])
 def test_a_pack_of_encoded_pictures_trains_to_the_weights_of_its_folder(
     ranks: int, augmented: str, small: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from launcher.checkpoint.compiled import NAME, CompiledCode, key_path, own_key
 from launcher.distributed.accelerator import create_accelerator
 from tests.support.processes import Run, fingerprint
 
+pytestmark = pytest.mark.slow
 IMAGES = torch.ones(2, 3)
 
 

@@ -74,6 +74,7 @@ def test_accumulation_and_ranks_divide_the_activations() -> None:
     assert cost.predict_memory(ctx, recipe).passes < 0.3 * split.passes
 
 
+@pytest.mark.slow
 def test_smaller_training_images_need_less() -> None:
     """As much as at the largest size that the training has."""
     recipe = recipe_of("resnet18", 64)

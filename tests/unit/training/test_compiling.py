@@ -81,7 +81,7 @@ def test_every_other_word_settles_it(compiles: bool | CompileMode) -> None:
     assert not is_to_be_tried(context_of(replace(RECIPE, compile=compiles)))
 
 
-@pytest.mark.parametrize("typed", [False, "force"])
+@pytest.mark.parametrize("typed", [pytest.param(False, marks=pytest.mark.slow), "force"])
 def test_it_trains_as_if_told_so_and_keeps_to_it(
     typed: bool | CompileMode,
     tmp_path: Path,
@@ -120,6 +120,7 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(
     assert "\n" not in choice.said
 
 
+@pytest.mark.slow
 def test_each_resolution_is_compiled_for_itself_and_none_trains_eager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
