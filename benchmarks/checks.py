@@ -34,7 +34,7 @@ from launcher.config.overrides import override
 from launcher.config.slots import CompileMode
 from launcher.data import sources
 from launcher.data.augment import resized
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.distributed.accelerator import be_deterministic, create_accelerator
 from launcher.distributed.world import World
 from tests.support.processes import RESUMABLE, fingerprint

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.training.loop import make_batches, train_epoch
 from launcher.training.metrics import StepReport
 from launcher.training.model import build_network

@@ -44,7 +44,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
 from launcher.data import sources
 from launcher.data.batches import epoch_order
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator, device_name
 from launcher.distributed.world import World
 from launcher.errors import UserError

@@ -81,7 +81,7 @@ from launcher.config import loader
 from launcher.config.overrides import override
 from launcher.config.slots import CompileMode
 from launcher.data import sources
-from launcher.data.sources import Data
+from launcher.data.images import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECONDS = {"checks": 70, "simplecnn": 80, "speedrun94": 570, "resnet18": 300, "speedrun96": 570}

@@ -45,7 +45,7 @@ from benchmarks.competitors import Launched, Pictures, Tutorial, autocast, fresh
 from benchmarks.epoch import first_steps, machine, opened
 from benchmarks.turns import Figures, whole_epochs
 from launcher import Recipe
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
 

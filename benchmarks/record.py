@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.trainer import Figures
-from launcher.data.sources import Data
+from launcher.data.images import Data
 
 END = "the turn ends"
 _TURNS = f'''

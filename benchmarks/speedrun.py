@@ -28,7 +28,7 @@ from benchmarks.gpu import once
 from benchmarks.record import epochs_in, epochs_of, on_cpu, save_for_peer
 from benchmarks.trainer import Figures, Trainer, spread
 from launcher.config import loader, overrides
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.data.sources import load as load_data
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "speedrun94.py"

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher import Recipe
 from launcher.config.plan import make_plan
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.distributed.accelerator import create_accelerator
 from launcher.distributed.world import World
 from launcher.training.evaluation import evaluate

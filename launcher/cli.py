@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from launcher.config.options import RunOptions
     from launcher.config.plan import SaveInterval
     from launcher.config.recipe import Recipe
-    from launcher.data.sources import ImageSet
+    from launcher.data.images import ImageSet
 
 DEFAULT_SEEDS = 5  # of repeat
 TO_SPEAK = 2.0  # seconds, for rank 0 to say what is wrong with what was typed
@@ -288,6 +288,7 @@ def _look_at_runs(command: str, words: list[str]) -> int:
     return code
 
 
+# The commands but for those in `_TEXTS`, which take a recipe and its settings as a training does.
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "submit": _submit,
     "check": _check,

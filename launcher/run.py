@@ -29,7 +29,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.config.slots import Precision
 from launcher.data import cache, tiers
-from launcher.data.sources import Data, digest
+from launcher.data.images import Data, digest
 from launcher.distributed import process_group, signals
 from launcher.distributed.accelerator import (
     choose_precision,

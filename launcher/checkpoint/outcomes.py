@@ -17,7 +17,7 @@ from PIL import Image
 from launcher.utils import atomic_write
 
 if TYPE_CHECKING:  # torch: seconds, for those who only read
-    from launcher.data.sources import ImageSet
+    from launcher.data.images import ImageSet
     from launcher.training.metrics import EpochReport
 
 LARGEST = 64  # pixels: larger pictures are kept smaller

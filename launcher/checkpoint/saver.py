@@ -10,7 +10,7 @@ from launcher.checkpoint import checkpoint, compiled, outcomes
 from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.run_dir import RunDir
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from launcher.training.metrics import EpochReport, FinalReport
 from launcher.training.state import TrainContext
 

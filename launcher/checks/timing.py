@@ -15,7 +15,7 @@ from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Precision
 from launcher.data.augment import resized
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.distributed.accelerator import (
     choose_precision,
     create_accelerator,

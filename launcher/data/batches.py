@@ -20,8 +20,8 @@ from launcher.config.recipe import Images, Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws
 from launcher.data.augment import as_augmentation, cut_of, resized
 from launcher.data.decoding import Cut
+from launcher.data.images import ImageSet
 from launcher.data.rng import FIXED, FRESH, LAYERS, MIX, ORDER, make_rng
-from launcher.data.sources import ImageSet
 from launcher.data.storage import Encoded, Reading, Stored
 
 BYTES_AHEAD = 2**26  # of images that are read ahead of the steps, ...
@@ -127,7 +127,7 @@ class Normalize:
         self.image_bytes = self._scale.nbytes
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalize images, so large or smaller; in channels_last memory unless told otherwise."""
+        """Normalize images of that size or smaller; in channels_last memory unless `contiguous`."""
         flat = images.reshape(len(images), -1).to(self._scale.dtype)
         scale, shift = self._scale, self._shift
         if (values := flat.shape[1]) < len(scale):  # which repeat from pixel to pixel
@@ -139,9 +139,11 @@ class Normalize:
 
 @dataclass(frozen=True)
 class _Order:
-    """The place of each image that an epoch visits, and its row among the draws: int64 `(n,)`.
+    """Which images an epoch visits, in its order, and which draws each uses: int64 `(n,)` each.
 
-    An image's row is its place, unless it comes more than once: then it is where it comes.
+    `places` index the data set, and `rows` the table of draws. They are equal, except with balanced
+    sampling, by which an image may come several times: then the row is its position in the epoch,
+    so that it has other draws each time.
     """
 
     places: Tensor
@@ -173,9 +175,9 @@ class _Epoch:
     order: _Order
     partners: _Order | None
     fresh: Tensor | None
-    weights: Tensor | None = None  # of the images before each place in the order, summed
-    on_host: tuple[_Order, ...] = ()  # order and partners, of images that are stored
-    cuts: Tensor | None = None  # the fresh draws of the first augmentation, on the host
+    cumulative_weights: Tensor | None = None  # of the images before each position, summed
+    on_host: tuple[_Order, ...] = ()  # order and partners once more, for stored images
+    cuts: Tensor | None = None  # draws for `Cut`, on the host, where it is done when reading
 
 
 @dataclass(frozen=True)
@@ -294,11 +296,11 @@ class Batches:
             table = table.pin_memory()
         return table.to(self._device, non_blocking=True)
 
-    def _read_ahead(self, drawn: _Epoch, chunks: list[range]) -> None:
+    def _read_ahead(self, epoch: _Epoch, chunks: list[range]) -> None:
         """Begin to read what the first of the chunks takes, and what some after it take."""
         if self._stored is None:
             return
-        wanted = [(drawn, chunk) for chunk in chunks]
+        wanted = [(epoch, chunk) for chunk in chunks]
         if following := self._next_epoch:
             steps = self._plan.epoch_steps(following.number)
             wanted += [(following, chunk) for chunk in self._chunks(steps)]
@@ -339,43 +341,43 @@ class Batches:
         rows, reading = self._ahead.pop((epoch, first))
         return _Read(self._send(rows), self._send(reading.images()))
 
-    def _make(self, drawn: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def _make(self, epoch: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Make the pictures of `steps` together; yield each step with its micro-batches."""
-        spans, read = self._spans_of(steps, drawn), self._read(drawn.number, steps.start)
-        batches, partners = self._micro_batches(drawn.order, drawn, spans, read), None
-        if drawn.partners is not None:
-            partners = self._micro_batches(drawn.partners, drawn, spans, read)
+        spans, read = self._spans_of(steps, epoch), self._read(epoch.number, steps.start)
+        batches, partners = self._micro_batches(epoch.order, epoch, spans, read), None
+        if epoch.partners is not None:
+            partners = self._micro_batches(epoch.partners, epoch, spans, read)
         for number, step in enumerate(steps):
-            own = slice(number * self._plan.accumulate, (number + 1) * self._plan.accumulate)
+            of_step = slice(number * self._plan.accumulate, (number + 1) * self._plan.accumulate)
             if partners is None:
-                yield step, batches[own]
+                yield step, batches[of_step]
             else:
-                pairs = zip(batches[own], partners[own], strict=True)
+                pairs = zip(batches[of_step], partners[of_step], strict=True)
                 yield step, [self._mix(batch, partner, step) for batch, partner in pairs]
 
     def _micro_batches(
-        self, order: _Order, drawn: _Epoch, spans: list[_Span], read: _Read | None
+        self, order: _Order, epoch: _Epoch, spans: list[_Span], read: _Read | None
     ) -> list[MicroBatch]:
         """The images that `order` names in these spans of the epoch."""
         if len(spans) == 1:  # to join and to part would be 1 % of a small step on a CPU
             (span,) = spans
-            examples = self._examples(order.take(slice(span.start, span.stop)), drawn, read)
+            examples = self._examples(order.take(slice(span.start, span.stop)), epoch, read)
             return [MicroBatch(*examples, span.weight)]
         sizes = [span.stop - span.start for span in spans]
-        examples = self._examples(order.take_spans(spans), drawn, read)
+        examples = self._examples(order.take_spans(spans), epoch, read)
         images, targets = (torch.split(part, sizes) for part in examples)
         weights = [span.weight for span in spans]
         return [MicroBatch(*parts) for parts in zip(images, targets, weights, strict=True)]
 
     def _examples(
-        self, visited: _Order, drawn: _Epoch, read: _Read | None
+        self, visited: _Order, epoch: _Epoch, read: _Read | None
     ) -> tuple[Tensor, Tensor]:
         """The pictures and the labels of these images."""
         labels = self._images.labels.index_select(0, visited.places)
-        return self._pictures(visited, drawn, read), labels
+        return self._pictures(visited, epoch, read), labels
 
-    def _spans_of(self, steps: range, drawn: _Epoch) -> list[_Span]:
-        return [span for step in steps for span in self._spans(step, drawn.weights)]
+    def _spans_of(self, steps: range, epoch: _Epoch) -> list[_Span]:
+        return [span for step in steps for span in self._spans(step, epoch.cumulative_weights)]
 
     def _spans(self, step: int, weights: Tensor | None) -> list[_Span]:
         """This rank's micro-batches of a step, in the order of the epoch."""
@@ -391,34 +393,38 @@ class Batches:
                 before, after = weights[[first + start, first + stop]].tolist()
                 whole = float(weights[first + size] - weights[first])
                 weight = (after - before) / whole if whole else 0.0
+            # Where there are fewer images than shards, an empty one still takes an image, of weight
+            # 0: DDP waits for a backward pass on every rank.
             spans.append(_Span(first + start, first + max(stop, start + 1), weight))
         return spans
 
-    def _pictures(self, visited: _Order, drawn: _Epoch, read: _Read | None) -> Tensor:
+    def _pictures(self, visited: _Order, epoch: _Epoch, read: _Read | None) -> Tensor:
         """Gather, augment, resize and normalize: floating point `(n, c, h, w)`."""
         if read is not None:
             images = read.take(visited.rows)
         else:
             images = self._images.tensor.index_select(0, visited.places)
-        if drawn.fresh is not None and self._fixed is not None:
+        if epoch.fresh is not None and self._fixed is not None:
             pictures = images.permute(0, 3, 1, 2)
             for number, augmentation in enumerate(self._augmentations):
                 if number == 0 and self._cut:
                     continue  # done when the picture was read
                 draws = Draws(
-                    drawn.fresh[number].index_select(0, visited.rows),
+                    epoch.fresh[number].index_select(0, visited.rows),
                     self._fixed[number].index_select(0, visited.places),
-                    drawn.number,
+                    epoch.number,
                 )
                 pictures = augmentation(pictures, draws)
             images = pictures.permute(0, 2, 3, 1)
-        return self._normalize(resized(images, self._plan.resolution(drawn.number)))
+        return self._normalize(resized(images, self._plan.resolution(epoch.number)))
 
-    def _mix(self, own: MicroBatch, other: MicroBatch, step: int) -> MicroBatch:
+    def _mix(self, batch: MicroBatch, partner: MicroBatch, step: int) -> MicroBatch:
         mix = self._recipe.data.mix
         assert mix is not None
         random = make_rng(MIX, self._recipe.seed, step)
-        images, weight = mix(own.images, other.images, random)
+        images, weight = mix(batch.images, partner.images, random)
         classes = len(self._images.classes)
-        mine, others = (one_hot(t, classes).to(images.dtype) for t in (own.targets, other.targets))
-        return MicroBatch(images, mine * weight + others * (1 - weight), own.weight)
+        targets, others = (
+            one_hot(t, classes).to(images.dtype) for t in (batch.targets, partner.targets)
+        )
+        return MicroBatch(images, targets * weight + others * (1 - weight), batch.weight)

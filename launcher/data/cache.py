@@ -21,8 +21,8 @@ from torch import Tensor
 
 from launcher.config.recipe import Images
 from launcher.data import local_copy, sources
+from launcher.data.images import Data, ImageSet
 from launcher.data.packed import map_file
-from launcher.data.sources import Data, ImageSet
 from launcher.data.storage import Encoded, Joined, Mapped, Stored
 from launcher.distributed.process_group import RankGroup
 

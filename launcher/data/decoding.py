@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from launcher.errors import BrokenPictureError
 
-# What Pillow raises for files that are no whole picture, and `fitted` for odd ones.
+# What Pillow raises for files that are no whole picture, and `_in_colour`.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -40,11 +40,11 @@ class Cut:
             )
 
     def shares(self, draws: Tensor) -> Tensor:
-        """Of draws `(n, 4)` what does not depend on a picture's size: `(n, 4)`, float64.
+        """Random parts, relative to the picture, from draws `(n, 4)`: `(n, 4)`, float64.
 
-        The sides of the part over the square root of the picture's area, and where it lies, from 0
-        to 1. The area and the logarithm of the ratio are drawn evenly. Source: Szegedy et al.,
-        "Going Deeper with Convolutions" (2015).
+        Height and width over the square root of the picture's area, and then the distances from
+        the top and the left, from 0 to 1 of what is possible. The area and the logarithm of the
+        ratio are drawn evenly. Source: Szegedy et al., "Going Deeper with Convolutions" (2015).
         """
         draws = draws.double()
         area = self.area[0] + draws[:, 0] * (self.area[1] - self.area[0])

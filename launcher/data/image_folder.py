@@ -53,14 +53,17 @@ class Folder:
         names = _pictures_of_classes(half)
         if half == Path(root):
             _refuse_few(half, names)
-            names = {of_class: _chosen(own, split) for of_class, own in names.items()}
+            names = {of_class: _chosen(files, split) for of_class, files in names.items()}
         if not names:
             raise _empty(half)
         inside = "" if half == Path(root) else half.name
         self.classes = list(names)
-        self.targets = numpy.repeat(numpy.arange(len(names)), [len(own) for own in names.values()])
+        counts = [len(files) for files in names.values()]
+        self.targets = numpy.repeat(numpy.arange(len(names)), counts)
         self.files = [
-            os.path.join(inside, of_class, name) for of_class, own in names.items() for name in own
+            os.path.join(inside, of_class, file)
+            for of_class, files in names.items()
+            for file in files
         ]
         self.encoded = Encoded(
             torch.arange(len(self.files)), root, tuple(self.files), size, scaled_to or size
@@ -153,10 +156,10 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 
 def _refuse_few(folder: Path, names: dict[str, list[str]]) -> None:
     """Refuse a class that would have no picture for testing."""
-    for of_class, own in names.items():
-        if len(own) < TEST_EVERY:
+    for of_class, files in names.items():
+        if len(files) < TEST_EVERY:
             raise UserError(
-                f"{folder / of_class} holds {count(len(own), 'picture')}",
+                f"{folder / of_class} holds {count(len(files), 'picture')}",
                 expected=f"at least {TEST_EVERY}, as every fifth is kept for testing",
                 instead=f"add pictures of {of_class!r}, or use folders train/CLASS and test/CLASS",
             )

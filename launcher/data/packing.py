@@ -36,6 +36,7 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data import sources
 from launcher.data.image_folder import Folder
+from launcher.data.images import Data, ImageSet
 from launcher.data.packed import (
     MANIFEST,
     VERSION,
@@ -44,7 +45,6 @@ from launcher.data.packed import (
     file_of,
     read_manifest,
 )
-from launcher.data.sources import Data, ImageSet
 from launcher.data.storage import Encoded, Mapped, Reading, Stored, read, reading_threads
 from launcher.errors import BrokenPictureError, UserError
 from launcher.utils import atomic_write, json_text
@@ -104,7 +104,7 @@ class _Job:
 
     @property
     def image_bytes(self) -> int:
-        """Of one image that is decoded."""
+        """The bytes of one decoded image."""
         return math.prod(self.halves["train"].shape)
 
     @property
@@ -387,7 +387,7 @@ def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
 
 
 def _bytes_left(job: _Job, half: ImageSet, read: int) -> int:
-    """Of what is not written yet of a half."""
+    """How many bytes of a half are still to be written."""
     if not isinstance(half.images, Encoded) or not job.encoded:
         return (len(half) - read) * job.image_bytes + 8 * len(half)
     total = 16 * len(half) + 8 + len(_names(half.files))
@@ -504,7 +504,7 @@ class _Growing:
         self._size, self._whole = 0, blake2b(digest_size=16)
 
     def close(self) -> None:
-        """Whoever opened it does so."""
+        """Close the file."""
         self._file.close()
 
     @property
@@ -513,7 +513,7 @@ class _Growing:
         return self._size, self._whole.hexdigest()
 
     def keep(self, size: int) -> None:
-        """Read the first bytes, and take the others away."""
+        """Cut the file to its first `size` bytes, and compute their digest again."""
         self._file.seek(0)
         self._size, self._whole = 0, blake2b(digest_size=16)
         for piece in _read_pieces(self._file, size):
@@ -566,7 +566,7 @@ def _as_they_are(
         else:
             offsets.append(offsets[-1] + len(content))
             yield "pictures", content
-    # The end of each is where the next one begins; only before the first one there is no other.
+    # Each picture ends where the next begins; so only the first chunk writes the leading 0.
     yield "offsets", numpy.array(offsets[part.start > 0 :], "<i8").tobytes()
 
 

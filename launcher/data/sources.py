@@ -1,7 +1,13 @@
-"""Any source of images -> one uint8 tensor and its labels, or a `UserError` that says why not.
+"""Open what `data.source` names: images and labels, or a `UserError` that says why not.
 
-torchvision opens and verifies the files. After that no image is decoded or transformed in Python
-again: see `batches`.
+A source is a class or a function, called for each half with those of torchvision's arguments that
+it takes (`root`, `train` or `split`, `download`). What it returns has `targets` (or `labels`), if
+possible `classes`, and its images in one of two forms:
+
+- `data`: all of them, uint8 `(n, h, w)`, `(n, h, w, c)` or `(n, c, h, w)`, as torchvision's sets;
+- `encoded`: a `storage.Encoded`, pictures that can be decoded one by one, as `Folder` has them.
+
+torchvision opens and verifies its files. Where the images then are, `tiers` decides.
 """
 
 import http.client
@@ -11,14 +17,13 @@ import os
 import socket
 import traceback
 import urllib.error
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,119 +32,20 @@ from torch.utils.data import Dataset
 from launcher.config.recipe import Images, parse_fold
 from launcher.config.serialize import short_name
 from launcher.config.slots import Source
-from launcher.data import storage
-from launcher.data.augment import is_cut
+from launcher.data import tiers
 from launcher.data.file_lock import held
-from launcher.data.limits import fits_in_memory, refuse_too_large
+from launcher.data.images import Data, ImageSet
 from launcher.data.packed import Packed
-from launcher.data.storage import Encoded, Mapped, Stored, broken
+from launcher.data.storage import Encoded, Mapped
 from launcher.data.synthetic import Synthetic
 from launcher.data.validation import held_out
-from launcher.distributed import signals
 from launcher.errors import LauncherError, UserError
-from launcher.utils.terminal import progress
-from launcher.utils.text import count, some
+from launcher.utils.text import count
 from launcher.utils.user_code import user_line, user_location
 
 _LOG = logging.getLogger(__name__)
 LOCK = ".download.lock"
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
-EvaluatedOn = Literal["test", "val"]
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images as uint8 `(n, height, width, channels)`, labels as int64 `(n,)`, on one device.
-
-    Images that are `Stored` are elsewhere until they are asked for. `files` says where each comes
-    from, if from a file of its own; `left_out` are broken ones, which are not among them.
-    """
-
-    images: Tensor | Stored
-    labels: Tensor
-    classes: tuple[str, ...]
-    files: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.labels)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        height, width, channels = self.images.shape[1:]
-        return height, width, channels
-
-    @property
-    def tensor(self) -> Tensor:
-        """All of them: `(n, height, width, channels)`; stored ones are read."""
-        return self.pixels(slice(None))
-
-    def pixels(self, places: Tensor | Sequence[int] | slice) -> Tensor:
-        """The images at the places `(k,)`, on the device: uint8 `(k, height, width, channels)`."""
-        if isinstance(self.images, Tensor):
-            return self.images[places]
-        chosen = torch.arange(len(self))[places.cpu() if isinstance(places, Tensor) else places]
-        return storage.read(self.images, chosen).to(self.labels.device)
-
-    def in_parts(self, parts: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
-        """Each part of the images as `pixels` gives it; stored ones are read one part ahead."""
-        if isinstance(self.images, Tensor):
-            yield from ((part, self.images[part]) for part in parts)
-        else:
-            for part, pixels in storage.read_in_parts(self.images, parts):
-                yield part, pixels.to(self.labels.device)
-
-    def take(self, places: Tensor) -> "ImageSet":
-        """Those at the places `(n,)`, in that order."""
-        files = tuple(self.files[place] for place in places.tolist()) if self.files else ()
-        images, labels = self.images, self.labels[places]
-        own = images[places] if isinstance(images, Tensor) else images.at(places)
-        return replace(self, images=own, labels=labels, files=files)
-
-    def to(self, device: torch.device) -> "ImageSet":
-        """The same images on another device, but for those that are stored."""
-        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
-        return replace(self, images=images, labels=self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training and test images, and those for validation where the recipe has some.
-
-    `held_out` are the places of the validation images in the source's training half, where they
-    are from there. `fallback` says why the images are not those that were asked for.
-    """
-
-    train: ImageSet
-    test: ImageSet
-    name: str
-    fallback: str | None = None
-    validation: ImageSet | None = None
-    held_out: Tensor | None = None
-
-    @property
-    def evaluated(self) -> ImageSet:
-        """What is evaluated after each epoch, by which the best one is chosen."""
-        return self.test if self.validation is None else self.validation
-
-    @property
-    def evaluated_on(self) -> EvaluatedOn:
-        """Which images those are, as figures are named."""
-        return "test" if self.validation is None else "val"
-
-    @property
-    def halves(self) -> dict[str, ImageSet]:
-        """All images under the names of what they are for."""
-        own = {} if self.validation is None else {"validation": self.validation}
-        return {"training": self.train, **own, "test": self.test}
-
-    def to(self, device: torch.device) -> "Data":
-        """The same images on another device."""
-        own = None if self.validation is None else self.validation.to(device)
-        train, test = self.train.to(device), self.test.to(device)
-        return replace(self, train=train, test=test, validation=own)
 
 
 @dataclass(frozen=True)
@@ -235,8 +141,8 @@ def hold_out(data: Data, validation: float | str | None, seed: int) -> Data:
     chosen = held_out(data.train.labels, validation, seed)
     rest = torch.ones(len(data.train), dtype=torch.bool)
     rest[chosen] = False
-    train, own = data.train.take(rest.nonzero()[:, 0]), data.train.take(chosen)
-    return replace(data, train=train, validation=own, held_out=chosen)
+    train, held = data.train.take(rest.nonzero()[:, 0]), data.train.take(chosen)
+    return replace(data, train=train, validation=held, held_out=chosen)
 
 
 def check(loaded: Data, data: Images) -> None:
@@ -273,24 +179,6 @@ def check_halves(loaded: Data, root: str) -> None:
                 expected="images of the same height, width and channels",
                 instead="scale one half to the size of the other",
             )
-
-
-def digest(data: Data) -> str:
-    """Whether two runs had the same images: of all labels, and of every hundredth image."""
-    whole = blake2b(digest_size=8)
-    for half in data.halves.values():
-        whole.update(repr((tuple(half.images.shape), half.classes)).encode())
-        whole.update(half.labels.cpu().numpy().tobytes())
-        whole.update(_sample(half))
-    return whole.hexdigest()
-
-
-def _sample(half: ImageSet) -> bytes:
-    if isinstance(half.images, Tensor):
-        return half.images[::100].cpu().numpy().tobytes()
-    # However many there are, as each may be a file on a server of files.
-    some = range(0, len(half), max(100, len(half) // 1000))
-    return half.images.contents(list(some))
 
 
 def stand_in(data: Images, count: int) -> Images:
@@ -338,65 +226,12 @@ def _open_halves(data: Images, downloads: bool) -> Data:
         found = list(pool.map(partial(_open, data), halves))
     if None in found and not downloads:
         raise _UnavailableError("is not downloaded here")
-    train, test, *own = (
+    train, test, *validation = (
         _fetch(data, name) if half is None else half
         for name, half in zip(halves, found, strict=True)
     )
-    opened = Data(train, test, short_name(data.source), validation=own[0] if own else None)
-    return _decoded(opened, data)
-
-
-def _decoded(opened: Data, data: Images) -> Data:
-    """Without broken pictures, if that is wanted, and decoded, if they do not stay on disk."""
-    ready = {}
-    for name, half in opened.halves.items():
-        if data.on_broken == "skip":
-            half = _without_broken(half, name)
-        if isinstance(half.images, Encoded) and not _stays_on_disk(half.images, data):
-            refuse_too_large(half.images.root, len(half), half.images.size)
-            pixels = _all_pixels(half.images, name)
-            in_host = data.tier == "host"
-            half = replace(
-                half, images=Mapped(torch.arange(len(half)), pixels) if in_host else pixels
-            )
-        ready[name] = half
-    own = ready.get("validation")
-    return replace(opened, train=ready["training"], test=ready["test"], validation=own)
-
-
-def _without_broken(half: ImageSet, name: str) -> ImageSet:
-    """Those that can be decoded; all are tried."""
-    assert isinstance(half.images, Encoded)  # or it was refused
-    with progress(f"trying {name} pictures", len(half), "picture") as advance:
-        odd = {}
-        for place, why in enumerate(broken(half.images)):
-            if why:
-                odd[place] = why
-            advance(1)
-            signals.end_if_stopped(f"the trial of all {name} pictures")
-    if not odd:
-        return half
-    if len(odd) == len(half):
-        raise UserError(
-            f"{half.images.root} holds {count(len(odd), f'broken {name} picture')} and no other: "
-            f"{some(list(odd.values()), 1)}",
-            expected="pictures, of which some may be broken",
-            instead="name another folder with data.root=FOLDER",
-        )
-    _LOG.warning("%s left out: %s", count(len(odd), "broken picture"), some(list(odd.values())))
-    kept = torch.tensor([place for place in range(len(half)) if place not in odd])
-    return replace(half.take(kept), left_out=tuple(half.files[place] for place in odd))
-
-
-def _all_pixels(encoded: Encoded, name: str) -> Tensor:
-    """All pictures, decoded once: uint8 `(n, size, size, 3)`."""
-    pixels = torch.empty(encoded.shape, dtype=torch.uint8)
-    with progress(f"decoding {name} pictures", len(encoded), "picture") as advance:
-        for part, decoded in storage.read_in_parts(encoded, storage.parts_of(len(encoded))):
-            pixels[part] = decoded
-            advance(len(decoded))
-            signals.end_if_stopped(f"the decoding of {name} pictures")
-    return pixels
+    opened = Data(train, test, short_name(data.source), validation=next(iter(validation), None))
+    return tiers.prepared(opened, data)
 
 
 def _open(data: Images, half: str) -> ImageSet | None:
@@ -617,30 +452,17 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     _check_labels(labels, classes, name)
     files = tuple(map(str, getattr(dataset, "files", ())))
     images = _channels_last(images)
-    kept: Tensor | Stored = images
-    is_mapped = isinstance(dataset, Packed)
-    if data.tier == "host" or (is_mapped and data.tier == "auto"):
-        path = dataset.path if is_mapped else None
-        kept = Mapped(torch.arange(len(images)), images, path)
-    elif is_mapped:
-        kept = images.clone()
+    is_packed = isinstance(dataset, Packed)
+    kept = Mapped(torch.arange(len(images)), images, dataset.path) if is_packed else images
     return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))
 
 
 def _of_pictures(dataset: Any, encoded: Encoded, data: Images) -> ImageSet:
-    """Pictures as they are found; `_decoded` follows."""
+    """Pictures as they are found, none of them decoded."""
     labels, classes = torch.as_tensor(dataset.targets), tuple(dataset.classes)
     _check_labels(labels, classes, short_name(data.source))
     files = tuple(encoded.files[place] for place in encoded.places.tolist())
     return ImageSet(encoded, labels, classes, files)
-
-
-def _stays_on_disk(encoded: Encoded, data: Images) -> bool:
-    """Whether pictures are decoded anew for each step, in place of once for all."""
-    if data.tier != "auto":
-        return data.tier == "disk"
-    cuts_originals = bool(data.augment) and is_cut(data.augment[0])
-    return cuts_originals or not fits_in_memory(len(encoded), encoded.size)
 
 
 def _not_images(found: str, name: str, better: str = "") -> UserError:

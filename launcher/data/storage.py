@@ -29,7 +29,7 @@ AT_ONCE = 256  # pictures
 
 @dataclass(frozen=True)
 class Stored(ABC):
-    """Images that are no tensor; `places` `(n,)` are theirs among all that are stored."""
+    """Images that are not held as a tensor; `places` `(n,)` are theirs among all stored ones."""
 
     places: Tensor
 
@@ -48,7 +48,7 @@ class Stored(ABC):
 
     @abstractmethod
     def contents(self, places: Sequence[int]) -> bytes:
-        """What is stored at the places, by which other images are told from these."""
+        """The stored bytes of the images at the places, of which a digest is made."""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -61,7 +61,7 @@ class Stored(ABC):
 
 @dataclass(frozen=True)
 class Mapped(Stored):
-    """Images of one size in the memory of the host: the system's, or a file's that is mapped.
+    """Images of one size in the memory of the host: a tensor there, or a file that is mapped.
 
     `array` is uint8 `(m, h, w, c)`; `path` is its file, if that outlives the process.
     """
@@ -112,7 +112,7 @@ class Encoded(Stored):
                     out[number] = cut_out(picture, shares[number], out.shape[1])
 
     def contents(self, places: Sequence[int]) -> bytes:
-        """Their files; empty for one that cannot be read, which is said when it is decoded."""
+        """Their files; nothing of one that cannot be read, since decoding it will report that."""
         found = []
         for place in self.places[list(places)].tolist():
             with suppress(OSError):

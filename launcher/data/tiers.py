@@ -1,10 +1,20 @@
 """Where the images are during a training: on the device, in the host's memory, or on disk.
 
-What a recipe leaves to `auto` is decided by what fits. It changes no pixel, so no rank need know
-what another one has decided.
+Decided twice, in this order:
+
+1. `prepared`, when their files are known. Pictures are decoded now, or for each step: auto leaves
+   them on disk where their pixels would take more than half of the host's free memory, or where
+   `random_resized_crop` cuts out of the pictures as they are stored. Pixels that `data.tier=host`
+   names, and those of a pack unless it says `device`, stay in the host's memory.
+2. `on_device`, when the device is known. All other pixels go to its memory; auto leaves them in the
+   host's where they would take more than half of the device's free memory.
+
+What fits changes no pixel, so no rank need know what another one has decided.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +22,43 @@ import torch
 from torch import Tensor
 
 from launcher.config.recipe import Images
-from launcher.data import local_copy
-from launcher.data.sources import Data, ImageSet
+from launcher.data import local_copy, storage
+from launcher.data.augment import is_cut
+from launcher.data.images import Data, ImageSet
+from launcher.data.limits import fits_in_memory, refuse_too_large
 from launcher.data.storage import Encoded, Mapped, Stored
-from launcher.utils.text import count, sizes
+from launcher.distributed import signals
+from launcher.errors import UserError
+from launcher.utils.terminal import progress
+from launcher.utils.text import count, sizes, some
+
+_LOG = logging.getLogger(__name__)
 
 
-def on_device(data: Data, images: Images, device: torch.device) -> Data:
-    """The images on the device, but for those that stay elsewhere."""
-    if images.tier == "auto" and device.type == "cuda":
+def prepared(data: Data, wanted: Images) -> Data:
+    """Each half without its broken pictures, if that is wanted, and decoded or left on disk.
+
+    Raises `UserError` where pictures that are to be decoded do not fit into memory.
+    """
+
+    def ready(half: ImageSet, name: str) -> ImageSet:
+        if isinstance(half.images, Encoded):
+            if wanted.on_broken == "skip":
+                half = _without_broken(half, half.images, name)
+            half = half if _stays_on_disk(half, wanted) else _decoded(half, name)
+        if wanted.tier == "host":
+            half = _in_host(half)
+        return _out_of_file(half) if wanted.tier == "device" else half
+
+    return _each_half(data, ready)
+
+
+def on_device(data: Data, wanted: Images, device: torch.device) -> Data:
+    """The images on the device, but for those that stay in the host's memory or on disk."""
+    if wanted.tier == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if bytes_of(data) > free / 2:  # the other half is for the training
-            own = None if data.validation is None else _in_host(data.validation)
-            train, test = _in_host(data.train), _in_host(data.test)
-            data = replace(data, train=train, test=test, validation=own)
+            data = _each_half(data, lambda half, name: _in_host(half))
     return data.to(device)
 
 
@@ -37,11 +70,85 @@ def describe(data: Data) -> str:
     return "; ".join(filter(None, (_where(data), copied, missing)))
 
 
-def _is_copied(data: Data) -> bool:
-    """Whether the images are in a file of which this node has a copy of its own."""
-    images = data.train.images
-    path = images.path if isinstance(images, Mapped) else getattr(images, "root", None)
-    return bool(path) and local_copy.folder() in Path(str(path)).parents
+def bytes_of(data: Data) -> int:
+    """Of all images that are not encoded."""
+    kept = (half.images for half in data.halves.values() if not isinstance(half.images, Encoded))
+    return sum(math.prod(images.shape) for images in kept)
+
+
+# The decisions
+
+
+def _stays_on_disk(half: ImageSet, wanted: Images) -> bool:
+    """Whether pictures are decoded for each step, in place of once for all."""
+    if wanted.tier != "auto":
+        return wanted.tier == "disk"
+    cuts_originals = bool(wanted.augment) and is_cut(wanted.augment[0])
+    return cuts_originals or not fits_in_memory(len(half), half.shape[0])
+
+
+def _in_host(half: ImageSet) -> ImageSet:
+    """Pixels in the host's memory, whence each batch is copied."""
+    if not isinstance(half.images, Tensor):
+        return half
+    return replace(half, images=Mapped(torch.arange(len(half)), half.images))
+
+
+def _out_of_file(half: ImageSet) -> ImageSet:
+    """The pixels of a mapped pack, copied into memory."""
+    if not isinstance(half.images, Mapped):
+        return half
+    return replace(half, images=half.images.array[half.images.places])
+
+
+def _each_half(data: Data, change: Callable[[ImageSet, str], ImageSet]) -> Data:
+    changed = {name: change(half, name) for name, half in data.halves.items()}
+    train, test = changed["training"], changed["test"]
+    return replace(data, train=train, test=test, validation=changed.get("validation"))
+
+
+# Decoding
+
+
+def _without_broken(half: ImageSet, encoded: Encoded, name: str) -> ImageSet:
+    """Leave out what cannot be decoded; every picture is tried."""
+    with progress(f"trying {name} pictures", len(half), "picture") as advance:
+        broken = {}
+        for place, why in enumerate(storage.broken(encoded)):
+            if why:
+                broken[place] = why
+            advance(1)
+            signals.end_if_stopped(f"the trial of all {name} pictures")
+    if not broken:
+        return half
+    if len(broken) == len(half):
+        raise UserError(
+            f"{encoded.root} holds {count(len(broken), f'broken {name} picture')} and no other: "
+            f"{some(list(broken.values()), 1)}",
+            expected="pictures, of which some may be broken",
+            instead="name another folder with data.root=FOLDER",
+        )
+    listed = some(list(broken.values()))
+    _LOG.warning("%s left out: %s", count(len(broken), "broken picture"), listed)
+    whole = torch.tensor([place for place in range(len(half)) if place not in broken])
+    return replace(half.take(whole), left_out=tuple(half.files[place] for place in broken))
+
+
+def _decoded(half: ImageSet, name: str) -> ImageSet:
+    """With the pixels of all pictures: uint8 `(n, size, size, 3)`."""
+    encoded = half.images
+    assert isinstance(encoded, Encoded)
+    refuse_too_large(encoded.root, len(encoded), encoded.size)
+    pixels = torch.empty(encoded.shape, dtype=torch.uint8)
+    with progress(f"decoding {name} pictures", len(encoded), "picture") as advance:
+        for part, decoded in storage.read_in_parts(encoded, storage.parts_of(len(encoded))):
+            pixels[part] = decoded
+            advance(len(decoded))
+            signals.end_if_stopped(f"the decoding of {name} pictures")
+    return replace(half, images=pixels)
+
+
+# In words
 
 
 def _where(data: Data) -> str:
@@ -51,13 +158,8 @@ def _where(data: Data) -> str:
     return f"{sizes(bytes_of(data))} in the memory of the host" if Mapped in kinds else ""
 
 
-def bytes_of(data: Data) -> int:
-    """Of all images that are not encoded."""
-    kept = (half.images for half in data.halves.values() if not isinstance(half.images, Encoded))
-    return sum(math.prod(images.shape) for images in kept)
-
-
-def _in_host(images: ImageSet) -> ImageSet:
-    if not isinstance(images.images, Tensor):
-        return images
-    return replace(images, images=Mapped(torch.arange(len(images)), images.images))
+def _is_copied(data: Data) -> bool:
+    """Whether the images are in a file of which this node has a copy of its own."""
+    images = data.train.images
+    path = images.path if isinstance(images, Mapped) else getattr(images, "root", None)
+    return bool(path) and local_copy.folder() in Path(str(path)).parents

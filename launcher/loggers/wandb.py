@@ -22,7 +22,7 @@ from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import Plan
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.loggers import wandb_end
 from launcher.loggers.logger import Logger
 from launcher.loggers.wandb_history import (

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy
 from numpy.typing import NDArray
-from PIL import Image
 
 from launcher.checkpoint.run_files import RunFiles
-from launcher.data.decoding import BROKEN, fitted
+from launcher.data.decoding import fitted, open_picture
+from launcher.errors import BrokenPictureError
 from launcher.results import figures, html
 from launcher.results.figures import ClassRow
 from launcher.results.load import TrainedRun
@@ -125,8 +125,8 @@ class Gallery:
 def _thumbnail(file: Path, size: tuple[int, int]) -> NDArray[Any]:
     """Black where the file has gone meanwhile."""
     try:
-        with Image.open(file) as picture:
+        with open_picture(file) as picture:
             picture.draft(None, (2 * size[0], 2 * size[1]))  # a large JPEG is read smaller
             return fitted(picture, size)
-    except BROKEN:
+    except BrokenPictureError:
         return numpy.zeros((size[1], size[0], 3), numpy.uint8)

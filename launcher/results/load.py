@@ -15,9 +15,9 @@ from launcher.config import annotations, loader
 from launcher.config.overrides import as_text, override
 from launcher.config.recipe import Recipe
 from launcher.data.batches import Normalize
-from launcher.data.decoding import fitted
+from launcher.data.decoding import fitted, open_picture
 from launcher.data.image_folder import margin_of_source
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network, first_parameter
 from launcher.utils import json_text
@@ -38,7 +38,8 @@ class TrainedRun:
         """What the model takes: pictures to normalized images `(n, c, h, w)`.
 
         A picture is a path, a PIL image, or a uint8 tensor `(c, h, w)`. Paths and PIL images are
-        scaled and cropped as the run's own were. Raises `UserError` for tensors of another shape.
+        scaled and cropped as the run's own were. Raises `UserError` for tensors of another shape,
+        and for files that are no whole picture.
         """
         several = pictures if isinstance(pictures, list) else [pictures]
         return self.normalize(torch.stack([self.pixels(picture) for picture in several]))
@@ -65,7 +66,7 @@ class TrainedRun:
         if isinstance(picture, Image.Image):
             pixels = fitted(picture, (width, height), mode, margin)
         else:
-            with Image.open(picture) as opened:
+            with open_picture(Path(picture)) as opened:
                 pixels = fitted(opened, (width, height), mode, margin)
         return torch.from_numpy(numpy.array(pixels)).reshape(self.image_shape)
 

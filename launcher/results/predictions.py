@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from launcher.data.decoding import BROKEN
-from launcher.errors import UserError
+from launcher.data.decoding import not_a_picture
+from launcher.errors import BrokenPictureError, UserError
 from launcher.results.load import TrainedRun
 from launcher.utils.text import count, printable
 
@@ -71,13 +71,12 @@ class Summary:
             cell = prediction.truth, prediction.classes[0]
             self.confusion[cell] = self.confusion.get(cell, 0) + 1
 
-    def add_broken(self, path: Path, why: str) -> None:
-        """Count and name one that cannot be read."""
+    def add_broken(self, path: Path, line: str) -> None:
+        """Count one that cannot be read, and say the line about it."""
         self.broken += 1
         if len(self.named) < MOST_NAMED:
             self.named.append(str(path))
-        line = f"launcher: {path} cannot be read as a picture ({why})"
-        sys.stderr.write(f"{printable(line)}\n")
+        sys.stderr.write(f"{printable(f'launcher: {line}')}\n")
 
     @property
     def known(self) -> int:
@@ -147,7 +146,7 @@ def predictions(
 
     def read(path: Path) -> Tensor:
         if not path.is_file():  # to read a pipe might be to wait for ever
-            raise OSError("it is no file")
+            raise not_a_picture(path, "it is no file")
         return run.pixels(path)
 
     with ThreadPoolExecutor() as pool:
@@ -164,8 +163,8 @@ def predictions(
                 try:
                     pixels.append(future.result())
                     kept.append((path, inside))
-                except BROKEN as error:
-                    summary.add_broken(path, str(error))
+                except BrokenPictureError as error:
+                    summary.add_broken(path, error.given)
             if kept:
                 for prediction in _of_batch(run, kept, torch.stack(pixels)):
                     summary.add(prediction)

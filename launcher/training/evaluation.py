@@ -10,7 +10,7 @@ from torch import Tensor
 
 from launcher.config.slots import Score, Views
 from launcher.data.batches import shard_bounds
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from launcher.distributed.stop_sync import StoppedError, StopSync
 from launcher.training.metrics import ConfusionAccumulator, Evaluation, OutcomeTable, sample_indices
 from launcher.training.model import first_parameter, upcast

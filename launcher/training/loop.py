@@ -1,8 +1,8 @@
 """Training as a generator: `fit()` yields measurements, and the caller decides what to do.
 
-One step is in `step.py`; here is what happens around it: the order of epochs and steps, the rate
-that belongs to each, the measurements, the evaluation, and the moments between two steps at which
-a run can be saved and stopped.
+One step is in `step.py`; here is what happens around it: the order of epochs and steps, the
+measurements, the evaluation, and the moments between two steps at which a run can be saved and
+stopped.
 """
 
 from collections.abc import Generator, Iterator
@@ -42,9 +42,10 @@ def fit(
     """Train from `start` on: a `StepReport` at each log interval, an `EpochReport` per epoch.
 
     After each step `poll_requests` says whether this rank wants to stop, and whether it wants to
-    save; a `SavePoint` follows when any rank does, or the plan. A stop within an evaluation leaves
-    it to the resumed run. Every rank must run it to its end, since reports add sums over the ranks.
-    Raises `NotFiniteError` when the loss or a parameter is not finite.
+    save; a `SavePoint` follows if any rank wants one, or if the plan has one there. If the ranks
+    agree to stop during an evaluation, it is discarded, and the resumed run repeats it. Every rank
+    must run the generator to its end, since reports add sums over the ranks. Raises
+    `NotFiniteError` when the loss or a parameter is not finite.
     """
     plan, state, patience, progress = ctx.plan, ctx.state, ctx.recipe.patience, start
     batches = make_batches(ctx)
@@ -57,12 +58,14 @@ def fit(
         if tracker is None:
             return
         last_step = plan.epoch_steps(epoch)[-1]
+        # The evaluation averages the running statistics over the ranks. Where it is stopped that is
+        # undone: the resumed run averages them, and to do so twice does not give the same bits.
         buffers = [buffer.clone() for buffer in state.eval_model.buffers()]
         try:
             report, progress = evaluate_epoch(ctx, epoch, tracker, progress, stop_sync)
         except StoppedError:
             for buffer, value in zip(state.eval_model.buffers(), buffers, strict=True):
-                buffer.copy_(value)  # a mean over ranks, averaged again, may be rounded again
+                buffer.copy_(value)
             yield SavePoint(progress_within(epoch, last_step, tracker, progress), True)
             return
         yield report
@@ -98,7 +101,9 @@ def train_epoch(
         if report is not None:
             refuse_nonfinite_loss(ctx, tracker, report)
         is_last = step == plan.epoch_steps(epoch)[-1]
-        if saves or is_last or step <= max(ctx.skip_steps, default=0):
+        # After a rollback each repeated step is checked, so that the next one finds the very step.
+        is_repeated = step <= max(ctx.skip_steps, default=0)
+        if saves or is_last or is_repeated:
             refuse_nonfinite_parameters(ctx, step)
         if report is not None:
             yield replace(report, first_predictions=first_classes(logits)) if step == 1 else report
@@ -147,7 +152,8 @@ def evaluate_epoch(
 def make_batches(ctx: TrainContext) -> Batches:
     """This rank's micro-batches of all steps."""
     rank = ctx.accelerator.process_index
-    # Of class probabilities, which mixing makes, torch's losses take the mean over the images.
+    # Mixing turns the targets into probabilities of classes. A loss of torch then divides by the
+    # number of images, and no longer by the sum of their classes' weights.
     weights = None if ctx.recipe.data.mix else ctx.loss.class_weights
     return Batches(ctx.data.train, ctx.recipe, ctx.plan, ctx.normalize, rank, weights)
 
@@ -165,11 +171,11 @@ def in_data_phase(
 
 
 def warm_up_ddp(ctx: TrainContext) -> None:
-    """Run one micro-batch forward and backward for nothing, before a checkpoint is restored.
+    """Run one micro-batch forward and backward, and discard the gradients.
 
-    After its first backward pass, DDP reorders the gradients that it sums over the ranks; from
-    three ranks on, the order decides how a sum is rounded. So a run that goes on from a checkpoint
-    has that first pass behind it, as the uninterrupted run has.
+    After its first backward pass DDP reorders the gradients that it sums over the ranks, and from
+    three ranks on the order decides how a sum is rounded. Called before a checkpoint is restored,
+    so that the resumed run sums in the order of the uninterrupted one.
     """
     if ctx.plan.world_size > 1:
         _, micro_batches = next(iter(make_batches(ctx).epoch(1)))
@@ -195,7 +201,10 @@ def annotated_errors(ctx: TrainContext, step: int) -> Iterator[None]:
 
 
 def progress_within(epoch: int, step: int, tracker: LossTracker, before: Progress) -> Progress:
-    """After a step of an epoch that is not evaluated yet; `before` is any earlier moment of it."""
+    """Where the training stands after a step of an epoch that is not evaluated yet.
+
+    `before` is the progress at any earlier moment of the training.
+    """
     return replace(
         before,
         step=step,
@@ -228,9 +237,9 @@ def refuse_nonfinite_loss(ctx: TrainContext, tracker: LossTracker, report: StepR
 def refuse_nonfinite_parameters(ctx: TrainContext, step: int) -> None:
     """Raise `NotFiniteError` where a gradient spoilt the parameters, though its loss was finite.
 
-    Called where the device is waited for: before a state is saved or evaluated; and in the steps
-    that are repeated after a rollback, so that a second one skips the very step that did it. With
-    on_nan=skip no such gradient is taken, so if it happens all the same, the run stops.
+    Called where the device is waited for anyway, before a state is saved or evaluated, and in the
+    steps that are repeated after a rollback. With on_nan=skip no such gradient is applied, so if
+    it happens all the same, the run stops.
     """
     is_bad = ~ctx.state.largest_parameter().isfinite()
     if float(ctx.sum_over_ranks(is_bad.float())) > 0:  # every rank takes the same way

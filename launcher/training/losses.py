@@ -46,8 +46,8 @@ class BatchLoss:
     def class_weights(self) -> Tensor | None:
         """`(classes,)`: what a loss of torch weighs the images by; None if it does not.
 
-        Their mean over a batch is divided by the sum of its images' weights, so that is what a
-        micro-batch weighs in its global batch.
+        A loss of torch then divides by the sum of the weights of the batch's labels. So that sum,
+        and not the number of images, is the weight of a micro-batch in its global batch.
         """
         function = self.function
         if isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):

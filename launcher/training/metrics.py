@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launcher.config.plan import START, Progress
-from launcher.data.sources import EvaluatedOn
+from launcher.data.images import EvaluatedOn
 
 SumOverRanks = Callable[[Tensor], Tensor]
 SAMPLES = 36  # evaluated images that every epoch report shows

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from launcher.errors import UserError
 from launcher.utils.text import some
 from launcher.utils.user_code import is_users, place_of, user_line, user_location

@@ -21,7 +21,7 @@ from launcher.config.plan import NEVER, make_plan
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.data.batches import Normalize
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.distributed.accelerator import run_on_main
 from launcher.distributed.process_group import RankGroup
 from launcher.errors import TrainingError

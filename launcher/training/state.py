@@ -25,7 +25,7 @@ from launcher.config.schedules import schedulers_in
 from launcher.config.serialize import code_name
 from launcher.config.slots import CompileMode, Schedule, TorchSchedule
 from launcher.data.batches import Normalize
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.data.tiers import on_device
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
@@ -39,7 +39,7 @@ _NOTHING = nullcontext()
 
 
 def no_phase(name: str) -> AbstractContextManager[Any]:
-    """What a step marks its parts with when no profiler does: record_function would cost 5 us."""
+    """In place of the profiler's `record_function`, which would cost 5 microseconds a phase."""
     return _NOTHING
 
 
@@ -50,9 +50,9 @@ class TrainState:
     `network` is the plain module. `ddp_model` is what trains: on several ranks, DDP around it.
     `ema_model` is its running average, if the recipe keeps one. `group_options` are the settings of
     the optimizer's groups as the recipe made them, among them the learning rate before the
-    schedule; `group_schedules` are the groups' own, where they have one; `rate_table` is what a
-    scheduler of torch makes of them. `current_step` is the step that is being trained; None between
-    steps.
+    schedule; `group_schedules` are the groups' own, where they have one; `rate_table` holds, for
+    each step, what a scheduler of torch sets, if the recipe has one. `current_step` is the step
+    that is being trained; None between steps.
     """
 
     network: nn.Module
@@ -97,7 +97,8 @@ class TrainState:
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
             group.update(self.scheduled_options(index, fraction, schedule))
-        # DDP waits for the gradient of every parameter, and a loss must have one at least.
+        # A group whose own schedule is at zero needs no backward pass. But DDP waits for a gradient
+        # of every parameter, and a backward pass needs one parameter to train at least.
         may_freeze = self.ddp_model is self.network and any(group["lr"] != 0 for group in groups)
         for group, own in zip(groups, self.group_schedules, strict=True):
             if own and may_freeze:

@@ -1,7 +1,8 @@
 """One optimizer step, from a batch to new parameters.
 
-The micro-batches of this rank run forward and backward so that the gradients add up to that of the
-mean loss over the whole global batch; then the optimizer steps at the rate that was set.
+The learning rate of the step is set; the micro-batches of this rank run forward and backward, so
+that the gradients add up to that of the mean loss over the whole global batch; then the optimizer
+steps.
 """
 
 import math
@@ -23,8 +24,9 @@ def train_step(
     recipe, accelerator, state = ctx.recipe, ctx.accelerator, ctx.state
     state.set_learning_rates(ctx.plan.fraction(step), recipe.schedule)
     images = ctx.plan.step_images(step)
-    # DDP averages gradients over the ranks; times the world size that is their sum, in which each
-    # micro-batch has its weight in the global batch. So N ranks compute what 1 rank computes.
+    # DDP divides the sum of the ranks' gradients by the world size; the scale takes that back. A
+    # micro-batch's weight is its share of the global batch, so the weighted losses of all ranks add
+    # up to the mean loss of the global batch; times its images, with sum_loss, to their sum.
     scale = ctx.plan.world_size * (images if recipe.sum_loss else 1)
     may_skip = recipe.on_nan == "skip" or step in ctx.skip_steps
     buffers_before = [buffer.clone() for buffer in state.network.buffers()] if may_skip else []
@@ -48,19 +50,23 @@ def train_step(
     with ctx.phase("update"):
         state.drop_frozen_gradients()
         norm = clip_gradients(ctx, step)
-        is_skipped = step in ctx.skip_steps
+        # Parameters stay as they are in a step that a rollback leaves out, with on_nan=skip where
+        # the gradient is not finite, and in fp16 where it overflows. The gradient scaler has to see
+        # the last two: it skips them itself, and lowers its scale.
+        is_left_out = step in ctx.skip_steps
         has_bad_gradient = False
         if recipe.on_nan == "skip" and norm is not None:
             has_bad_gradient = not math.isfinite(float(norm))  # waits for the device
-        if not is_skipped and (not has_bad_gradient or accelerator.scaler is not None):
-            state.optimizer.step()  # the gradient scaler skips a bad gradient itself, and adapts
+        is_discarded = is_left_out or has_bad_gradient
+        if not is_discarded or (accelerator.scaler is not None and not is_left_out):
+            state.optimizer.step()
         elif accelerator.scaler is not None and norm is not None:
             accelerator.scaler.update()  # the clipping has unscaled the gradients
         state.optimizer.zero_grad()
-        updated = not (is_skipped or has_bad_gradient or accelerator.optimizer_step_was_skipped)
+        updated = not (is_discarded or accelerator.optimizer_step_was_skipped)
         if updated and state.ema_model is not None:
             state.ema_model.update_parameters(state.network)
-        if not (is_skipped or has_bad_gradient):
+        if not is_discarded:
             tracker.end_step(images, norm)
         else:
             tracker.skip_step(step)

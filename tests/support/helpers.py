@@ -17,7 +17,7 @@ from launcher import Images, Recipe, Synthetic
 from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.data import sources
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.training.model import build_network, initialize

@@ -34,7 +34,7 @@ from launcher.checks.verdicts import (
 from launcher.config.loader import Load, LoadedRecipe
 from launcher.config.plan import Plan, make_plan
 from launcher.data import sources
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.data.validation import count_held_out
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images

@@ -15,7 +15,7 @@ from launcher.checks.verdicts import Verdict
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Images, Recipe
 from launcher.data.batches import Batches, Normalize, epoch_order
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.utils.text import count, some
 
 NAME = "data"

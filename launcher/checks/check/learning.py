@@ -8,7 +8,7 @@ from torch import nn
 
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import make_plan
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.errors import NotFiniteError
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport

@@ -18,7 +18,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Augmentation, Draws, Mixing
 from launcher.data.augment import as_augmentation
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from launcher.training.preflight import global_states
 from launcher.utils.text import count
 from launcher.utils.user_code import place_of

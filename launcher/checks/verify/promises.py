@@ -26,7 +26,7 @@ from launcher.checks.verify.trial import Kill, Phase, Trial, save_interval
 from launcher.checks.verify.trials import TrialError, Trials
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.errors import NotExportableError, UserError
 from launcher.training.model import build_network, two_images
 from launcher.utils.text import count

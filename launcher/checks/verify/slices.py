@@ -12,7 +12,7 @@ import torch
 
 from launcher.config.recipe import Images, Recipe
 from launcher.data import sources
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.errors import UserError
 
 EPOCHS = 3

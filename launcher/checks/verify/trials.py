@@ -23,7 +23,7 @@ from launcher.checks.verify.trial import Sighting, Subject, Trial, compile_mode
 from launcher.config.loader import Load
 from launcher.config.recipe import Recipe
 from launcher.config.slots import CompileMode, Precision
-from launcher.data.sources import Data
+from launcher.data.images import Data
 from launcher.distributed.accelerator import usable_cores
 from launcher.distributed.environment import is_true
 from launcher.errors import UserError

@@ -13,7 +13,7 @@ import torch
 from launcher.checkpoint import outcomes
 from launcher.checkpoint.outcomes import LARGEST, MOST_PICTURES, Outcomes, details, of_epoch, read
 from launcher.checkpoint.run_files import RunFiles
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, OutcomeTable, sample_indices
 from tests.support.helpers import context_of, tiny_recipe

@@ -15,7 +15,7 @@ from launcher.checks.check.images import describe_images, joined, near_pairs, sa
 from launcher.checks.verdicts import Verdict
 from launcher.config.recipe import Images, Recipe
 from launcher.data import sources
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from tests.support.helpers import tiny_recipe
 
 Change = Callable[[Data], Data]

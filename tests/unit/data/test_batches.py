@@ -19,7 +19,7 @@ from launcher.data.batches import (
     mix_partners,
     shard_bounds,
 )
-from launcher.data.sources import ImageSet
+from launcher.data.images import ImageSet
 from tests.support.world_worker import Small
 
 COUNT = 45

@@ -34,8 +34,8 @@ from launcher.data import sources, storage, tiers
 from launcher.data.augment import resized
 from launcher.data.batches import Batches, MicroBatch, Normalize, epoch_order
 from launcher.data.decoding import Cut, cut_out
+from launcher.data.images import Data
 from launcher.data.rng import FRESH, make_rng
-from launcher.data.sources import Data
 from launcher.data.storage import Encoded, Mapped, Reading
 from launcher.distributed.signals import listening
 from launcher.errors import StoppedBeforeTrainingError
@@ -437,7 +437,7 @@ def test_what_does_not_fit_into_memory_stays_on_disk(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(sources.load(images_of(folder)).train.images, Tensor)
-    monkeypatch.setattr(sources, "fits_in_memory", lambda count, size: count < 60)
+    monkeypatch.setattr(tiers, "fits_in_memory", lambda count, size: count < 60)
     data = sources.load(images_of(folder))
     assert isinstance(data.train.images, Encoded)
     assert isinstance(data.test.images, Tensor)

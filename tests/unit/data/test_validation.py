@@ -13,7 +13,7 @@ from torch import Tensor
 from launcher import Images, Synthetic
 from launcher.data import sources
 from launcher.data.image_folder import Folder
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet, digest
 from launcher.data.validation import count_held_out, held_out
 from tests.support.helpers import HALF, refused, tiny_recipe
 from tests.unit.data.test_image_folder import fill
@@ -81,7 +81,7 @@ def test_without_validation_the_test_images_are_evaluated() -> None:
 
 def test_the_digest_tells_other_validation_images_apart() -> None:
     images = tiny_recipe(data={"validation": 0.2}).data
-    digests = {sources.digest(sources.load(images, seed=seed)) for seed in (0, 1)}
+    digests = {digest(sources.load(images, seed=seed)) for seed in (0, 1)}
     assert len(digests) == 2
 
 

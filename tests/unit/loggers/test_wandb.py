@@ -23,7 +23,7 @@ from launcher.cli import main
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import Plan
-from launcher.data.sources import Data, ImageSet
+from launcher.data.images import Data, ImageSet
 from launcher.loggers import wandb
 from launcher.loggers.logger import Logger
 from launcher.loggers.wandb import NullLogger, Samples, WandbLogger, WandbRun, start

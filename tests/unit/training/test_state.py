@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 from launcher import Images, Recipe, Synthetic, ema
 from launcher.data import sources
+from launcher.data.images import ImageSet
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.training.model import build_network, count_parameters
@@ -34,11 +35,11 @@ def state_of(recipe: Recipe) -> TrainState:
 
 
 @pytest.fixture(scope="module")
-def images() -> sources.ImageSet:
+def images() -> ImageSet:
     return sources.load(DATA).train
 
 
-def test_the_seed_alone_decides_the_first_weights(images: sources.ImageSet) -> None:
+def test_the_seed_alone_decides_the_first_weights(images: ImageSet) -> None:
     one, same = build_network(RECIPE, images), build_network(RECIPE, images)
     other = build_network(replace(RECIPE, seed=1), images)
     for (name, a), b, c in zip(
@@ -56,28 +57,26 @@ def test_the_seed_alone_decides_the_first_weights(images: sources.ImageSet) -> N
         (nn.Identity, "output of shape (2, 3, 32, 32)"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused(
-    model: Any, message: str, images: sources.ImageSet
-) -> None:
+def test_a_model_that_does_not_fit_is_refused(model: Any, message: str, images: ImageSet) -> None:
     with pytest.raises(UserError) as caught:
         build_network(replace(RECIPE, model=model), images)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_in_double_precision_is_given_images_in_it(images: sources.ImageSet) -> None:
+def test_a_model_in_double_precision_is_given_images_in_it(images: ImageSet) -> None:
     network = build_network(replace(RECIPE, model=Small64), images)
     assert next(network.parameters()).dtype == torch.float64
 
 
-def test_a_lazy_layer_trains_all_of_its_weights(images: sources.ImageSet) -> None:
+def test_a_lazy_layer_trains_all_of_its_weights(images: ImageSet) -> None:
     lazy = partial(nn.Sequential, nn.Flatten(), nn.LazyLinear(10))
     network = build_network(replace(RECIPE, model=lazy), images)
     network(torch.ones(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_the_average_follows_its_formula(images: sources.ImageSet) -> None:
+def test_the_average_follows_its_formula(images: ImageSet) -> None:
     network = build_network(RECIPE, images)
     average = ema(network, decay=0.75)
     first = [p.detach().clone() for p in network.parameters()]
@@ -122,7 +121,7 @@ def test_evaluating_restores_training_even_after_an_error() -> None:
     assert network.training
 
 
-def test_frozen_parameters_are_neither_counted_nor_optimized(images: sources.ImageSet) -> None:
+def test_frozen_parameters_are_neither_counted_nor_optimized(images: ImageSet) -> None:
     network = build_network(RECIPE, images)
     whole = count_parameters(network)
     frozen = next(network.parameters())

@@ -1,0 +1,127 @@
+"""The images of a training, of whatever source: pixels, labels and classes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from launcher.data import storage
+from launcher.data.storage import Stored
+
+EvaluatedOn = Literal["test", "val"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as uint8 `(n, height, width, channels)`, labels as int64 `(n,)`, on one device.
+
+    Images that are `Stored` are elsewhere until they are asked for. `files` says where each comes
+    from, if from a file of its own; `left_out` are broken ones, which are not among them.
+    """
+
+    images: Tensor | Stored
+    labels: Tensor
+    classes: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of them: `(n, height, width, channels)`; stored ones are read."""
+        return self.pixels(slice(None))
+
+    def pixels(self, places: Tensor | Sequence[int] | slice) -> Tensor:
+        """The images at the places `(k,)`, on the device: uint8 `(k, height, width, channels)`."""
+        if isinstance(self.images, Tensor):
+            return self.images[places]
+        chosen = torch.arange(len(self))[places.cpu() if isinstance(places, Tensor) else places]
+        return storage.read(self.images, chosen).to(self.labels.device)
+
+    def in_parts(self, parts: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """Each part of the images as `pixels` gives it; stored ones are read one part ahead."""
+        if isinstance(self.images, Tensor):
+            yield from ((part, self.images[part]) for part in parts)
+        else:
+            for part, pixels in storage.read_in_parts(self.images, parts):
+                yield part, pixels.to(self.labels.device)
+
+    def take(self, places: Tensor) -> "ImageSet":
+        """Those at the places `(n,)`, in that order."""
+        files = tuple(self.files[place] for place in places.tolist()) if self.files else ()
+        images, labels = self.images, self.labels[places]
+        selected = images[places] if isinstance(images, Tensor) else images.at(places)
+        return replace(self, images=selected, labels=labels, files=files)
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The same images on another device, but for those that are stored."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return replace(self, images=images, labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images, and those for validation where the recipe has some.
+
+    `held_out` are the places of the validation images in the source's training half, where they
+    are from there. `fallback` says why the images are not those that were asked for.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    name: str
+    fallback: str | None = None
+    validation: ImageSet | None = None
+    held_out: Tensor | None = None
+
+    @property
+    def evaluated(self) -> ImageSet:
+        """What is evaluated after each epoch, by which the best one is chosen."""
+        return self.test if self.validation is None else self.validation
+
+    @property
+    def evaluated_on(self) -> EvaluatedOn:
+        """Which images those are, as figures are named."""
+        return "test" if self.validation is None else "val"
+
+    @property
+    def halves(self) -> dict[str, ImageSet]:
+        """All images under the names of what they are for."""
+        validation = {} if self.validation is None else {"validation": self.validation}
+        return {"training": self.train, **validation, "test": self.test}
+
+    def to(self, device: torch.device) -> "Data":
+        """The same images on another device."""
+        validation = None if self.validation is None else self.validation.to(device)
+        train, test = self.train.to(device), self.test.to(device)
+        return replace(self, train=train, test=test, validation=validation)
+
+
+def digest(data: Data) -> str:
+    """Whether two runs had the same images: of all labels, and of every hundredth image."""
+    whole = blake2b(digest_size=8)
+    for half in data.halves.values():
+        whole.update(repr((tuple(half.images.shape), half.classes)).encode())
+        whole.update(half.labels.cpu().numpy().tobytes())
+        whole.update(_sample(half))
+    return whole.hexdigest()
+
+
+def _sample(half: ImageSet) -> bytes:
+    if isinstance(half.images, Tensor):
+        return half.images[::100].cpu().numpy().tobytes()
+    # However many there are, as each may be a file on a server of files.
+    some = range(0, len(half), max(100, len(half) // 1000))
+    return half.images.contents(list(some))
