@@ -2,9 +2,9 @@
 
     python benchmarks/stand_in.py --root FOLDER_OF_CIFAR10 --folder FOLDER
 
-CIFAR-10 is written into FOLDER as JPEGs of 64 to 256 pixels, each side of its own, quality 90, and
-removed at the end: what a folder of photographs is, with labels that can be learned. The same
-recipe, SimpleCNN with crop and flip, then trains in processes of its own on
+CIFAR-10 is written into FOLDER as JPEGs of 64 to 256 pixels square, quality 90, and removed at the
+end: what a folder of photographs is, with labels that can be learned. The same recipe, SimpleCNN
+with crop and flip, then trains in processes of its own on
 
     original   CIFAR-10 as torchvision reads it, in memory
     device     the JPEGs, each decoded once and scaled to 32 pixels, in memory
@@ -65,9 +65,10 @@ def write_pictures(root: Path, folder: Path) -> int:
     """All images of CIFAR-10 as JPEGs in class folders; their bytes."""
     random = numpy.random.default_rng(0)
 
-    def write(work: tuple[Any, Path, tuple[int, int]]) -> int:
-        pixels, path, sides = work
-        Image.fromarray(pixels).resize(sides, Image.Resampling.BICUBIC).save(path, quality=QUALITY)
+    def write(work: tuple[Any, Path, int]) -> int:
+        pixels, path, side = work
+        larger = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+        larger.save(path, quality=QUALITY)
         return path.stat().st_size
 
     total = 0
@@ -75,13 +76,13 @@ def write_pictures(root: Path, folder: Path) -> int:
         images = CIFAR10(str(root), train=half == "train")
         for name in images.classes:
             (folder / half / name).mkdir(parents=True)
-        sides = random.integers(SMALLEST, LARGEST + 1, (len(images.data), 2)).tolist()
+        sides = random.integers(SMALLEST, LARGEST + 1, len(images.data)).tolist()
         paths = [
             folder / half / images.classes[label] / f"{number:05}.jpg"
             for number, label in enumerate(images.targets)
         ]
         with ThreadPoolExecutor() as pool:
-            total += sum(pool.map(write, zip(images.data, paths, map(tuple, sides), strict=True)))
+            total += sum(pool.map(write, zip(images.data, paths, sides, strict=True)))
     return total
 
 

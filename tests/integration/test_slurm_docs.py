@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
 SMALLER = {  # than on a cluster with GPUs
-    "--gpus 8": "--gpus 2 --cpus 1",
-    "gpus-per-node=8": "gpus-per-node=2",
-    "ntasks-per-node=8": "ntasks-per-node=2",
-    "cpus-per-task=16": "cpus-per-task=2",
+    "--gpus 8": "--gpus 1 --cpus 1",
+    "gpus-per-node=8": "gpus-per-node=1",
+    "ntasks-per-node=8": "ntasks-per-node=1",
+    "cpus-per-task=16": "cpus-per-task=1",
     "epochs=20": "epochs=16 data.batch_size=16",  # long enough to be interrupted
     "epochs=5": "epochs=2 --cpus 1",
 }
@@ -87,10 +87,10 @@ def test_the_page_from_top_to_bottom(slurm: Slurm, folder: Path) -> None:
     wait_for("resumed after step", folder, "runs/jobs/first-*-2.log")
     assert "swept" not in run(sweep)
     assert run(seeds).count("run runs/drawn-seed") == 2
-    assert "= 4 ranks x" in run(by_hand)
+    assert "= 2 ranks x" in run(by_hand)
     number = run(accelerate).split()[-1]
     assert slurm.wait_for_end(number) == "COMPLETED", (folder / f"slurm-{number}.out").read_text()
-    assert "= 4 ranks x" in (folder / f"slurm-{number}.out").read_text()
+    assert "= 2 ranks x" in (folder / f"slurm-{number}.out").read_text()
     wait_for("last epoch +16", folder, "runs/jobs/first-*-2.log")
     for index in range(3):
         wait_for("last epoch +2", folder, f"runs/jobs/rates-{index}-*-1.log")

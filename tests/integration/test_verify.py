@@ -31,7 +31,7 @@ SMALL = {
     "speedrun94": ["precision=fp32", "compile=false", "model.widths=16,32,32"],
     "speedrun96": ["precision=fp32", "compile=false", "model.widths=8,16,16"],
 }
-TRIED = ("simplecnn", "draws_sometimes", "state_in_attribute", "sums", "batch_norm")
+TRIED = ("state_in_attribute", "sums")  # simplecnn is that of the README
 WITH_BATCH_NORM = tuple(name for name in SMALL if name not in ("simplecnn", "pictures64"))
 # What is said of each fault: the lines that are not good, and words of the answer that names it.
 SAID: dict[str, tuple[dict[str, str], str]] = {
@@ -144,6 +144,7 @@ def test_a_fault_fails_at_its_line(name: str, tmp_path: Path) -> None:
     assert all(words in answer for answer in odd_answers[:1]), odd_answers
 
 
+@pytest.mark.thorough
 def test_what_is_compiled_trains_as_what_is_not(tmp_path: Path) -> None:
     recipe = tmp_path / "compiled.py"
     recipe.write_text(FAULTS["dropout"])

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from launcher.checkpoint import compiled
 from launcher.checkpoint.compiled import NAME, CompiledCode, key_path, own_key
 from launcher.distributed.accelerator import create_accelerator
+from tests.support.helpers import alike
 from tests.support.processes import Run, fingerprint
 
 pytestmark = pytest.mark.slow
@@ -158,7 +159,7 @@ def test_the_key_is_made_once_and_for_this_user_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [alike(1), 2])
 def test_a_requeue_on_another_node_goes_on_with_it(ranks: int, tmp_path: Path) -> None:
     words = ("compile=force", "epochs=2", "model.width=4")
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}

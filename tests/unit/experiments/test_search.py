@@ -17,7 +17,7 @@ from launcher.config.loader import load
 from launcher.config.options import RunOptions
 from launcher.experiments import search
 from launcher.experiments.search import Range, parse_range
-from tests.support.helpers import complaint, refused
+from tests.support.helpers import alike, complaint, refused
 from tests.support.processes import PYTHON, RESUMABLE, ROOT, Run
 
 TINY = """
@@ -176,7 +176,7 @@ def test_a_table_of_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, alike(signal.SIGTERM)], ids=["killed", "stopped"])
 def test_what_was_ended_goes_on(how: signal.Signals, tmp_path: Path) -> None:
     words = ("--trials", "4", "--jobs", "2", "--name", "own", "data.validation=0.2", "epochs=12")
     command = (*PYTHON, "-m", "launcher", "tune", str(RESUMABLE), "--wandb", "off", *words)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.helpers import alike
 from tests.support.processes import Run
 from tests.support.wandb_server import API_KEY, WandbServer
 
@@ -63,7 +64,7 @@ def test_online_the_curve_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [alike(signal.SIGTERM), signal.SIGKILL], ids=lambda n: n.name)
 def test_offline_parts_of_one_id_have_each_row_once(number: signal.Signals, tmp_path: Path) -> None:
     interrupted_and_resumed(tmp_path, number, "offline")
     parts = sorted((tmp_path / "runs" / "run" / "wandb").glob("offline-run-*"))

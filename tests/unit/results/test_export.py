@@ -310,9 +310,9 @@ def test_a_push_that_cannot_begin_is_one_line_before_the_export(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["torch", "onnx"])
+@pytest.mark.parametrize("form", [alike("torch"), "onnx"])
 @pytest.mark.parametrize(
-    "recipe", ["simplecnn", "pictures64", "resnet18", "speedrun94", "speedrun96"]
+    "recipe", ["simplecnn", "pictures64", "resnet18", "speedrun94", alike("speedrun96")]
 )
 def test_the_recipes_can_be_exported(
     recipe: str, form: str, capsys: pytest.CaptureFixture[str]
