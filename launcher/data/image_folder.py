@@ -136,11 +136,10 @@ def _names_in(folder: Path) -> list[str]:
     if not entries:
         raise _empty(folder)
     for entry in entries:
-        file = Path(entry.path)
         if os.path.splitext(entry.name)[1].lower() not in IMG_EXTENSIONS:
-            raise not_a_picture(file, "its name does not end like a picture's")
-        if not entry.is_file() and file.exists():  # to read it might be to wait for ever
-            raise not_a_picture(file, "it is a pipe or a device")
+            raise not_a_picture(Path(entry.path), "its name does not end like a picture's")
+        if not entry.is_file() and os.path.exists(entry.path):  # to read it might wait for ever
+            raise not_a_picture(Path(entry.path), "it is a pipe or a device")
     return [entry.name for entry in entries]
 
 

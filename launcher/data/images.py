@@ -1,6 +1,6 @@
 """The images of a training, of whatever source: pixels, labels and classes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Literal
@@ -104,9 +104,13 @@ class Data:
 
     def to(self, device: torch.device) -> "Data":
         """The same images on another device."""
-        validation = None if self.validation is None else self.validation.to(device)
-        train, test = self.train.to(device), self.test.to(device)
-        return replace(self, train=train, test=test, validation=validation)
+        return self.each(lambda half, name: half.to(device))
+
+    def each(self, change: Callable[[ImageSet, str], ImageSet]) -> "Data":
+        """With each half changed; `change` is also given its name in `halves`."""
+        changed = {name: change(half, name) for name, half in self.halves.items()}
+        train, test = changed["training"], changed["test"]
+        return replace(self, train=train, test=test, validation=changed.get("validation"))
 
 
 def digest(data: Data) -> str:

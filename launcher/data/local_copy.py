@@ -67,10 +67,11 @@ def _copied(root: Path, manifest: Manifest) -> Path:
             partial_copy = place.with_suffix(".partial")
             shutil.rmtree(partial_copy, ignore_errors=True)  # of one that was killed
             files = _files(root, manifest)
-            _refuse_no_room(sum(file.stat().st_size for file in files))
+            total = sum(file.stat().st_size for file in files)
+            _refuse_no_room(total)
             try:
                 partial_copy.mkdir()
-                _copy(files, partial_copy)
+                _copy(files, partial_copy, total)
                 (partial_copy / MANIFEST).write_text(manifest.text())
                 partial_copy.rename(place)
             finally:
@@ -103,8 +104,7 @@ def _files(root: Path, manifest: Manifest) -> dict[Path, str]:
     }
 
 
-def _copy(files: dict[Path, str], target: Path) -> None:
-    total = sum(file.stat().st_size for file in files)
+def _copy(files: dict[Path, str], target: Path, total: int) -> None:
     with progress(f"copying the pack to {target.parent}", total, "byte") as advance:
         for file, digest in files.items():
             if _copy_one(file, target / file.name, advance) != digest:

@@ -14,7 +14,6 @@ What fits changes no pixel, so no rank need know what another one has decided.
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def prepared(data: Data, wanted: Images) -> Data:
             half = _in_host(half)
         return _out_of_file(half) if wanted.tier == "device" else half
 
-    return _each_half(data, ready)
+    return data.each(ready)
 
 
 def on_device(data: Data, wanted: Images, device: torch.device) -> Data:
@@ -58,7 +57,7 @@ def on_device(data: Data, wanted: Images, device: torch.device) -> Data:
     if wanted.tier == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if bytes_of(data) > free / 2:  # the other half is for the training
-            data = _each_half(data, lambda half, name: _in_host(half))
+            data = data.each(lambda half, name: _in_host(half))
     return data.to(device)
 
 
@@ -99,12 +98,6 @@ def _out_of_file(half: ImageSet) -> ImageSet:
     if not isinstance(half.images, Mapped):
         return half
     return replace(half, images=half.images.array[half.images.places])
-
-
-def _each_half(data: Data, change: Callable[[ImageSet, str], ImageSet]) -> Data:
-    changed = {name: change(half, name) for name, half in data.halves.items()}
-    train, test = changed["training"], changed["test"]
-    return replace(data, train=train, test=test, validation=changed.get("validation"))
 
 
 # Decoding
