@@ -21,7 +21,7 @@ import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from launcher.checkpoint.held_folder import HeldFolder
 from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.errors import UserError
@@ -405,9 +406,9 @@ def _refuse_unreadable(path: Path) -> None:
 class Writer:
     """Writes checkpoints in the background, one at a time, so that training does not wait."""
 
-    def __init__(self, root: Path, check: Callable[[], None] = lambda: None) -> None:
-        """Write below `root`, unless `check` raises an `OSError`."""
-        self._root, self._check = root, check
+    def __init__(self, folder: HeldFolder) -> None:
+        """Write below the `checkpoints` of this folder."""
+        self._folder = folder
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
@@ -418,8 +419,8 @@ class Writer:
         return complaint
 
     def _write(self, snapshot: Snapshot) -> Path:
-        self._check()
-        return write(snapshot, self._root)
+        with self._folder.writing() as folder:
+            return write(snapshot, folder.checkpoints)
 
     def wait(self) -> str:
         """Wait until all is written; returns what went wrong, or an empty text."""

@@ -64,7 +64,7 @@ class CompiledCode:
             return _passed_over(error)
         return f"what was compiled before is taken from {NAME}"
 
-    def save(self) -> None:
+    def save(self, folder: Path) -> None:
         """Write what this process has compiled so far, where it is more than the last time.
 
         Raises `OSError` where it cannot be written.
@@ -77,7 +77,7 @@ class CompiledCode:
         body = json.dumps(self._made_for).encode() + b"\n" + artifacts
         if len(body) + SIGNATURE_BYTES > MOST_BYTES:
             raise OSError(f"it would have {len(body) / 2**20:.0f} MiB")
-        atomic_write.replace(self._path, _signature(body, own_key(key_path())) + body)
+        atomic_write.replace(folder / NAME, _signature(body, own_key(key_path())) + body)
 
 
 def _passed_over(error: Exception) -> str:

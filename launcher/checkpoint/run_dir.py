@@ -81,10 +81,10 @@ class RunDir:
             raise _unwritable(self.path, error) from None
         return replace(self, identity=identity)
 
-    def check(self) -> None:
-        """Raise `OSError` where this run was removed and another one has taken its place."""
-        if self.identity and self._id_on_disk() not in ("", self.identity):
-            raise OSError(f"{self.path} is another run's now")
+    @property
+    def is_own(self) -> bool:
+        """False where this run was removed and another one has taken its place."""
+        return not self.identity or self._id_on_disk() in ("", self.identity)
 
     def config(self) -> dict[str, Any]:
         """The settings that the run began with; empty where they cannot be read."""

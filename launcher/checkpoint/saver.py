@@ -1,7 +1,6 @@
 """What a run writes while it trains: a disk that refuses costs a line, not the training."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from launcher.checkpoint import checkpoint, compiled, outcomes
 from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.compiled import CompiledCode
+from launcher.checkpoint.held_folder import HeldFolder
 from launcher.checkpoint.run_dir import RunDir
 from launcher.data.images import ImageSet
 from launcher.training.metrics import EpochReport, FinalReport
@@ -24,7 +24,8 @@ class Saver:
     def __init__(self, folder: RunDir | None, is_main: bool, say: Callable[[str], None]) -> None:
         """`say` shows a line to the user."""
         self.folder, self._say = folder, say
-        self._writer = Writer(folder.checkpoints, folder.check) if folder and is_main else None
+        self._held = HeldFolder(folder) if folder and is_main else None
+        self._writer = Writer(self._held) if self._held else None
 
     def checkpoint(self, ctx: TrainContext, details: dict[str, Any], is_last: bool) -> bool:
         """Save the state, with `details` for `state.json`; returns whether it is safe to go on.
@@ -49,49 +50,50 @@ class Saver:
 
     def weights(self, network: nn.Module, which: Literal["best", "final"]) -> str:
         """Write weights; returns what went wrong, or an empty text."""
-        if self.folder is None:
-            return ""
-        path = self.folder.best if which == "best" else self.folder.final
-        save = partial(checkpoint.save_weights, network, path)
+
+        def save(folder: RunDir) -> None:
+            path = folder.best if which == "best" else folder.final
+            checkpoint.save_weights(network, path)
+
         return self._attempt(f"the {which} weights", save)
 
     def outcomes(
         self, report: EpochReport, images: ImageSet, which: Literal["best", "last"]
     ) -> None:
         """Write what was said of each of the evaluated images in the best or the last epoch."""
-        if self.folder is not None and self._writer is not None:
-            path = self.folder.path / f"{which}.npz"
-            self._attempt(path.name, lambda: outcomes.of_epoch(report, images).write(path))
+        name = f"{which}.npz"
+        self._attempt(name, lambda of: outcomes.of_epoch(report, images).write(of.path / name))
 
     def tested(self, report: FinalReport) -> None:
         """Write the figures of the test images at the end."""
-        if self.folder is not None:
-            self._attempt("test.json", partial(self.folder.tested, report.metrics()))
+        self._attempt("test.json", lambda folder: folder.tested(report.metrics()))
 
     def compiled(self, code: CompiledCode | None) -> None:
         """Write what torch has compiled, if anything is to be."""
         if code is not None:
-            self._attempt(compiled.NAME, code.save)
+            self._attempt(compiled.NAME, lambda folder: code.save(folder.path))
 
     def end(self, exit_code: int) -> None:
-        """Write how this attempt ended."""
-        if self.folder is not None:
-            self._attempt("end.json", partial(self.folder.end, exit_code))
+        """Write how this attempt ended, which is the last that is written."""
+        self._attempt("end.json", lambda folder: folder.end(exit_code))
+        self.wait()
+        if self._held is not None:
+            self._held.close()
 
     def epoch(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Append the figures of an epoch."""
-        if self.folder is None or self._writer is None:
-            return
-        if not self.folder.is_described:
-            self.complain(
-                f"{self.folder.path} was removed: what is still to come cannot be resumed"
-            )
-        self._attempt("metrics.jsonl", partial(self.folder.record, row, details))
+
+        def record(folder: RunDir) -> None:
+            if not folder.is_described and self.folder is not None:
+                lost = f"{self.folder.path} was removed: what is still to come cannot be resumed"
+                self.complain(lost)
+            folder.record(row, details)
+
+        self._attempt("metrics.jsonl", record)
 
     def forget_after(self, epochs: int) -> None:
         """Drop the figures of later epochs, which will be trained again."""
-        if self.folder is not None:
-            self._attempt("metrics.jsonl", partial(self.folder.forget_after, epochs))
+        self._attempt("metrics.jsonl", lambda folder: folder.forget_after(epochs))
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is on the disk."""
@@ -103,12 +105,12 @@ class Saver:
         if text:
             self._say(f"!!! {text} !!!")
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> str:
-        if self.folder is None or self._writer is None:
+    def _attempt(self, what: str, action: Callable[[RunDir], object]) -> str:
+        if self._held is None:
             return ""
         try:
-            self.folder.check()
-            action()
+            with self._held.writing() as folder:
+                action(folder)
         except OSError as error:
             complaint = f"{what} could not be written ({error})"
             self.complain(complaint)

@@ -165,6 +165,7 @@ class WandbLogger(Logger):
         self._is_complete = exit_code == 0
         self._waiting.put(None)
         self._thread.join(self._run.settings.finish_timeout)
+        self._history.close()
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:

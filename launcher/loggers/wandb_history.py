@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils import atomic_write
@@ -60,6 +60,7 @@ class WandbHistory:
     def __init__(self, folder: Path) -> None:
         """Read what earlier attempts have logged; drop a line that a kill cut off."""
         self._path = folder / "wandb-rows.jsonl"
+        self._lines: TextIO | None = None  # stays this run's, whatever becomes of the folder
         self.rows: list[Row] = []
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -79,12 +80,19 @@ class WandbHistory:
     def add(self, scalars: Row) -> Row:
         """Keep a row, before W&B gets it; returns it with its number, counted from 1."""
         row = {**scalars, ROW: len(self.rows) + 1}
-        atomic_write.append(self._path, json.dumps(row))
+        if self._lines is None:
+            self._lines = atomic_write.open_lines(self._path)
+        self._lines.write(json.dumps(row) + "\n")
         self.rows.append(row)
         for kind, (figure, number) in _KINDS.items():
             if figure in row:
                 self._last[kind] = row[number]
         return row
+
+    def close(self) -> None:
+        """No row is added any more."""
+        if self._lines is not None:
+            self._lines.close()
 
 
 def log_records(log: bytes) -> Iterator[bytes]:

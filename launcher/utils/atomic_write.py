@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import TextIO
 
 
 def replace(path: Path, content: bytes, *, is_kept: bool = True) -> None:
@@ -38,12 +39,18 @@ def write_new(path: Path, content: bytes) -> None:
 
 def append(path: Path, line: str) -> None:
     """Add a line to a file, which may be neither a link nor a FIFO: no reader is waited for."""
+    with open_lines(path) as file:
+        file.write(line + "\n")
+
+
+def open_lines(path: Path) -> TextIO:
+    """Open a file to add lines, which each are written at once."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
-    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileExistsError(errno.EEXIST, "no plain file", str(path))
-        file.write(line + "\n")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileExistsError(errno.EEXIST, "no plain file", str(path))
+    return os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
 
 
 def flush_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ from torchvision.models import mnasnet0_5
 
 from launcher.checkpoint import checkpoint, resume
 from launcher.checkpoint.checkpoint import CheckpointError, Writer, capture, newest, restore, write
+from launcher.checkpoint.held_folder import HeldFolder
 from launcher.checkpoint.run_dir import RunDir
 from launcher.config import overrides
 from launcher.config.plan import Progress
@@ -154,8 +155,8 @@ def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_costs_a_complaint_and_no_checkpoint(tmp_path: Path) -> None:
     folder = saved(tmp_path / "good", 1)
-    (tmp_path / "file").write_text("not a folder")
-    writer = Writer(tmp_path / "file")
+    (tmp_path / "checkpoints").write_text("not a folder")
+    writer = Writer(HeldFolder(RunDir(tmp_path)))
     state = STATE | {"progress": vars(Progress(2))}
     snapshot = capture(trained(), state)
     assert writer.submit(snapshot) == ""

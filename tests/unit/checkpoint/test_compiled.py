@@ -28,7 +28,7 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "first"))
         torch.compiler.reset()
         layer()(IMAGES)
-        CompiledCode(folder, create_accelerator("fp32")).save()
+        CompiledCode(folder, create_accelerator("fp32")).save(folder)
     return folder
 
 
@@ -139,8 +139,8 @@ def test_what_is_too_large_is_neither_written_nor_read(
     assert "more than 100 bytes" in code[0].load()
     before = code[1].read_bytes()
     with pytest.raises(OSError, match="MiB"):
-        code[0].save()
-    code[0].save()  # which has been said already
+        code[0].save(code[1].parent)
+    code[0].save(code[1].parent)  # which has been said already
     assert code[1].read_bytes() == before
 
 

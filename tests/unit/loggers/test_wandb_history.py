@@ -16,6 +16,7 @@ def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> 
     assert first.is_new("epoch", 1)
     first.add({"train/loss": 0.5, "train/step": 5, "epoch": 1})
     first.add({"test/accuracy": 0.5, "seconds": 3.0, "train/step": 9, "epoch": 1})
+    first.close()
     second = WandbHistory(tmp_path)
     assert second.rows == first.rows
     assert [second.is_new("step", step) for step in (5, 6, 9)] == [False, True, True]
@@ -25,10 +26,12 @@ def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> 
 def test_a_line_that_a_kill_cut_off_was_not_logged(tmp_path: Path) -> None:
     first = WandbHistory(tmp_path)
     first.add({"train/loss": 0.5, "train/step": 5})
+    first.close()
     path = tmp_path / "wandb-rows.jsonl"
     path.write_text(path.read_text() + '{"train/loss": 0.4, "train/st')
     second = WandbHistory(tmp_path)
     second.add({"train/loss": 0.3, "train/step": 7})
+    second.close()
     assert [row["train/step"] for row in WandbHistory(tmp_path).rows] == [5, 7]
 
 
