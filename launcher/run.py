@@ -739,7 +739,9 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         run.final_loss = loss
         if event.ends_training and event.epoch < plan.last_epoch:
             loggers.console.say(early_stop_line(run.ctx.recipe, event))
-        saver.epoch(event.metrics() | {"data": run.ctx.data.name}, outcomes.details(event))
+        size = plan.resolution(event.epoch)
+        row = event.metrics() | ({"train/resolution": size} if size else {})
+        saver.epoch(row | {"data": run.ctx.data.name}, outcomes.details(event))
     else:
         run.stopped = event.stops
         details = checkpoint_details(run, event.progress)

@@ -49,7 +49,9 @@ _FILES = (
     *("validation.json", "test.json"),
 )
 _LOCK_SECONDS = 0.5  # `launcher runs` holds the lock for an instant, to see whether it is free
-_PACKAGES = ("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy")
+_PACKAGES = (
+    *("launcher", "torch", "torchvision", "accelerate", "wandb", "safetensors", "numpy", "pillow"),
+)
 
 
 @dataclass(frozen=True)

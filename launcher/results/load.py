@@ -131,13 +131,15 @@ def _as_word(value: Any) -> str:
 
 
 def _weights_of(path: Path, which: str) -> Path:
-    for name in (which, "final", "best"):
-        if (path / f"{name}.safetensors").is_file():
-            return path / f"{name}.safetensors"
+    files = {name: path / f"{name}.safetensors" for name in (which, "final", "best")}
+    there = [name for name, file in files.items() if file.is_file()]
+    if which in there:
+        return files[which]
+    other = f"type --weights {there[0]}; in Python, weights={there[0]!r}" if there else ""
     raise UserError(
-        f"{path} has no weights yet",
-        expected="best.safetensors or final.safetensors",
-        instead="wait for the first epoch of the run, or name another folder",
+        f"{path} has no {'' if there else 'weights yet, and so no '}{files[which].name}",
+        expected="the best weights after the first epoch, the final ones after the last",
+        instead=other or "wait for the first epoch of the run, or name another folder",
     )
 
 

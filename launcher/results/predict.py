@@ -6,7 +6,7 @@ A row is written as soon as it is known.
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +15,15 @@ import numpy
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launcher.checkpoint.run_files import find
 from launcher.errors import EXIT_USER, UserError
 from launcher.results import html
 from launcher.results.gallery import Gallery
 from launcher.results.load import load_run
-from launcher.results.predictions import BATCH, TOP, Prediction, Summary, found_files, predictions
+from launcher.results.predictions import TOP, Prediction, Summary, found_files, predictions
+from launcher.utils import terminal
 from launcher.utils.arguments import Parser
-from launcher.utils.terminal import half_blocks
 from launcher.utils.text import printable
 
 SHOWN, SHOWN_PIXELS = 8, 24  # pictures in a truecolor terminal, and their height
@@ -66,12 +65,12 @@ def main(words: Sequence[str]) -> int:
         outputs = list(_outputs(arguments.json, arguments.csv, stack))
         if arguments.html is not None:
             outputs.append(gallery)
-        bar = stack.enter_context(_progress(quiet=len(files) <= BATCH or sys.stdout.isatty()))
-        task = bar.add_task("pictures", total=len(files))
+        advance, done = _progress(stack, len(files)), 0
         for prediction in predictions(run, files, summary):
             for output in outputs:
                 output.row(prediction)
-            bar.update(task, completed=summary.seen + summary.broken)
+            done, before = summary.seen + summary.broken, done
+            advance(done - before)
     if arguments.html is not None and summary.seen:
         html.write(arguments.html, gallery.render(summary), instead=_OTHER_PAGE)
         if summary.known:  # there is a chart
@@ -116,7 +115,7 @@ class _Lines:
         """The file and its best classes."""
         if self._left:
             self._left -= 1
-            self._console.print(half_blocks(_thumbnail(prediction.file)), end="")
+            self._console.print(terminal.half_blocks(_thumbnail(prediction.file)), end="")
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         best = "  ".join(f"{name} {p:.1%}" for name, p in pairs)
         text = f"{prediction.file}  {best}"
@@ -143,14 +142,8 @@ def _thumbnail(file: Path) -> Any:
     return numpy.array(small)
 
 
-def _progress(*, quiet: bool) -> Progress:
-    """On stderr, where the rows do not go to a terminal beside it."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=quiet or not sys.stderr.isatty(),
-    )
+def _progress(stack: ExitStack, pictures: int) -> Callable[[int], None]:
+    """What is told how many more are done; nothing is shown where the rows go to a terminal."""
+    if sys.stdout.isatty():
+        return lambda more: None
+    return stack.enter_context(terminal.progress("predicting", pictures, "picture"))

@@ -1,5 +1,6 @@
 """One trajectory wherever the images are, on any number of ranks, killed and resumed."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def test_images_that_grow_are_alike_on_the_tiers_on_ranks_and_after_a_kill(
     tiers = TIERS if first == "crop" else ("disk",)
     runs = [trained(own, tmp_path, ranks, tier, f"data.tier={tier}") for tier in tiers]
     assert "trained at 16 to 32 pixels" in (runs[0] / "run.json").read_text()
+    rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert (rows[0]["train/resolution"], rows[-1]["train/resolution"]) == (16, 32)
     for one, other in pairwise(map(fingerprint, runs)):
         assert one == other
     assert apart(trained(own, tmp_path, 3 - ranks, "others"), runs[-1]) < 1e-12

@@ -4,6 +4,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import pytest
@@ -122,6 +123,16 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         (tmp_path / "runs" / "first" / f"{name}.safetensors").unlink()
     with refused("has no weights yet"):
         load_run(tmp_path / "runs" / "first")
+
+
+@pytest.mark.parametrize(("gone", "other"), [("best", "final"), ("final", "best")])
+def test_other_weights_than_those_asked_for_are_not_taken(
+    gone: Literal["best", "final"], other: str, tmp_path: Path
+) -> None:
+    trained(tmp_path)
+    (tmp_path / "runs" / "first" / f"{gone}.safetensors").unlink()
+    with refused(f"has no {gone}.safetensors", f"--weights {other}; in Python, weights='{other}'"):
+        load_run(tmp_path / "runs" / "first", weights=gone)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import base64
 import csv
 import io
 import json
+import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from launcher import load_run
 from launcher.cli import main
@@ -101,6 +104,18 @@ def test_patterns_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(capsys, "photos/*/1.png", "--weights", "final")
     assert len(rows) == 5
     assert {row["truth"] for row in rows} == set(CLASSES)
+
+
+def test_scores_that_are_no_numbers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "lost"
+    shutil.copytree("runs/own", folder)
+    weights = load_file(folder / "best.safetensors")
+    lost = {name: torch.full_like(tensor, math.nan) for name, tensor in weights.items()}
+    save_file(lost, folder / "best.safetensors")
+    line = complaint(capsys, "predict", str(folder), "photos/ring", "--json")
+    assert "scores are not finite" in line
 
 
 def test_names_are_no_markup_and_no_escapes(capsys: pytest.CaptureFixture[str]) -> None:
