@@ -54,6 +54,7 @@ def let_wait(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     monkeypatch.setattr("tests.unit.training.test_compiling.COMPILED_WAITS", compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, "force"])
 def test_the_faster_one_is_kept_and_nothing_is_left(
     kept: bool | str, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +82,8 @@ def test_every_other_word_settles_it(compiles: bool | CompileMode) -> None:
     assert not is_to_be_tried(context_of(replace(RECIPE, compile=compiles)))
 
 
-@pytest.mark.parametrize("typed", [pytest.param(False, marks=pytest.mark.slow), "force"])
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [False, "force"])
 def test_it_trains_as_if_told_so_and_keeps_to_it(
     typed: bool | CompileMode,
     tmp_path: Path,
