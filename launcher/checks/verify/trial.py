@@ -4,6 +4,7 @@ What is seen are checksums and numbers, a few for each step: enough to say in wh
 which layer of it, two runs part.
 """
 
+import json
 import os
 import pickle
 import signal
@@ -122,7 +123,7 @@ class Watcher:
 
     def __init__(self, trial: Trial, rank: int, place: Path | None = None) -> None:
         """`place` is a file that says where the rank is."""
-        self._trial, self._rank, self._place = trial, rank, place
+        self._trial, self._rank, self._place, self._begun = trial, rank, place, 0
         self.seen = Sighting()
         self._attributes: dict[str, Any] = {}
         self._ctx: TrainContext | None = None
@@ -163,7 +164,11 @@ class Watcher:
     def _phase(self, name: str) -> Iterator[None]:
         step, kill = self._step, self._trial.kill
         if self._place is not None and step is not None:
-            self._place.write_text(f"rank {self._rank} in step {step} ({name})")
+            self._begun += 1
+            place = f"rank {self._rank} in step {step} ({name})"
+            written = self._place.with_suffix(".new")
+            written.write_text(json.dumps([self._begun, place]))
+            written.replace(self._place)  # who reads it meanwhile sees a whole one
         if kill and (step, name, self._rank) == (kill.step, kill.phase, kill.rank):
             os.kill(os.getpid(), signal.SIGKILL)
         yield
@@ -278,7 +283,7 @@ def result_path(subject: Subject, trial: Trial, rank: int) -> Path:
 
 
 def place_path(subject: Subject, trial: Trial, rank: int) -> Path:
-    """The file in which a rank says where it is, in words."""
+    """The file in which a rank says how many phases it has begun, and in words where it is."""
     return result_path(subject, trial, rank).with_suffix(".place")
 
 

@@ -1,5 +1,6 @@
 """The runs that `verify` compares: each is made once, in a folder of its own, and then read."""
 
+import json
 import os
 import pickle
 import shutil
@@ -171,13 +172,14 @@ class Trials:
         return [sighting for sighting in found if sighting]
 
     def _standstill(self, wanted: Trial) -> str:
-        """Where the rank is that has stood longest."""
+        """Where the rank is for which the others wait: the one that is behind."""
         paths = [trial.place_path(self._ready, wanted, rank) for rank in range(wanted.ranks)]
         begun = [path for path in paths if path.is_file()]
         if len(begun) < len(paths):
             return ", before its first step"
-        last = min(begun, key=lambda path: path.stat().st_mtime)
-        return f", {last.read_text()} since {time.time() - last.stat().st_mtime:.0f} s"
+        stand = [(*json.loads(path.read_text()), path.stat().st_mtime) for path in begun]
+        _, place, since = min(stand, key=lambda one: (one[0], one[2]))
+        return f", {place} since {time.time() - since:.0f} s"
 
     def copy(self, one: Trial, two: Trial) -> int:
         """Give `two` what `one` had left when its oldest kept checkpoint was written.
