@@ -228,6 +228,7 @@ def test_a_pack_of_encoded_pictures_trains_to_the_weights_of_its_folder(
     assert fingerprint(tmp_path / "runs" / "pets") == fingerprint(tmp_path / "runs" / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [alike(1), 2])
 def test_a_pack_trains_to_the_weights_of_its_folder(
     ranks: int, small: Path, tmp_path: Path
