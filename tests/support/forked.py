@@ -9,6 +9,7 @@ these start a new process.
 """
 
 import atexit
+import fcntl
 import json
 import os
 import runpy
@@ -94,6 +95,8 @@ def run(
     """Exit code and output of a program, as `subprocess.run` returns them."""
     with ExitStack() as stack:
         files = [stack.enter_context(os.fdopen(os.memfd_create("output"), "w+")) for _ in "12"]
+        for file in files:  # or processes that write at the same moment overwrite each other
+            fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
         process = Popen(command, cwd=cwd, env=env, stdout=files[0], stderr=files[1])
         code = process.wait(timeout)
         for file in files:
