@@ -40,7 +40,7 @@ class HeldFolder:
                 with self._remaking:
                     if os.fstat(self._descriptor).st_nlink == 0:
                         self._remake()
-                held = _OPEN_FILES / str(self._descriptor)
+                    held = _OPEN_FILES / str(self._descriptor)
             folder = replace(self.folder, path=held)
             if not folder.is_own:
                 raise OSError(f"{self.folder.path} is another run's now")

@@ -131,15 +131,17 @@ def _as_word(value: Any) -> str:
 
 
 def _weights_of(path: Path, which: str) -> Path:
-    files = {name: path / f"{name}.safetensors" for name in (which, "final", "best")}
-    there = [name for name, file in files.items() if file.is_file()]
-    if which in there:
-        return files[which]
-    other = f"type --weights {there[0]}; in Python, weights={there[0]!r}" if there else ""
+    file = path / f"{which}.safetensors"
+    if file.is_file():
+        return file
+    other = "final" if which == "best" else "best"
+    has_other = (path / f"{other}.safetensors").is_file()
     raise UserError(
-        f"{path} has no {'' if there else 'weights yet, and so no '}{files[which].name}",
+        f"{path} has no {'' if has_other else 'weights yet, and so no '}{file.name}",
         expected="the best weights after the first epoch, the final ones after the last",
-        instead=other or "wait for the first epoch of the run, or name another folder",
+        instead=f"type --weights {other}; in Python, weights={other!r}"
+        if has_other
+        else "wait for the first epoch of the run, or name another folder",
     )
 
 

@@ -7,7 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,12 +65,12 @@ def main(words: Sequence[str]) -> int:
         outputs = list(_outputs(arguments.json, arguments.csv, stack))
         if arguments.html is not None:
             outputs.append(gallery)
-        advance, done = _progress(stack, len(files)), 0
+        advance, done = stack.enter_context(_progress(len(files))), 0
         for prediction in predictions(run, files, summary):
             for output in outputs:
                 output.row(prediction)
-            done, before = summary.seen + summary.broken, done
-            advance(done - before)
+            advance(summary.seen + summary.broken - done)
+            done = summary.seen + summary.broken
     if arguments.html is not None and summary.seen:
         html.write(arguments.html, gallery.render(summary), instead=_OTHER_PAGE)
         if summary.known:  # there is a chart
@@ -142,8 +142,8 @@ def _thumbnail(file: Path) -> Any:
     return numpy.array(small)
 
 
-def _progress(stack: ExitStack, pictures: int) -> Callable[[int], None]:
-    """What is told how many more are done; nothing is shown where the rows go to a terminal."""
+def _progress(pictures: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Nothing is shown where the rows go to a terminal."""
     if sys.stdout.isatty():
-        return lambda more: None
-    return stack.enter_context(terminal.progress("predicting", pictures, "picture"))
+        return nullcontext(lambda more: None)
+    return terminal.progress("predicting", pictures, "picture")

@@ -180,13 +180,13 @@ def _of_batch(
     numbers = {name: number for number, name in enumerate(run.classes)}
     with torch.inference_mode():
         shares = run.model(run.normalize(pixels)).float().softmax(1).cpu()
-    for (path, _), row in zip(files, shares, strict=True):
-        if not row.isfinite().all():
-            raise UserError(
-                f"{path}, of which the run's network says nothing (its scores are not finite)",
-                expected="weights of a training whose loss was finite",
-                instead="see where it went wrong: launcher report RUN",
-            )
+    if not (is_finite := shares.isfinite().all(1)).all():
+        path, _ = files[is_finite.tolist().index(False)]
+        raise UserError(
+            f"{path}, of which the run's network says nothing (its scores are not finite)",
+            expected="weights of a training whose loss was finite",
+            instead="see where it went wrong: launcher report RUN",
+        )
     best = shares.topk(min(TOP, len(run.classes)))
     rows = zip(files, best.values.tolist(), best.indices.tolist(), strict=True)
     for row, ((path, inside), probabilities, places) in enumerate(rows):

@@ -35,6 +35,7 @@ from launcher.errors import LauncherError, OtherRankError, UserError
 from launcher.training.evaluation import evaluate
 from launcher.training.metrics import Evaluation
 from launcher.training.state import TrainContext
+from launcher.utils import atomic_write
 from launcher.utils.user_code import user_location
 
 Phase = Literal["forward", "backward", "update"]
@@ -166,9 +167,8 @@ class Watcher:
         if self._place is not None and step is not None:
             self._begun += 1
             place = f"rank {self._rank} in step {step} ({name})"
-            written = self._place.with_suffix(".new")
-            written.write_text(json.dumps([self._begun, place]))
-            written.replace(self._place)  # who reads it meanwhile sees a whole one
+            content = json.dumps([self._begun, place]).encode()
+            atomic_write.replace(self._place, content, is_kept=False)
         if kill and (step, name, self._rank) == (kill.step, kill.phase, kill.rank):
             os.kill(os.getpid(), signal.SIGKILL)
         yield
