@@ -334,9 +334,13 @@ def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankG
     """Prepare here, and go on when all ranks have; a `UserError` of one ends all."""
     with group.sync_errors():
         group.refuse_differences(shared_facts(loaded, options))
+        wanted = loaded.recipe.precision
         if options.smoke:
             loaded = replace(loaded, recipe=smoke_version(loaded.recipe, group))
         prepared = prepare(loaded, options, group)
+        if prepared.loaded.recipe.precision != wanted:
+            said = f"fp32 (this processor is slow in {wanted or group.world.mixed_precision})"
+            prepared.facts["precision"] = said
     group.init_process_group()
     return prepared
 

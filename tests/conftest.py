@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import forked
 from tests.support.slurm_cluster import slurm
 
 __all__ = ["slurm"]
@@ -41,6 +42,10 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith(_FOREIGN) or name in _RANKS:
             monkeypatch.delenv(name)
+    # Coverage of a new Python traces all that torch imports and takes a third of its time; forked
+    # programs are measured, and what those start.
+    forked.measured = os.environ.get(forked.MEASURED, "")
+    monkeypatch.delenv(forked.MEASURED, raising=False)
     # A process of a second after each training; test_report_at_end.py has the real one.
     monkeypatch.setattr("launcher.loggers.report.write", lambda folder: "")
     yield

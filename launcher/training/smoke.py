@@ -6,10 +6,12 @@ images are scored before and after, and what counts is whether their classes can
 change.
 """
 
+import json
 import math
 import time
 from copy import deepcopy
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,20 +21,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from launcher.config.options import RunOptions
 from launcher.config.plan import NEVER, make_plan
 from launcher.config.recipe import Recipe
+from launcher.config.slots import Precision
 from launcher.data import sources
 from launcher.data.batches import Normalize
 from launcher.data.images import Data
-from launcher.distributed.accelerator import run_on_main
+from launcher.distributed.accelerator import choose_precision, run_on_main, runs_on_cpu
 from launcher.distributed.process_group import RankGroup
+from launcher.distributed.world import World
 from launcher.errors import TrainingError
 from launcher.training.loop import fit
 from launcher.training.model import build_network, first_parameter, restored_afterwards, upcast
 from launcher.training.state import TrainContext, evaluating, make_context
 
 STEPS = 16
-LARGEST_BATCH, SMALLEST_BATCH = 64, 16  # images: a smoke test is about the code, not the settings
+LARGEST_BATCH, SMALLEST_BATCH = 64, 8  # images: a smoke test is about the code, not the settings
 MOST_PASSES = 4  # of a step
 SECONDS_PER_STEP = 0.5  # on a CPU, where a smaller batch keeps to it
+FEW = 2  # images, to compare precisions
+IMITATED = 3.0  # times the seconds of fp32: the processor has no instructions for this precision
 MOST_SCORED = 512  # images, before training and after it
 LEARNS = 2.0  # standard deviations, which a normal distribution exceeds in 1 of 44 cases
 SURE = 3.0  # of the control: in 1 of 741
@@ -50,40 +56,50 @@ def smoke_options(options: RunOptions) -> RunOptions:
 def smoke_version(recipe: Recipe, group: RankGroup) -> Recipe:
     """One epoch of 16 small batches of embedded images; to be called within `sync_errors`.
 
-    Rank 0 finds out how large a batch may be, so that all takes about 20 seconds on two cores.
+    Rank 0 finds out how large a batch may be, and whether the precision is a fast one on this
+    processor, so that all takes about 20 seconds on two cores.
     """
     accumulate = min(recipe.passes, MOST_PASSES)
-    largest = min(recipe.data.batch_size, LARGEST_BATCH)
-    own = str(_batch_in_time(recipe, largest)) if group.world.is_main else None
-    size = int(group.broadcast("smoke-batch", own))
+    own = json.dumps(_in_time(recipe, group.world)) if group.world.is_main else None
+    size, precision = json.loads(group.broadcast("smoke", own))
     size = max(size, 2 * group.world.size * accumulate)  # two images for BatchNorm
     images = replace(sources.stand_in(recipe.data, STEPS * size), batch_size=size)
-    return replace(
-        recipe, data=images, epochs=1, accumulate=accumulate, compile=False, patience=None
-    )
+    recipe = replace(recipe, data=images, precision=precision, accumulate=accumulate)
+    return replace(recipe, epochs=1, compile=False, patience=None)
 
 
-def _batch_in_time(recipe: Recipe, largest: int) -> int:
-    if torch.cuda.is_available() or largest <= SMALLEST_BATCH:
-        return largest
+def _in_time(recipe: Recipe, world: World) -> tuple[int, Precision | None]:
+    """The images of a batch, and the precision: fp32 where a CPU only imitates its own."""
+    largest = min(recipe.data.batch_size, LARGEST_BATCH)
+    if not runs_on_cpu(world):
+        return largest, recipe.precision
     few = sources.load(sources.stand_in(recipe.data, SMALLEST_BATCH))
-    seconds = _seconds_of_pass(recipe, few)
-    return max(SMALLEST_BATCH, min(largest, int(SMALLEST_BATCH * SECONDS_PER_STEP / seconds)))
+    precision, _ = choose_precision(recipe.precision, False, world.mixed_precision)
+    own = replace(recipe, precision=cast(Precision, precision))
+    if precision != "fp32":
+        full = replace(recipe, precision="fp32")
+        in_time = SECONDS_PER_STEP * FEW / SMALLEST_BATCH
+        most = max(in_time, IMITATED * _seconds_of_pass(full, few, FEW))
+        if most < _seconds_of_pass(own, few, FEW) < math.inf:
+            recipe = own = full
+    if largest > SMALLEST_BATCH:
+        passes = SECONDS_PER_STEP / _seconds_of_pass(own, few, SMALLEST_BATCH)
+        largest = max(SMALLEST_BATCH, min(largest, int(SMALLEST_BATCH * passes)))
+    return largest, recipe.precision
 
 
-def _seconds_of_pass(recipe: Recipe, data: Data) -> float:
+def _seconds_of_pass(recipe: Recipe, few: Data, images: int) -> float:
     """Forward and backward, the second time; infinite where that fails, which is told later."""
-    network = build_network(recipe, data.train).train()
-    train, like = data.train, first_parameter(network)
-    normalize = Normalize(recipe.data, train.shape, like, contiguous=True)
-    images = normalize(train.tensor)
-    halves = torch.autocast("cpu", enabled=recipe.precision in ("bf16", "pure_bf16"))
+    network = build_network(recipe, few.train).train()
+    like = first_parameter(network)
+    normalize = Normalize(recipe.data, few.train.shape, like, contiguous=True)
+    batch = normalize(few.train.tensor[:images])
     seconds = math.inf
     try:
         for _ in range(2):
             begin = time.perf_counter()
-            with halves:
-                scores = network(images)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+                scores = network(batch)
             upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
             seconds = time.perf_counter() - begin
     except Exception:

@@ -31,6 +31,8 @@ _IMPORTED = (
     *("PIL.Image", "coverage", "filelock", "psutil", "rich.console", "safetensors.torch"),
 )
 _LONGEST = 200_000  # bytes of a request
+MEASURED = "COVERAGE_PROCESS_CONFIG"  # how coverage tells a new Python to measure itself
+measured = ""  # what the tests began with; tests/conftest.py keeps it from other new processes
 
 
 class Popen:
@@ -47,7 +49,11 @@ class Popen:
     ) -> None:
         """`command` begins with the Python that runs the tests."""
         assert command[0] == sys.executable, command
-        request = {"words": list(command[1:]), "folder": str(cwd), "environment": dict(env)}
+        request = {
+            "words": list(command[1:]),
+            "folder": str(cwd),
+            "environment": {MEASURED: measured, **env},
+        }
         self._told, teller = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with teller:
             files = [teller.fileno(), stdout.fileno(), stderr.fileno()]
@@ -166,7 +172,7 @@ def become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if environment.get("COVERAGE_PROCESS_CONFIG"):  # what a new process begins with
+    if environment.get(MEASURED):  # what a new process begins with
         import coverage
 
         coverage.process_startup()

@@ -22,7 +22,7 @@ from launcher import (
 )
 from launcher.data import sources
 from launcher.distributed.process_group import RankGroup
-from launcher.distributed.world import ALONE
+from launcher.distributed.world import ALONE, World
 from launcher.errors import TrainingError
 from launcher.training import smoke
 from launcher.training.loop import fit
@@ -136,7 +136,7 @@ def test_a_network_that_cannot_learn_so_fast_passes_with_a_word() -> None:
 
 @pytest.mark.parametrize(
     ("model", "batch", "expected"),
-    [(Tiny, 512, LARGEST_BATCH), (Tiny, 24, 24), (Tiny, 4, 4), (Slow, 512, SMALLEST_BATCH + 9)],
+    [(Tiny, 512, LARGEST_BATCH), (Tiny, 24, 24), (Tiny, 4, 4), (Slow, 512, 25)],  # 25 x 0.02 s
 )
 def test_a_slow_network_gets_smaller_batches(model: Any, batch: int, expected: int) -> None:
     recipe = tiny_recipe(model=model, data={"batch_size": batch})
@@ -144,6 +144,33 @@ def test_a_slow_network_gets_smaller_batches(model: Any, batch: int, expected: i
     size = made.data.batch_size
     assert size == expected if model is Tiny else SMALLEST_BATCH <= size <= expected
     assert len(sources.load(made.data).train) == STEPS * size
+
+
+class Imitated(Tiny):
+    """As on a processor without instructions for bf16."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            time.sleep(0.2)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "configured", "expected"),
+    [
+        (Imitated, "bf16", "", "fp32"),
+        (Imitated, None, "bf16", "fp32"),
+        (Imitated, None, "", None),
+        (Tiny, "bf16", "", "bf16"),
+        (Tiny, None, "bf16", None),
+    ],
+)
+def test_a_precision_that_a_processor_only_imitates_is_left_out(
+    model: Any, precision: Any, configured: str, expected: str | None
+) -> None:
+    recipe = tiny_recipe(model=model, precision=precision, data={"batch_size": 4})
+    made = smoke_version(recipe, RankGroup(World(mixed_precision=configured)))
+    assert made.precision == expected
 
 
 def test_a_network_that_fails_backwards_is_left_to_the_checks_of_every_run() -> None:
