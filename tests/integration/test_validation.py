@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from launcher import load_run, train
 from launcher.data import sources
-from tests.support.helpers import tiny_recipe
+from tests.support.helpers import alike, tiny_recipe
 from tests.support.processes import Run, fingerprint, write_double
 from tests.unit.data.test_validation import LABELS
 
@@ -126,7 +126,7 @@ def test_other_numbers_of_ranks_end_with_the_same_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [alike(1), 2])
 def test_killed_and_resumed_it_ends_with_the_same_epoch(ranks: int, tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()

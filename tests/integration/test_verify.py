@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.helpers import RECIPES, ROOT
+from tests.support.helpers import RECIPES, ROOT, alike
 from tests.support.planted import FAULTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -175,7 +175,7 @@ def test_the_time_is_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("launcher-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, alike(signal.SIGTERM)])
 def test_an_interruption_leaves_nothing_behind(number: int, tmp_path: Path) -> None:
     with subprocess.Popen(
         command(RECIPES / "simplecnn.py"),

@@ -15,7 +15,7 @@ from launcher.data import cache, sources
 from launcher.distributed.process_group import RankGroup
 from launcher.distributed.world import World
 from tests.support import forked
-from tests.support.helpers import ROOT
+from tests.support.helpers import ROOT, alike
 from tests.unit.data.test_sources import Cifar, images_of
 
 
@@ -95,7 +95,7 @@ def test_a_reader_that_hosts_the_store_and_is_killed_is_named_by_the_others(root
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [alike(1), 2])
 def test_a_refusal_reaches_all_processes_in_the_same_words(nodes: int, root: Path) -> None:
     (root / "cifar-10-batches-py" / "second").write_bytes(b"cut")
     alone, many = crowd(root, 1), crowd(root, 4, "--nodes", str(nodes))
