@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from launcher.cluster import slurm_env
@@ -14,6 +15,9 @@ from launcher.distributed import signals
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.environment import refuse_unusable
 from launcher.run import RunResult, train_loaded
+
+# Of this process: the ranks' common store keeps what an earlier training has left in it.
+_NUMBERS = count()
 
 
 def train(
@@ -46,7 +50,7 @@ def train(
         report=False,
     )
     refuse_unusable(os.environ)
-    world = slurm_env.world_of_this_process()
+    world = replace(slurm_env.world_of_this_process(), run=next(_NUMBERS))
     with signals.listening(ends_process=False):
         if world.is_launched:
             signals.watch_launcher()

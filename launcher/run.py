@@ -29,7 +29,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.config.slots import Precision
 from launcher.data import cache, tiers
-from launcher.data.images import Data, digest
+from launcher.data.images import Data
 from launcher.distributed import process_group, signals
 from launcher.distributed.accelerator import (
     choose_precision,
@@ -37,6 +37,7 @@ from launcher.distributed.accelerator import (
     device_name,
     reset_accelerator,
     run_on_main,
+    set_threads,
 )
 from launcher.distributed.process_group import RankGroup, Timeouts
 from launcher.distributed.stop_sync import Requests
@@ -332,6 +333,7 @@ class Prepared:
 
 def prepare_on_all_ranks(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prepared:
     """Prepare here, and go on when all ranks have; a `UserError` of one ends all."""
+    set_threads(group.world)  # before the first images are read, by as many threads
     with group.sync_errors():
         group.refuse_differences(shared_facts(loaded, options))
         wanted = loaded.recipe.precision
@@ -373,6 +375,8 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
     world, has_gpu = group.world, torch.cuda.is_available()
     precision, origin = choose_precision(recipe.precision, has_gpu, world.mixed_precision)
     data = cache.load(recipe.data, group, recipe.seed)
+    # Which each node has opened for itself.
+    group.refuse_differences({"images of": data.name, "digest": data.digest}, "images")
     plan = plan_for(loaded, data, options, world.size)
     network = build_network(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
@@ -491,6 +495,7 @@ def log_and_run(
         if start and start.checkpoint:
             warm_up_ddp(ctx)
             checkpoint.restore(start.checkpoint, ctx)
+        highest = start.best if start else None
         if start:  # what was refused until here has left the folder as it was
             start = describe_run(ctx, replace(start, notes=(*start.notes, note)), loaded, facts)
         loggers = make_loggers(ctx, start, loaded, options, also)
@@ -499,7 +504,7 @@ def log_and_run(
         saver = Saver(start.folder if start else None, is_main, say)
         if start and is_main and options.makes_report:
             report.begin(start.folder.path, say)
-        run = ActiveRun(ctx, loaded, loggers, saver, code, best=best, highest=best)
+        run = ActiveRun(ctx, loaded, loggers, saver, code, best=best, highest=highest)
         exit_code = EXIT_FAULT
         try:
             show_header(run, start, facts)
@@ -530,7 +535,7 @@ def open_run(
     def choose() -> ResumePoint:
         if options.resume:
             steps = ctx.plan.steps_per_epoch
-            start = resumed_run(options, loaded, ctx.data.name, steps)
+            start = resumed_run(options, loaded, ctx.data, steps)
         else:
             start = new_run(options, loaded)
         exit_stack.callback(start.folder.lock().release)
@@ -558,7 +563,7 @@ def describe_run(
             "name": loaded.name,
             "classes": list(train.classes),
             "image_shape": list(train.shape),
-            "data_digest": digest(ctx.data),
+            "data_digest": ctx.data.digest,
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "evaluated_on": ctx.data.evaluated_on,
             "samples": sample_indices(len(ctx.data.evaluated)),
@@ -570,9 +575,19 @@ def describe_run(
         if damaged := own.forget_after(start.progress.epochs):
             dropped = f"{count(damaged, 'damaged line')} dropped"
             notes = (*notes, f"metrics.jsonl and details.jsonl: {dropped}")
-        return replace(start, folder=own, notes=notes)
+        best = best_that_is_kept(own, start.best, start.progress)
+        return replace(start, folder=own, notes=notes, best=best)
 
     return run_on_main(ctx.accelerator, write)
+
+
+def best_that_is_kept(folder: RunDir, best: Best | None, progress: Progress) -> Best | None:
+    """The best epoch; None where a later one, which is trained again, has replaced its weights.
+
+    If it then comes out otherwise, they would pass for those of an epoch that they are not of.
+    """
+    kept = outcomes.read(folder.path / "best.npz")
+    return None if kept and kept.epoch > progress.epochs else best
 
 
 def make_loggers(
@@ -626,7 +641,7 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
                 figure += f", test accuracy {figures['test/accuracy']:.2%}{note}"
             rows[label] = f"{epoch.epoch}, {figure}"
     if run.highest and run.highest != run.best:
-        note = "its weights could not be written"
+        note = "its weights are not in the run folder"
         figure = f"epoch {run.highest.epoch}, {images} accuracy {run.highest.accuracy:.2%}"
         rows["not kept"] = f"{figure}: {note}"
     if run.ctx.data.fallback:
@@ -730,9 +745,12 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         loggers.step(event, plan)
     elif isinstance(event, EpochReport):
         run.last = Best.of(event)
-        if is_better(event, run.highest):
+        # Not of an epoch that was cut, unless it is the only one: a resumed run trains all of it.
+        is_whole = event.step == event.epoch * plan.steps_per_epoch or run.best is None
+        if is_whole and is_better(event, run.highest):
             run.highest = run.last
-        if is_better(event, run.best) and not saver.weights(run.ctx.state.eval_model, "best"):
+        is_best = is_whole and is_better(event, run.best)
+        if is_best and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
             saver.outcomes(event, run.ctx.data.evaluated, "best")
         run.report = event
@@ -778,8 +796,9 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
     if found is None or len(skipped) >= MOST_ROLLBACKS or error.step in skipped:
         raise error
     checkpoint.restore(found, ctx)
-    state = checkpoint.read_state(found)
-    progress, run.best, run.highest = state.progress, state.best, state.best
+    state = run_on_main(ctx.accelerator, lambda: checkpoint.read_state(found))
+    progress, run.highest = state.progress, state.best
+    run.best = run_on_main(ctx.accelerator, lambda: best_that_is_kept(folder, state.best, progress))
     run.saver.forget_after(progress.epochs)
     run.loggers.console.say(f"{error}")
     run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")
@@ -796,6 +815,7 @@ def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:
         "steps_per_epoch": run.ctx.plan.steps_per_epoch,
         "wandb_id": run.folder.identity if run.folder else "",
         "data": run.ctx.data.name,
+        "data_digest": run.ctx.data.digest,
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "source": redacted(run.loaded.source),

@@ -23,11 +23,14 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_type_hints
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -35,8 +38,10 @@ from torch import Tensor, nn
 from launcher.checkpoint.held_folder import HeldFolder
 from launcher.config import annotations
 from launcher.config.plan import Progress
+from launcher.distributed.accelerator import run_on_main
 from launcher.errors import UserError
 from launcher.training.metrics import Best
+from launcher.training.model import count_over_ranks
 from launcher.training.optimizers import bring_steps, try_step
 from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write, json_text
@@ -73,9 +78,15 @@ class SavedState:
     steps_per_epoch: int
     wandb_id: str
     data: str
+    data_digest: str
     config: dict[str, Any]
     source: str
     scaler: dict[str, Any] | None
+
+    @property
+    def is_within_epoch(self) -> bool:
+        """Whether some images of an epoch have been seen, and others not."""
+        return self.progress.step > self.progress.epochs * self.steps_per_epoch
 
 
 class CheckpointError(Exception):
@@ -207,12 +218,41 @@ def capture(ctx: TrainContext, details: dict[str, Any]) -> Snapshot:
 
 
 def restore(folder: Path, ctx: TrainContext) -> None:
-    """Put a verified checkpoint into a training, on every rank.
+    """Put a checkpoint that rank 0 has verified into a training, on every rank.
 
     Settings of the optimizer that the recipe has changed since are the recipe's; what the optimizer
     itself changed in its groups is the checkpoint's. Raises `UserError` where the network or the
     optimizer is another one.
     """
+    with _seen_by_all(folder, ctx.accelerator) as seen:
+        _restore(seen, ctx)
+
+
+@contextmanager
+def _seen_by_all(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """The folder; a copy on all ranks where some see none there, or that of another run."""
+    own = _bytes_of(folder / "manifest.json")
+    is_other = own != run_on_main(accelerator, lambda: own)
+    if not count_over_ranks(accelerator, is_other):
+        yield folder
+        return
+    files = run_on_main(
+        accelerator, lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
+    )
+    with TemporaryDirectory() as copy:
+        for name, content in files.items():
+            Path(copy, name).write_bytes(content)
+        yield Path(copy)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _restore(folder: Path, ctx: TrainContext) -> None:
     state, scaler = ctx.state, ctx.accelerator.scaler
     load_weights(state.network, folder / "weights.safetensors")
     average = folder / "average.safetensors"

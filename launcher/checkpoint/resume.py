@@ -12,6 +12,7 @@ from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
+from launcher.data.images import Data
 from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.utils.json_text import flatten
@@ -39,7 +40,7 @@ def new_run(options: RunOptions, loaded: LoadedRecipe) -> ResumePoint:
 
 
 def resumed_run(
-    options: RunOptions, loaded: LoadedRecipe, data_name: str, steps_per_epoch: int
+    options: RunOptions, loaded: LoadedRecipe, data: Data, steps_per_epoch: int
 ) -> ResumePoint:
     """The newest whole checkpoint of the named, or else of the newest, run of this recipe.
 
@@ -67,14 +68,14 @@ def resumed_run(
     state = checkpoint.read_state(found)
     refuse_changes(state.config, loaded.config, changed)
     _refuse_other_optimizer(folder, state.config, loaded.config)
-    _refuse_other_data(state.data, data_name)
+    _refuse_other_data(state, data, changed)
     progress = state.progress
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
     if state.source != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
-    is_within_epoch = progress.step > progress.epochs * state.steps_per_epoch
-    _refuse_past_end(folder, progress.epochs + is_within_epoch, loaded.recipe.epochs)
-    if is_within_epoch:
+    _refuse_past_end(folder, progress.epochs + state.is_within_epoch, loaded.recipe.epochs)
+    _refuse_past_step(folder, progress.step, options.max_steps)
+    if state.is_within_epoch:
         _refuse_other_batches(progress.step, state, loaded.config, steps_per_epoch)
     else:
         progress = replace(progress, step=progress.epochs * steps_per_epoch)
@@ -158,6 +159,15 @@ def _refuse_past_end(folder: RunDir, begun: int, wanted: int) -> None:
         )
 
 
+def _refuse_past_step(folder: RunDir, step: int, most: int | None) -> None:
+    if most is not None and step > most:
+        raise UserError(
+            f"--max-steps {most}, but {folder.path} stands at step {step}",
+            expected="the number of a later step, counted from the beginning of the run",
+            instead=f"type a number above {step}, or leave --max-steps out",
+        )
+
+
 def _refuse_other_batches(
     step: int, state: SavedState, present: Mapping[str, Any], steps_per_epoch: int
 ) -> None:
@@ -170,7 +180,7 @@ def _refuse_other_batches(
             instead="leave data.batch_size as it was until the next checkpoint after an epoch",
         )
     before, now = flatten(state.config), flatten(present)
-    for name in ("data.batch_size", "data.validation", "seed"):
+    for name in ("data.batch_size", "data.sampling", "data.validation", "seed"):
         if before.get(name) != now[name]:
             raise UserError(
                 f"{name}={now[name]} after step {step}, where the run stands within an epoch",
@@ -196,10 +206,26 @@ def _refuse_other_optimizer(
         )
 
 
-def _refuse_other_data(saved: str, present: str) -> None:
-    if saved != present:
+def _refuse_other_data(state: SavedState, present: Data, changed: Sequence[str]) -> None:
+    """Files may have come to a folder, or gone; that is fatal within an epoch."""
+    if state.data != present.name:
         raise UserError(
-            f"images of {present}, but the run began with {saved}",
+            f"images of {present.name}, but the run began with {state.data}",
             expected="the same images in every part of a run",
             instead="type data.root=FOLDER, or begin another run",
+        )
+    if state.data_digest == present.digest:
+        return
+    given = f"other images of {present.name} than those of the checkpoint"
+    if state.is_within_epoch:
+        raise UserError(
+            f"{given}, which is within an epoch",
+            expected="the images that the epoch began with, each once",
+            instead="put them back as they were, or type data.root=FOLDER, where they are now",
+        )
+    if not _is_named("data.root", changed):
+        raise UserError(
+            given,
+            expected="the same images in every part of a run",
+            instead="type --resume-changed data.root if that is intended",
         )

@@ -40,7 +40,13 @@ class RunOptions:
         return self.report and not self.smoke and not self.profile
 
     def __post_init__(self) -> None:
-        """Refuse a name that cannot be a folder's."""
+        """Refuse a name that cannot be a folder's, and a run without a step."""
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(
+                f"max_steps={self.max_steps}",
+                expected="at least 1",
+                instead="leave it out to train all steps",
+            )
         name = self.name
         if name is None:
             return

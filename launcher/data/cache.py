@@ -76,6 +76,7 @@ def _written(loaded: Data) -> Iterator[str]:
         "name": loaded.name,
         "fallback": loaded.fallback,
         "held_out": loaded.held_out,
+        "digest": loaded.digest,
     }
     with ExitStack() as held:
         try:
@@ -116,6 +117,7 @@ def _map(place: str) -> Data | None:
         content["fallback"],
         halves.get("validation"),
         content["held_out"],
+        content["digest"],
     )
 
 

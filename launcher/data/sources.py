@@ -34,7 +34,7 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import Source
 from launcher.data import tiers
 from launcher.data.file_lock import held
-from launcher.data.images import Data, ImageSet
+from launcher.data.images import Data, ImageSet, digest_of
 from launcher.data.packed import Packed
 from launcher.data.storage import Encoded, Mapped
 from launcher.data.synthetic import Synthetic
@@ -218,11 +218,16 @@ def _known_shape(data: Images) -> dict[str, int]:
 
 
 def _open_halves(data: Images, downloads: bool) -> Data:
-    """All halves at once, since most of it is reading and hashing of files."""
+    """All halves, and at once where that is safe, since most of it is reading and hashing of files.
+
+    A source of the user's may seed a generator that all threads share, and draw from it.
+    """
     halves = ["train", "test"]
     if isinstance(data.validation, str) and not parse_fold(data.validation):
         halves.append(data.validation)
-    with ThreadPoolExecutor(max_workers=len(halves)) as pool:
+    function = data.source.func if isinstance(data.source, partial) else data.source
+    is_safe = function.__module__.partition(".")[0] in ("launcher", "torchvision")
+    with ThreadPoolExecutor(max_workers=len(halves) if is_safe else 1) as pool:
         found = list(pool.map(partial(_open, data), halves))
     if None in found and not downloads:
         raise _UnavailableError("is not downloaded here")
@@ -231,7 +236,9 @@ def _open_halves(data: Images, downloads: bool) -> Data:
         for name, half in zip(halves, found, strict=True)
     )
     opened = Data(train, test, short_name(data.source), validation=next(iter(validation), None))
-    return tiers.prepared(opened, data)
+    ready = tiers.prepared(opened, data)
+    left_out = [half.left_out for half in ready.halves.values()]
+    return replace(ready, digest=digest_of(opened, left_out))
 
 
 def _open(data: Images, half: str) -> ImageSet | None:

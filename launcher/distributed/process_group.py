@@ -114,7 +114,8 @@ class RankGroup:
     and `user-error`, the first of another; `stopped`, by which signal;
     `read`, how many ranks know the outcome of `sync_errors`; `left`, how many have ended;
     `liveness-check`, how many ranks ask who still runs, and `alive/R`; `barrier/B`, how many ranks
-    are at barrier B, and `open/B`; `node/N/K` for key K of node N; `facts`, which all must share.
+    are at barrier B, and `open/B`; `node/N/K` for key K of node N; `facts` and `images`, which all
+    must share.
     """
 
     def __init__(
@@ -243,16 +244,14 @@ class RankGroup:
         self._guard(lambda: self._poll(key, None, self._check_whether_all_end), self._silence)
         return self._store.get(key).decode()
 
-    def refuse_differences(self, facts: Mapping[str, str]) -> None:
+    def refuse_differences(self, facts: Mapping[str, str], key: str = "facts") -> None:
         """Raise `UserError` where the facts of this rank are not those of rank 0.
 
-        To be called within `sync_errors`.
+        To be called within `sync_errors`, once for each `key`.
         """
         if self._heartbeat is None:
             return
-        first = json.loads(
-            self.broadcast("facts", json.dumps(facts) if self.world.is_main else None)
-        )
+        first = json.loads(self.broadcast(key, json.dumps(facts) if self.world.is_main else None))
         names = [n for n in {**first, **facts} if first.get(n) != facts.get(n)]
         if names:
             own, others = (

@@ -25,7 +25,7 @@ from launcher.checkpoint.checkpoint import save_weights
 from launcher.checkpoint.run_files import RunFiles, find
 from launcher.config.recipe import Recipe
 from launcher.data import sources
-from launcher.data.images import ImageSet, digest
+from launcher.data.images import ImageSet
 from launcher.errors import NotExportableError, UserError
 from launcher.results.card import model_card
 from launcher.results.hub import push, refuse_unready
@@ -189,7 +189,7 @@ def evaluated_images(files: RunFiles, run: TrainedRun, root: str | None) -> tupl
     for source in filter(None, (data.source, data.fallback)):
         wanted = replace(data, source=source, fallback=None)
         loaded = sources.open_on_disk(wanted, run.recipe.seed)
-        if loaded is not None and digest(loaded) == files.about.get("data_digest"):
+        if loaded is not None and loaded.digest == files.about.get("data_digest"):
             return loaded.evaluated, True
     kept = files.best or files.last
     if kept is None or kept.pictures.shape[1:] != run.image_shape:

@@ -2,9 +2,11 @@
 
 import re
 import socket
+from itertools import product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.processes import RESUMABLE, Run, places_of
 
@@ -13,11 +15,16 @@ SAME = ("--max-steps", "2", "--name", "run")
 
 
 def two(
-    folder: Path, *others: str, recipes: tuple[Path, Path] = (RESUMABLE, RESUMABLE)
+    folder: Path,
+    *others: str,
+    recipes: tuple[Path, Path] = (RESUMABLE, RESUMABLE),
+    on_nodes: bool = False,
 ) -> tuple[list[int], str]:
     """Exit codes and output of two ranks; the second is started with other words."""
     runs = []
     for place, words, recipe in zip(places_of(2), ((), others), recipes, strict=True):
+        if on_nodes:  # of which each opens the images for itself
+            place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": place["RANK"]}
         runs.append(Run(1, folder, *SAME, *words, recipe=recipe, environment=place))
     codes = [run.end() for run in runs]
     text = "".join(run.text() for run in runs)
@@ -64,6 +71,30 @@ def test_another_recipe_text_on_one_rank_is_named(tmp_path: Path) -> None:
 def test_the_folder_of_the_images_may_differ(tmp_path: Path) -> None:
     codes, text = two(tmp_path, "data.root=elsewhere")
     assert codes == [0, 0], text
+
+
+@pytest.mark.slow
+def test_other_images_on_one_node_are_named(tmp_path: Path) -> None:
+    """Another number of them, and as many with one that differs."""
+    roots = {}
+    for name, shades in {"first": range(4), "more": range(5), "other": (0, 1, 2, 9)}.items():
+        roots[name] = tmp_path / name
+        for half, label in product(("train", "test"), ("cat", "dog")):
+            (roots[name] / half / label).mkdir(parents=True)
+            for number, shade in enumerate(shades):
+                picture = Image.new("RGB", (8, 8), (shade, 0, 0))
+                picture.save(roots[name] / half / label / f"{number}.png")
+    recipe = tmp_path / "resumable.py"
+    source = f"partial(Folder, size=32), root={str(roots['first'])!r}"
+    text = RESUMABLE.read_text().replace("partial(Synthetic, count=1_230)", source)
+    text = text.replace("Synthetic,", "Folder,").replace("batch_size=50", "batch_size=4")
+    recipe.write_text(text.replace("width * 8 * 8, 10)", "width * 8 * 8, 2)"))
+    for name in ("more", "other"):
+        root = f"data.root={roots[name]}"
+        codes, said = two(tmp_path, root, recipes=(recipe, recipe), on_nodes=True)
+        assert codes == [2, 2], said
+        found = re.findall(r"launcher: rank 1 of 2 .*: digest \w+, but rank 0 .* digest \w+", said)
+        assert len(found) == 1, said
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 from tests.support import forked
 from tests.support.helpers import ROOT
+from tests.support.processes import PATIENCE, TORCHRUN
 
 TRAIN = f"""
 from launcher import train
@@ -101,3 +102,24 @@ NOTEBOOK = {"nbformat": 4, "nbformat_minor": 4, "metadata": {}}
 def cell(code: str) -> dict[str, Any]:
     empty: dict[str, Any] = {"metadata": {}, "outputs": [], "execution_count": None}
     return {"cell_type": "code", "source": code} | empty
+
+
+TWICE = """
+from launcher import train
+from tests.support.helpers import tiny_recipe
+
+for rate in ("0.05", "0.1"):
+    train(tiny_recipe(epochs=1), f"optimizer.lr={rate}", name=rate, wandb="off")
+"""
+
+
+@pytest.mark.slow
+def test_twice_on_the_same_two_ranks(folder: Path) -> None:
+    """Whose common store, that of torchrun, outlives the first training."""
+    (folder / "script.py").write_text(TWICE)
+    command = (*TORCHRUN, str(folder / "script.py"))
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.parent.name for path in folder.glob("runs/*/final.safetensors")} == {"0.05", "0.1"}

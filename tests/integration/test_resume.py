@@ -20,6 +20,7 @@ from tests.support.processes import (
     TORCHRUN_1,
     Run,
     fingerprint,
+    places_of,
     write_double,
 )
 
@@ -236,6 +237,32 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         run.process.send_signal(signal.SIGINT)
         time.sleep(0.0005)
     assert run.end() == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["nothing", "another run"])
+def test_only_the_machine_of_rank_0_need_have_the_run_folder(
+    left: str, whole_of_two: Path, tmp_path: Path
+) -> None:
+    """The others take the checkpoint from it, whatever they have of that name themselves."""
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        machine.mkdir()
+    if left == "another run":
+        other = ("--name", "cut", "seed=7", "epochs=8", "--max-steps", "90")
+        assert Run(1, machines[1], *other).end() == 0
+
+    def run(*words: str) -> None:
+        runs = []
+        for machine, place in zip(machines, places_of(2), strict=True):
+            place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": place["RANK"]}
+            words = ("--name", "cut", "--resume", *SHORT, *words)
+            runs.append(Run(1, machine, *words, environment=place))
+        assert [run.end() for run in runs] == [0, 0], runs[0].text() + runs[1].text()
+
+    run("--max-steps", "90")
+    run()
+    assert fingerprint(machines[0] / "runs" / "cut") == fingerprint(whole_of_two)
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
     )
     epoch = accuracies.index(highest) + 1
     assert shown["not kept"] == (
-        f"epoch {epoch}, test accuracy {highest:.2%}: its weights could not be written"
+        f"epoch {epoch}, test accuracy {highest:.2%}: its weights are not in the run folder"
     )
 
 

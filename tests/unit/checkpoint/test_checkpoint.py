@@ -29,6 +29,7 @@ from tests.support.resumable import recipe
 STATE: dict[str, Any] = {
     "best": None,
     "data": "Synthetic",
+    "data_digest": "",
     "config": {"epochs": 2},
     "source": "",
     "wandb_id": "1",

@@ -36,6 +36,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "steps_per_epoch": 10,
             "wandb_id": "1",
             "data": "Synthetic",
+            "data_digest": "",
             "config": {"epochs": 2},
             "source": "",
         }

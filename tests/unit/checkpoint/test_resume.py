@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from launcher import train
 from launcher.cli import main
+from launcher.training.metrics import Best
 from tests.support import helpers
 from tests.support.processes import RESUMABLE, fingerprint
 
@@ -220,3 +223,95 @@ def test_a_precision_of_accelerates_config_is_kept_like_one_of_the_recipe(
     with helpers.refused("precision (bf16 -> fp32)", "--resume-changed precision"):
         train(recipe, runs=tmp_path, name="run", wandb="off", resume=True)
     train(recipe, "precision=bf16", runs=tmp_path, name="run", wandb="off", resume=True)
+
+
+class Pictures:
+    """Ten images that follow from the folder's name, and ten more in a folder called more."""
+
+    classes = tuple("abcdefghij")
+
+    def __init__(self, root: str, train: bool) -> None:
+        generator = torch.Generator().manual_seed(len(root))
+        count = 20 if root == "more" else 10
+        shape = (count, 8, 8, 3)
+        self.data = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        self.targets = torch.arange(count) % 10
+
+
+PICTURES = helpers.tiny_recipe(data={"source": Pictures, "root": "one", "batch_size": 5}, epochs=2)
+
+
+@pytest.mark.parametrize("root", ["another", "more"])
+def test_other_images_are_refused_within_an_epoch(root: str) -> None:
+    train(PICTURES, name="mine", wandb="off", max_steps=3)
+    before = contents()
+    with helpers.refused("other images of Pictures", "within an epoch", "put them back"):
+        train(PICTURES, f"data.root={root}", name="mine", wandb="off", resume=True)
+    assert contents() == before
+    assert train(PICTURES, name="mine", wandb="off", resume=True).last
+
+
+def test_after_an_epoch_other_images_need_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path("pictures.py")
+    recipe.write_text("from tests.unit.checkpoint.test_resume import PICTURES as recipe\n")
+    assert run("epochs=1", recipe=recipe) == 0
+    line = refused(capsys, "data.root=more", "--resume-changed", "epochs", recipe=recipe)
+    assert "--resume-changed data.root" in line
+    changed = ("data.root=more", "--resume", "--resume-changed", "epochs,data.root")
+    assert run(*changed, recipe=recipe) == 0
+
+
+def test_images_are_drawn_in_another_way_after_an_epoch_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--max-steps", "30") == 0
+    line = refused(capsys, "data.sampling=balanced", "--resume-changed", "data.sampling")
+    assert "data.sampling=balanced after step 30" in line
+
+
+def test_a_run_is_not_cut_before_the_step_at_which_it_stands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--max-steps", "30") == 0
+    line = refused(capsys, "--max-steps", "28")
+    assert "stands at step 30" in line
+    assert run("--resume", "--max-steps", "31") == 0
+
+
+class Counting(helpers.Tiny):
+    """Says the same class of all images, by the number of steps that it has been trained for."""
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+        scores = super().forward(images)
+        said = {10: 1, 26: 0}.get(int(self.steps), 2)
+        return scores if self.training else scores * 0 + torch.eye(10)[said]
+
+
+class Uneven(Pictures):
+    """100 images: 50 of class 0, 30 of class 1, 20 of class 2."""
+
+    def __init__(self, root: str, train: bool) -> None:
+        self.data = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1).expand(-1, 8, 8, 3)
+        self.targets = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+
+
+def test_the_best_weights_are_of_an_epoch_that_the_run_has() -> None:
+    """Not of a part of one, which was better than the whole of it."""
+    recipe = helpers.tiny_recipe(model=Counting, epochs=3, data={"source": Uneven})
+    whole = train(recipe, name="whole", wandb="off")
+    assert whole.best == Best(1, 0.3)
+    cut = train(recipe, name="cut", wandb="off", max_steps=26)
+    assert cut.last == Best(3, 0.5)
+    assert cut.best == cut.highest == whole.best
+    resumed = train(recipe, name="cut", wandb="off", resume=True)
+    assert resumed.best == whole.best
+    files = [Path("runs", name, "best.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]

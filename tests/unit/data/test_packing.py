@@ -16,7 +16,6 @@ from PIL import Image
 from launcher import Folder, Images, Packed, random_resized_crop
 from launcher.cli import main
 from launcher.data import cache, packing, sources, storage, tiers
-from launcher.data.images import digest
 from launcher.data.storage import Joined
 from launcher.errors import BrokenPictureError
 from tests.support import helpers
@@ -508,7 +507,7 @@ def test_they_are_loaded_as_those_of_the_folder(changes: dict[str, Any], cut: An
         assert other.files == half.files
         assert isinstance(other.images, torch.Tensor) == isinstance(half.images, torch.Tensor)
     assert tiers.describe(packed) == tiers.describe(folder)
-    assert digest(packed) == digest(folder)
+    assert packed.digest == folder.digest
 
 
 def test_without_a_size_they_have_that_of_a_folder() -> None:

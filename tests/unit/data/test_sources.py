@@ -910,3 +910,20 @@ def test_a_source_that_fails_is_a_line_with_its_place(error: Exception, tmp_path
     said = f"Unopened fails: {type(error).__name__}: own ({__file__}, line {line})"
     with refused(f"data.source={said}"):
         sources.load(images_of(partial(Unopened, error=error), tmp_path))
+
+
+class Seeded:
+    """A source that seeds the generator that all threads share."""
+
+    classes = tuple("abcdefghij")
+
+    def __init__(self, train: bool) -> None:
+        torch.manual_seed(train)
+        time.sleep(0.01)  # in which another thread would seed it, too
+        self.data = torch.randint(256, (20, 8, 8, 3), dtype=torch.uint8)
+        self.targets = torch.arange(20) % 10
+
+
+def test_a_source_that_seeds_a_generator_has_the_same_images_each_time() -> None:
+    images = tiny_recipe(data={"source": Seeded}).data
+    assert len({sources.load(images).digest for _ in range(4)}) == 1

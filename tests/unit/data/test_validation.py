@@ -13,7 +13,7 @@ from torch import Tensor
 from launcher import Images, Synthetic
 from launcher.data import sources
 from launcher.data.image_folder import Folder
-from launcher.data.images import Data, ImageSet, digest
+from launcher.data.images import Data, ImageSet
 from launcher.data.validation import count_held_out, held_out
 from tests.support.helpers import HALF, refused, tiny_recipe
 from tests.unit.data.test_image_folder import fill
@@ -77,12 +77,6 @@ def test_without_validation_the_test_images_are_evaluated() -> None:
     data = sources.load(tiny_recipe().data)
     assert data.evaluated is data.test
     assert (data.evaluated_on, data.held_out) == ("test", None)
-
-
-def test_the_digest_tells_other_validation_images_apart() -> None:
-    images = tiny_recipe(data={"validation": 0.2}).data
-    digests = {digest(sources.load(images, seed=seed)) for seed in (0, 1)}
-    assert len(digests) == 2
 
 
 class ThreeHalves:

@@ -1,11 +1,14 @@
 """Precision, threads and device; what is told to torch; what runs on rank 0 for all ranks."""
 
 import os
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from launcher.distributed.accelerator import (
     choose_precision,
@@ -108,6 +111,44 @@ def test_under_accelerate_launch_one_process_uses_all_cores(tmp_path: Path) -> N
     command = [*ACCELERATE, "--num_processes", "1", script(tmp_path, THREADS)]
     done = run(command, ACCELERATE_USE_CPU="true", HF_HOME=str(tmp_path))
     assert done.stdout == f"given 1\nthreads {usable_cores()}\n", done.stderr
+
+
+READING = """
+import threading
+from functools import partial
+
+import torch
+
+from launcher import Folder
+from tests.support.helpers import Tiny, tiny_recipe
+
+
+class Counting(Tiny):
+    def forward(self, images):
+        reading = sum(thread.name.startswith("reading") for thread in threading.enumerate())
+        print("computes with", torch.get_num_threads(), "reads with", reading, flush=True)
+        return super().forward(images)
+
+
+data = {"source": partial(Folder, size=8), "tier": "disk", "batch_size": 4}
+recipe = tiny_recipe(model=partial(Counting, classes=2), data=data, epochs=1)
+"""
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch_as_many_threads_read_as_compute(tmp_path: Path) -> None:
+    for half, label in product(("train", "test"), ("cat", "dog")):
+        (tmp_path / "pictures" / half / label).mkdir(parents=True)
+        for number in range(4):
+            picture = Image.new("RGB", (8, 8), (number, 0, 0))
+            picture.save(tmp_path / "pictures" / half / label / f"{number}.png")
+    words = ("-m", "launcher", script(tmp_path, READING), "--runs", str(tmp_path), "--no-report")
+    command = [*ACCELERATE, "--num_processes", "1", *words]
+    command += ("--wandb", "off", f"data.root={tmp_path / 'pictures'}")
+    done = run(command, ACCELERATE_USE_CPU="true", HF_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    *_, last = re.findall("computes with.*", done.stdout)
+    assert last == f"computes with {usable_cores()} reads with {usable_cores()}"
 
 
 @pytest.mark.parametrize("chosen", [1, pytest.param(2, marks=pytest.mark.slow)])
