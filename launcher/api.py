@@ -33,8 +33,9 @@ def train(
 
     `recipe` is the path of a recipe file or a `Recipe`; `overrides` are settings of the form
     `name=value`; the other arguments are the options of the same name. A signal, such as Ctrl-C,
-    saves and stops: `result.stopped`. Raises `UserError` for what cannot be trained, before
-    anything is written, and `TrainingError` where training fails.
+    saves and stops: `result.stopped`; in another thread than the main one, signals are left to the
+    program. Raises `UserError` for what cannot be trained, before anything is written, and
+    `TrainingError` where training fails.
     """
     if isinstance(recipe, Recipe):
         loaded = LoadedRecipe(recipe, short_name(recipe.model).rpartition(".")[2].lower(), "", "")

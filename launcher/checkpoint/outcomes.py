@@ -174,12 +174,18 @@ def _to_picture(outcomes: Outcomes, samples: list[int]) -> NDArray[Any]:
 
 
 def _small(images: NDArray[Any]) -> NDArray[Any]:
-    """uint8 `(k, h, w, c)` with no side above `LARGEST`."""
-    height, width = images.shape[1:3]
+    """uint8 `(k, h, w, c)` with no side above `LARGEST`, and then no more channels than are shown.
+
+    Each channel is scaled by itself: Pillow takes a second or a fourth one for transparency, and
+    would turn the others black where it is 0.
+    """
+    height, width, channels = images.shape[1:]
     if max(height, width) <= LARGEST:
         return images
     scale = LARGEST / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    modes = [image[..., 0] if image.shape[-1] == 1 else image for image in images]
-    resized = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in modes]
-    return numpy.stack([numpy.asarray(r).reshape(size[1], size[0], -1) for r in resized])
+    shown = channels if channels in (3, 4) else 1
+    planes = images[..., :shown].transpose(0, 3, 1, 2).reshape(-1, height, width)
+    resized = [Image.fromarray(plane).resize(size, Image.Resampling.BOX) for plane in planes]
+    small = numpy.stack([numpy.asarray(r) for r in resized])
+    return small.reshape(-1, shown, size[1], size[0]).transpose(0, 2, 3, 1)

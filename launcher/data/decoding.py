@@ -5,6 +5,7 @@ resamples, three times as fast as Pillow, where a part of the picture is cut out
 """
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -22,6 +23,17 @@ from launcher.errors import BrokenPictureError
 
 # What Pillow raises for files that are no whole picture, and `_in_colour`.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+# What turns the stored pixels upright, by the orientation that a camera has noted.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,19 @@ def margin_of(size: int, scaled_to: int) -> float:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as the camera has noted; the same picture, and not a copy of it."""
-    ImageOps.exif_transpose(picture, in_place=True)
-    return picture
+    """Turned as the camera has noted; as it is stored, and not a copy of it, where nothing is.
+
+    `ImageOps.exif_transpose` would also write the EXIF anew, and fails where a tag has an odd type.
+    """
+    try:
+        picture.load()  # before the note is read: of a TIFF, Pillow turns the pixels and removes it
+    except (LookupError, TypeError, struct.error) as error:  # a TIFF's tags, read on the way
+        raise ValueError(f"its tags: {error}") from None
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the pixels are whole, and other programs show them as they are stored
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

@@ -1,7 +1,8 @@
 """A pack on a server of files, copied once to the node's own disk before it is trained on.
 
 It lies below TMPDIR (else /tmp), in a folder that only its user can write to, under the digest of
-its manifest. Later runs on the node use it as it is; on a cluster TMPDIR usually ends with the job.
+its manifest. Later runs on the node use it as long as it is whole; on a cluster TMPDIR usually ends
+with the job.
 """
 
 import os
@@ -63,11 +64,14 @@ def folder() -> Path:
 def _copied(root: Path, manifest: Manifest) -> Path:
     place = _own_folder() / f"pack-{blake2b(manifest.text().encode(), digest_size=16).hexdigest()}"
     with held(place.with_suffix(".lock")):
-        if not place.is_dir():
+        files = _files(root, manifest)
+        wanted = {file.name: file.stat().st_size for file in files}
+        if not _is_whole(place, {**wanted, MANIFEST: len(manifest.text().encode())}):
+            # A process that trains from it has mapped its files, and reads on from what is removed.
+            shutil.rmtree(place, ignore_errors=True)
             partial_copy = place.with_suffix(".partial")
             shutil.rmtree(partial_copy, ignore_errors=True)  # of one that was killed
-            files = _files(root, manifest)
-            total = sum(file.stat().st_size for file in files)
+            total = sum(wanted.values())
             _refuse_no_room(total)
             try:
                 partial_copy.mkdir()
@@ -77,6 +81,11 @@ def _copied(root: Path, manifest: Manifest) -> Path:
             finally:
                 shutil.rmtree(partial_copy, ignore_errors=True)
     return place
+
+
+def _is_whole(place: Path, wanted: dict[str, int]) -> bool:
+    """Whether all files are there, of these sizes: who cleans /tmp removes old ones one by one."""
+    return wanted.items() <= {file.name: file.stat().st_size for file in place.glob("*")}.items()
 
 
 def _own_folder() -> Path:

@@ -11,6 +11,7 @@ The state is the module's, since signal handlers belong to the process.
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +37,16 @@ def listening(*, ends_process: bool = True) -> Iterator[None]:
 
     After a stop, whatever its reason, they are ignored until the end of the process, if that
     follows: the state is saved, and a late one must not change the exit code. At a time limit,
-    Slurm's own comes at the same moment.
+    Slurm's own comes at the same moment. Outside the main thread, where Python allows no handlers,
+    signals stay with the program that started the thread; the other reasons stop there as well.
     """
     global _end, _watches_launcher, _listens
     _received.clear()
     _end, _watches_launcher = _NEVER, False
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = _STOPPING if in_main_thread else ()
+    before = {number: signal.signal(number, _record) for number in numbers}
     was_listening, _listens = _listens, True
-    before = {number: signal.signal(number, _record) for number in _STOPPING}
     try:
         yield
     finally:

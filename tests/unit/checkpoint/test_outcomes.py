@@ -113,19 +113,27 @@ def test_many_images_keep_few_pictures_of_each_cell() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "small"), [((200, 100, 3), (64, 32, 3)), ((65, 65, 1), (64, 64, 1))]
+    ("shape", "small"),
+    [
+        ((200, 100, 3), (64, 32, 3)),
+        ((65, 65, 1), (64, 64, 1)),
+        ((65, 65, 2), (64, 64, 1)),
+        ((65, 65, 4), (64, 64, 4)),
+        ((65, 65, 5), (64, 64, 1)),
+    ],
 )
 def test_large_pictures_are_kept_small(
     shape: tuple[int, ...], small: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = ImageSet(
-        torch.full((6, *shape), 7, dtype=torch.uint8), torch.zeros(6).long(), ("a", "b")
-    )
+    pixels = torch.full((6, *shape), 7, dtype=torch.uint8)
+    if shape[-1] in (2, 4):
+        pixels[..., -1] = 0  # which is no transparency
+    images = ImageSet(pixels, torch.zeros(6).long(), ("a", "b"))
     report = EpochReport(1, 1, 0.0, 0.1, 1.0, 1.0, None, None)  # type: ignore[arg-type]
     table = numpy.zeros((6, 4), numpy.float32)
     found = of_epoch(replace(report, evaluation=_Test(table)), images)  # type: ignore[arg-type]
     assert found.pictures.shape == (6, *small)
-    assert (found.pictures == 7).all()
+    assert (found.pictures[..., :3] == 7).all()
     assert max(small) <= LARGEST
 
 

@@ -2,15 +2,17 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from launcher import Folder
+from launcher.data.decoding import fitted, open_picture
 from tests.support.helpers import refused
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -181,6 +183,47 @@ def test_a_picture_that_a_camera_marked_as_turned_is_upright(
     assert data.sum() == 255 * 64
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_pillow_turns_it(orientation: int, suffix: str) -> None:
+    pixels = numpy.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=numpy.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, Image.registered_extensions()[suffix], exif=exif)
+    with Image.open(stream) as picture:
+        expected = ImageOps.exif_transpose(picture)
+    with open_picture(Path("a" + suffix), stream.getvalue()) as picture:
+        assert numpy.array_equal(fitted(picture, expected.size), numpy.asarray(expected))
+
+
+def exif_of(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """Tags as a camera may write them, and Pillow would not."""
+    entries = b"".join(struct.pack("<HHL4s", *tag) for tag in tags)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4)
+
+
+TURNED = (ORIENTATION, 3, 1, b"\6\0")
+
+
+@pytest.mark.parametrize(
+    ("exif", "is_turned"),
+    [
+        pytest.param(exif_of(TURNED, (0x011A, 2, 4, b"abc")), True, id="resolution of letters"),
+        pytest.param(exif_of((0x0100, 2, 4, b"abc"), TURNED), True, id="width of letters"),
+        pytest.param(b"Exif\0\0no EXIF at all", False, id="no EXIF at all"),
+    ],
+)
+def test_odd_exif_loses_no_picture(tmp_path: Path, exif: bytes, is_turned: bool) -> None:
+    picture = Image.new("RGB", (16, 16))
+    picture.paste(RED, (0, 0, 8, 8))
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    picture.save(tmp_path / "train" / "cat" / "a.png", exif=exif)
+    data = Folder(str(tmp_path), size=16).data[0]
+    assert tuple(data[0, -1 if is_turned else 0]) == RED
+    assert data.sum() == 255 * 64
+
+
 # Refusals
 
 
@@ -239,6 +282,16 @@ def jpeg() -> bytes:
     return stream.getvalue()
 
 
+def tiff() -> bytes:
+    """With a number where its XMP, a text, belongs."""
+    stream = io.BytesIO()
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700] = 3
+    tags[700] = 1
+    Image.new("RGB", (8, 8)).save(stream, "TIFF", tiffinfo=tags)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -247,6 +300,7 @@ def jpeg() -> bytes:
         ("cut.jpg", jpeg()[:-400]),
         ("cut_early.jpg", jpeg()[:40]),
         ("cut.png", b"\x89PNG\r\n\x1a\n\x00\x00"),
+        ("odd_tags.tif", tiff()),
     ],
 )
 def test_a_damaged_picture_is_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:

@@ -58,11 +58,32 @@ def test_a_copy_is_the_pack_and_is_made_once(how: str, place: Path) -> None:
     first = sources.load(wanted)
     shutil.rmtree(Path(how))
     Path(how).mkdir()
-    shutil.copy(Path(copied.root, "pack.json"), how)  # nothing else is read again
+    shutil.copy(Path(copied.root, "pack.json"), how)  # of the others no more than the size is read
+    for file in Path(copied.root).glob("t*"):
+        Path(how, file.name).touch()
+        os.truncate(Path(how, file.name), file.stat().st_size)
     second = sources.load(on_this_node(wanted))
     assert second.train.tensor.equal(first.train.tensor)
     assert str(place) in tiers.describe(second) or how == "encoded"  # which fit into memory
     assert str(place) not in tiers.describe(first)
+
+
+@pytest.mark.parametrize("thinned", ["train.labels", "pack.json", "all", "cut"])
+def test_a_copy_that_lost_files_is_made_again(thinned: str, place: Path) -> None:
+    copy = Path(on_this_node(IMAGES).root)
+    in_use = Packed(str(copy)).data  # by another process, say
+    before = in_use.clone()
+    match thinned:
+        case "all":
+            for file in copy.iterdir():
+                file.unlink()
+        case "cut":
+            os.truncate(copy / "test.images", 5)
+        case name:
+            (copy / name).unlink()
+    assert on_this_node(IMAGES).root == str(copy)
+    assert content(copy) == content(Path("pack"))
+    assert in_use.equal(before)
 
 
 def copy_in_turn(root: str, turn: Any) -> None:
