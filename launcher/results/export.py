@@ -141,7 +141,7 @@ def main(words: Sequence[str]) -> int:
             refuse_other_answers(proof, recorded.probability_of_truth, files)
         proof = replace(proof, whole=whole, kind=files.images)
         if arguments.to == "hub":
-            card = model_card(files, arguments.weights, proof.sentence(), proof.accuracy)
+            card = model_card(files, arguments.weights, proof.sentence())
             (temporary / "README.md").write_text(card)
         temporary.chmod(0o755)
         temporary.rename(folder)
