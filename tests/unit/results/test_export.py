@@ -120,6 +120,7 @@ def test_a_folder_for_the_hub_has_a_card(runs: Path) -> None:
     rows = (runs / "own/metrics.jsonl").read_text().splitlines()
     assert result.metric_value == pytest.approx(json.loads(rows[-1])["test/accuracy"], abs=1e-4)
     assert "proved on all 12 test images" in card.text
+    assert card.text.count("ccuracy") == 1, "no other than that of the test images"
     assert "one** training run" in card.text
 
 
