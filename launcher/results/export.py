@@ -99,7 +99,7 @@ class Proof:
         )
 
     def sentence(self) -> str:
-        """For the terminal; on a model card, the accuracy would be taken for that of test images."""
+        """For the terminal; on a card, it would be taken for the accuracy of test images."""
         return f"{self.agreement()}; accuracy {self.accuracy:.2%}"
 
 
