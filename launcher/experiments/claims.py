@@ -60,9 +60,20 @@ def run(
         figures = [(run, figure_of(run, name)) for run in runs if run.state == "done"]
         ended = [run for run, figure in figures if figure is not None]
         found = judge(claim, [figure for _, figure in figures if figure is not None])
+        if objection := objection_to(ended, repeats[claim.settings].loaded):
+            found = Judgement("undecided", None, f"{name}: claimed {claim.value:.2%}; {objection}")
         sys.stdout.write(f"{found.verdict}: {found.answer}\n{_hardware(claim, ended)}\n")
         code = EXIT_USER if found.verdict == "does not hold" else code
     return code
+
+
+def objection_to(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> str:
+    """Why nothing follows from the figures of these runs; empty where something does."""
+    for run in runs:
+        if "fallback" in run.about:
+            return f"{run.name}: {run.about['fallback']}"
+    differ = repeat.differences(runs, loaded)
+    return f"the runs here differ in {', '.join(differ)}" if differ else ""
 
 
 def figure_of(run: RunFiles, name: str) -> float | None:

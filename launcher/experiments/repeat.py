@@ -16,10 +16,12 @@ from rich.text import Text
 from launcher.checkpoint.run_files import RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
+from launcher.config.recipe import Recipe
+from launcher.data.sources import open_on_disk
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
-from launcher.results.compare import compared, grouped, sentence
+from launcher.results.compare import compared, differing, experiment, grouped, sentence
 from launcher.results.quoted import headline, quoted
 from launcher.results.statistics import Spread, describe, summary
 from launcher.run import train_loaded
@@ -29,6 +31,8 @@ from launcher.utils.terminal import make_console
 from launcher.utils.text import duration, printable, run_of_seed
 
 _WIDTH = 110  # of a table that goes into a file
+# Settings that leave a choice to the run, which writes down what it has chosen.
+_LEFT_OPEN = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,19 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
 
 
 def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
-    """Whether a run of just this recipe has nothing left to train."""
+    """Whether a run of just this recipe, and of its images, has nothing left to train."""
     before, now = flatten(run.config), flatten(json.loads(json.dumps(loaded.config)))
-    # Which the run has then chosen.
-    left_open = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
-    now = {n: v for n, v in now.items() if n not in left_open or v != left_open[n]}
-    is_this = now == {n: v for n, v in before.items() if n in now or n not in left_open}
+    now = {n: v for n, v in now.items() if n not in _LEFT_OPEN or v != _LEFT_OPEN[n]}
+    is_this = now == {n: v for n, v in before.items() if n in now or n not in _LEFT_OPEN}
     is_whole = run.epoch == loaded.recipe.epochs or loaded.recipe.patience is not None
     has_weights = (run.path / "final.safetensors").is_file()
-    return is_this and is_whole and has_weights and run.state == "done"
+    has_ended = is_this and is_whole and has_weights and run.state == "done"
+    return has_ended and not _could_have_its_images(run, loaded.recipe)
+
+
+def _could_have_its_images(run: RunFiles, recipe: Recipe) -> bool:
+    """Whether others stood in for the images that are on this disk by now."""
+    return "fallback" in run.about and open_on_disk(recipe.data, recipe.seed) is not None
 
 
 # What is shown
@@ -154,13 +162,24 @@ def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
     return {
         "recipe": repeats.loaded.name,
         "runs": rows,
-        "summary": {name: vars(found) for name, found in summaries(runs).items()},
+        "differ_in": (differ := differences(runs, repeats.loaded)),
+        "summary": {} if differ else {name: vars(s) for name, s in summaries(runs).items()},
     }
 
 
 def seconds_of(run: RunFiles) -> float:
     """Of training and evaluating its epochs."""
     return sum(float(row.get("seconds", 0)) for row in run.epochs)
+
+
+def differences(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> list[str]:
+    """In what the runs that have ended differ beside their seed: then they have no mean.
+
+    What the recipe leaves open, each run may choose for itself.
+    """
+    now = flatten(loaded.config)
+    names = differing([experiment(run) for run in runs if run.state == "done"])
+    return [n for n in names if n not in _LEFT_OPEN or now.get(n) != _LEFT_OPEN[n]]
 
 
 def summaries(runs: Sequence[RunFiles]) -> dict[str, Spread]:
@@ -182,6 +201,10 @@ def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> N
             console.print(f"{one.base}: no run has begun in {options.runs}", markup=False)
             continue
         console.print(_table(one, runs))
+        if differ := differences(runs, one.loaded):
+            text = f"no mean: these runs differ in {', '.join(differ)}; see launcher compare"
+            console.print(printable(text), markup=False, soft_wrap=True, highlight=False)
+            continue
         for name, found in summaries(runs).items():
             console.print(f"{name}: {describe(found)}", markup=False, highlight=False)
         console.print(_extremes(runs), markup=False, highlight=False)

@@ -17,7 +17,7 @@ _TEXT = """\
 
 ## Figures
 
-Accuracy {accuracy:.2%} on {images:,} test images, of **one** training run (n = 1). {chosen}
+{figure} {chosen}
 The export was proved {proof}.
 
 ## How to use
@@ -45,35 +45,41 @@ probabilities are not calibrated by anything.
 """
 
 
-def model_card(files: RunFiles, weights: str, proof: str, accuracy: float) -> str:
+def model_card(files: RunFiles, weights: str, proof: str) -> str:
     """The text of a README.md for the Hugging Face Hub, with its metadata in front.
 
-    `weights` are the best or the final ones, `accuracy` that of the images of the proof: what is
-    quoted is that of the test images, where they are others.
+    `weights` are the best or the final ones. What is quoted is what the run wrote down of its test
+    images, and never the accuracy of the proof, whose images may be others.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     about = files.about
     data = str(about.get("data", "unknown images"))
     name = f"{files.recipe} ({files.name})"
-    result = EvalResult(
-        task_type="image-classification",
-        dataset_type=data.partition(",")[0].lower() or "images",
-        dataset_name=data.partition(",")[0],
-        metric_type="accuracy",
-        metric_value=round(accuracy, 6),
-    )
+    tested = _tested(files, weights)
+    accuracy, figure = tested.get("test/accuracy"), "The run wrote down no figure of test images."
+    results = []
+    if isinstance(accuracy, int | float) and 0 <= accuracy <= 1:
+        result = EvalResult(
+            task_type="image-classification",
+            dataset_type=data.partition(",")[0].lower() or "images",
+            dataset_name=data.partition(",")[0],
+            metric_type="accuracy",
+            metric_value=round(accuracy, 6),
+        )
+        results = [result]
+        images = int(tested.get("test/images", 0))
+        figure = (
+            f"Accuracy {accuracy:.2%} on {images:,} test images, of **one** training run (n = 1)."
+        )
     metadata = ModelCardData(
         model_name=name,
         pipeline_tag="image-classification",
         tags=["image-classification", "pytorch"],
-        eval_results=[result],
+        eval_results=results or None,
     )
     rows = ("model", "data", "batch", "steps", "precision", "devices")
     facts = "\n".join(f"| {row} | {_cell(about.get(row, 'unknown'))} |" for row in rows)
-    which = "best" if weights == "best" else "last"
-    tested = files.tested.get(which) or (files.epochs[-1] if files.epochs else {})
-    accuracy = files.test_accuracy("best" if weights == "best" else "last") or accuracy
     best = files.best
     chosen = ""
     if best is not None and weights == "best":
@@ -83,14 +89,21 @@ def model_card(files: RunFiles, weights: str, proof: str, accuracy: float) -> st
         name=_cell(name),
         recipe=_cell(about.get("recipe", "")),
         facts=facts,
-        accuracy=accuracy,
-        images=int(tested.get("test/images", 0)),
+        figure=figure,
         chosen=chosen,
         proof=proof,
         data=_cell(data.partition(",")[0]),
         settings=_settings(files.config),
     )
     return redacted(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+
+
+def _tested(files: RunFiles, weights: str) -> dict[str, Any]:
+    """The figures of the test images by these weights; empty where there are none."""
+    if files.evaluated_on == "val":
+        return files.tested.get("best" if weights == "best" else "last", {})
+    kept = files.best if weights == "best" else files.last
+    return next((row for row in files.epochs if kept and row["epoch"] == kept.epoch), {})
 
 
 def _settings(config: dict[str, Any]) -> str:

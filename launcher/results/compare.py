@@ -146,9 +146,17 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     """Repeats of one experiment together, in the order of the first of each."""
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
-        groups.setdefault(json.dumps([settings, run.source], sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(experiment(run), sort_keys=True), []).append(run)
     return [Group(tuple(group), _figures(group)) for group in groups.values()]
+
+
+def experiment(run: RunFiles) -> dict[str, Any]:
+    """Of a run what its repeats have as well: settings, recipe file and images."""
+    settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
+    images = [run.about.get("data"), "fallback" in run.about]
+    if run.evaluated_on == "test":  # which are held out differs from seed to seed
+        images.append(run.about.get("data_digest"))
+    return {**settings, "the recipe file": run.source, "the images": images}
 
 
 def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:

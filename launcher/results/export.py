@@ -99,7 +99,7 @@ class Proof:
         )
 
     def sentence(self) -> str:
-        """For the terminal and the model card."""
+        """For the terminal; on a card, it would be taken for the accuracy of test images."""
         return f"{self.agreement()}; accuracy {self.accuracy:.2%}"
 
 
@@ -141,7 +141,7 @@ def main(words: Sequence[str]) -> int:
             refuse_other_answers(proof, recorded.probability_of_truth, files)
         proof = replace(proof, whole=whole, kind=files.images)
         if arguments.to == "hub":
-            card = model_card(files, arguments.weights, proof.sentence(), proof.accuracy)
+            card = model_card(files, arguments.weights, proof.agreement())
             (temporary / "README.md").write_text(card)
         temporary.chmod(0o755)
         temporary.rename(folder)

@@ -1,7 +1,9 @@
 """A finished run as a model to use: its network with its weights, its classes, its input."""
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from launcher.checkpoint.checkpoint import load_weights
 from launcher.config import annotations, loader
-from launcher.config.overrides import as_text, override
+from launcher.config.overrides import override
 from launcher.config.recipe import Recipe
+from launcher.config.settings import walk
 from launcher.data.batches import Normalize
 from launcher.data.decoding import fitted, open_picture
 from launcher.data.image_folder import margin_of_source
@@ -21,8 +24,11 @@ from launcher.data.images import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network, first_parameter
 from launcher.utils import json_text
+from launcher.utils.json_text import flatten
 
 Picture = str | Path | Image.Image | Tensor
+# The settings of the network, and those by which the images are found again that were evaluated.
+_OF_THE_MODEL = ("model", "data", "seed")
 
 
 @dataclass(frozen=True)
@@ -113,21 +119,42 @@ def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
             expected="the recipe that was trained",
             instead="write load_run(FOLDER, recipe=THE_RECIPE)",
         )
-    recipe = loader.load(source).recipe
-    own = {f"model.{name}": value for name, value in config["model"].items() if name != "call"}
-    own |= {f"data.{name}": config["data"].get(name) for name in ("mean", "std")}
-    # By which the images are found again that were evaluated.
-    own |= {"data.validation": config["data"].get("validation"), "seed": config.get("seed", 0)}
-    for slot in ("source", "fallback"):
-        settings = config["data"].get(slot)
-        if isinstance(settings, Mapping):
-            own |= {f"data.{slot}.{n}": v for n, v in settings.items() if n != "call"}
-    plain = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
-    return override(recipe, [f"{name}={_as_word(value)}" for name, value in plain.items()])
+    loaded = loader.load(source)
+    # Of the training alone, and refused of a run that had no validation images.
+    recipe = replace(loaded.recipe, patience=None)
+    before, now = (_typed(own) for own in (config, json.loads(json.dumps(loaded.config))))
+    names = {part.name for part in walk(recipe)}
+    # Whatever differs was typed once, and so it can be typed again; other values need not be so.
+    changed = {n: word for n, word in before.items() if n in names and word != now.get(n)}
+    return override(
+        recipe,
+        [
+            f"{name}={word}"
+            for name, word in changed.items()
+            if name.partition(".")[0] in _OF_THE_MODEL
+            and " at 0x" not in word  # an address, by which each process writes another text
+        ],
+    )
+
+
+def _typed(config: Any) -> dict[str, str]:
+    """The values of a config as they are typed, under the names by which they are."""
+    return {name: _as_word(value) for name, value in flatten(_by_name(config)).items()}
+
+
+def _by_name(value: Any) -> Any:
+    """Code in a tuple under its name, by which an override finds it, and not under its place."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        named = (item for item in value if isinstance(item, Mapping))
+        value = {re.split("[:.]", str(item.get("call")))[-1]: item for item in named}
+    if isinstance(value, Mapping):
+        return {name: _by_name(item) for name, item in value.items()}
+    return value
 
 
 def _as_word(value: Any) -> str:
-    return as_text(value).strip("'\"") if not isinstance(value, str) else value
+    is_dict = isinstance(value, str) and value.startswith("{")  # which is written down as its text
+    return value if is_dict else repr(value)
 
 
 def _weights_of(path: Path, which: str) -> Path:

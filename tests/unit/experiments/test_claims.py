@@ -162,3 +162,18 @@ def test_a_claim_is_measured_again(
         "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe()"
     )
     assert "claims nothing" in complaint(capsys, "repeat", "none.py", "--claims")
+
+
+def test_nothing_is_claimed_of_images_that_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = RECIPE.format(value=0.02).replace("epochs=1,", "epochs=1, data=data,")
+    data = 'data = {"source": Folder, "fallback": partial(Synthetic, count=60)}'
+    text = text.replace("\nrecipe", f"\nfrom functools import partial\n{data}\nrecipe")
+    Path("mine.py").write_text(text.replace("import Claim", "import Claim, Folder, Synthetic"))
+    assert main(["repeat", "mine.py", "--claims", "--wandb", "off", "--no-report"]) == 0
+    said = capsys.readouterr().out
+    assert "holds: " not in said
+    assert said.count("undecided: test accuracy, last epoch: claimed") == 2
+    assert "mine-claim1-seed0: NOT THE REAL DATA: Folder is not in 'data'" in said

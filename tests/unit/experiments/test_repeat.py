@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
+from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
-from launcher.config.loader import load
+from launcher.config.loader import LoadedRecipe, load
 from launcher.experiments import repeat
 from launcher.results.statistics import quantile, summary
 from launcher.utils.arguments import parse_seeds
-from tests.support.helpers import complaint, refused, without_compiler
+from tests.support.helpers import complaint, refused, tiny_recipe, without_compiler
 
 TINY = """
 from dataclasses import replace
@@ -137,6 +139,64 @@ def test_two_recipes_are_compared(recipe: str, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "run 4 of 4: runs/two-wide-seed1" in said
     assert "n=2 and 2" in said
+
+
+def test_runs_of_other_settings_have_no_mean(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert repeated(recipe, "--seeds", "0", "--name", "mix") == 0
+    assert repeated(recipe, "epochs=1", "--seeds", "1", "--name", "mix") == 0
+    capsys.readouterr()
+    words = (recipe, "--seeds", "0-1", "--name", "mix", "--table")
+    assert repeated(*words) == 0
+    said = capsys.readouterr().out
+    assert "no mean: these runs differ in epochs; see launcher compare" in said
+    assert "n=2" not in said
+    assert repeated(*words, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["differ_in"], found["summary"]) == (["epochs"], {})
+
+
+def test_runs_of_other_images_are_other_experiments(tmp_path: Path) -> None:
+    """But not those of which other images are held out, nor those that chose for themselves."""
+    loaded = LoadedRecipe(tiny_recipe(compile=True), "tiny", "", "")
+    runs = [RunFiles(tmp_path / str(seed)) for seed in range(2)]
+
+    def found(first: dict[str, str], second: dict[str, str], compile: bool) -> list[str]:
+        for run, about, own in zip(runs, (first, second), (True, compile), strict=True):
+            run.path.mkdir(exist_ok=True)
+            (run.path / "run.json").write_text(json.dumps(about))
+            (run.path / "config.json").write_text(json.dumps({"compile": own, "epochs": 1}))
+            (run.path / "end.json").write_text('{"exit_code": 0}')
+        return repeat.differences([RunFiles(run.path) for run in runs], loaded)
+
+    assert found({"data_digest": "a"}, {"data_digest": "a"}, compile=False) == []
+    assert found({"data_digest": "a"}, {"data_digest": "b"}, compile=True) == ["the images"]
+    assert found({}, {"fallback": "NOT THE REAL DATA"}, compile=True) == ["the images"]
+    held_out = [{"data_digest": name, "evaluated_on": "val"} for name in "ab"]
+    assert found(held_out[0], held_out[1], compile=True) == []
+
+
+def test_a_run_of_stand_ins_has_not_ended_once_its_images_are_there(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TINY.replace(
+        "from dataclasses", "from launcher import Folder, Synthetic\nfrom dataclasses"
+    )
+    own = '"batch_size": 1, "source": Folder, "fallback": Synthetic'
+    Path(recipe).write_text(text.replace('"batch_size": 20', own).replace("epochs=2", "epochs=1"))
+    words = (recipe, "data.fallback.count=20", "data.fallback.classes=2", "model.classes=2")
+    assert repeated(*words, "--seeds", "0") == 0
+    capsys.readouterr()
+    assert repeated(*words, "--seeds", "0") == 0
+    assert "has ended already" in capsys.readouterr().out
+    for half in ("train", "test"):
+        for kind in ("cat", "dog"):
+            Path("data", half, kind).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(Path("data", half, kind, "a.png"))
+    assert "but the run began with" in complaint(
+        capsys, "repeat", *words, "--seeds", "0", "--wandb", "off", "--no-report"
+    )
 
 
 def test_a_single_seed_is_no_repeat(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from launcher import load_run
 from launcher.checkpoint.checkpoint import save_weights
-from launcher.checkpoint.run_files import find
+from launcher.checkpoint.run_files import RunFiles, find
 from launcher.cli import main
 from launcher.data import sources
 from launcher.results import export
+from launcher.results.card import model_card
 from launcher.results.export import prove
 from tests.integration.test_readme import offline
 from tests.support.helpers import RECIPES, alike, complaint, refused
@@ -118,7 +120,43 @@ def test_a_folder_for_the_hub_has_a_card(runs: Path) -> None:
     rows = (runs / "own/metrics.jsonl").read_text().splitlines()
     assert result.metric_value == pytest.approx(json.loads(rows[-1])["test/accuracy"], abs=1e-4)
     assert "proved on all 12 test images" in card.text
+    assert card.text.count("ccuracy") == 1, "no other than that of the test images"
     assert "one** training run" in card.text
+
+
+def quoted_on_a_card(run: Path, weights: str) -> float | None:
+    """In the metadata, which is the same as in the text."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    card = ModelCard(model_card(RunFiles(run), weights, "on others; accuracy 12.34%"))
+    assert isinstance(card.data, ModelCardData)
+    if card.data.eval_results is None:
+        assert "no figure of test images" in card.text
+        return None
+    (result,) = card.data.eval_results
+    assert f"Accuracy {result.metric_value:.2%} on 60 test images" in card.text
+    return float(result.metric_value)
+
+
+def test_a_card_quotes_the_test_images_and_not_those_of_the_proof(
+    runs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "own", run)  # whose best and last epoch is the first
+    about = json.loads((run / "run.json").read_text())
+
+    def written(name: str, content: dict[str, Any]) -> None:
+        (run / name).write_text(json.dumps(content) + "\n")
+
+    written("metrics.jsonl", {"epoch": 1, "test/accuracy": 0.25, "test/images": 60})
+    assert quoted_on_a_card(run, "best") == quoted_on_a_card(run, "final") == 0.25
+    written("metrics.jsonl", {"epoch": 1, "val/accuracy": 0.75, "val/images": 30})
+    written("run.json", {**about, "evaluated_on": "val"})
+    assert quoted_on_a_card(run, "best") is None
+    figures = {"test/accuracy": 0.5, "test/images": 60}
+    written("test.json", {"best": figures, "last": {**figures, "test/accuracy": 0.0}})
+    assert quoted_on_a_card(run, "best") == 0.5
+    assert quoted_on_a_card(run, "final") == 0.0
 
 
 def leftovers() -> list[str]:

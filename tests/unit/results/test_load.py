@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from launcher import Folder, RunResult, Synthetic, load_run, train
 from launcher.data import sources
@@ -60,6 +60,63 @@ def test_the_loaded_model_has_the_accuracy_of_the_run(tmp_path: Path, channels: 
         logits = run.model(run.prepare(list(data.tensor.permute(0, 3, 1, 2))))
     accuracy = (logits.argmax(1) == data.labels).float().mean()
     assert float(accuracy) == pytest.approx(result.last.accuracy)
+
+
+NESTED = """
+from functools import partial
+import torch
+from torch import nn
+from torch.optim import SGD
+from launcher import Images, Recipe, Synthetic
+
+class Other:
+    pass  # whose text has its address, another one in each process
+
+class Scale(nn.Module):
+    def __init__(self, by: float = 1.0) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, images):
+        return self.by * images
+
+def network(
+    act=partial(nn.LeakyReLU, negative_slope=0.01),
+    norm: type[nn.Module] | None = nn.BatchNorm2d,
+    more=(Scale, nn.Tanh),
+    kinds: tuple[str, ...] = ("conv", "relu"),
+    dtype: torch.dtype = torch.float32,
+    other: Other = Other(),
+) -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3, dtype=dtype), act(), *(one() for one in more)]
+    layers += [] if norm is None else [norm(8)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+recipe = Recipe(
+    model=network,
+    data=Images(partial(Synthetic, count=60), batch_size=20, mean=(0.5,) * 3, std=(0.5,) * 3,
+                validation=0.2),
+    optimizer=partial(SGD, lr=0.1),
+    epochs=1,
+    patience=2,
+)
+"""
+
+
+def test_settings_of_any_depth_are_those_of_the_run(tmp_path: Path) -> None:
+    """And those that were not typed need not be what can be typed."""
+    (tmp_path / "nested.py").write_text(NESTED)
+    words = ("act.negative_slope=-3.0", "norm=none", "more.Scale.by=2", "kinds=('conv', 'gelu')")
+    own = (*(f"model.{word}" for word in words), "patience=none", "data.validation=none")
+    train(tmp_path / "nested.py", *own, name="n", runs=tmp_path / "runs", wandb="off")
+    run = load_run(tmp_path / "runs" / "n", weights="final")
+    assert isinstance(run.model, nn.Sequential)
+    assert isinstance(run.recipe.model, partial)
+    assert run.model[1].negative_slope == -3.0
+    assert run.model[2].by == 2.0
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in run.model)
+    assert run.recipe.model.keywords["kinds"] == ("conv", "gelu")
+    assert run.recipe.data.validation is None
 
 
 def test_paths_pictures_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
