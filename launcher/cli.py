@@ -353,7 +353,7 @@ def _run(words: list[str], world: World) -> int:
     if command == "repeat":
         return _repeat(several, arguments, job)
     if command == "tune":
-        return _tune(several[0], arguments, job, words)
+        return _tune(several[0], arguments, job, words, [*named[recipes:], *unknown])
     return _train(several[0], arguments, job)
 
 
@@ -391,13 +391,16 @@ def _tune(
     arguments: argparse.Namespace,
     job: slurm_env.Allocation,
     words: list[str],
+    settings: list[str],
 ) -> int:
     from launcher.experiments import batch_size, learning_rate, search
 
     options, folder = _options(arguments, job), arguments.save
     if arguments.search:
         ranges, trials = arguments.search, arguments.trials
-        found = search.prepare(loaded, ranges, trials, options, on_test=arguments.on_test)
+        found = search.prepare(
+            loaded, ranges, trials, options, on_test=arguments.on_test, settings=settings
+        )
         if arguments.table:
             search.show(found)
             return 0

@@ -270,6 +270,11 @@ def _restore(folder: Path, ctx: TrainContext) -> None:
         ) from None
     except Exception as error:  # of torch's code or the optimizer's, on what it has not written
         raise _unfit_state(folder, error) from None
+    # After a rollback a group may be frozen whose own schedule is at zero. It is in the checkpoint
+    # like the others, and the next step freezes it anew where its schedule says so.
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
     try:
         try_step(ctx.recipe, state.network, state.optimizer.state_dict())
     except Exception as error:

@@ -19,7 +19,7 @@ from launcher.utils.json_text import flatten
 from launcher.utils.redaction import cleaned, redacted
 
 # Where the images lie and how they are read, not what they are.
-_OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
+OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def refuse_changes(
     differing = [
         name
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and name not in _OF_THE_MACHINE
+        if before.get(name) != now.get(name) and name not in OF_THE_MACHINE
     ]
     surprising = [name for name in differing if not _is_named(name, changed)]
     if surprising:

@@ -18,22 +18,36 @@ from launcher.errors import UserError
 
 
 def override(recipe: Recipe, words: Sequence[str]) -> Recipe:
-    """Apply words of the form `name=value` or `--name=value`.
+    """Apply words of the form `name=value` or `--name=value`, which may stand in any order.
 
     Raises `UserError` for a word without `=`, an unknown name, or a value of the wrong type.
     """
+    changed, is_refused = recipe, False
     for word in words:
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not equals:
-            raise UserError(
-                f"the word {word!r}",
-                expected="settings of the form name=value",
-                instead=f"type {name or 'epochs'}=VALUE, or see launcher RECIPE --help",
-            )
-        if name not in {part.name for part in walk(recipe)}:
-            raise _unknown(name, recipe)
-        recipe = _replace(recipe, "", name, text)
-    return recipe
+        try:
+            changed = _with_word(changed, word)
+        except UserError:
+            is_refused = True
+    if not is_refused:
+        return changed
+    # A setting may fit only another one that is typed after it. All words are said again, not only
+    # those refused, so that of two for one setting the last still counts.
+    for word in words:
+        changed = _with_word(changed, word)
+    return changed
+
+
+def _with_word(recipe: Recipe, word: str) -> Recipe:
+    name, equals, text = word.removeprefix("--").partition("=")
+    if not equals:
+        raise UserError(
+            f"the word {word!r}",
+            expected="settings of the form name=value",
+            instead=f"type {name or 'epochs'}=VALUE, or see launcher RECIPE --help",
+        )
+    if name not in {part.name for part in walk(recipe)}:
+        raise _unknown(name, recipe)
+    return _replace(recipe, "", name, text)
 
 
 def parse(text: str, annotation: Any, name: str, current: Any = None) -> Any:

@@ -7,6 +7,7 @@ and machines may share; what was interrupted goes on.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint.resume import OF_THE_MACHINE
 from launcher.checkpoint.run_files import RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -27,11 +30,12 @@ from launcher.config.plan import Plan
 from launcher.distributed import signals
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import ALONE, World
-from launcher.errors import EXIT_SAVED, TrainingError, UserError
+from launcher.errors import EXIT_SAVED, StoppedBeforeTrainingError, TrainingError, UserError
 from launcher.loggers.logger import Logger
 from launcher.run import train_loaded
 from launcher.training.metrics import Best, EpochReport
-from launcher.utils.redaction import redacted
+from launcher.utils.json_text import flatten
+from launcher.utils.redaction import cleaned, redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import printable
 
@@ -56,6 +60,12 @@ class Range:
     is_whole: bool = False
     words: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """As it is typed after `NAME=`."""
+        if self.words:
+            return "|".join(self.words)
+        return f"{'log:' * self.is_log}{_typed(self.low, self)}..{_typed(self.high, self)}"
+
     def distribution(self) -> "optuna.distributions.BaseDistribution":
         """The same in Optuna's words."""
         from optuna import distributions as d
@@ -69,12 +79,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, how often, and under which name."""
+    """What is searched, how often, and under which name; `fixed` are the words of all trials."""
 
     loaded: LoadedRecipe
     ranges: tuple[Range, ...]
     trials: int
     options: RunOptions
+    fixed: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:
@@ -131,8 +142,12 @@ def prepare(
     options: RunOptions,
     *,
     on_test: bool,
+    settings: Sequence[str] = (),
 ) -> Search:
-    """Raises `UserError` for words that are no ranges of the recipe's settings, among others."""
+    """`settings` are the words that `loaded` has been changed by.
+
+    Raises `UserError` for words that are no ranges of the recipe's settings, among others.
+    """
     found = [(word, parse_range(word)) for word in words]
     fixed = [word for word, searched in found if searched is None]
     ranges = tuple(searched for _, searched in found if searched is not None)
@@ -149,7 +164,8 @@ def prepare(
             instead="type data.validation=0.1 as well; or --on-test, which every output then says",
         )
     import_optuna()
-    return Search(replace(loaded, recipe=recipe), ranges, trials, options)
+    loaded = replace(loaded, recipe=recipe)
+    return Search(loaded, ranges, trials, options, (*settings, *fixed))
 
 
 def import_optuna() -> Any:
@@ -181,6 +197,7 @@ def run(search: Search, world: World, *, jobs: int, words: Sequence[str]) -> int
             expected="1, which starts others with --jobs",
             instead="type python -m launcher tune RECIPE --search ... --jobs N",
         )
+    _study(search)  # refuses another search once, and not in each process
     code = _in_processes(jobs, words) if jobs > 1 else work(search)
     show(search)
     return code
@@ -218,7 +235,6 @@ def work(search: Search, job: int = 0) -> int:
 
     First those that an earlier process left unfinished, unless another one trains them now.
     """
-    search.folder.mkdir(parents=True, exist_ok=True)
     study = _study(search, job)
     while claimed := _claim(search, study):
         trial, lock = claimed
@@ -244,7 +260,11 @@ def _claim(search: Search, study: Any) -> "tuple[Any, FileLock] | None":
                 lock = FileLock(search.folder / f"trial{frozen.number}.lock", blocking=False)
                 with suppress(Timeout):
                     lock.acquire()
-                    return optuna.trial.Trial(study, frozen._trial_id), lock
+                    if all(searched.name in frozen.params for searched in search.ranges):
+                        return optuna.trial.Trial(study, frozen._trial_id), lock
+                    # Its process ended while Optuna proposed.
+                    study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+                    lock.release()
         if len(trials) >= search.trials:
             return None
         trial = study.ask({r.name: r.distribution() for r in search.ranges})
@@ -258,18 +278,43 @@ def _files(search: Search, number: int) -> RunFiles:
 
 
 def _study(search: Search, job: int = 0) -> "optuna.Study":
-    """Of the journal; each process proposes by a seed of its own."""
+    """Of the journal. Raises `UserError` where its trials are of another search."""
     optuna = import_optuna()
+    search.folder.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(search.journal))
-    seed = search.loaded.recipe.seed + job
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name=search.base,
         storage=optuna.storages.journal.JournalStorage(backend),
-        sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
         direction="maximize",
         load_if_exists=True,
     )
+    trials = len(_trials(study))
+    searched = {"recipe": search.loaded.config, "ranges": {r.name: str(r) for r in search.ranges}}
+    if trials:
+        _refuse_other_search(search, study.user_attrs.get("searched", {}), searched)
+    else:
+        study.set_user_attr("searched", searched)
+    # Of its own in each process, and anew where a search goes on: else the same is proposed again.
+    numbers = numpy.random.SeedSequence([search.loaded.recipe.seed, job, trials])
+    study.sampler = optuna.samplers.TPESampler(seed=int(numbers.generate_state(1)[0]))
+    return study
+
+
+def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
+    """Accuracies of other images, or with other settings, say nothing about these."""
+    before, now = flatten(cleaned(saved)), flatten(present)
+    differing = [
+        f"{name.partition('.')[2]} ({before.get(name)} -> {now.get(name)})"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and name.partition(".")[2] not in OF_THE_MACHINE
+    ]
+    if differing:
+        raise UserError(
+            f"the search {search.base} with other settings: {', '.join(differing)}",
+            expected="the settings and ranges that its trials have been made with",
+            instead="type another --name",
+        )
 
 
 def _trials(study: "optuna.Study") -> list[Any]:
@@ -308,9 +353,13 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
     try:
         loaded = replace(search.loaded, recipe=override(search.loaded.recipe, words))
         result = train_loaded(loaded, options, ALONE, also=(judge,))
-    except (TrainingError, UserError) as error:
+    except StoppedBeforeTrainingError:
+        raise  # it goes on
+    except Exception as error:
+        study.tell(trial, state=states.FAIL)  # else the next command would make it again
+        if not isinstance(error, TrainingError | UserError):
+            raise
         sys.stderr.write(redacted(f"launcher: {name}: {error}\n"))
-        study.tell(trial, state=states.FAIL)
         return False
     finally:
         signals.withdraw()
@@ -376,5 +425,7 @@ def _about_best(search: Search, rows: Sequence[tuple[Any, RunFiles]], images: st
             f"chosen by the validation images ({best.best_accuracy:.2%}, the best of many and so "
             f"too high); the test images, which the search did not look at: {tested:.2%}"
         )
-    lines.append(f"measure it: launcher repeat RECIPE {words} --seeds 0-4")
+    exact = [*search.fixed, *(f"{name}={value}" for name, value in trial.params.items())]
+    others = [word for word in exact if not word.removeprefix("--").startswith("seed=")]
+    lines.append(f"measure it: launcher repeat RECIPE {shlex.join(others)} --seeds 0-4")
     return lines

@@ -224,7 +224,9 @@ def shortened(ctx: TrainContext, windows: Mapping[str, int]) -> TrainContext:
             expected=f"at least {needed} steps",
             instead=f"type epochs={-(-needed // plan.steps_per_epoch)}, without --max-steps",
         )
-    return replace(ctx, plan=replace(plan, last_step=needed))
+    # Nor does patience end it before all steps are measured.
+    recipe = replace(ctx.recipe, patience=None)
+    return replace(ctx, recipe=recipe, plan=replace(plan, last_step=needed))
 
 
 def split_of(timer: StepTimer) -> Split:

@@ -179,7 +179,8 @@ def _of_batch(
 ) -> Iterator[Prediction]:
     numbers = {name: number for number, name in enumerate(run.classes)}
     with torch.inference_mode():
-        shares = run.model(run.normalize(pixels)).float().softmax(1).cpu()
+        scores = run.model(run.normalize(pixels)).float().cpu()
+    shares = scores.softmax(1)
     if not (is_finite := shares.isfinite().all(1)).all():
         path, _ = files[is_finite.tolist().index(False)]
         raise UserError(
@@ -187,8 +188,9 @@ def _of_batch(
             expected="weights of a training whose loss was finite",
             instead="see where it went wrong: launcher report RUN",
         )
-    best = shares.topk(min(TOP, len(run.classes)))
-    rows = zip(files, best.values.tolist(), best.indices.tolist(), strict=True)
+    # Of equal scores the first, as in a run's accuracy.
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :TOP]
+    rows = zip(files, shares.gather(1, best).tolist(), best.tolist(), strict=True)
     for row, ((path, inside), probabilities, places) in enumerate(rows):
         classes = tuple(run.classes[place] for place in places)
         folder = path.absolute().parent.name

@@ -273,10 +273,14 @@ class ConfusionAccumulator:
     def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
         """Count a batch: logits `(n, classes)`, labels `(n,)`. Does not wait for the device."""
         cells = self._classes * self._classes
-        best = logits.topk(min(5, self._classes)).indices
-        cell = labels * self._classes + best[:, 0]
+        # Of equal scores the first is ahead, as in argmax, by which everything else decides; topk
+        # takes any of them.
+        cell = labels * self._classes + logits.argmax(dim=1)
         self._counts[:cells] += torch.bincount(cell, minlength=cells)
-        self._counts[cells] += (best == labels[:, None]).sum()
+        own, places = labels[:, None], torch.arange(self._classes, device=labels.device)
+        score = logits.gather(1, own)
+        not_ahead = (logits < score) | ((logits == score) & (places >= own))
+        self._counts[cells] += (not_ahead.sum(dim=1) > self._classes - 5).sum()
         if self._weights is None:
             self._counts[cells + 1] += mean_loss * len(labels)
         else:
@@ -315,8 +319,8 @@ class OutcomeTable:
     def add(self, first: int, logits: Tensor, labels: Tensor) -> None:
         """Images from `first` on: logits `(n, classes)`, labels `(n,)`. Does not wait."""
         logs = logits.log_softmax(dim=1)
-        best, predicted = logs.max(dim=1)
-        of_truth = logs.gather(1, labels[:, None])[:, 0]
+        predicted = logits.argmax(dim=1)  # not of the logarithms, which rounding may make equal
+        best, of_truth = (logs.gather(1, c[:, None])[:, 0] for c in (predicted, labels))
         columns = (predicted, of_truth.exp(), best.exp(), -of_truth)
         self.values[first : first + len(labels)] = torch.stack([c.float() for c in columns], 1)
 

@@ -64,8 +64,9 @@ def smoke_version(recipe: Recipe, group: RankGroup) -> Recipe:
     size, precision = json.loads(group.broadcast("smoke", own))
     size = max(size, 2 * group.world.size * accumulate)  # two images for BatchNorm
     images = replace(sources.stand_in(recipe.data, STEPS * size), batch_size=size)
-    recipe = replace(recipe, data=images, precision=precision, accumulate=accumulate)
-    return replace(recipe, epochs=1, compile=False, patience=None)
+    # At once: a recipe refuses patience without the validation images, which are left out too.
+    recipe = replace(recipe, data=images, patience=None, precision=precision)
+    return replace(recipe, accumulate=accumulate, epochs=1, compile=False)
 
 
 def _in_time(recipe: Recipe, world: World) -> tuple[int, Precision | None]:

@@ -223,6 +223,23 @@ def test_what_an_optimizer_keeps_in_its_groups_is_restored(tmp_path: Path) -> No
     assert (group["count"], group["weight_decay"]) == (1, 0.5)
 
 
+def second_half_at_rest(parameters: Any) -> SGD:
+    first, *others = parameters
+    own = {"params": others, "schedule": lambda fraction: float(fraction < 0.5)}
+    return SGD([{"params": [first]}, own], lr=0.1)
+
+
+def test_a_rollback_while_a_group_is_frozen_finds_its_checkpoint_good(tmp_path: Path) -> None:
+    ctx = untrained(recipe=replace(recipe, optimizer=second_half_at_rest, average=None))
+    folder = write(capture(ctx, STATE | {"progress": vars(Progress(1))}), tmp_path)
+    ctx.state.set_learning_rates(0.75, ctx.recipe.schedule)
+    trained = [p.requires_grad for p in ctx.state.network.parameters()]
+    assert trained.count(True) == 1
+    restore(folder, ctx)
+    ctx.state.set_learning_rates(0.75, ctx.recipe.schedule)
+    assert [p.requires_grad for p in ctx.state.network.parameters()] == trained
+
+
 def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

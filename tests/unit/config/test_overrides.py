@@ -113,6 +113,25 @@ def test_of_two_words_for_one_setting_the_last_counts(recipe: Recipe) -> None:
     assert overrides.override(recipe, ["epochs=3", "epochs=4"]).epochs == 4
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["patience=5", "data.validation=0.1"],
+        ["precision=pure_bf16", "average=none"],
+        ["patience=4", "patience=5", "data.validation=0.1"],
+    ],
+)
+def test_words_that_fit_together_may_stand_in_any_order(recipe: Recipe, words: list[str]) -> None:
+    changed = overrides.override(recipe, words)
+    assert changed == overrides.override(recipe, [words[-1], *words[:-1]])
+    assert changed.patience in (None, 5)
+
+
+def test_of_several_words_that_do_not_fit_the_first_is_told(recipe: Recipe) -> None:
+    with refused("epochs=0", "at least 1"):
+        overrides.override(recipe, ["epochs=0", "patience=5", "seed=-1"])
+
+
 def test_an_overridden_class_builds_what_was_asked_for(recipe: Recipe) -> None:
     model = overrides.override(recipe, ["model.width=7"]).model
     assert isinstance(model, partial)

@@ -1,6 +1,7 @@
 """A search proposes settings, judges by validation images, and goes on where it was ended."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from filelock import FileLock
 
 from launcher.checkpoint.run_files import RunFiles
@@ -78,9 +80,49 @@ def test_each_trial_is_a_run_and_the_best_is_told(capsys: pytest.CaptureFixture[
     before = Path("runs", names[0], "final.safetensors").stat().st_mtime_ns
     assert searched("--search", LR, "model.width=2|4", "data.batch_size=10") == 0
     assert "=== mine-search-trial" not in capsys.readouterr().out, "nothing is left to try"
-    assert searched("--search", LR, "model.width=2|4", trials=4) == 0
+    assert searched("--search", LR, "model.width=2|4", "data.batch_size=10", trials=4) == 0
     assert Path("runs/mine-search-trial3").is_dir()
     assert Path("runs", names[0], "final.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("data.validation=0.2", "--search", LR), "data.validation (None -> 0.2)"),
+        (("--on-test", "--search", "model.width=2|4"), "model.width (None -> 2|4)"),
+        (("--on-test", "--search", "optimizer.lr=1e-4..1e-1"), "(log:0.0001..0.1 -> 0.0001..0.1)"),
+    ],
+)
+def test_a_search_of_another_name_is_asked_for_where_anything_else_is_searched(
+    words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text(TINY.replace(', "validation": 0.2', ""))
+    command = ("tune", "mine.py", "--trials", "2", "--wandb", "off", "--name", "o")
+    assert main([*command[:3], "1", *command[4:], "--on-test", "--search", LR]) == 0
+    for more in ((), ("--table",), ("--jobs", "2")):
+        said = complaint(capsys, *command, *words, *more)
+        assert "the search o with other settings" in said
+        assert part in said
+        assert "another --name" in said
+    assert not Path("runs/o-trial1").exists()
+
+
+def test_the_best_is_measured_by_exactly_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ("model.width=2", "seed=5", "data.mean=0.5,0.5,0.25")
+    assert main(["tune", "mine.py", *fixed, "--trials=1", "--search", LR, "epochs=2"]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1]
+    rate = RunFiles(Path("runs/mine-search-trial0")).config["optimizer"]["lr"]
+    words = f"model.width=2 data.mean=0.5,0.5,0.25 epochs=2 optimizer.lr={rate}"
+    assert advice == f"measure it: launcher repeat RECIPE {words} --seeds 0-4"
+
+
+def test_a_search_that_goes_on_proposes_what_it_has_not_yet() -> None:
+    rates = set()
+    for trials in (1, 2, 3):
+        assert searched("--search", LR, trials=trials) == 0
+        config = RunFiles(Path(f"runs/mine-search-trial{trials - 1}")).config
+        rates.add(config["optimizer"]["lr"])
+    assert len(rates) == 3
 
 
 @pytest.mark.slow
@@ -221,7 +263,6 @@ def test_a_trial_that_another_process_trains_is_left_to_it() -> None:
     recipe = load(Path("mine.py"))
     options = RunOptions(runs=Path("runs"), wandb="off")
     own = search.prepare(recipe, [LR], 2, options, on_test=False)
-    own.folder.mkdir(parents=True)
     study = search._study(own)
     study.ask({"optimizer.lr": own.ranges[0].distribution()})
     with FileLock(own.folder / "trial0.lock", is_singleton=False):
@@ -230,3 +271,27 @@ def test_a_trial_that_another_process_trains_is_left_to_it() -> None:
     assert states == ["RUNNING", "COMPLETE"]
     assert search.work(own) == 0
     assert [trial.state.name for trial in study.get_trials()] == ["COMPLETE"] * 2
+
+
+def test_an_exception_ends_a_trial_and_the_next_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "train_loaded", exhausted)
+        assert searched("--search", LR, trials=2) == 1
+    assert searched("--search", LR, trials=2) == 0
+    said = capsys.readouterr().out
+    assert re.search("mine-search-trial0 +fail", said)
+    assert re.search("mine-search-trial1 +complete", said)
+
+
+def test_a_trial_of_which_only_a_part_was_proposed_has_failed() -> None:
+    options = RunOptions(runs=Path("runs"), wandb="off")
+    own = search.prepare(load(Path("mine.py")), [LR, "epochs=1..2"], 2, options, on_test=False)
+    study = search._study(own)
+    study.ask({"optimizer.lr": own.ranges[0].distribution()})  # killed before the second one
+    assert search.work(own) == 0
+    assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "COMPLETE"]

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,10 +11,19 @@ from typing import cast
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.optim import SGD
 
 from launcher.cli import main
 from launcher.config.plan import make_plan
-from launcher.loggers.profiler import Split, advice, windows_for, with_communication
+from launcher.loggers.profiler import (
+    Profiler,
+    Split,
+    advice,
+    split_of,
+    windows_for,
+    with_communication,
+)
+from launcher.training.loop import fit
 from tests.support.helpers import context_of, tiny_recipe
 from tests.support.processes import RESUMABLE, Run, fingerprint
 
@@ -108,6 +118,16 @@ def profiled(folder: Path, code: str, slots: str, changed: str) -> Run:
     run = Run(1, folder, "--profile", recipe=folder / "changed.py")
     assert run.end() == 0, run.text()
     return run
+
+
+def test_patience_does_not_end_a_profile() -> None:
+    recipe = tiny_recipe(
+        data={"validation": 0.2}, epochs=9, patience=1, optimizer=partial(SGD, lr=0.0)
+    )
+    profiler = Profiler(context_of(recipe))
+    for _ in profiler.through(None)(fit(profiler.ctx)):
+        pass
+    assert "data" in split_of(profiler._timer).seconds
 
 
 @pytest.mark.slow

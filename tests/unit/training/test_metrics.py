@@ -12,6 +12,7 @@ from launcher.training.metrics import (
     EpochReport,
     Evaluation,
     LossTracker,
+    OutcomeTable,
     sample_indices,
 )
 
@@ -35,6 +36,29 @@ def test_the_tally_of_uneven_batches_equals_the_direct_count() -> None:
         chosen = labels == label
         assert evaluation.per_class[label] == pytest.approx(right[chosen].double().mean().item())
         assert sum(evaluation.confusion[label]) == int(chosen.sum())
+
+
+@pytest.mark.parametrize("classes", [3, 10, 40])
+def test_of_equal_scores_the_first_counts_in_every_figure(classes: int) -> None:
+    """The one that argmax takes, of which the outcomes and an exported network tell."""
+    torch.manual_seed(0)
+    logits, labels = torch.randint(3, (500, classes)).float(), torch.randint(classes, (500,))
+    logits[0] = 0.0
+    accumulator, table = ConfusionAccumulator(classes, CPU), OutcomeTable(500, CPU)
+    accumulator.add(logits, labels, torch.tensor(0.0))
+    table.add(0, logits, labels)
+    evaluation = accumulator.evaluation(accumulator.counts)
+    ordered = [sorted(range(classes), key=lambda c: (-row[c], c))[:5] for row in logits.tolist()]
+    right = [label == best[0] for best, label in zip(ordered, labels.tolist(), strict=True)]
+    assert table.values[:, 0].tolist() == [best[0] for best in ordered] == logits.argmax(1).tolist()
+    assert evaluation.accuracy == sum(right) / 500
+    assert evaluation.in_top5 == sum(map(list.__contains__, ordered, labels.tolist()))
+
+
+def test_a_class_is_told_by_scores_and_not_by_rounded_logarithms() -> None:
+    table = OutcomeTable(1, CPU)
+    table.add(0, torch.tensor([[1.0, 1.0 + 2**-23, -30.0]]), torch.tensor([0]))
+    assert table.values[0, 0] == 1
 
 
 def test_a_class_without_images_has_no_accuracy() -> None:

@@ -146,6 +146,12 @@ def test_a_slow_network_gets_smaller_batches(model: Any, batch: int, expected: i
     assert len(sources.load(made.data).train) == STEPS * size
 
 
+def test_a_recipe_with_patience_is_tested_without() -> None:
+    recipe = tiny_recipe(data={"batch_size": 4, "validation": 0.1}, patience=5)
+    made = smoke_version(recipe, RankGroup(ALONE))
+    assert (made.patience, made.data.validation) == (None, None)
+
+
 class Imitated(Tiny):
     """As on a processor without instructions for bf16."""
 
