@@ -276,7 +276,7 @@ class ConfusionAccumulator:
         # Of equal scores the first is ahead, as in argmax, by which everything else decides; topk
         # takes any of them.
         cell = labels * self._classes + logits.argmax(dim=1)
-        self._counts[:cells] += torch.bincount(cell, minlength=cells)
+        self._counts.index_add_(0, cell, torch.ones_like(cell, dtype=self._counts.dtype))
         own, places = labels[:, None], torch.arange(self._classes, device=labels.device)
         score = logits.gather(1, own)
         not_ahead = (logits < score) | ((logits == score) & (places >= own))
