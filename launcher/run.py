@@ -561,6 +561,7 @@ def describe_run(
         train = ctx.data.train
         about = {
             "name": loaded.name,
+            "recipe_folder": loaded.folder,
             "classes": list(train.classes),
             "image_shape": list(train.shape),
             "data_digest": ctx.data.digest,

@@ -28,6 +28,7 @@ class LoadedRecipe:
     name: str
     source: str
     note: str  # the docstring of the file
+    folder: str = ""  # of the file, in which its neighbours are
 
     @property
     def config(self) -> dict[str, Any]:
@@ -36,12 +37,17 @@ class LoadedRecipe:
 
 
 Load = Callable[[str, list[str]], LoadedRecipe]  # a path and overrides to the recipe
+_neighbours: dict[str, Path] = {}  # modules that came with a recipe, and the recipe's folder
 
 
-def load(path: Path) -> LoadedRecipe:
-    """Run a recipe file and return its `recipe`. Raises `UserError` where there is none."""
+def load(path: Path, folder: Path | None = None) -> LoadedRecipe:
+    """Run a recipe file and return its `recipe`. Raises `UserError` where there is none.
+
+    `folder` is where its neighbours are, by default its own.
+    """
     source = _read(path)
-    module = _run(path, source)
+    folder = path.resolve().parent if folder is None else folder.resolve()
+    module = _run(path, source, folder)
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         found = "no name `recipe`" if recipe is None else f"`recipe` is a {type(recipe).__name__}"
@@ -52,7 +58,7 @@ def load(path: Path) -> LoadedRecipe:
         )
     _refuse_ill_typed(recipe, path)
     resolve(recipe)  # refuses what has no name
-    return LoadedRecipe(recipe, path.stem, source, module.__doc__ or "")
+    return LoadedRecipe(recipe, path.stem, source, module.__doc__ or "", str(folder))
 
 
 def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:
@@ -88,18 +94,19 @@ def _nearby(path: Path) -> str:
     return "check the path"
 
 
-def _run(path: Path, source: str) -> types.ModuleType:
+def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
     name = f"recipes.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(str(path), expected="a Python file", instead="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    _forget_other_neighbours(folder)
     sys.modules[name] = module  # so that typing and pickle can find the recipe's own classes
-    folder = path.resolve().parent
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))  # its neighbours, as for a script: import blocks
+    # Its neighbours come first, as for a script: import blocks.
+    sys.path[:] = [str(folder), *(place for place in sys.path if place != str(folder))]
     if str(folder.parent) not in sys.path:
         sys.path.append(str(folder.parent))  # and as those of a package: recipes.simplecnn
+    before = {name.partition(".")[0] for name in sys.modules}  # recipes is one of them
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except SyntaxError as error:
@@ -118,7 +125,27 @@ def _run(path: Path, source: str) -> types.ModuleType:
             expected="a file that runs",
             instead="mend that line",
         ) from error
+    finally:
+        new = (name for name in [*sys.modules] if name not in before and "." not in name)
+        _neighbours.update((name, folder) for name in new if _is_in(name, folder))
     return module
+
+
+def _forget_other_neighbours(folder: Path) -> None:
+    """So that `import blocks` is not answered with the blocks of a recipe of another folder."""
+    gone = {name for name, place in _neighbours.items() if place != folder}
+    for name in gone:
+        del _neighbours[name]
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in gone:
+            del sys.modules[name]
+
+
+def _is_in(name: str, folder: Path) -> bool:
+    """Whether a module lies directly in a folder: what is below may be of an environment in it."""
+    module = sys.modules[name]
+    places = [*getattr(module, "__path__", ())] or [getattr(module, "__file__", None)]
+    return any(Path(place).parent == folder for place in places if isinstance(place, str))
 
 
 def _line(error: BaseException, path: Path) -> int | None:

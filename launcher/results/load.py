@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from launcher.checkpoint.checkpoint import load_weights
 from launcher.config import annotations, loader
+from launcher.config.loader import LoadedRecipe
 from launcher.config.overrides import override
 from launcher.config.recipe import Recipe
 from launcher.config.settings import walk
@@ -93,7 +94,7 @@ def load_run(
     config = _read(path / "config.json", model=dict, data=dict)
     about = _read(path / "run.json", image_shape=tuple[int, int, int], classes=tuple[str, ...])
     if recipe is None:
-        recipe = _recipe_of(path, config)
+        recipe = _recipe_of(path, config, about)
     shape, classes = tuple(about["image_shape"]), tuple(about["classes"])
     return run_of(recipe, _weights_of(path, weights), blank_images(shape, classes))
 
@@ -110,7 +111,7 @@ def blank_images(shape: tuple[int, int, int], classes: tuple[str, ...]) -> Image
     return ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), classes)
 
 
-def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
+def _recipe_of(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> Recipe:
     """The recipe in the folder, with the run's settings of the model and of its images."""
     source = path / "recipe.py"
     if not source.is_file() or not source.read_bytes().strip():
@@ -119,7 +120,7 @@ def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
             expected="the recipe that was trained",
             instead="write load_run(FOLDER, recipe=THE_RECIPE)",
         )
-    loaded = loader.load(source)
+    loaded = _loaded(source, Path(str(about.get("recipe_folder") or path)))
     # Of the training alone, and refused of a run that had no validation images.
     recipe = replace(loaded.recipe, patience=None)
     before, now = (_typed(own) for own in (config, json.loads(json.dumps(loaded.config))))
@@ -135,6 +136,22 @@ def _recipe_of(path: Path, config: Mapping[str, Any]) -> Recipe:
             and " at 0x" not in word  # an address, by which each process writes another text
         ],
     )
+
+
+def _loaded(source: Path, folder: Path) -> LoadedRecipe:
+    """The recipe of a run, whose neighbours were not copied from the folder where it was."""
+    try:
+        return loader.load(source, folder if folder.is_dir() else None)
+    except UserError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        name = error.__cause__.name or "?"
+        raise UserError(
+            f"{source} imports {name}, which is neither installed nor in {folder}",
+            expected="what the recipe imported when it was trained",
+            instead=f"put {name.replace('.', '/')}.py into {folder} again or install {name}; in "
+            "Python, write load_run(FOLDER, recipe=THE_RECIPE)",
+        ) from None
 
 
 def _typed(config: Any) -> dict[str, str]:

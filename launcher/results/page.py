@@ -38,7 +38,8 @@ _CURVES = {
     "images_per_second": "train/images_per_second",
 }
 _NOT_FACTS = (
-    *("recipe", "name", "fallback", "started", "wandb_id", "data_digest", "evaluated_on"),
+    *("recipe", "name", "recipe_folder", "fallback", "started", "wandb_id", "data_digest"),
+    "evaluated_on",
 )
 
 

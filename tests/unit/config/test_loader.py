@@ -305,3 +305,31 @@ def test_a_recipe_imports_its_neighbours_as_a_script_does(
     monkeypatch.chdir(tmp_path)
     loaded = loader.load(Path("mine/first.py"))
     assert code_name(loaded.recipe.model) == "own_blocks:Net"
+
+
+def test_neighbours_of_one_name_are_those_of_the_recipes_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the first recipe comes again; what was there before stays what it was."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    net = GOOD.partition("class Net")[2].partition("recipe =")[0]
+    imports = "import numpy\nfrom twin_blocks.small import Net\nfrom twin_parts import WIDTH\n\n\n"
+    text = GOOD.replace(f"class Net{net}", imports).replace("Net,", "partial(Net, width=WIDTH),")
+    for width in (3, 5):
+        folder = tmp_path / f"e{width}"
+        (folder / "twin_blocks").mkdir(parents=True)
+        own = net.replace("width, 10", f"width, {width}")
+        (folder / "twin_blocks" / "small.py").write_text(
+            f"from torch import nn\n\n\nclass Net{own}"
+        )
+        (folder / "twin_parts.py").write_text(f"WIDTH = {width}")
+        written(folder, text, f"r{width}.py")
+    numpy = sys.modules["numpy"]
+    for width in (3, 5, 3):
+        network = loader.load(tmp_path / f"e{width}" / f"r{width}.py").recipe.model()
+        assert network.in_features == width
+        assert network.out_features == width
+        parts = sys.modules["twin_parts"]
+    loader.load(tmp_path / "e3" / "r3.py")
+    assert sys.modules["twin_parts"] is parts, "of the same folder"
+    assert sys.modules["numpy"] is numpy

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from launcher import Folder, RunResult, Synthetic, load_run, train
 from launcher.data import sources
-from tests.support.helpers import Tiny, refused, tiny_recipe
+from tests.support.helpers import ROOT, Tiny, refused, tiny_recipe
 
 RECIPE = '''
 """A recipe with a setting of its own."""
@@ -117,6 +119,30 @@ def test_settings_of_any_depth_are_those_of_the_run(tmp_path: Path) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in run.model)
     assert run.recipe.model.keywords["kinds"] == ("conv", "gelu")
     assert run.recipe.data.validation is None
+
+
+def test_a_recipe_finds_the_neighbours_that_it_was_trained_with(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own_widths.py").write_text("WIDTHS = (7,)")
+    text = RECIPE.replace("{channels}", "3").replace("(4,)", "WIDTHS")
+    text = text.replace(
+        "from torch import nn", "from torch import nn\nfrom own_widths import WIDTHS"
+    )
+    (tmp_path / "mine" / "first.py").write_text(text)
+    words = ("first.py", "--runs", "../runs", "--name", "first", "--wandb", "off", "--no-report")
+    own = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launcher", *words]
+    subprocess.run(command, cwd=tmp_path / "mine", env=own, check=True, capture_output=True)
+    run = load_run(tmp_path / "runs" / "first")
+    assert isinstance(run.model, nn.Sequential)
+    assert run.model[0].out_channels == 7
+    (tmp_path / "mine").rename(tmp_path / "other")
+    del sys.modules["own_widths"]
+    with refused(
+        "imports own_widths, which is neither installed nor",
+        f"put own_widths.py into {tmp_path / 'mine'}",
+    ):
+        load_run(tmp_path / "runs" / "first")
 
 
 def test_paths_pictures_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
