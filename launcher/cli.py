@@ -29,7 +29,14 @@ from launcher.errors import (
     RankError,
     UserError,
 )
-from launcher.utils.arguments import Parser, Shown, parse_seeds, positive, seconds
+from launcher.utils.arguments import (
+    Parser,
+    Shown,
+    parse_seeds,
+    positive,
+    refuse_no_folder,
+    seconds,
+)
 from launcher.utils.redaction import redacted
 from launcher.utils.text import drop_stdout
 
@@ -336,6 +343,8 @@ def _run(words: list[str], world: World) -> int:
             _refuse_unrepeatable([*named[recipes:], *unknown], claims=arguments.claims)
     try:
         refuse_unusable(os.environ)
+        if command == "tune" and arguments.save is not None and job.world.is_main:
+            refuse_no_folder(arguments.save)
         several = [_load(path, [*named[recipes:], *unknown]) for path in named[:recipes]]
     except UserError as error:
         if shows:

@@ -16,11 +16,12 @@ from PIL import Image, ImageDraw
 
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
-from launcher.config.plan import NEVER
+from launcher.config.plan import NEVER, Plan
+from launcher.distributed.stop_sync import StoppedError
 from launcher.distributed.world import World
-from launcher.errors import NotFiniteError, TrainingError
-from launcher.run import ranks_together, training_of
-from launcher.training.loop import fit
+from launcher.errors import EXIT_SAVED, NotFiniteError, TrainingError, UserError
+from launcher.run import RequestPoll, ranks_together, stop_reason, training_of
+from launcher.training.loop import SavePoint, fit
 from launcher.training.metrics import StepReport
 from launcher.training.state import TrainContext, put_back
 from launcher.utils import atomic_write
@@ -87,6 +88,7 @@ def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
     """Train with a rising rate until the loss does, and put everything back.
 
     Every rank calls this; the losses are those of all ranks, so that all end with the same step.
+    Raises `StoppedError` where a signal came to any of them.
     """
     last = min(steps, ctx.plan.steps_per_epoch)
     plan = replace(ctx.plan, last_step=last, log_every=1, save=NEVER)
@@ -95,9 +97,13 @@ def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
     rates: list[float] = []
     losses: list[float] = []
     with put_back(ctx):
-        events = fit(replace(ctx, plan=plan, recipe=recipe))
+        # Each group's rate rises, also that of one with a schedule of its own.
+        ctx.state.group_schedules = (None,) * len(ctx.state.group_schedules)
+        events = fit(replace(ctx, plan=plan, recipe=recipe), poll_requests=RequestPoll(NEVER))
         try:
             for event in events:
+                if isinstance(event, SavePoint):
+                    raise StoppedError
                 assert isinstance(event, StepReport), "the ramp ends before an evaluation"
                 rates.append(event.learning_rate)
                 losses.append(event.loss)
@@ -121,13 +127,21 @@ def run(
     """Show the curve and what follows from it; every rank calls this. Returns the exit code."""
     with ranks_together(world, options.timeouts) as group:
         training = training_of(loaded, options, group)
-        curve = find_rate(training.ctx, steps or STEPS)
+        _refuse_few_steps(training.ctx.plan, steps or STEPS)
+        try:
+            curve = find_rate(training.ctx, steps or STEPS)
+        except StoppedError:
+            curve = None
         own = training.ctx.state.group_options[0]["lr"]
+    if curve is None:
+        if world.is_main:
+            sys.stderr.write(f"launcher: stopped by {stop_reason()}: nothing of the ramp is kept\n")
+        return EXIT_SAVED
     if not world.is_main:
         return 0
     if len(curve.rates) < FEWEST:
         raise TrainingError(
-            f"the loss was no number, or had doubled, after {len(curve.rates)} steps, at a rate of "
+            f"the loss was no number after {len(curve.rates)} steps, at a rate of "
             f"{max(curve.rates, default=own * LOW):.2g}: there is no curve to read"
         )
     for line in describe(curve, own):
@@ -136,6 +150,21 @@ def run(
         save(curve, folder)
         sys.stdout.write(f"{folder}: learning_rate.png, learning_rate.json\n")
     return 0
+
+
+def _refuse_few_steps(plan: Plan, most: int) -> None:
+    if most < FEWEST:
+        raise UserError(
+            f"--steps {most}",
+            expected=f"at least {FEWEST} steps, to read a curve",
+            instead=f"type --steps {STEPS}, for example",
+        )
+    if plan.steps_per_epoch < FEWEST:
+        raise UserError(
+            f"a ramp of the {plan.steps_per_epoch} steps of an epoch",
+            expected=f"at least {FEWEST} steps, to read a curve",
+            instead=f"type data.batch_size={max(1, plan.train_images // FEWEST)}, for example",
+        )
 
 
 def describe(curve: RateCurve, own: float) -> list[str]:

@@ -31,7 +31,7 @@ from launcher.results.card import model_card
 from launcher.results.hub import push, refuse_unready
 from launcher.results.load import TrainedRun, blank_images, load_run, run_of
 from launcher.training.model import upcast
-from launcher.utils.arguments import Parser
+from launcher.utils.arguments import Parser, refuse_no_folder
 from launcher.utils.text import count, sizes
 
 FORMS = ("torch", "onnx", "safetensors", "hub")
@@ -173,6 +173,7 @@ def _refuse_taken(folder: Path) -> None:
             expected="a new folder for the export",
             instead=f"type {folder}-2, for example, or remove it",
         )
+    refuse_no_folder(folder)
 
 
 # The images of the proof

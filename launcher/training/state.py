@@ -280,11 +280,15 @@ def broadcast_state(network: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def put_back(ctx: TrainContext) -> Iterator[None]:
-    """Put back weights, averages, the optimizer's state and settings at the end, bit for bit."""
+    """Put back weights, averages, the optimizer's state and settings at the end, bit for bit.
+
+    And the schedules, which may be replaced meanwhile.
+    """
     state, scaler = ctx.state, ctx.accelerator.scaler
     models = [m for m in (state.network, state.ema_model) if m is not None]
     saved = [deepcopy(model.state_dict()) for model in models]
     optimizer, table = deepcopy(state.optimizer.state_dict()), state.rate_table
+    schedules = state.group_schedules
     scale = scaler.state_dict() if scaler is not None else {}
     state.rate_table = None
     try:
@@ -297,7 +301,8 @@ def put_back(ctx: TrainContext) -> Iterator[None]:
         for group in state.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        state.rate_table, state.current_step, state.skips_in_a_row = table, None, 0
+        state.rate_table, state.group_schedules = table, schedules
+        state.current_step, state.skips_in_a_row = None, 0
         if scaler is not None:
             scaler.load_state_dict(scale)
 

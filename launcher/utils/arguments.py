@@ -1,8 +1,10 @@
 """argparse, with its complaints in the form of all others."""
 
 import argparse
+import os
 import re
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from launcher.errors import UserError
@@ -42,6 +44,17 @@ def seconds(text: str) -> float:
         if 1e-3 <= float(text) < 1e6:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of seconds above 0")
+
+
+def refuse_no_folder(folder: Path) -> None:
+    """Refuse a path at which no folder is, and none can be made."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(
+            f"{folder}, but {nearest} is no folder in which one can write",
+            expected="a folder, or a path at which one can be made",
+            instead="name another one",
+        )
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

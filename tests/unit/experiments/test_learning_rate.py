@@ -1,9 +1,11 @@
 """The rising learning rate: what is read from the curve, and that nothing is left of it."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,21 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from launcher import ema
 from launcher.cli import main
+from launcher.distributed import signals
+from launcher.experiments import learning_rate
 from launcher.experiments.learning_rate import HIGH, LOW, RateCurve, describe, find_rate, ramp
 from launcher.training.loop import fit
 from tests.support.helpers import complaint, context_of, tiny_recipe
 
 RECIPE = tiny_recipe(data={"batch_size": 4}, optimizer=partial(SGD, lr=0.1, momentum=0.9))
+
+
+def own_schedule(parameters: Any) -> SGD:
+    return SGD([{"params": list(parameters), "schedule": late}], lr=0.1)
+
+
+def late(fraction: float) -> float:
+    return float(fraction >= 0.5)
 
 
 def test_the_ramp_rises_by_equal_factors() -> None:
@@ -34,8 +46,9 @@ def test_the_ramp_rises_by_equal_factors() -> None:
         {},
         {"average": partial(ema, decay=0.9)},
         {"schedule": partial(OneCycleLR, max_lr=0.1)},
+        {"optimizer": own_schedule},
     ],
-    ids=["plain", "averaged", "OneCycleLR"],
+    ids=["plain", "averaged", "OneCycleLR", "of a group"],
 )
 def test_everything_is_put_back_bit_for_bit(changes: dict[str, object]) -> None:
     """A training that follows is the one that would have been without it."""
@@ -66,6 +79,12 @@ def test_the_ramp_ends_where_the_loss_does_harm() -> None:
     curve = find_rate(rising)
     assert len(curve.rates) < 100
     assert curve.losses[-1] > curve.losses[0]
+
+
+def test_a_group_with_a_schedule_of_its_own_is_ramped_as_well() -> None:
+    curve = find_rate(context_of(replace(RECIPE, optimizer=own_schedule)), 8)
+    assert curve.rates[0] < 0.1 * LOW * 10
+    assert all(low < high for low, high in pairwise(curve.rates))
 
 
 def test_what_is_read_from_a_curve() -> None:
@@ -120,6 +139,11 @@ def test_the_command_shows_and_saves_the_curve(
         ((), "one of --lr, --batch and --search"),
         (("--lr", "--smoke"), "--smoke goes with one run, not with tune"),
         (("--lr", "--steps", "0"), "--steps"),
+        (("--lr", "--steps", "19"), "at least 20 steps"),
+        (("--lr", "data.batch_size=20"), "the 5 steps of an epoch"),
+        (("--lr", "data.batch_size=20"), "type data.batch_size=5"),
+        (("--lr", "--save", "mine.py"), "mine.py is no folder"),
+        (("--lr", "--save", "mine.py/curve"), "mine.py is no folder"),
         (("--lr", "optimizer.lrr=3"), "optimizer.lr"),
     ],
 )
@@ -133,3 +157,23 @@ def test_bad_words_are_answered_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(TINY)
     assert part in complaint(capsys, "tune", "mine.py", *words)
+
+
+def test_a_signal_ends_the_ramp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(fraction: float, *, until: float) -> float:
+        if fraction > until / 4:
+            signals.ask_to_stop("SIGTERM")
+        return ramp(fraction, until=until)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learning_rate, "ramp", signalled)
+    Path("mine.py").write_text(TINY)
+    try:
+        assert main(["tune", "mine.py", "--lr", "--save", "curve"]) == 75
+    finally:
+        signals.withdraw()
+    ended = capsys.readouterr()
+    assert ended.err == "launcher: stopped by SIGTERM: nothing of the ramp is kept\n"
+    assert not Path("curve").exists()

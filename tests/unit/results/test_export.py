@@ -254,6 +254,7 @@ def test_a_proof_sees_a_small_gap(runs: Path) -> None:
     [
         (["own"], "no run or no folder is named"),
         (["own", "taken"], "taken, which exists already"),
+        (["own", "file/out"], "file is no folder"),
         (["other", "out"], "there is own"),
         (["own", "out", "--to", "tflite"], "invalid choice: 'tflite'"),
     ],
@@ -262,6 +263,7 @@ def test_wrong_words_are_one_line(
     words: list[str], part: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("taken").mkdir()
+    Path("file").touch()
     assert part in complaint(capsys, "export", *words, "--runs", str(runs))
 
 
