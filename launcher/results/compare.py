@@ -153,9 +153,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 def experiment(run: RunFiles) -> dict[str, Any]:
     """Of a run what its repeats have as well: settings, recipe file and images."""
     settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
-    images = [run.about.get("data"), "fallback" in run.about]
-    if run.evaluated_on == "test":  # which are held out differs from seed to seed
-        images.append(run.about.get("data_digest"))
+    images = [run.about.get(name) for name in ("data", "data_digest", "fallback")]
     return {**settings, "the recipe file": run.source, "the images": images}
 
 
