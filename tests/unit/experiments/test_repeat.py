@@ -158,7 +158,7 @@ def test_runs_of_other_settings_have_no_mean(
 
 
 def test_runs_of_other_images_are_other_experiments(tmp_path: Path) -> None:
-    """But not those of which other images are held out, nor those that chose for themselves."""
+    """But not those that chose for themselves whether to compile."""
     loaded = LoadedRecipe(tiny_recipe(compile=True), "tiny", "", "")
     runs = [RunFiles(tmp_path / str(seed)) for seed in range(2)]
 
@@ -173,8 +173,6 @@ def test_runs_of_other_images_are_other_experiments(tmp_path: Path) -> None:
     assert found({"data_digest": "a"}, {"data_digest": "a"}, compile=False) == []
     assert found({"data_digest": "a"}, {"data_digest": "b"}, compile=True) == ["the images"]
     assert found({}, {"fallback": "NOT THE REAL DATA"}, compile=True) == ["the images"]
-    held_out = [{"data_digest": name, "evaluated_on": "val"} for name in "ab"]
-    assert found(held_out[0], held_out[1], compile=True) == []
 
 
 def test_a_run_of_stand_ins_has_not_ended_once_its_images_are_there(
