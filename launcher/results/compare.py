@@ -153,7 +153,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 def experiment(run: RunFiles) -> dict[str, Any]:
     """Of a run what its repeats have as well: settings, recipe file and images."""
     settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
-    images = [run.about.get(name) for name in ("data", "data_digest", "fallback")]
+    images = [run.about.get(name) for name in ("data_digest", "fallback")]
     return {**settings, "the recipe file": run.source, "the images": images}
 
 
