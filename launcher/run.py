@@ -797,9 +797,13 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
     if found is None or len(skipped) >= MOST_ROLLBACKS or error.step in skipped:
         raise error
     checkpoint.restore(found, ctx)
-    state = run_on_main(ctx.accelerator, lambda: checkpoint.read_state(found))
+
+    def read() -> tuple[checkpoint.SavedState, Best | None]:
+        state = checkpoint.read_state(found)
+        return state, best_that_is_kept(folder, state.best, state.progress)
+
+    state, run.best = run_on_main(ctx.accelerator, read)
     progress, run.highest = state.progress, state.best
-    run.best = run_on_main(ctx.accelerator, lambda: best_that_is_kept(folder, state.best, progress))
     run.saver.forget_after(progress.epochs)
     run.loggers.console.say(f"{error}")
     run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")

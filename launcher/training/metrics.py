@@ -266,6 +266,7 @@ class ConfusionAccumulator:
         """With `class_weights` `(classes,)`, a mean loss is one over so weighted images."""
         self._classes, dtype = classes, _widest(device)
         self._weights = None if class_weights is None else class_weights.to(device, dtype)
+        self._places = torch.arange(classes, device=device)
         # One tensor, so that one collective adds it over the ranks:
         # the confusion matrix row by row, images with their class in the top five, loss sum.
         self._counts = torch.zeros(classes * classes + 2, dtype=dtype, device=device)
@@ -277,9 +278,9 @@ class ConfusionAccumulator:
         # takes any of them.
         cell = labels * self._classes + logits.argmax(dim=1)
         self._counts.index_add_(0, cell, torch.ones_like(cell, dtype=self._counts.dtype))
-        own, places = labels[:, None], torch.arange(self._classes, device=labels.device)
+        own = labels[:, None]
         score = logits.gather(1, own)
-        not_ahead = (logits < score) | ((logits == score) & (places >= own))
+        not_ahead = (logits < score) | ((logits == score) & (self._places >= own))
         self._counts[cells] += (not_ahead.sum(dim=1) > self._classes - 5).sum()
         if self._weights is None:
             self._counts[cells + 1] += mean_loss * len(labels)
