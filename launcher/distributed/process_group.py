@@ -143,13 +143,14 @@ class RankGroup:
 
         def arrive_and_wait() -> bool:
             self._arrive("here", self.world.size)
-            return self._poll("open/here", timeout, lambda: signals.end_if_stopped(self._name))
+            came = self._poll("open/here", timeout, lambda: signals.end_if_stopped(self._name))
+            self._first_host = self._host(0) if came else "?"
+            return came
 
         if not self._guard(arrive_and_wait, timeout):
             if self.world.is_main:
                 raise RankError(self._missing_ranks(timeout))
             raise OtherRankError
-        self._first_host = self._host(0)
         self._heartbeat.start()
 
     def leave(self) -> None:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from launcher import Images
 from launcher.data import cache
-from launcher.distributed.process_group import Timeouts, rendezvous
+from launcher.distributed.process_group import Timeouts
 from launcher.distributed.world import World
 from launcher.errors import LauncherError, OtherRankError
+from launcher.run import ranks_together
 from tests.support.helpers import HALF
 from tests.unit.data.test_sources import Cifar
 
@@ -58,8 +59,7 @@ def count_opens(root: Path, log: int) -> None:
 
 def one_process(world: World, data: Images, results: int, silence: float) -> int:
     try:
-        group = rendezvous(world, Timeouts(collective=silence))
-        with group.sync_errors():
+        with ranks_together(world, Timeouts(collective=silence)) as group, group.sync_errors():
             loaded = cache.load(data, group)
     except OtherRankError as error:
         return error.exit_code
@@ -74,7 +74,6 @@ def one_process(world: World, data: Images, results: int, silence: float) -> int
     memory = mapping_of(loaded.test.tensor)
     loaded.train.tensor.zero_()  # is seen by nobody else
     os.write(results, f"{loaded.name} {digest.hexdigest()} {memory}\n".encode())
-    group.leave()
     return 0
 
 
