@@ -7,11 +7,13 @@
     │   └── StoppedBeforeTrainingError  by a signal                             exit code 75
     ├── OtherRankError     another rank prints why: this one prints nothing     that rank's
     └── UserError          what was typed or given cannot be trained            exit code 2
+        ├── SharedUserError     which all ranks know of
         ├── NotExportableError  or trained, but not exported
         └── BrokenPictureError  or a file among others that is no picture
 
 A `LauncherError` is shown as one line without a traceback; rank 0 prints it, since all ranks raise
-it alike, unless it says otherwise. Every other exception is a fault of
+it alike, unless it says otherwise. A `UserError` that one rank may have alone is shared with the
+others before training, and becomes a `RankError` after. Every other exception is a fault of
 the launcher or of the recipe's own code and keeps its traceback. Exit code 75 says that a signal
 stopped the run with its state saved, or before it began; 130, that a second Ctrl-C ended it at
 once.
@@ -76,9 +78,17 @@ class UserError(LauncherError):
         line = " ".join(f"{given}; expected {expected}; {instead}".split())
         super().__init__("".join(c if c.isprintable() else "?" for c in line))
 
+    def shared(self) -> "SharedUserError":
+        """The same, for all ranks to raise."""
+        return SharedUserError(self.given, expected=self.expected, instead=self.instead)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes with all three parts."""
         return _user_error, (type(self), self.given, self.expected, self.instead)
+
+
+class SharedUserError(UserError):
+    """One that all ranks raise alike: nobody has to find out who has it."""
 
 
 class NotExportableError(UserError):

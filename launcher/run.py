@@ -45,9 +45,9 @@ from launcher.distributed.world import ALONE, World
 from launcher.errors import (
     EXIT_FAULT,
     EXIT_SAVED,
-    BrokenPictureError,
     LauncherError,
     NotFiniteError,
+    SharedUserError,
     TrainingError,
     UserError,
 )
@@ -204,8 +204,10 @@ def report_first_failure(group: RankGroup, moment: Callable[[], str]) -> Iterato
     """Find out which rank failed first, where an exception ends the run: only that one reports."""
     try:
         yield
-    except BrokenPictureError as broken:  # which the other ranks have not met
-        raise group.attribute_failure(broken, moment()) from None
+    except UserError as refusal:
+        if isinstance(refusal, SharedUserError):
+            raise
+        raise group.attribute_failure(refusal, moment()) from None
     except LauncherError:
         raise
     except (Exception, SystemExit) as raised:

@@ -169,7 +169,8 @@ def usable_cores() -> int:
 def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank.
 
-    A `UserError` is raised on all; for any other exception, the others raise `OtherRankError`.
+    A `UserError` is raised on all, shared; for any other exception, the others raise
+    `OtherRankError`.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -179,7 +180,7 @@ def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
         try:
             outcome = [action()]
         except UserError as error:
-            outcome = [error]
+            outcome = [error.shared() if accelerator.num_processes > 1 else error]
         except Exception as error:
             fault, outcome = error, [OtherRankError()]
     if accelerator.num_processes > 1:

@@ -27,6 +27,7 @@ from launcher.errors import (
     LauncherError,
     OtherRankError,
     RankError,
+    SharedUserError,
     StoppedBeforeTrainingError,
     UserError,
 )
@@ -213,7 +214,7 @@ class RankGroup:
         self._hold_store_until_all("read")
         if parts:
             given, expected, instead = parts
-            raise UserError(given, expected=expected, instead=instead)
+            raise SharedUserError(given, expected=expected, instead=instead)
         if stopped:
             if self.world.is_main:
                 raise StoppedBeforeTrainingError(stopped)
@@ -293,7 +294,8 @@ class RankGroup:
     def attribute_failure(self, error: Exception, moment: str) -> Exception:
         """What this rank raises after `error`: `OtherRankError` if another failed before.
 
-        `moment` says where the training was: `in step 17 (epoch 2)`.
+        A `UserError` that rank 0 has as well, it alone raises. `moment` says where the training
+        was: `in step 17 (epoch 2)`.
         """
         if self._optional_store is None:
             return error
@@ -307,8 +309,12 @@ class RankGroup:
         try:
             if is_of_other_rank(error):
                 return self._find_failed_rank(text, moment)
+            if isinstance(error, UserError) and not self.world.is_main:
+                self._wait_for_failure(GRACE)
             if not self._report_failure(code := getattr(error, "exit_code", EXIT_FAULT)):
                 return OtherRankError(int(self._store.get("exit-code")))
+            if isinstance(error, UserError) and self.world.is_main:
+                return error.shared()  # by now, and the others print nothing
             if isinstance(error, LauncherError):
                 return RankError(f"{error} ({self._name}, {moment})", code)
             return RankError(f"{self._name} failed\n{text}")
@@ -327,17 +333,24 @@ class RankGroup:
         assert self._heartbeat is not None
         self._heartbeat.reply()
         reports = self._store.add("liveness-check", 1) == 1
-        until = time.monotonic() + GRACE + (1 if self.world.hosts_store else 0)
-        while (reports or self.world.hosts_store) and time.monotonic() < until:
-            if self._store.add("failures", 0):
-                return OtherRankError(int(self._store.get("exit-code")))
-            time.sleep(0.1)
+        seconds = GRACE + (1 if self.world.hosts_store else 0)
+        if (reports or self.world.hosts_store) and self._wait_for_failure(seconds):
+            return OtherRankError(int(self._store.get("exit-code")))
         if not reports:
             return OtherRankError()
         missing = self._ranks_without("alive")
         if not missing:
             return RankError(f"{self._name} could not reach the others\n{text}")
         return RankError(self._not_answering(missing, moment))
+
+    def _wait_for_failure(self, seconds: float) -> bool:
+        """Returns whether a rank has reported one by then."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self._store.add("failures", 0):
+                return True
+            time.sleep(0.1)
+        return False
 
     def _store_lost(self) -> RankError:
         return RankError(

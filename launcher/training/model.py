@@ -206,7 +206,9 @@ def _choose_memory_format(
         if not count_over_ranks(accelerator, error is not None):
             if recipe.unused_parameters == "refuse":
                 unused_ranks = count_over_ranks(accelerator, bool(unused))
-                _refuse_unused(recipe, unused, unused_ranks)
+                if unused_ranks:
+                    shown = some(unused) if unused else "those named on another rank"
+                    raise unused_parameters(recipe, shown)
             return PlacedNetwork(network, memory_format, note)
         refusal = error or RuntimeError("it fails on another rank")
         note = note or _contiguous_note(recipe, refusal)
@@ -227,15 +229,15 @@ def count_over_ranks(accelerator: Accelerator, is_so: bool) -> int:
     return int(accelerator.reduce(here, reduction="sum"))
 
 
-def _refuse_unused(recipe: Recipe, unused: list[str], ranks: int) -> None:
-    if ranks:
-        shown = some(unused) if unused else "those named on another rank"
-        raise UserError(
-            f"parameters of {code_name(recipe.model)} that its scores do not depend on: {shown}",
-            expected="a gradient for each parameter in each step, for which several ranks wait",
-            instead="leave them out, call requires_grad_(False) on them, or type "
-            "unused_parameters=allow",
-        )
+def unused_parameters(recipe: Recipe, names: str, moment: str = "") -> UserError:
+    """What is wrong with a network that does not use the parameters of these names."""
+    when = f" {moment}" if moment else ""
+    return UserError(
+        f"parameters of {code_name(recipe.model)} that its scores{when} do not depend on: {names}",
+        expected="a gradient for each parameter in each step, for which several ranks wait",
+        instead="leave them out, call requires_grad_(False) on them, or type "
+        "unused_parameters=allow",
+    )
 
 
 def _contiguous_note(recipe: Recipe, error: Exception) -> str:

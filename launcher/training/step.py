@@ -13,8 +13,9 @@ from torch import Tensor
 
 from launcher.data.batches import MicroBatch
 from launcher.training.metrics import LossTracker
-from launcher.training.model import upcast
+from launcher.training.model import unused_parameters, upcast
 from launcher.training.state import TrainContext
+from launcher.utils.text import some
 
 
 def train_step(
@@ -47,6 +48,7 @@ def train_step(
                     accelerator.backward(weighted)
         tracker.add(step, loss, micro_batch.weight * images)
         first_logits = logits if first_logits is None else first_logits
+    refuse_unused_parameters(ctx, step)
     with ctx.phase("update"):
         state.drop_frozen_gradients()
         norm = clip_gradients(ctx, step)
@@ -74,6 +76,20 @@ def train_step(
                 buffer.copy_(value)  # running statistics saw the bad activations
     assert first_logits is not None
     return first_logits, updated
+
+
+def refuse_unused_parameters(ctx: TrainContext, step: int) -> None:
+    """Raise `UserError` where a parameter has no gradient, which the preflight has not seen.
+
+    The other ranks would wait for its gradients, or add other numbers to them.
+    """
+    if ctx.plan.world_size > 1 and ctx.recipe.unused_parameters == "refuse":
+        trained = (p for group in ctx.state.optimizer.param_groups for p in group["params"])
+        unused = {id(p) for p in trained if p.grad is None and p.requires_grad}
+        if unused:
+            named = ctx.state.network.named_parameters()
+            names = [name for name, parameter in named if id(parameter) in unused]
+            raise unused_parameters(ctx.recipe, some(names), f"in step {step}")
 
 
 def clip_gradients(ctx: TrainContext, step: int) -> Tensor | None:

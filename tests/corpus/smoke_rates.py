@@ -37,7 +37,7 @@ from launcher.config.slots import Loss
 from launcher.data import sources
 from launcher.distributed.process_group import RankGroup
 from launcher.distributed.world import ALONE
-from launcher.errors import TrainingError, UserError
+from launcher.errors import NotFiniteError, TrainingError, UserError
 from launcher.training.loop import fit
 from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_version
@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, Callable[[NamedParameters], Optimizer]] = {
     "AdamW 3e-4": partial(AdamW, lr=3e-4),
 }
 PASSED, UNTOLD, FAILED = "passed", "too few steps to tell", "failed"
-REFUSED = "refused before training"
+REFUSED, NOT_FINITE = "refused before training", "loss not finite"  # neither by the smoke test
 Counts = dict[str, int]  # how often each verdict was reached
 KINDS = ("sound", "hard", "shuffled", "detached", "rate 0")
 
@@ -98,10 +98,12 @@ def verdict(name: str, optimizer: str, seed: int, kind: str) -> str:
     except UserError:
         return REFUSED
     smoke_test = SmokeTest(ctx)
-    for _ in fit(ctx):
-        pass
     try:
+        for _ in fit(ctx):
+            pass
         return UNTOLD if smoke_test.verdict() else PASSED
+    except NotFiniteError:
+        return NOT_FINITE
     except TrainingError:
         return FAILED
 

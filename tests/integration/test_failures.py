@@ -249,3 +249,17 @@ def test_parameters_without_a_gradient_are_named_before_training(
     line = r"launcher: parameters of .*Network that its scores do not depend on: unused.weight, "
     assert len(re.findall(line, run.text())) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "rank"), [(2, 0), (TORCHRUN, 1)], ids=["srun", "torchrun"])
+def test_parameters_that_one_rank_leaves_out_in_a_step_are_named(
+    launch: int | tuple[str, ...], rank: int, tmp_path: Path
+) -> None:
+    """The others have no such step: what only one rank refuses is said all the same, and once."""
+    run = failing(launch, tmp_path, "skip", rank=rank)
+    assert run.end() != 0
+    line = r"launcher: parameters of .*Failing that its scores in step 40 do not depend on: layers"
+    assert len(re.findall(line, run.text())) == 1
+    assert f"type unused_parameters=allow{' (rank 1 of 2' * rank}" in run.text()
+    assert "killed, stopped or cut off" not in run.text()

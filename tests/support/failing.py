@@ -28,6 +28,9 @@ class Failing(Network):
             if Failing.passes in PASSES:
                 if os.environ.get("FAIL") == "gradient":  # of a root at 0; the loss is as without
                     return logits + (logits - logits).abs().sum().sqrt()
+                if os.environ.get("FAIL") == "skip":
+                    *_, bias = self.parameters()
+                    return logits.detach() + bias
                 return logits * fail()
         return logits
 
