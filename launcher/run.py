@@ -605,9 +605,8 @@ def make_loggers(
     console = make_console(is_main)
     if start is None or not is_main:
         return Loggers(console)
-    data = ctx.data.to(torch.device("cpu"))
-    shown = wandb.describe(start.folder, loaded, options, bool(data.fallback))
-    return Loggers(console, (wandb.start(options.wandb, shown, data), *also))
+    shown = wandb.describe(start.folder, loaded, options, bool(ctx.data.fallback))
+    return Loggers(console, (wandb.start(options.wandb, shown, ctx.data), *also))
 
 
 def show_header(run: ActiveRun, start: ResumePoint | None, facts: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from launcher.config.plan import START, Progress
 from launcher.data.images import Data
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.utils.json_text import flatten
+from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import cleaned, redacted
 
 # Where the images lie and how they are read, not what they are.
@@ -110,22 +110,27 @@ def refuse_changes(
 
     And for a word of `changed` that names nothing.
     """
-    # Hidden once more: what is secret follows from the present environment too.
-    before, now = flatten(cleaned(saved)), flatten(present)
-    _refuse_unknown(changed, {*before, *now})
-    differing = [
-        name
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and name not in OF_THE_MACHINE
-    ]
-    surprising = [name for name in differing if not _is_named(name, changed)]
+    _refuse_unknown(changed, {**flatten(saved), **flatten(present)})
+    changes = described_changes(saved, present)
+    surprising = [name for name in changes if not _is_named(name, changed)]
     if surprising:
-        shown = ", ".join(f"{n} ({before.get(n)} -> {now.get(n)})" for n in surprising)
+        shown = ", ".join(changes[name] for name in surprising)
         raise UserError(
             f"the recipe changed since the checkpoint: {shown}",
             expected="the settings that the run began with",
             instead=f"type --resume-changed {','.join(surprising)} if that is intended",
         )
+
+
+def described_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, str]:
+    """Each setting that differs, but for those of the machine, as `epochs (1 -> 2)`."""
+    # Hidden once more: what is secret follows from the present environment too.
+    found = differing([flatten(cleaned(saved)), flatten(present)])
+    return {
+        name: f"{name} ({before} -> {now})"
+        for name, (before, now) in sorted(found.items())
+        if name not in OF_THE_MACHINE
+    }
 
 
 def _refuse_unknown(changed: Sequence[str], names: Iterable[str]) -> None:

@@ -21,11 +21,11 @@ from launcher.data.sources import open_on_disk
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
-from launcher.results.compare import compared, differing, experiment, grouped, sentence
+from launcher.results.compare import compared, experiment, grouped, sentence
 from launcher.results.quoted import headline, quoted
 from launcher.results.statistics import Spread, describe, summary
 from launcher.run import train_loaded
-from launcher.utils.json_text import flatten
+from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import duration, printable, run_of_seed

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checkpoint.resume import OF_THE_MACHINE
+from launcher.checkpoint.resume import described_changes
 from launcher.checkpoint.run_files import RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -34,8 +34,7 @@ from launcher.errors import EXIT_SAVED, StoppedBeforeTrainingError, TrainingErro
 from launcher.loggers.logger import Logger
 from launcher.run import train_loaded
 from launcher.training.metrics import Best, EpochReport
-from launcher.utils.json_text import flatten
-from launcher.utils.redaction import cleaned, redacted
+from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import printable
 
@@ -303,15 +302,11 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
 
 def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
     """Accuracies of other images, or with other settings, say nothing about these."""
-    before, now = flatten(cleaned(saved)), flatten(present)
-    differing = [
-        f"{name.partition('.')[2]} ({before.get(name)} -> {now.get(name)})"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and name.partition(".")[2] not in OF_THE_MACHINE
-    ]
-    if differing:
+    parts = [described_changes(saved.get(p, {}), present[p]) for p in ("recipe", "ranges")]
+    changes = [change for part in parts for change in part.values()]
+    if changes:
         raise UserError(
-            f"the search {search.base} with other settings: {', '.join(differing)}",
+            f"the search {search.base} with other settings: {', '.join(changes)}",
             expected="the settings and ranges that its trials have been made with",
             instead="type another --name",
         )

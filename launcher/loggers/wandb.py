@@ -235,7 +235,7 @@ class Samples:
         """Take the fixed images out of those that are evaluated."""
         evaluated = data.evaluated
         chosen = sample_indices(len(evaluated))
-        images = evaluated.pixels(chosen)
+        images = evaluated.pixels(chosen).cpu()
         if images.shape[-1] not in (3, 4):  # neither RGB nor RGBA: show the first channel as gray
             images = images[..., 0]
         self.classes = evaluated.classes

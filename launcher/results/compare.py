@@ -24,7 +24,7 @@ from launcher.results.figures import number
 from launcher.results.quoted import LAST, headline, quoted
 from launcher.results.statistics import difference
 from launcher.utils.arguments import Parser
-from launcher.utils.json_text import flatten
+from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import count, printable
@@ -113,13 +113,6 @@ def main(words: Sequence[str]) -> int:
 
 
 # What differs
-
-
-def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Of each name that not all have with the same value, the values; None where it is absent."""
-    names = {name: None for mapping in values for name in mapping}
-    rows = {name: [mapping.get(name) for mapping in values] for name in names}
-    return {name: row for name, row in rows.items() if any(cell != row[0] for cell in row)}
 
 
 def environment(run: RunFiles) -> dict[str, Any]:

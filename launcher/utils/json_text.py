@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +40,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix.removesuffix("."): value}
     return {k: v for name, item in items for k, v in flatten(item, f"{prefix}{name}.").items()}
+
+
+def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Of each name that not all have with the same value, the values; None where it is absent."""
+    names = {name: None for mapping in values for name in mapping}
+    rows = {name: [mapping.get(name) for mapping in values] for name in names}
+    return {name: row for name, row in rows.items() if any(cell != row[0] for cell in row)}

@@ -10,9 +10,9 @@ import pytest
 
 from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
-from launcher.results.compare import compared, differing, grouped
+from launcher.results.compare import compared, grouped
 from launcher.results.statistics import two_sided
-from launcher.utils.json_text import flatten
+from launcher.utils.json_text import differing, flatten
 from tests.support.parsed import Parsed
 from tests.unit.results.test_runs import write_run
 
