@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -723,7 +724,8 @@ def evaluate_test_images(run: ActiveRun) -> FinalReport:
 
     First with the weights of the end, then with the best ones, which the network has afterwards.
     """
-    ctx, best = run.ctx, run.best
+    ctx = run.ctx
+    best = run_on_main(ctx.accelerator, lambda: run.best)  # which it alone may have failed to keep
     test, views = ctx.data.test, ctx.recipe.views
     last = evaluate(ctx, test)
     last_tta = evaluate(ctx, test, views) if views else None
@@ -768,7 +770,7 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         saver.epoch(row | {"data": run.ctx.data.name}, outcomes.details(event))
     else:
         run.stopped = event.stops
-        details = checkpoint_details(run, event.progress)
+        details = partial(checkpoint_details, run, event.progress)
         if not saver.checkpoint(run.ctx, details, event.stops):
             run.unsaved = f"stopped by {stop_reason()}, not saved: --resume goes on from "
             run.unsaved += newest_progress(run)

@@ -199,16 +199,21 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
 
 
-def capture(ctx: TrainContext, details: dict[str, Any]) -> Snapshot:
-    """Copy the state to the host, with `details` for `state.json`.
+def gather_buffers(ctx: TrainContext) -> Tensors:
+    """Each running statistic of all ranks, `(ranks, ...)`; empty on 1 rank. Every rank calls it."""
+    if ctx.accelerator.num_processes == 1:
+        return {}
+    buffers = _buffers(ctx.state).items()
+    return {name: _copy(ctx.accelerator.gather(buffer[None])) for name, buffer in buffers}
 
-    Every rank calls this: running statistics are gathered.
-    """
+
+def capture(ctx: TrainContext, details: dict[str, Any], buffers: Tensors | None = None) -> Snapshot:
+    """Copy the state to the host, with `details` for `state.json` and what was gathered."""
     state, accelerator = ctx.state, ctx.accelerator
     tensors = {"weights": _on_host(state.network.state_dict())}
     if state.ema_model is not None:
         tensors["average"] = _on_host(state.ema_model.state_dict())
-    if accelerator.num_processes > 1 and (buffers := _rank_buffers(ctx)):
+    if buffers:
         tensors["buffers"] = buffers
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     optimizer = _copied(
@@ -525,12 +530,6 @@ def _buffers(state: TrainState) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers()
         if buffer.is_floating_point()
     }
-
-
-def _rank_buffers(ctx: TrainContext) -> Tensors:
-    """Each buffer of all ranks: `(ranks, ...)`."""
-    buffers = _buffers(ctx.state).items()
-    return {name: _copy(ctx.accelerator.gather(buffer[None])) for name, buffer in buffers}
 
 
 def _take_buffers(saved: Tensors, ctx: TrainContext) -> None:

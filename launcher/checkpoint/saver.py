@@ -27,7 +27,9 @@ class Saver:
         self._held = HeldFolder(folder) if folder and is_main else None
         self._writer = Writer(self._held) if self._held else None
 
-    def checkpoint(self, ctx: TrainContext, details: dict[str, Any], is_last: bool) -> bool:
+    def checkpoint(
+        self, ctx: TrainContext, details: Callable[[], dict[str, Any]], is_last: bool
+    ) -> bool:
         """Save the state, with `details` for `state.json`; returns whether it is safe to go on.
 
         Every rank takes part. Rank 0 writes in the background; for the last one before a stop it
@@ -35,9 +37,10 @@ class Saver:
         """
         if self.folder is None:
             return True
-        snapshot = checkpoint.capture(ctx, details)
+        buffers = checkpoint.gather_buffers(ctx)
         if self._writer is None:
             return True
+        snapshot = checkpoint.capture(ctx, details(), buffers)
         self.complain(self._writer.submit(snapshot))
         return not is_last or self._is_written(self._writer, snapshot)
 

@@ -65,6 +65,22 @@ def test_a_full_disk_costs_lines_and_the_last_good_checkpoint_stays(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_ranks_agree_which_weights_are_the_best_where_the_disk_has_refused_some(
+    tmp_path: Path,
+) -> None:
+    """Rank 0 alone knows of it, and all evaluate the test images with the same weights."""
+    words = ("epochs=5", "--name", "run", "--checkpoint-every", "never", "data.validation=0.2")
+    run = Run(2, tmp_path, *words, environment={"COVERAGE_PROCESS_CONFIG": ""})
+    run.wait_for("epoch 1/5")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert run.end() == 1
+    assert "the best weights could not be written" in run.text()
+    assert "launcher: the final weights could not be written" in run.text()
+    assert "does not answer" not in run.text()
+    assert (tmp_path / "runs" / "run" / "test.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("every", ["7", alike("never")])
 def test_a_stop_that_could_not_be_saved_says_so_and_is_a_failure(
     every: str, tmp_path: Path
