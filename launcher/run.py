@@ -144,9 +144,7 @@ class ActiveRun:
     code: CompiledCode | None = None
     best: Best | None = None
     highest: Best | None = None
-    last: Best | None = None
     losses: list[float] = field(default_factory=list)
-    final_loss: float = 0.0  # of the last evaluation
     report: EpochReport | None = None  # of the last evaluation
     tested: FinalReport | None = None
     stopped: bool = False
@@ -156,6 +154,11 @@ class ActiveRun:
     def folder(self) -> RunDir | None:
         """The run folder; None in a smoke test."""
         return self.saver.folder
+
+    @property
+    def last(self) -> Best | None:
+        """The figures of the last evaluation."""
+        return Best.of(self.report) if self.report else None
 
     def result(self) -> RunResult:
         """What is left of it at its end."""
@@ -713,10 +716,10 @@ def run_loop(
     accelerator.wait_for_everyone()  # no rank ends while the state is being written
     if lost_on_main := run_on_main(accelerator, lambda: lost):
         raise TrainingError(lost_on_main)
-    if not run.stopped and not math.isfinite(run.final_loss):
+    loss = run.report.evaluation.loss if run.report else 0.0
+    if not run.stopped and not math.isfinite(loss):
         images = IMAGES_OF[run.ctx.data.evaluated_on]
-        message = f"the {images} loss at the end is {run.final_loss}, not a finite number"
-        raise TrainingError(message)
+        raise TrainingError(f"the {images} loss at the end is {loss}, not a finite number")
 
 
 def evaluate_test_images(run: ActiveRun) -> FinalReport:
@@ -748,8 +751,9 @@ def handle_event(run: ActiveRun, event: Event) -> None:
             loggers.console.say(first_step_line(event, run.ctx.data.train.classes))
         loggers.step(event, plan)
     elif isinstance(event, EpochReport):
-        run.last = Best.of(event)
-        # Not of an epoch that was cut, unless it is the only one: a resumed run trains all of it.
+        run.report = event
+        # An epoch that --max-steps cuts is the best one only if there is no other: a resumed run
+        # trains all of it.
         is_whole = event.step == event.epoch * plan.steps_per_epoch or run.best is None
         if is_whole and is_better(event, run.highest):
             run.highest = run.last
@@ -757,12 +761,10 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if is_best and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
             saver.outcomes(event, run.ctx.data.evaluated, "best")
-        run.report = event
         loggers.epoch(event, plan, run.best)
         loss = event.evaluation.loss
         if not math.isfinite(loss):
             saver.complain(f"the {event.images} loss of epoch {event.epoch} is {loss}")
-        run.final_loss = loss
         if event.ends_training and event.epoch < plan.last_epoch:
             loggers.console.say(early_stop_line(run.ctx.recipe, event))
         size = plan.resolution(event.epoch)
@@ -807,6 +809,9 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
 
     state, run.best = run_on_main(ctx.accelerator, read)
     progress, run.highest = state.progress, state.best
+    if run.report and run.report.epoch > progress.epochs:
+        run.report = None
+    ctx.state.skips_in_a_row = 0
     run.saver.forget_after(progress.epochs)
     run.loggers.console.say(f"{error}")
     run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")

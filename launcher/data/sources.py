@@ -41,7 +41,7 @@ from launcher.data.synthetic import Synthetic
 from launcher.data.validation import held_out
 from launcher.errors import LauncherError, UserError
 from launcher.utils.text import count
-from launcher.utils.user_code import user_line, user_location
+from launcher.utils.user_code import function_of, user_line, user_location
 
 _LOG = logging.getLogger(__name__)
 LOCK = ".download.lock"
@@ -142,6 +142,7 @@ def hold_out(data: Data, validation: float | str | None, seed: int) -> Data:
     rest = torch.ones(len(data.train), dtype=torch.bool)
     rest[chosen] = False
     train, held = data.train.take(rest.nonzero()[:, 0]), data.train.take(chosen)
+    held = replace(held, left_out=())  # of the training half, which tells them
     return replace(data, train=train, validation=held, held_out=chosen)
 
 
@@ -197,7 +198,7 @@ def stand_in(data: Images, count: int) -> Images:
 
 def known_counts(data: Images) -> tuple[int, int] | None:
     """How many training and test images a published set has; None for others."""
-    known = _KNOWN.get(short_name(data.source))
+    known = _known(data.source)
     return (known.train, known.test) if known else None
 
 
@@ -206,9 +207,15 @@ def _of_source(data: Images, source: Source) -> Images:
     return replace(data, source=source, tier="auto", on_broken="stop", local_copy=False)
 
 
+def _known(source: Source) -> _Published | None:
+    """What is published of torchvision's class; another one may have its name."""
+    is_torchvisions = function_of(source).__module__.partition(".")[0] == "torchvision"
+    return _KNOWN.get(short_name(source)) if is_torchvisions else None
+
+
 def _known_shape(data: Images) -> dict[str, int]:
     name = short_name(data.source)
-    if known := _KNOWN.get(name):
+    if known := _known(data.source):
         return {"size": known.size, "channels": known.channels, "classes": known.classes}
     raise UserError(
         f"--smoke with data.source={name}, whose shape is not known without its files",
@@ -225,8 +232,8 @@ def _open_halves(data: Images, downloads: bool) -> Data:
     halves = ["train", "test"]
     if isinstance(data.validation, str) and not parse_fold(data.validation):
         halves.append(data.validation)
-    function = data.source.func if isinstance(data.source, partial) else data.source
-    is_safe = function.__module__.partition(".")[0] in ("launcher", "torchvision")
+    module = function_of(data.source).__module__.partition(".")[0]
+    is_safe = module in ("launcher", "torchvision")
     with ThreadPoolExecutor(max_workers=len(halves) if is_safe else 1) as pool:
         found = list(pool.map(partial(_open, data), halves))
     if None in found and not downloads:
@@ -296,7 +303,7 @@ def _downloading(root: str) -> Iterator[None]:
 
 
 def _lock_of(root: str) -> AbstractContextManager[None]:
-    """None where nothing can be written, and so nothing is downloaded."""
+    """That of the folder; none where nothing can be written, and so nothing is downloaded."""
     path = Path(root, LOCK)
     if not os.access(root, os.W_OK):
         return nullcontext()

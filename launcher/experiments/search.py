@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+import torch
 from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +29,7 @@ from launcher.config.options import RunOptions
 from launcher.config.overrides import override
 from launcher.config.plan import Plan
 from launcher.distributed import signals
-from launcher.distributed.accelerator import reset_accelerator
+from launcher.distributed.accelerator import reset_accelerator, usable_cores
 from launcher.distributed.world import ALONE, World
 from launcher.errors import EXIT_SAVED, StoppedBeforeTrainingError, TrainingError, UserError
 from launcher.loggers.logger import Logger
@@ -205,14 +206,10 @@ def run(search: Search, world: World, *, jobs: int, words: Sequence[str]) -> int
 def _in_processes(jobs: int, words: Sequence[str]) -> int:
     """The same command as often; a signal to this process is passed on to them."""
     command = [sys.executable, "-m", "launcher", *words]
-    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    processes = []
-    for job in range(jobs):
-        environment = dict(os.environ)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
-        processes.append(subprocess.Popen([*command, "--job", str(job)], env=environment))
+    processes = [
+        subprocess.Popen([*command, "--job", str(job)], env=os.environ | share_of(job, jobs))
+        for job in range(jobs)
+    ]
     told = False
     while any(process.poll() is None for process in processes):
         if signals.stop_reason() and not told:
@@ -224,6 +221,17 @@ def _in_processes(jobs: int, words: Sequence[str]) -> int:
                 process.wait(0.2)
     codes = [process.returncode for process in processes]
     return next((code for code in codes if code), 0)
+
+
+def share_of(job: int, jobs: int) -> dict[str, str]:
+    """The cores and the GPU of one of so many processes, as variables of its environment."""
+    threads = max(1, usable_cores() // jobs)
+    share = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = map(str, range(torch.cuda.device_count())) if visible is None else visible.split(",")
+    if devices := [device for device in devices if device]:
+        share["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
+    return share
 
 
 # One process

@@ -244,7 +244,7 @@ def split_of(timer: StepTimer) -> Split:
     steady = timer.outside[StepReport][1:]  # the first report is special
     epoch["evaluation"] = evaluation
     epoch["logging"] = sum(steady) / max(1, len(steady)) * reports + outside[EpochReport]
-    epoch["checkpoints"] = outside[SavePoint] * _saves_per_epoch(whole)
+    epoch["checkpoints"] = outside[SavePoint] * saves_per_epoch(whole, sum(epoch.values()))
     return Split(epoch, whole.steps_per_epoch, free, timer.busy)
 
 
@@ -255,9 +255,12 @@ def with_communication(phases: Mapping[str, float], alone: float) -> dict[str, f
     return {**phases, "backward": backward, "communication": communication}
 
 
-def _saves_per_epoch(plan: Plan) -> float:
+def saves_per_epoch(plan: Plan, seconds: float) -> float:
+    """In an epoch of so many seconds."""
     if plan.save.steps is not None:
         return plan.steps_per_epoch / plan.save.steps
+    if plan.save.minutes is not None:
+        return seconds / 60 / plan.save.minutes
     return 1 / plan.save.epochs if plan.save.epochs is not None else 0.0
 
 

@@ -65,7 +65,8 @@ class WandbHistory:
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):
-                    self.rows.append(json.loads(line))
+                    if isinstance(row := json.loads(line), dict):
+                        self.rows.append(row)
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             atomic_write.replace(self._path, text.encode(), is_kept=False)
         self._last = {

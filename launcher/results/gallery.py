@@ -110,7 +110,7 @@ class Gallery:
         width, height = (max(1, round(side * scale)) for side in self._size)
         with ThreadPoolExecutor() as pool:
             files = [prediction.file for prediction in self.shown]
-            pictures = list(pool.map(lambda file: _thumbnail(file, (width, height)), files))
+            pictures = list(pool.map(lambda file: thumbnail(file, (width, height)), files))
         return sheet(numpy.stack(pictures))
 
     def _entry(self, prediction: Prediction) -> list[Any]:
@@ -122,8 +122,8 @@ class Gallery:
         return [str(prediction.file), truth, found, *rounded]
 
 
-def _thumbnail(file: Path, size: tuple[int, int]) -> NDArray[Any]:
-    """Black where the file has gone meanwhile."""
+def thumbnail(file: Path, size: tuple[int, int]) -> NDArray[Any]:
+    """The middle of a picture, uint8 `(h, w, 3)`; black where the file has gone meanwhile."""
     try:
         with open_picture(file) as picture:
             picture.draft(None, (2 * size[0], 2 * size[1]))  # a large JPEG is read smaller

@@ -11,15 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy
 import torch
-from PIL import Image
 from rich.console import Console
 
 from launcher.checkpoint.run_files import find
 from launcher.errors import EXIT_USER, UserError
 from launcher.results import html
-from launcher.results.gallery import Gallery
+from launcher.results.gallery import Gallery, thumbnail
 from launcher.results.load import load_run
 from launcher.results.predictions import TOP, Prediction, Summary, found_files, predictions
 from launcher.utils import terminal
@@ -115,7 +113,10 @@ class _Lines:
         """The file and its best classes."""
         if self._left:
             self._left -= 1
-            self._console.print(terminal.half_blocks(_thumbnail(prediction.file)), end="")
+            self._console.print(
+                terminal.half_blocks(thumbnail(prediction.file, (SHOWN_PIXELS, SHOWN_PIXELS))),
+                end="",
+            )
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         best = "  ".join(f"{name} {p:.1%}" for name, p in pairs)
         text = f"{prediction.file}  {best}"
@@ -133,13 +134,6 @@ class _Csv:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         cells = [part for name, p in pairs for part in (name, f"{p:.6f}")]
         self._writer.writerow([prediction.file, prediction.truth or "", *cells])
-
-
-def _thumbnail(file: Path) -> Any:
-    with Image.open(file) as picture:
-        width = max(1, round(SHOWN_PIXELS * picture.width / picture.height))
-        small = picture.convert("RGB").resize((min(80, width), SHOWN_PIXELS))
-    return numpy.array(small)
 
 
 def _progress(pictures: int) -> AbstractContextManager[Callable[[int], None]]:

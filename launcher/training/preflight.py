@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Real
 from typing import Any, cast
 
 import numpy
@@ -53,7 +54,7 @@ def preflight(ctx: TrainContext) -> None:
             made = _tried(recipe.data.mix, pictures, pictures, numpy.random.default_rng(0))
         is_pair = isinstance(made, tuple) and len(made) == 2
         mixed, share = made if is_pair else (None, None)
-        fits = isinstance(share, float | int) and 0 <= share <= 1
+        fits = isinstance(share, Real) and 0 <= float(share) <= 1
         _refuse_unless(fits, recipe.data.mix, made, "a weight in [0, 1] beside the images")
         fits = torch.is_tensor(mixed) and mixed.shape == pictures.shape
         _refuse_unless(fits, recipe.data.mix, made, "images of the same shape beside the weight")
@@ -195,14 +196,24 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
 
 def _try_schedule(schedule: Schedule) -> None:
     """At a hundred points of the training."""
-    for point in range(1, 100, 1):
-        value = _tried(schedule, point / 100)
-        is_number = isinstance(value, float | int) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
+    for point in range(1, 100):
+        try:
+            value = schedule(point / 100)
+            found = f"returns {value!r}{place_of(schedule)}"
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            fits = is_number and 0 <= float(value) < math.inf
+        except Exception as error:  # TypeError, as of one that takes an optimizer
+            if not is_users(error, _FAULTS):
+                raise  # of the launcher's own
+            fits, found = False, f"fails: {type(error).__name__}: {error}{user_location(error)}"
+        if not fits:
             raise UserError(
-                f"{code_name(schedule)} makes {value!r} of the fraction {point / 100}",
-                expected="a finite number of at least 0, by which the learning rate is multiplied",
-                instead="compare it with launcher/config/schedules.py",
+                f"schedule={code_name(schedule)}, which for the fraction {point / 100} of the "
+                f"training {found}",
+                expected="a function of one float in [0, 1] that returns a finite number of at "
+                "least 0, by which the rate is multiplied",
+                instead="compare it with launcher/config/schedules.py, or write a class of "
+                "torch.optim.lr_scheduler with its settings in partial(...)",
             )
 
 

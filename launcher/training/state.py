@@ -86,7 +86,7 @@ class TrainState:
         own = self.group_schedules[index]
         if own is None and self.rate_table is not None:
             return self.rate_table.at(fraction)[index]
-        multiplier = (own or cast(Schedule, schedule))(fraction)
+        multiplier = float((own or cast(Schedule, schedule))(fraction))  # numpy's may be float32
         return {"lr": self.group_options[index]["lr"] * multiplier}
 
     def set_learning_rates(self, fraction: float, schedule: Schedule | TorchSchedule) -> None:

@@ -8,12 +8,10 @@ function of the step's number, on any number of ranks and in a resumed run.
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from launcher.config.schedules import counts_steps, schedulers_in
 from launcher.config.serialize import short_name
 from launcher.config.slots import Schedule, TorchSchedule
 from launcher.errors import UserError
-from launcher.utils.user_code import function_of, place_of
+from launcher.utils.user_code import function_of
 
 _CYCLED = ("lr", "momentum", "betas")  # what OneCycleLR and CyclicLR change
 
@@ -61,7 +59,6 @@ def replay(
     Raises `UserError` where it refuses its settings or ends before the training.
     """
     if not any(True for _ in schedulers_in(schedule)):
-        _try_function(schedule, plan)
         return None
     rows = plan.steps if counts_steps(schedule) else plan.epochs
     groups = [{**group, "params": [torch.nn.Parameter(torch.zeros(()))]} for group in options]
@@ -90,26 +87,6 @@ def describe_counting(schedule: Schedule | TorchSchedule) -> str:
         return ""
     unit = "step" if counts_steps(schedule) else "epoch"
     return f"the schedule {short_name(schedule)} is stepped after each {unit}"
-
-
-def _try_function(schedule: Any, plan: Plan) -> None:
-    """Refuse a function that makes no number of the fractions of the first and the last step."""
-    try:
-        multipliers = [schedule(plan.fraction(step)) for step in (1, plan.steps)]
-        found = f"returns {multipliers}"
-        fits = all(isinstance(m, Real) and math.isfinite(m) for m in multipliers)
-    except (TypeError, AttributeError) as error:  # as of one that takes an optimizer
-        fits, found = False, f"fails: {type(error).__name__}: {error}"
-    except Exception:  # a fault of its own, which the training reports with its step
-        return
-    if not fits:
-        raise UserError(
-            f"schedule={short_name(schedule)}, which for the fraction of the training {found}"
-            f"{place_of(schedule)}",
-            expected="a function of one float in [0, 1] that returns the multiplier of the rate",
-            instead="compare it with launcher/config/schedules.py, or write a class of "
-            "torch.optim.lr_scheduler with its settings in partial(...)",
-        )
 
 
 def _plain(value: Any) -> Any:

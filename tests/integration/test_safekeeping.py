@@ -24,11 +24,11 @@ from launcher.checkpoint.checkpoint import load_weights, newest, save_weights
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
-from launcher.config.plan import Plan
+from launcher.config.plan import Plan, SaveInterval
 from launcher.distributed import signals
-from launcher.errors import UserError
+from launcher.errors import NotFiniteError, UserError
 from launcher.loggers.console import Console
-from launcher.run import ActiveRun, Loggers, closing_rows, run_loop
+from launcher.run import ActiveRun, Loggers, closing_rows, roll_back, run_loop
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
@@ -151,6 +151,24 @@ def test_the_best_epoch_is_one_whose_weights_are_there(tmp_path: Path) -> None:
     assert shown["not kept"] == (
         f"epoch {epoch}, test accuracy {highest:.2%}: its weights are not in the run folder"
     )
+
+
+def test_a_rollback_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    """Stopped before the next evaluation, the run has no last epoch beyond its metrics."""
+    folder = run_dir.create(tmp_path, "run", "tiny")
+    loaded = LoadedRecipe(tiny_recipe(epochs=3, on_nan="rollback"), "tiny", "", "")
+    console = Console(None)
+    ctx = context_of(loaded.recipe, save=SaveInterval(epochs=2))
+    run = ActiveRun(ctx, loaded, Loggers(console), Saver(folder, True, console.say))
+    run_loop(run)
+    assert run.last is not None
+    assert run.last.epoch == 3
+    shutil.rmtree(folder.checkpoints / "step-000000030")
+    run.ctx.state.skips_in_a_row = 7
+    assert roll_back(run, NotFiniteError("the loss is not finite", 27)).epochs == 2
+    assert run.last is None
+    assert closing_rows(run).keys().isdisjoint({"last epoch"})
+    assert run.ctx.state.skips_in_a_row == 0
 
 
 def whole(folder: Path) -> Path:

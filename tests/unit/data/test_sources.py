@@ -882,6 +882,14 @@ def test_a_smoke_test_has_small_images_of_the_same_shape(
     assert smoke.fallback is None
 
 
+def test_a_source_of_a_published_ones_name_has_its_own_shape(tmp_path: Path) -> None:
+    own = type("MNIST", (Synthetic,), {"__module__": "mine"})
+    assert sources.known_counts(images_of(MNIST, tmp_path)) == (60_000, 10_000)
+    assert sources.known_counts(images_of(own, tmp_path)) is None
+    with refused("--smoke with data.source=MNIST, whose shape is not known"):
+        sources.stand_in(images_of(own, tmp_path), 30)
+
+
 @pytest.mark.parametrize("source", [Folder, STL10])
 def test_a_smoke_test_of_unknown_shape_is_refused_with_what_to_add(
     tmp_path: Path, source: Any

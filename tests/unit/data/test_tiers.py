@@ -396,6 +396,8 @@ def test_broken_pictures_are_left_out_if_asked(
     kept = [place for place in range(60) if place != 3]
     assert data.train.tensor.equal(whole.train.tensor[kept])
     assert "1 broken picture left out" in tiers.describe(data)
+    held_out = sources.load(images_of(tmp_path, tier=tier, on_broken="skip", validation=0.2))
+    assert "1 broken picture left out" in tiers.describe(held_out)
     assert "1 broken picture left out: " in caplog.text
 
 

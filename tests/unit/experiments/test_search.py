@@ -217,6 +217,28 @@ def test_a_table_of_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no trial of mine-search in runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, ["0", "1", "2", "0"]),
+        ("5,GPU-7", ["5", "GPU-7", "5", "GPU-7"]),
+        ("", [None] * 4),
+    ],
+)
+def test_each_process_has_its_part_of_the_machine(
+    visible: str | None, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(search, "usable_cores", lambda: 9)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    shares = [search.share_of(job, 4) for job in range(4)]
+    assert [share.get("CUDA_VISIBLE_DEVICES") for share in shares] == expected
+    assert {share["OMP_NUM_THREADS"] for share in shares} == {"2"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, alike(signal.SIGTERM)], ids=["killed", "stopped"])
 def test_what_was_ended_goes_on(how: signal.Signals, tmp_path: Path) -> None:

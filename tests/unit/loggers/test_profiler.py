@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from torch.optim import SGD
 
 from launcher.cli import main
-from launcher.config.plan import make_plan
+from launcher.config.plan import SaveInterval, make_plan
 from launcher.loggers.profiler import (
     Profiler,
     Split,
     advice,
+    saves_per_epoch,
     split_of,
     windows_for,
     with_communication,
@@ -213,6 +214,20 @@ def test_the_table_is_in_percent_seconds_and_milliseconds() -> None:
     ]
     assert rows["a step"] == "21.000 ms without the clock"
     assert "the GPU" in Split({"data": 1.0}, 1, 1.0, busy=0.5).rows("fp32")
+
+
+def test_checkpoints_are_counted_in_any_unit() -> None:
+    recipe = tiny_recipe()
+
+    def saves(save: SaveInterval) -> float:
+        plan = make_plan(recipe, world_size=1, train_images=1000, evaluated_images=1, save=save)
+        assert plan.steps_per_epoch == 100
+        return saves_per_epoch(plan, seconds=600.0)
+
+    assert saves(SaveInterval(steps=20)) == 5
+    assert saves(SaveInterval(epochs=2)) == 0.5
+    assert saves(SaveInterval(minutes=4)) == 2.5
+    assert saves(SaveInterval()) == 0
 
 
 @pytest.mark.parametrize(("alone", "waited"), [(2.0, 1.0), (3.0, 0.0), (4.0, 0.0)])

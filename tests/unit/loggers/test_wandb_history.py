@@ -23,12 +23,13 @@ def test_what_was_logged_once_is_not_new_to_the_next_attempt(tmp_path: Path) -> 
     assert [second.is_new("epoch", epoch) for epoch in (1, 2)] == [False, True]
 
 
-def test_a_line_that_a_kill_cut_off_was_not_logged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", ['{"train/loss": 0.4, "train/st', "12", "null"])
+def test_a_line_that_is_no_row_was_not_logged(cut: str, tmp_path: Path) -> None:
     first = WandbHistory(tmp_path)
     first.add({"train/loss": 0.5, "train/step": 5})
     first.close()
     path = tmp_path / "wandb-rows.jsonl"
-    path.write_text(path.read_text() + '{"train/loss": 0.4, "train/st')
+    path.write_text(path.read_text() + cut)
     second = WandbHistory(tmp_path)
     second.add({"train/loss": 0.3, "train/step": 7})
     second.close()

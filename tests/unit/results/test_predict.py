@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from launcher import load_run
@@ -238,3 +238,11 @@ def test_a_truecolor_terminal_shows_the_first_pictures(
     output = capsys.readouterr().out
     assert output.count("▀") > 100
     assert "photos/disk/0.png  " in output
+    first = output.partition("photos")[0]
+    with Image.open("photos/disk/0.png") as picture:  # as a camera that was held upside down
+        turned = picture.transpose(Image.Transpose.ROTATE_180)
+        exif = turned.getexif()
+        exif[ExifTags.Base.Orientation] = 3
+        turned.save("turned.png", exif=exif)
+    assert main(["predict", "own", "turned.png"]) == 0
+    assert capsys.readouterr().out.partition("turned")[0] == first

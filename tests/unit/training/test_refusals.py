@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Adam, SparseAdam
+from torch.optim import SGD, Adam, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import StepLR
 
 from launcher import cosine, cutmix, cutout, ema, linear
 from launcher.config.slots import Score
@@ -31,6 +32,14 @@ def rising(fraction: float) -> float:
     return 1 / (fraction - 0.5)
 
 
+def takes_an_optimizer(optimizer: Optimizer) -> StepLR:
+    return StepLR(optimizer, 3)
+
+
+def of_numpy(fraction: float) -> numpy.float32:
+    return numpy.float32(1 - fraction)
+
+
 def forgetful(fraction: float) -> None:
     pass
 
@@ -46,8 +55,12 @@ def forgetful(fraction: float) -> None:
             "cross_entropy fails: RuntimeError: ignore_index is not supported",
         ),
         ({"views": not_finite}, "finite scores where the model's are"),
-        ({"schedule": rising}, "rising makes -2.04"),
-        ({"schedule": forgetful}, "schedule=forgetful, which for the fraction"),
+        ({"schedule": rising}, "rising, which for the fraction 0.01 of the training returns -2.04"),
+        (
+            {"schedule": forgetful},
+            "forgetful, which for the fraction 0.01 of the training returns None",
+        ),
+        ({"schedule": takes_an_optimizer}, "takes_an_optimizer, which for the fraction"),
         ({"schedule": partial(cosine, warmup=1.5)}, "warmup=1.5"),
         ({"schedule": partial(cosine, end=10.0)}, "end=10.0, which is no fraction in [0, 1]"),
         ({"schedule": partial(linear, warmup=-0.1)}, "warmup=-0.1"),
@@ -97,7 +110,7 @@ SLOTS = ("model", "optimizer", "loss", "schedule", "average", "augment", "mix", 
 @pytest.mark.parametrize(("function", "kind"), [(gives_none, "None"), (gives_two, "tuple")])
 def test_what_is_returned_in_its_place_is_refused(slot: str, function: Any, kind: str) -> None:
     line = function.__code__.co_firstlineno
-    shown = ("[None, None]" if kind == "None" else "[(1, 2)") if slot == "schedule" else kind
+    shown = "returns (1, 2)" if (slot, kind) == ("schedule", "tuple") else kind
     with refused(function.__name__, shown, f"({__file__}, line {line})"):
         preflight(context_of(tiny_recipe(**in_slot(slot, function))))
 
@@ -273,3 +286,11 @@ def test_what_the_users_code_raises_is_a_line_with_its_place() -> None:
     line = absent.__code__.co_firstlineno + 2
     with refused("absent fails: KeyError: 'padding'", f"{__file__}, line {line})"):
         preflight(context_of(tiny_recipe(data={"augment": (absent,)})))
+
+
+def test_a_number_of_numpy_is_one() -> None:
+    ctx = context_of(tiny_recipe(schedule=of_numpy))
+    preflight(ctx)
+    ctx.state.set_learning_rates(0.5, ctx.recipe.schedule)
+    assert type(ctx.state.learning_rate) is float
+    assert ctx.state.learning_rate == 0.5e-3

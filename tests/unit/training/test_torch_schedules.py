@@ -133,10 +133,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Any) -> 
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def takes_an_optimizer(optimizer: Optimizer) -> LRScheduler:
-    return StepLR(optimizer, 3)
-
-
 @pytest.mark.parametrize(
     ("schedule", "parts"),
     [
@@ -149,7 +145,6 @@ def takes_an_optimizer(optimizer: Optimizer) -> LRScheduler:
         (part(OneCycleLR, 0.1), ("by their names",)),
         (StepLR, ("StepLR refuses its settings", "step_size")),
         (part(StepLR, stepsize=3), ("StepLR refuses its settings", "stepsize")),
-        (takes_an_optimizer, ("takes_an_optimizer", "function of one float")),
     ],
 )
 def test_what_cannot_be_a_schedule_is_refused(schedule: Any, parts: tuple[str, ...]) -> None:
