@@ -13,8 +13,11 @@ import torch
 from launcher.checks.timing import measure
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
+from launcher.distributed import signals
+from launcher.distributed.stop_sync import StoppedError
 from launcher.distributed.world import World
-from launcher.run import ranks_together, training_of
+from launcher.errors import EXIT_SAVED
+from launcher.run import ranks_together, stop_reason, training_of
 from launcher.training.model import count_over_ranks
 from launcher.training.passes import pass_fits
 from launcher.training.state import TrainContext, put_back
@@ -49,10 +52,15 @@ class Found:
 
 
 def find_sizes(ctx: TrainContext) -> Found:
-    """Try one size after the other; every rank calls this, and all find the same."""
+    """Try one size after the other; every rank calls this, and all find the same.
+
+    Raises `StoppedError` where a signal came to any rank.
+    """
     speeds: list[Speed] = []
     on_cpu, images = ctx.accelerator.device.type == "cpu", len(ctx.data.train)
     for size in _sizes(images):
+        if count_over_ranks(ctx.accelerator, bool(signals.stop_reason())):
+            raise StoppedError
         if count_over_ranks(ctx.accelerator, not pass_fits(ctx, size)):
             return Found(tuple(speeds), "memory")
         ranks = ctx.plan.world_size
@@ -79,7 +87,12 @@ def run(loaded: LoadedRecipe, options: RunOptions, world: World) -> int:
     """Show a line for each size; every rank calls this. Returns the exit code."""
     with ranks_together(world, options.timeouts) as group:
         ctx = training_of(loaded, options, group).ctx
-        found = find_sizes(ctx)
+        try:
+            found = find_sizes(ctx)
+        except StoppedError:
+            if world.is_main:
+                sys.stderr.write(f"launcher: stopped by {stop_reason()}: no size is told\n")
+            return EXIT_SAVED
     if world.is_main:
         for line in describe(found, ctx.plan.world_size):
             sys.stdout.write(f"{line}\n")

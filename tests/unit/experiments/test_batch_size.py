@@ -1,12 +1,17 @@
 """The sizes of a batch: what fits, how fast each is, and that nothing is left of the trial."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from launcher.cli import main
+from launcher.experiments import batch_size
 from launcher.experiments.batch_size import Found, Speed, describe, find_sizes
+from launcher.training.passes import pass_fits
+from launcher.training.state import TrainContext
 from tests.support.helpers import context_of, tiny_recipe
 from tests.unit.training.test_passes import Narrow
 
@@ -24,6 +29,27 @@ def test_memory_ends_it_and_the_state_is_put_back() -> None:
     assert all(map(torch.equal, before, narrow.state.network.state_dict().values()))
     assert not narrow.state.optimizer.state
     assert find_sizes(ctx).ended_by in ("images", "speed")
+
+
+def test_a_signal_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe()\n"
+    Path("mine.py").write_text(text)
+
+    def slow(ctx: TrainContext, size: int) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return pass_fits(ctx, size)
+
+    monkeypatch.setattr(batch_size, "pass_fits", slow)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        assert main(["tune", "mine.py", "--batch"]) == 75
+    finally:  # after a stop they are ignored
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "launcher: stopped by SIGTERM: no size is told" in capsys.readouterr().err
 
 
 def test_the_smallest_that_is_fast_enough_is_named() -> None:
