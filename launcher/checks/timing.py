@@ -20,6 +20,7 @@ from launcher.distributed.accelerator import (
     choose_precision,
     create_accelerator,
     device_name,
+    reset_accelerator,
     synchronize,
 )
 from launcher.distributed.world import ALONE, World
@@ -34,9 +35,13 @@ LEAST_IMAGES = 2  # BatchNorm may refuse a single one, and a second costs little
 def scaling_lines(
     recipe: Recipe, plan: Plan, network: nn.Module, data: Data, world: World = ALONE
 ) -> list[str]:
-    """What `check --world-size` prints: measured compute, assumed links, predicted steps."""
+    """What `check --world-size` prints: measured compute, assumed links, predicted steps.
+
+    An Accelerator that was made before, in another precision, is of no use afterwards.
+    """
     wanted, _ = choose_precision(recipe.precision, has_gpu=True)
     precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
+    reset_accelerator()
     accelerator = create_accelerator(precision, world)
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
     recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
@@ -68,8 +73,9 @@ def measure(ctx: TrainContext, most: int = STEPS) -> Compute:
     """
     recipe, plan, state, data = ctx.recipe, ctx.plan, ctx.state, ctx.data.train
     size = max(LEAST_IMAGES, -(-plan.batch_size // plan.num_micro_batches))
-    pixels = resized(data.pixels(slice(size)), plan.largest_resolution)
-    labels = data.labels[:size]
+    places = torch.arange(size) % len(data)  # of which fewer may stand in for the recipe's own
+    pixels = resized(data.pixels(places), plan.largest_resolution)
+    labels = data.labels[places]
     # With mixing, a loss is given class probabilities.
     like = ctx.normalize(pixels[:1])
     targets = one_hot(labels, len(data.classes)).to(like) if recipe.data.mix else labels

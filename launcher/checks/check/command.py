@@ -139,10 +139,10 @@ def _questions(
         "schedule": partial(_schedule, subject),
         "cost": partial(_cost, subject, arguments.runs),
     }
-    if arguments.world_size:
-        questions["ranks"] = partial(_ranks, subject)
     if arguments.overfit:
         questions["overfit"] = partial(_overfit, subject)
+    if arguments.world_size:
+        questions["ranks"] = partial(_ranks, subject)
     return questions
 
 

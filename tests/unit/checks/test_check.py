@@ -150,6 +150,13 @@ def test_ranks_are_planned_and_predicted(capsys: pytest.CaptureFixture[str]) -> 
     assert "a global batch of 64 images over 65 ranks" in capsys.readouterr().out
 
 
+def test_ranks_are_predicted_in_the_recipes_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    """After all that is asked in fp32: Accelerate has one precision at a time."""
+    words = ("precision=bf16", "data.batch_size=16", "--world-size", "8", "--overfit")
+    assert main(["check", write_recipe(), *words]) == 0
+    assert "in bf16," in capsys.readouterr().out.partition("\noverfit ")[2]
+
+
 def test_what_is_saved_is_what_was_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", write_recipe(), "--save", "found/here"]) == 0
     shown = capsys.readouterr().out

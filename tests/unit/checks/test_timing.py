@@ -1,12 +1,14 @@
 """What `check --world-size N` measures and prints."""
 
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from launcher import cutmix
+from launcher import Synthetic, cutmix
 from launcher.checks.timing import measure, scaling_lines
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
@@ -75,6 +77,13 @@ def test_a_rank_is_measured_with_its_own_images_and_all_its_passes() -> None:
     compute = measure(ctx)
     assert set(Counting.sizes) == {5}
     assert compute.total > 2 * compute.backward > 0
+
+
+def test_a_batch_of_more_images_than_stand_in_for_them_is_measured_whole() -> None:
+    ctx = context_of(tiny_recipe(model=Counting, data={"source": partial(Synthetic, count=8)}))
+    Counting.sizes.clear()
+    measure(replace(ctx, plan=replace(ctx.plan, batch_size=20)))
+    assert set(Counting.sizes) == {20}
 
 
 def test_the_measured_network_is_in_training_mode() -> None:
