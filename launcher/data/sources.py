@@ -106,7 +106,7 @@ def open_or_download(data: Images, *, downloads: bool = True) -> Data:
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
-            loaded = _open_halves(_of_source(data, data.fallback), downloads)
+            loaded = _open_halves(of_source(data, data.fallback), downloads)
         except _UnavailableError as second:
             raise UserError(
                 f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
@@ -193,7 +193,7 @@ def stand_in(data: Images, count: int) -> Images:
     if function is not Synthetic:
         keywords = _known_shape(data)
     source = partial(Synthetic, **{**keywords, "count": count})
-    return replace(_of_source(data, source), fallback=None, validation=None)
+    return replace(of_source(data, source), fallback=None, validation=None)
 
 
 def known_counts(data: Images) -> tuple[int, int] | None:
@@ -202,7 +202,7 @@ def known_counts(data: Images) -> tuple[int, int] | None:
     return (known.train, known.test) if known else None
 
 
-def _of_source(data: Images, source: Source) -> Images:
+def of_source(data: Images, source: Source) -> Images:
     """With other images, without what is said of files that they do not have."""
     return replace(data, source=source, tier="auto", on_broken="stop", local_copy=False)
 

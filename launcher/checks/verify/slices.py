@@ -97,5 +97,5 @@ class Slice:
 
 def sliced(images: Images, path: Path, batch: int) -> Images:
     """A recipe's images with the file in place of their source."""
-    source = partial(Slice, path=str(path))
-    return replace(images, source=source, fallback=None, batch_size=batch, validation=None)
+    images = sources.of_source(images, partial(Slice, path=str(path)))
+    return replace(images, fallback=None, batch_size=batch, validation=None)

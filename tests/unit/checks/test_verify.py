@@ -44,7 +44,7 @@ from launcher.checks.verify.trials import (
 from launcher.cli import main
 from launcher.config.plan import make_plan
 from launcher.config.recipe import Recipe
-from launcher.data import sources
+from launcher.data import local_copy, sources
 from launcher.errors import NotExportableError, UserError
 from launcher.results import export
 from launcher.training.loop import fit
@@ -126,6 +126,20 @@ def test_what_is_taken_has_all_classes_and_survives_its_file(tmp_path: Path) -> 
     assert slices.fingerprint(read) == slices.fingerprint(taken)
     turned = replace(taken, train=replace(taken.train, images=taken.train.tensor.flip(0)))
     assert slices.fingerprint(turned) != slices.fingerprint(taken)
+
+
+@pytest.mark.parametrize(
+    "files", [{"tier": "disk"}, {"on_broken": "skip"}, {"local_copy": True}], ids=str
+)
+def test_what_is_taken_needs_nothing_that_only_files_have(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe()
+    taken = slices.take(slices.own_images(recipe, Sizes(50, 20, 10)), Sizes(50, 20, 10))
+    slices.save(taken, tmp_path / "images.pt")
+    wanted = slices.sliced(replace(recipe.data, **files), tmp_path / "images.pt", 10)
+    read = sources.load(local_copy.on_this_node(wanted))
+    assert slices.fingerprint(read) == slices.fingerprint(taken)
 
 
 def test_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
