@@ -100,15 +100,18 @@ class _Moment:
 def _peak(ctx: TrainContext, recipe: Recipe, images: int) -> int:
     """Bytes of activations and gradients at the moment when both together are most.
 
-    What is kept and flows grows with the images by a straight line, which two passes tell.
+    What is kept and flows grows with the images by a straight line, which two passes tell. The
+    gradients of an earlier pass stay, and so do the buckets in which DDP keeps them.
     """
     halves = 2 if recipe.precision in _PURE else 1
+    trained = [p for p in ctx.state.network.parameters() if p.requires_grad]
+    staying = _bytes(trained) if ctx.plan.num_micro_batches > 1 else 0
     small, larger = (_moments(ctx, recipe, size) for size in (_SMALL, _LARGER))
     sums = []
     for first, second in zip(small, larger, strict=True):
         each = (second.of_images - first.of_images) / (_LARGER - _SMALL)
         of_images = max(0, round(first.of_images + (images - _SMALL) * each))
-        sums.append(of_images + first.gradients // halves)
+        sums.append(of_images + max(first.gradients, staying) // halves)
     return max(sums)
 
 

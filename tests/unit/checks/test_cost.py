@@ -46,8 +46,15 @@ def stepping(ctx: TrainContext) -> Iterator[list[int]]:
     number, batches = next(steps)
     memory = MemTracker()
     memory.track_external(ctx.state.network, ctx.state.optimizer, batches[0].images)
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        if name == "forward":
+            memory.reset_mod_stats()  # it takes one pass of each layer
+        yield
+
     with memory:
-        train_step(ctx, batches, number, tracker)
+        train_step(replace(ctx, phase=phase), batches, number, tracker)
     peak += [sum(kinds["Total"] for kinds in memory.get_tracker_snapshot("peak").values())]
 
 
@@ -61,6 +68,28 @@ def test_the_memory_is_what_torch_counts(name: str, batch_size: int) -> None:
     with stepping(ctx) as peak:
         memory = cost.predict_memory(ctx, recipe)
     assert memory.total - memory.images == pytest.approx(peak[0], rel=0.05)
+
+
+def wide_first() -> nn.Module:
+    """Its largest gradient is the last of a backward pass, when most activations are gone."""
+    wide = nn.Linear(3 * 32 * 32, 256)
+    layers = (nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        nn.Flatten(), wide, nn.Unflatten(1, (1, 16, 16)), *layers, nn.Linear(64, 10)
+    )
+
+
+def test_the_gradients_of_one_pass_stay_during_the_next() -> None:
+    recipe = replace(recipe_of("simplecnn", 64), model=wide_first, accumulate=2)
+    ctx = context_of(recipe)
+    with stepping(ctx) as peak:
+        memory = cost.predict_memory(ctx, recipe)
+    assert memory.total - memory.images == pytest.approx(peak[0], rel=0.05)
+    one_pass = replace(ctx, plan=replace(ctx.plan, accumulate=1, batch_size=32))
+    alone = cost.predict_memory(one_pass, recipe)
+    assert alone.passes < 0.8 * memory.passes
+    ranks = replace(one_pass, plan=replace(ctx.plan, accumulate=1, world_size=2))
+    assert cost.predict_memory(ranks, recipe).passes == memory.passes  # in the buckets of DDP
 
 
 def test_accumulation_and_ranks_divide_the_activations() -> None:
