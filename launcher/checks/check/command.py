@@ -18,7 +18,7 @@ from rich.table import Table
 
 from launcher import run
 from launcher.checks.check import behaviour, cost, images, learning
-from launcher.checks.check.layers import Layer, walk
+from launcher.checks.check.layers import Layer, Walk, walk
 from launcher.checks.check.mistakes import find_mistake
 from launcher.checks.verdicts import (
     WIDTH,
@@ -53,17 +53,22 @@ _DESCRIPTION = "What can be known of a recipe in seconds, before it is trained."
 class Subject:
     """What is checked, and what the questions have found of it so far.
 
-    `data` are the recipe's own images or, where `stands_in`, embedded ones of their shape; `layers`
-    are those of its network; `ctx` is a training that has passed the preflight.
+    `data` are the recipe's own images or, where `stands_in`, embedded ones of their shape; `walked`
+    is what they met in its network; `ctx` is a training that has passed the preflight.
     """
 
     loaded: LoadedRecipe
     world_size: int
     data: Data | None = None
     stands_in: bool = False
-    layers: tuple[Layer, ...] = ()
+    walked: Walk | None = None
     ctx: TrainContext | None = None
     exit_stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Those through which images went."""
+        return self.walked.layers if self.walked else []
 
     def plan(self, data: Data) -> Plan:
         """The steps of a training on so many ranks, of all images if their number is known."""
@@ -180,7 +185,7 @@ def _network(subject: Subject) -> Iterator[Verdict]:
         walked = None  # which building it again puts into words
     found = []
     if walked:
-        subject.layers = tuple(walked.layers)
+        subject.walked = walked
         if mistake := find_mistake(walked, len(data.train.classes)):
             found = [Verdict("network", mistake.what, "wrong", mistake.instead)]
         else:
@@ -197,7 +202,8 @@ def _network(subject: Subject) -> Iterator[Verdict]:
     except UserError as error:
         yield _refused("network" if walked is None else "functions", error)
         return
-    yield Verdict("network", _describe(subject.layers), figures=_totals(subject.layers))
+    if walked:
+        yield Verdict("network", _describe(_totals(walked)), figures=_totals(walked))
     for note in subject.ctx.notes:
         yield Verdict("network", note, "notice")
 
@@ -260,25 +266,24 @@ def _refused(question: str, error: UserError) -> Verdict:
 # What is shown and saved
 
 
-def _totals(layers: tuple[Layer, ...]) -> dict[str, int]:
+def _totals(walked: Walk) -> dict[str, int]:
     return {
-        "layers": len(layers),
-        "parameters": sum({layer.module: layer.parameters for layer in layers}.values()),
-        "flops": sum(layer.flops for layer in layers),
-        "activations": sum(layer.activations for layer in layers),
+        "layers": len(walked.layers),
+        "parameters": sum(parameter.numel() for parameter in walked.network.parameters()),
+        "flops": walked.flops,
+        "activations": sum(layer.activations for layer in walked.layers),
     }
 
 
-def _describe(layers: tuple[Layer, ...]) -> str:
-    totals = _totals(layers)
+def _describe(totals: dict[str, int]) -> str:
     return (
-        f"{count(totals['layers'], 'layer')}, {totals['parameters']:,} parameters in them; for one "
-        f"image {totals['flops'] / 1e6:.1f} MFLOPs forwards and {sizes(totals['activations'])} of "
+        f"{count(totals['layers'], 'layer')}, {totals['parameters']:,} parameters; for one image "
+        f"{totals['flops'] / 1e6:.1f} MFLOPs forwards and {sizes(totals['activations'])} of "
         "activations"
     )
 
 
-def _table(layers: tuple[Layer, ...]) -> Table:
+def _table(layers: list[Layer]) -> Table:
     table = Table()
     for column in ("layer", "kind", "takes", "makes", "parameters", "MFLOPs", "KB"):
         is_number = column in ("parameters", "MFLOPs", "KB")

@@ -4,11 +4,12 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.training.model import restored_afterwards
@@ -53,6 +54,7 @@ class Walk:
     output: Any = None
     error: Exception | None = None
     refused: tuple[str, nn.Module, tuple[int, ...]] | None = None  # and what it was given
+    flops: int = 0  # of the forward pass of one image, in layers and between them
 
 
 def walk(network: nn.Module, images: Tensor) -> Walk:
@@ -66,41 +68,47 @@ def walk(network: nn.Module, images: Tensor) -> Walk:
         with (
             restored_afterwards(network, images.device),
             torch.no_grad(),
-            _watched(found, names, len(images)),
+            _plain_attention(),
+            _watched(found, names, counter),
             counter,
         ):
             found.output = network(images)
     except Exception as error:
         found.error = error
     network.train(was_training)
-    flops = _flops(counter, type(network).__name__)
-    found.layers = [
-        replace(layer, flops=flops.get(layer.name, 0) // len(images)) for layer in found.layers
-    ]
+    found.flops = counter.get_total_flops() // len(images)
     return found
 
 
-def _flops(counter: FlopCounterMode, root: str) -> dict[str, int]:
-    """Of each module by its name, which torch begins with the class of the network."""
-    return {
-        name.removeprefix(f"{root}."): sum(operations.values())
-        for name, operations in counter.get_flop_counts().items()
-    }
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Of products and a softmax, since torch counts the work of these alone on every device."""
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
 
 
 @contextmanager
-def _watched(found: Walk, names: dict[nn.Module, str], count: int) -> Iterator[None]:
+def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode) -> Iterator[None]:
     """Note each call of a module that has no submodules, while it is open."""
+    images, done_before = len(found.images), 0
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal done_before
         found.refused = (names[module], module, _shape(inputs))
+        done_before = counter.get_total_flops()
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         numbers = output.numel() * output.element_size() if isinstance(output, Tensor) else 0
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         given, made = _shape(inputs), _shape((output,))
-        layer = Layer(names[module], module, given, made, parameters, 0, numbers // count)
-        found.layers.append(layer)
+        flops = (counter.get_total_flops() - done_before) // images
+        sizes = (parameters, flops, numbers // images)
+        found.layers.append(Layer(names[module], module, given, made, *sizes))
         found.refused = None
 
     leaves = [module for module in names if not any(True for _ in module.children())]

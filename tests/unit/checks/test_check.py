@@ -71,6 +71,40 @@ def test_the_numbers_are_those_of_the_layers(capsys: pytest.CaptureFixture[str])
     assert last["flops"] == 2 * 8 * 8 * 8 * 10
 
 
+OTHERS = """
+from torch.nn import functional
+
+class Others(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.weight = nn.Parameter(torch.zeros(8, 3, 4, 4))
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = functional.conv2d(self.conv(self.conv(x)), self.weight, stride=4)
+        x = x.flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+recipe = replace(recipe, model=Others)
+"""
+
+
+def test_work_and_parameters_are_counted_once_wherever_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a layer that is called twice, in a function, in attention."""
+    report = report_of(capsys, write_recipe(OTHERS, "import torch"))
+    conv = 2 * 3 * 3 * 9 * 32 * 32
+    assert [layer["flops"] for layer in report["layers"]] == [conv, conv, 2 * 8 * 10]
+    patches, embedded = 2 * 8 * 3 * 32 * 32, 2 * 64 * 8 * (4 * 8)
+    attention = 2 * 2 * 64 * 64 * 8
+    figures = verdict_on("network", report)["figures"]
+    assert figures["flops"] == 2 * conv + patches + embedded + attention + 2 * 8 * 10
+    assert figures["parameters"] == 81 + 8 * 3 * 16 + 4 * 64 + 90
+
+
 def test_a_wrong_network_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", SIMPLECNN, "model.classes=7"]) == 2
     lines = capsys.readouterr().out.splitlines()
