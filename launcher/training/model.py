@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
@@ -280,8 +281,11 @@ def _try_training_pass(
 
 @contextmanager
 def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back buffers, gradients and random numbers at the end."""
-    buffers = [buffer.clone() for buffer in network.buffers()]
+    """Put back buffers, gradients and random numbers at the end.
+
+    What a lazy layer makes of its buffers in its first pass stays.
+    """
+    buffers = [None if is_lazy(buffer) else buffer.clone() for buffer in network.buffers()]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
@@ -289,7 +293,8 @@ def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[No
         network.zero_grad()
         with torch.no_grad():
             for buffer, value in zip(network.buffers(), buffers, strict=True):
-                buffer.copy_(value)
+                if value is not None:
+                    buffer.copy_(value)
 
 
 def explain_torch_error(error: Exception, moment: str) -> UserError | None:

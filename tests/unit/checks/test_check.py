@@ -105,6 +105,17 @@ def test_work_and_parameters_are_counted_once_wherever_they_are(
     assert figures["parameters"] == 81 + 8 * 3 * 16 + 4 * 64 + 90
 
 
+def test_layers_that_find_their_size_themselves_are_checked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lazy = "nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10)"
+    made = f"def lazy():\n    return nn.Sequential({lazy})\n"
+    path = write_recipe(f"{made}\nrecipe = replace(recipe, model=lazy)")
+    report = report_of(capsys, path)
+    assert report["good"], report
+    assert len(report["layers"]) == 4
+
+
 def test_a_wrong_network_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", SIMPLECNN, "model.classes=7"]) == 2
     lines = capsys.readouterr().out.splitlines()
