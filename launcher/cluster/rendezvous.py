@@ -56,8 +56,6 @@ def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
 
 def _endpoint_and_node(parameters: "RendezvousParameters") -> tuple[str, int, int]:
     """Address and port of node 0, and the number of this one."""
-    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-
     given, nodes = parameters.config.get("rank"), parameters.max_nodes
     if not (isinstance(given, str) and given.isdecimal() and int(given) < nodes):
         raise UserError(
@@ -65,8 +63,18 @@ def _endpoint_and_node(parameters: "RendezvousParameters") -> tuple[str, int, in
             expected=f"this node's number, 0 to {nodes - 1}",
             instead=f"type --rdzv_conf rank={nodes - 1} on the last node",
         )
-    address, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
-    return address, port, int(given)
+    return *address_and_port(parameters.endpoint), int(given)
+
+
+def address_and_port(endpoint: str) -> tuple[str, int]:
+    """Of node 0; torchrun's port where none is given."""
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    try:
+        return parse_rendezvous_endpoint(endpoint, PORT)
+    except ValueError as error:
+        example = f"10.0.0.1 and port {PORT}, for example"
+        raise UserError(f"{error}", expected="the address of node 0", instead=example) from None
 
 
 def seconds_in(config: Mapping[str, Any], instead: str) -> float:
@@ -87,12 +95,22 @@ def seconds_in(config: Mapping[str, Any], instead: str) -> float:
 def wait_for_nodes(endpoint: tuple[str, int], node: int, nodes: int, timeout: float) -> "Store":
     """The store that node 0 hosts at `endpoint`, once all nodes have registered there.
 
-    Raises `RankError` that names those that do not come within so many seconds.
+    Raises `RankError` that names those that do not come within so many seconds, or node 0 where it
+    ends meanwhile.
     """
     from launcher.distributed.store import open_store
 
     host = "node 0" if node else None
     store = open_store(*endpoint, timeout, f"node {node}", host)
+    try:
+        _wait(store, node, nodes, timeout)
+    except RuntimeError:  # torch's, of a connection that has ended
+        lost = f"node {node} on {socket.gethostname()} has lost node 0"
+        raise RankError(f"{lost} while it waited for the others") from None
+    return store
+
+
+def _wait(store: "Store", node: int, nodes: int, timeout: float) -> None:
     store.set(f"node/{node}", socket.gethostname())
     began, is_reported = time.monotonic(), False
     while missing := [n for n in range(nodes) if not store.check([f"node/{n}"])]:
@@ -104,7 +122,6 @@ def wait_for_nodes(endpoint: tuple[str, int], node: int, nodes: int, timeout: fl
             print_line(f"{about} yet; waiting until {timeout:g} s are over")
             is_reported = True
         time.sleep(0.2)
-    return store
 
 
 def _missing_nodes(store: "Store", nodes: int, missing: list[int]) -> str:

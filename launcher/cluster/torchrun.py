@@ -9,11 +9,22 @@ ranks exited with; Kubernetes needs to know whether the state was saved (75), th
 """
 
 import argparse
+import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from launcher.cluster.rendezvous import PORT, TIMEOUT, print_line, seconds_in, wait_for_nodes
+from launcher.cluster.rendezvous import (
+    PORT,
+    TIMEOUT,
+    address_and_port,
+    print_line,
+    seconds_in,
+    wait_for_nodes,
+)
 from launcher.errors import LauncherError, UserError
 
 if TYPE_CHECKING:
@@ -50,24 +61,41 @@ def _rendezvous(arguments: argparse.Namespace) -> "Store | None":
     Only where each node was given its number: a rendezvous that numbers them itself may start with
     fewer.
     """
-    from torch.distributed.elastic.rendezvous.utils import (
-        _parse_rendezvous_config,
-        parse_rendezvous_endpoint,
-    )
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
     if arguments.rdzv_backend != "static" or arguments.nnodes in ("1", "1:1"):
         return None
-    node, nodes = arguments.node_rank, int(arguments.nnodes.split(":")[0])
+    given = re.fullmatch(r"([1-9]\d{0,5})(:[1-9]\d{0,5})?", arguments.nnodes, re.ASCII)
+    if given is None:
+        raise UserError(
+            f"--nnodes {arguments.nnodes}",
+            expected="a number of nodes",
+            instead="type --nnodes 2, for example",
+        )
+    node, nodes = arguments.node_rank, int(given[1])
     if not 0 <= node < nodes:
         raise UserError(
             f"--node-rank {node} with --nnodes {arguments.nnodes}",
             expected=f"this node's number, 0 to {nodes - 1}",
             instead=f"type --node-rank {nodes - 1} on the last node",
         )
-    timeout = seconds_in(_parse_rendezvous_config(arguments.rdzv_conf), f"timeout={TIMEOUT:g}")
-    given = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port or PORT}"
-    return wait_for_nodes(parse_rendezvous_endpoint(given, PORT), node, nodes, timeout)
+    example = f"timeout={TIMEOUT:g}"
+    try:
+        timeout = seconds_in(_parse_rendezvous_config(arguments.rdzv_conf), example)
+    except ValueError as error:
+        instead = f"type --rdzv-conf {example}"
+        raise UserError(f"{error}", expected="NAME=VALUE,...", instead=instead) from None
+    first = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port or PORT}"
+    return wait_for_nodes(address_and_port(first), node, nodes, timeout)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Until torchrun listens to signals itself; process 1 of a container has no other end."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each lost connection has a trace
     sys.exit(main())
