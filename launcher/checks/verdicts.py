@@ -1,6 +1,7 @@
 """What `check`, `verify` and `doctor` answer: a line for each question, within a time limit."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,9 +36,12 @@ class Verdict:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without what is only to be looked at."""
+        """For JSON, which has no number that is not finite, without what is only looked at."""
         whole = asdict(self)
         del whole["lines"]
+        for name, value in self.figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                whole["figures"][name] = None
         return whole
 
 

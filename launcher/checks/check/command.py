@@ -5,6 +5,7 @@ Nothing is fetched; where the images are not on the disk, embedded ones of their
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -39,7 +40,7 @@ from launcher.data.validation import count_held_out
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images
 from launcher.training.state import TrainContext
-from launcher.utils.arguments import Parser, positive
+from launcher.utils.arguments import Parser, positive, refuse_no_folder
 from launcher.utils.terminal import COLUMNS, half_blocks, make_console, plot
 from launcher.utils.text import count, sizes
 
@@ -96,7 +97,9 @@ def main(words: Sequence[str], load: Load) -> int:
     loaded = load(arguments.words[0], arguments.words[1:])
     subject = Subject(loaded, arguments.world_size or 1)
     console = make_console(WIDTH)
-    console.record, console.quiet = bool(arguments.save), arguments.json
+    console.record = bool(arguments.save)
+    if arguments.json:
+        console.file = io.StringIO()  # and not quiet, which would record nothing
     console.print(f"launcher check: {loaded.name}", markup=False)
     verdicts: list[Verdict] = []
     with subject.exit_stack:
@@ -129,6 +132,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(words)
     if not arguments.words:
         parser.error("no recipe is named")
+    if arguments.save:
+        refuse_no_folder(arguments.save)
     return arguments
 
 
@@ -301,15 +306,15 @@ def _save(subject: Subject, folder: Path, console: Console) -> None:
     """The text as it stands on the screen, and what the network will see."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "check.txt").write_text(console.export_text(clear=False))
+        (folder / "check.txt").write_text(console.export_text(clear=False), encoding="utf-8")
         if subject.data and subject.ctx:
             pictures = images.samples(subject.loaded.recipe, subject.data.train)
             images.write_samples(pictures, folder / "samples.png")
+            if console.color_system == "truecolor":
+                console.print(half_blocks(images.joined(pictures[:2])[:, : console.width]))
     except OSError as error:
         raise UserError(
             f"--save {folder} ({error.strerror})",
             expected="a folder that can be written",
             instead="type --save build, for example",
         ) from None
-    if subject.data and console.color_system == "truecolor":
-        console.print(half_blocks(images.joined(pictures[:2])[:, : console.width]))

@@ -22,8 +22,10 @@ from launcher.data.augment import resized
 from launcher.data.batches import steps_per_chunk
 from launcher.data.storage import Stored
 from launcher.distributed.accelerator import device_name
+from launcher.errors import UserError
 from launcher.training.model import restored_afterwards, upcast
 from launcher.training.state import TrainContext, evaluating
+from launcher.utils.arguments import refuse_no_folder
 from launcher.utils.text import duration, sizes
 
 NAME = "cost"
@@ -177,6 +179,10 @@ def describe_disk(ctx: TrainContext, runs: Path) -> Verdict:
     answer = f"a checkpoint has {sizes(checkpoint)}, a run up to {sizes(needed)}; "
     answer += f"{sizes(free)} are free in {folder}"
     figures = {"checkpoint": checkpoint, "run": needed, "free": free}
+    try:
+        refuse_no_folder(runs)
+    except UserError as error:
+        return Verdict(NAME, error.given, "wrong", "name another folder with --runs")
     if needed > free:
         advice = "make room there, or name another folder with --runs"
         return Verdict(NAME, answer, "wrong", advice, figures=figures)

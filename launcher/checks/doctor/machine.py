@@ -17,7 +17,9 @@ from launcher import __version__
 from launcher.checks.doctor.facts import Cache, Cores, Disk, Gpu, Memory, Place, Port
 from launcher.distributed.accelerator import set_threads, usable_cores
 from launcher.distributed.world import World
+from launcher.errors import UserError
 from launcher.utils import atomic_write
+from launcher.utils.arguments import refuse_no_folder
 
 CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 2**60  # bytes: version 1 of cgroups writes a number near 2**63 for "no limit"
@@ -190,6 +192,7 @@ def disk(runs: Path) -> Disk:
     name = f"{_MARK}-{socket.gethostname()}-{os.getpid()}"
     first, second = folder / f"{name}-1", folder / f"{name}-2"
     try:
+        refuse_no_folder(runs)
         content = os.urandom(_WRITTEN)
         began = time.perf_counter()
         atomic_write.write_new(first, content)
@@ -199,6 +202,8 @@ def disk(runs: Path) -> Disk:
         atomic_write.flush_folder(folder)
         if first.read_bytes() != b"second":
             fault = "a renamed file does not replace another"
+    except UserError as error:
+        fault = error.given
     except OSError as error:
         fault = error.strerror or str(error)
     finally:

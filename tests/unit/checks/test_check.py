@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from launcher.checks.check import command
 from launcher.cli import main
 from tests.support.helpers import RECIPES, complaint
 
@@ -210,8 +212,47 @@ def test_what_is_saved_is_what_was_shown(capsys: pytest.CaptureFixture[str]) -> 
     assert "layers.7" in text
     with Image.open("found/here/samples.png") as image:
         assert image.size == (8 * 64, 6 * 64)
-    assert main(["check", write_recipe(), "--save", "mine.py/x"]) == 2
-    assert "expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_a_place_that_is_no_folder_is_refused_before_anything_is_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = complaint(capsys, "check", write_recipe(), "--save", "mine.py/x")
+    assert said.endswith(
+        "is no folder in which one can write; expected a folder, or a path at "
+        "which one can be made; name another one"
+    )
+
+
+def test_json_is_saved_as_text_too_and_knows_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    class_ = "class Endless(SimpleCNN):\n    def forward(self, x):\n"
+    path = write_recipe(
+        f"{class_}        return super().forward(x) / 0\nrecipe = replace(recipe, model=Endless)"
+    )
+    assert main(["check", path, "--json", "--save", "found"]) == 2
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    report = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert verdict_on("learning", report)["figures"]["first_loss"] is None
+    assert "the first loss is nan" in Path("found/check.txt").read_text(encoding="utf-8")
+
+
+def test_a_wrong_network_has_no_pictures_for_a_terminal_of_many_colours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = Console(force_terminal=True, color_system="truecolor", width=100)
+    monkeypatch.setattr(command, "make_console", lambda _: many)
+    assert main(["check", write_recipe(), "model.classes=7", "--save", "found"]) == 2
+    assert [path.name for path in Path("found").iterdir()] == ["check.txt"]
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_that_no_folder_can_hold_are_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of(capsys, write_recipe(), "--runs", "mine.py/runs")
+    assert not report["good"]
+    assert "mine.py is no folder in which one can write" in report["verdicts"][-1]["answer"]
 
 
 def test_overfit_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,14 @@ def test_a_folder_that_takes_no_file_has_a_fault() -> None:
     assert disk.speed == 0.0
 
 
+def test_runs_that_are_a_file_have_a_fault(tmp_path: Path) -> None:
+    file = tmp_path / "runs"
+    file.touch()
+    disk = machine.disk(file)
+    assert disk.fault == f"{file}, but {file} is no folder in which one can write"
+    assert disk.speed == 0.0
+
+
 def test_a_mark_is_seen_where_the_folder_is_the_same(tmp_path: Path) -> None:
     mark = machine.leave_mark(str(tmp_path), "one")
     assert mark
