@@ -268,6 +268,15 @@ def _left_to_rank_0() -> OtherRankError:
 
 
 def _verify(words: list[str]) -> int:
+    world = slurm_env.world_of_this_process()
+    if not world.is_main:
+        raise _left_to_rank_0()
+    if world.size > 1 or world.is_launched:
+        raise UserError(
+            "verify behind accelerate launch, torchrun or srun",
+            expected="one process, which starts the ranks itself",
+            instead=f"type launcher verify RECIPE --ranks {max(2, world.size)}",
+        )
     from launcher.checks.verify import ranks
 
     with ranks.workplace() as folder:  # while this process imports torch, so does another one

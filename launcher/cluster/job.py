@@ -81,6 +81,12 @@ class BatchJob:
                     expected="settings as name=value",
                     instead="see launcher submit --help for the options",
                 )
+            if self.sweep and word.partition("=")[0] == self.sweep.setting:
+                raise UserError(
+                    f"{word}, of which each run of the sweep has its own value",
+                    expected="other settings, which all runs have in common",
+                    instead="leave it out",
+                )
 
     @property
     def processes_per_node(self) -> int:

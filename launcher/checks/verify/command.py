@@ -5,7 +5,6 @@ are processes, a SIGKILL, a resume. A run that two questions need is made once.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,9 +23,6 @@ from launcher.checks.verdicts import (
 from launcher.checks.verify.promises import Export, Promises
 from launcher.checks.verify.trials import Settings, Trials
 from launcher.config.loader import Load
-from launcher.distributed.environment import number_in
-from launcher.distributed.world import LAUNCH_MARKS
-from launcher.errors import UserError
 from launcher.utils.arguments import Parser, positive
 from launcher.utils.terminal import make_console
 
@@ -82,11 +78,4 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name, least in (("ranks", LEAST_RANKS), ("steps", LEAST_STEPS)):
         if (getattr(arguments, name) or least) < least:
             parser.error(f"--{name} {getattr(arguments, name)}, which are fewer than {least}")
-    is_launched = not LAUNCH_MARKS.isdisjoint(os.environ)
-    if is_launched or number_in(os.environ, "WORLD_SIZE", 1) > 1:
-        raise UserError(
-            "verify behind accelerate launch, torchrun or srun",
-            expected="one process, which starts the ranks itself",
-            instead=f"type launcher verify {arguments.words[0]} --ranks {arguments.ranks}",
-        )
     return arguments

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from launcher import Draws, Synthetic, cutmix, flip
+from launcher import Draws, Synthetic, cli, cutmix, flip
 from launcher.checks.verdicts import Deadline, TimeUpError, Verdict
 from launcher.checks.verify import command as verify
 from launcher.checks.verify import slices
@@ -49,7 +49,7 @@ from launcher.errors import NotExportableError, UserError
 from launcher.results import export
 from launcher.training.loop import fit
 from launcher.training.metrics import StepReport
-from tests.support.helpers import RECIPES, Tiny, context_of, refused, tiny_recipe
+from tests.support.helpers import RECIPES, Tiny, complaint, context_of, refused, tiny_recipe
 
 SIMPLECNN = str(RECIPES / "simplecnn.py")
 
@@ -77,10 +77,35 @@ def test_wrong_words_are_refused(words: list[str], part: str, tmp_path: Path) ->
         verify.main(words, never, never, tmp_path)
 
 
-def test_a_launched_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused("behind accelerate launch, torchrun or srun"):
-        verify.main([SIMPLECNN], never, never, tmp_path)
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}
+SRUN = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"} | {
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "a",
+}
+
+
+@pytest.mark.parametrize(
+    ("places", "rank"),
+    [(TORCHRUN | {"MASTER_PORT": "1"}, ("RANK", "LOCAL_RANK")), (SRUN, ("SLURM_PROCID",))],
+    ids=["torchrun", "srun"],
+)
+def test_several_processes_are_refused_by_one_of_them(
+    places: dict[str, str],
+    rank: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "TO_SPEAK", 0.0)
+    for name, value in (places | dict.fromkeys(rank, "0")).items():
+        monkeypatch.setenv(name, value)
+    said = complaint(capsys, "verify", SIMPLECNN)
+    assert "verify behind accelerate launch, torchrun or srun" in said
+    assert said.endswith("type launcher verify RECIPE --ranks 2")
+    for name in rank:
+        monkeypatch.setenv(name, "1")
+    assert main(["verify", SIMPLECNN]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_recipe_that_cannot_be_loaded_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,11 @@ def test_a_sweep_is_one_run_per_value() -> None:
     assert "--name=first-1" in swept.arguments(1)
 
 
+def test_a_setting_that_differs_from_run_to_run_has_no_other_value() -> None:
+    with refused("seed=5, of which each run of the sweep has its own value", "leave it out"):
+        job(sweep=Sweep("seed", ("3", "4")), overrides=("epochs=2", "seed=5"))
+
+
 def test_a_process_per_gpu_and_on_cpus_as_many_as_asked_for() -> None:
     assert job(gpus=8).processes_per_node == 8
     assert job(gpus=0, processes=3).processes_per_node == 3
