@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,7 +96,7 @@ def _of_layer(walked: Walk) -> Mistake:
     if isinstance(layer, nn.Linear):
         return _of_linear(walked, head, where)
     if isinstance(layer, nn.Conv1d):
-        arguments = f"{layer.in_channels}, {layer.out_channels}, {layer.kernel_size[0]}"
+        arguments = _arguments(layer, layer.in_channels, layer.out_channels)
         return Mistake(what, f"write nn.Conv2d({arguments}): pictures have two dimensions")
     if isinstance(layer, _CONVOLUTIONS) and len(given) == 4 and given[1] != layer.in_channels:
         return _of_channels(layer, given, head, where)
@@ -136,12 +137,28 @@ def _of_linear(walked: Walk, head: str, where: str) -> Mistake:
 def _of_channels(
     layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: tuple[int, ...], head: str, where: str
 ) -> Mistake:
-    out, kernel = layer.out_channels, layer.kernel_size[0]
+    out = layer.out_channels
     what = f"{head} gets {given[1]} channels{where}"
     if given[1] == out:
         what += ", as many as it is to make: in_channels and out_channels are exchanged"
         out = layer.in_channels
-    return Mistake(what, f"write nn.{type(layer).__name__}({given[1]}, {out}, {kernel})")
+    arguments = _arguments(layer, given[1], out)
+    return Mistake(what, f"write nn.{type(layer).__name__}({arguments})")
+
+
+def _arguments(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: int, out: int) -> str:
+    """`3, 16, 5, padding=2`: with all that the layer has beside its channels, if it fits them."""
+    written = [f"{given}, {out}, {_short(layer.kernel_size)}"]
+    for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)):
+        value = _short(getattr(layer, name))
+        fits = name != "groups" or not (given % layer.groups or out % layer.groups)
+        written += [f"{name}={value!r}"] * (value != usual and fits)
+    return ", ".join([*written, "bias=False"] if layer.bias is None else written)
+
+
+def _short(value: Any) -> Any:
+    """(3, 3) as 3."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def _fitting_size(walked: Walk) -> int | None:

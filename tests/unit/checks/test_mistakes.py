@@ -43,6 +43,15 @@ WRONG = [
     ("kernel_size", "", 28, "gets 400 numbers", "nn.Linear(400, 50)"),
     ("Conv2d(8, 16, 3)", "Conv2d(16, 8, 3)", 32, "are exchanged", "nn.Conv2d(8, 16, 3)"),
     ("Conv2d(8, 16, 3)", "Conv2d(3, 16, 3)", 32, "gets 8 channels", "nn.Conv2d(8, 16, 3)"),
+    (
+        *("Conv2d(8, 16, 3)", "Conv2d(3, 16, 5, padding=1, groups=1, bias=False)", 32),
+        *("gets 8 channels", "nn.Conv2d(8, 16, 5, padding=1, bias=False)"),
+    ),
+    (
+        *("Conv2d(8, 16, 3)", "Conv1d(8, 16, 2, stride=2, padding='valid')", 40),
+        *("conv2 = Conv1d", "nn.Conv2d(8, 16, 2, stride=2, padding='valid'): pictures"),
+    ),
+    ("Conv2d(8, 16, 3)", "Conv2d(15, 15, 3, groups=3)", 32, "gets 8", "nn.Conv2d(8, 15, 3)"),
     ("nn.Conv2d(8,", "nn.Conv1d(8,", 32, "conv2 = Conv1d", "nn.Conv2d(8, 16, 3): pictures"),
     ("BatchNorm2d(8)", "BatchNorm2d(16)", 32, "norm = BatchNorm2d", "nn.BatchNorm2d(8)"),
     ("import torch.nn.functional as F", "", 32, "NameError", "import torch.nn.functional as F"),
