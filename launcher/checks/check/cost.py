@@ -20,6 +20,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.slots import DRAWS_PER_AUGMENTATION
 from launcher.data.augment import resized
 from launcher.data.batches import steps_per_chunk
+from launcher.data.sources import known_counts
 from launcher.data.storage import Stored
 from launcher.distributed.accelerator import device_name
 from launcher.errors import UserError
@@ -81,7 +82,8 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
     is_stored = isinstance(train.images, Stored)  # which only the host holds, or the disk
     of_one = (0 if is_stored else math.prod(train.shape)) + train.labels[0].nbytes
-    others = plan.evaluated_images + (len(ctx.data.test) if ctx.data.validation else 0)
+    _, test = known_counts(recipe.data) or (0, len(ctx.data.test))
+    others = plan.evaluated_images + (test if recipe.data.validation is not None else 0)
     return Memory(
         weights=weights // halves,
         optimizer=optimizer_bytes(ctx) // halves,

@@ -149,6 +149,18 @@ def test_published_sets_are_counted_without_their_files(capsys: pytest.CaptureFi
     assert verdict_on("schedule", report_of(capsys, SIMPLECNN))["figures"]["steps"] == 10 * 782
 
 
+def test_test_images_have_their_place_beside_those_held_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def of_images(*words: str) -> int:
+        memories = (
+            v["figures"].get("images") for v in report_of(capsys, SIMPLECNN, *words)["verdicts"]
+        )
+        return next(filter(None, memories))
+
+    assert of_images("data.validation=0.1") == of_images()
+
+
 def test_labels_that_count_from_1_are_said_to(capsys: pytest.CaptureFixture[str]) -> None:
     own = """
 class FromOne(Synthetic):
