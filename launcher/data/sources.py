@@ -17,7 +17,8 @@ import os
 import socket
 import traceback
 import urllib.error
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -44,6 +46,7 @@ from launcher.utils.text import count
 from launcher.utils.user_code import function_of, user_line, user_location
 
 _LOG = logging.getLogger(__name__)
+NAMELESS = tuple("0123456789")  # the classes of a set without names, such as SVHN
 LOCK = ".download.lock"
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
@@ -353,6 +356,13 @@ def _call(source: Source, root: str, half: str, download: bool) -> Any:
                 instead="write a function with `train` that returns one half or the other",
             )
         arguments["split"] = half
+    own = source.keywords.get("root", root) if isinstance(source, partial) else root
+    if own != root:
+        raise UserError(
+            f"data.source={short_name(source)} with root={own!r}, while data.root={root!r}",
+            expected="one folder, which is a setting of Images",
+            instead=f"type data.root={own}, or write root={own!r} in Images(...)",
+        )
     no_default = [
         parameter.name
         for parameter in accepted.values()
@@ -423,6 +433,7 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 
 def _as_set(dataset: Any, data: Images) -> ImageSet:
     name = short_name(data.source)
+    _refuse_transforms(dataset, name)
     labels_name = "labels" if hasattr(dataset, "labels") else "targets"
     encoded = getattr(dataset, "encoded", None)
     if isinstance(encoded, Encoded):
@@ -448,7 +459,11 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     if images is None or targets is None:
         odd = pixels if images is None else numbers
         which = "data" if images is None else labels_name
-        raise _not_images(f"has a {type(odd).__name__} as `{which}` that is no array", name)
+        found = f"has a {type(odd).__name__} as `{which}` that is no array"
+        better = "numpy.stack(...) of uint8 images of one size"
+        if images is not None:
+            better = f"numbers from 0 as `{which}`, their names as `classes`,"
+        raise _not_images(found, name, better)
     labels = targets.long()
     if targets.is_floating_point() and not torch.equal(targets, labels.to(targets.dtype)):
         raise UserError(
@@ -462,13 +477,34 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
         scaled = "(data * 255).to(torch.uint8), if they end at 1," * images.is_floating_point()
         raise _not_images(found, name, scaled)
     named = getattr(dataset, "classes", None)
-    classes = tuple(str(label) for label in (range(10) if named is None else named))
+    if not isinstance(named, Iterable | None):
+        raise UserError(
+            f"data.source={name} has classes={named!r}",
+            expected="a list with the name of each class",
+            instead="write classes = [str(number) for number in range(10)], for example",
+        )
+    classes = NAMELESS if named is None else tuple(map(str, named))
     _check_labels(labels, classes, name)
     files = tuple(map(str, getattr(dataset, "files", ())))
     images = _channels_last(images)
     is_packed = isinstance(dataset, Packed)
     kept = Mapped(torch.arange(len(images)), images, dataset.path) if is_packed else images
     return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))
+
+
+def _refuse_transforms(dataset: Any, name: str) -> None:
+    """Refuse what a data set does to an image as it is taken out of it: nothing takes one."""
+    for word in ("target_transform", "transform", "transforms"):
+        if (given := getattr(dataset, word, None)) is None:
+            continue
+        kind, instead = "images", "write augment=(flip, crop), mean= and std= in Images(...)"
+        if word == "target_transform":
+            kind, instead = "labels", "write a function that changes `targets` and returns the set"
+        raise UserError(
+            f"data.source={name} with {word}={' '.join(str(given).split())}, which nothing calls",
+            expected=f"{kind} as they are stored, which the launcher takes all at once",
+            instead=f"{instead}, and leave out {word}",
+        )
 
 
 def _of_pictures(dataset: Any, encoded: Encoded, data: Images) -> ImageSet:
@@ -492,7 +528,13 @@ def _not_images(found: str, name: str, better: str = "") -> UserError:
 def _tensor(values: Any) -> Tensor | None:
     """`values` as a tensor; None where they are not numbers, or ragged."""
     try:
-        return torch.as_tensor(values)
+        if isinstance(values, list | tuple) and any(isinstance(v, numpy.ndarray) for v in values):
+            values = numpy.stack(values)  # torch copies them number by number
+        if isinstance(values, numpy.ndarray) and any(stride < 0 for stride in values.strides):
+            values = values.copy()  # torch has no negative strides, as of BGR turned to RGB
+        with warnings.catch_warnings():  # of a mapped file, which nobody writes into
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         return None
 
@@ -507,13 +549,21 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _check_labels(labels: Tensor, classes: tuple[str, ...], name: str) -> None:
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
-    if not len(labels) or low < 0 or high >= len(classes):
-        counts_from_one = low == 1 and high == len(classes)
+    if not len(labels):
         raise UserError(
-            f"labels from {low} to {high} in {name}" if len(labels) else f"no images in {name}",
+            f"no images in {name}",
+            expected="at least one to train with, and one to test with",
+            instead="mend the data set: each half of it has `data` and `targets` of its own",
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(classes):
+        instead = "mend the data set, or its list `classes`"
+        if low == 1 and high == len(classes):
+            instead = "give it `targets - 1`: classes count from 0"
+        elif low >= 0 and classes is NAMELESS:
+            instead = "give the data set a list `classes` of their names: without one it has ten"
+        raise UserError(
+            f"labels from {low} to {high} in {name}",
             expected=f"labels from 0 to {len(classes) - 1}, one for each of its classes",
-            instead="give it `targets - 1`: classes count from 0"
-            if counts_from_one
-            else "mend the data set, or its list `classes`",
+            instead=instead,
         )

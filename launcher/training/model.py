@@ -15,6 +15,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.images import ImageSet
+from launcher.data.sources import NAMELESS
 from launcher.errors import UserError
 from launcher.utils.text import some
 from launcher.utils.user_code import is_users, place_of, user_line, user_location
@@ -57,10 +58,12 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
     shape = _output_shape(network, two_images(network, recipe, data, "contiguous"), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
+        nameless = "; or give the data set a list `classes` of their names: without one it has ten"
         raise UserError(
             f"{name} turns 2 images into an output of shape {shape}",
             expected=f"{expected}, one score for each of the {len(data.classes)} classes",
-            instead="change the size of the model's last layer",
+            instead="change the size of the model's last layer"
+            + nameless * (data.classes == NAMELESS),
         )
     return network
 

@@ -42,13 +42,15 @@ from torchvision.datasets import (
     FakeData,
     FashionMNIST,
 )
+from torchvision.transforms import ToTensor
 
 from launcher import Folder, Images, Synthetic
 from launcher.config import overrides
 from launcher.data import sources
 from launcher.distributed import signals
 from launcher.errors import StoppedBeforeTrainingError, UserError
-from tests.support.helpers import HALF, refused, tiny_recipe
+from launcher.training.model import build_network
+from tests.support.helpers import HALF, Tiny, refused, tiny_recipe
 
 NAMES = ["cat", "dog", "ship"]
 SMALL = partial(Synthetic, classes=3, count=50)
@@ -783,8 +785,73 @@ def test_targets_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
         sources.load(images_of(made("Mine", **halves), tmp_path))
 
 
+def nine_minus(label: int) -> int:
+    return 9 - label
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"transform": ToTensor()}, ("transform=ToTensor()", "write augment=(flip, crop)")),
+        ({"target_transform": nine_minus}, ("target_transform=", "a function that changes")),
+    ],
+)
+def test_what_a_data_set_would_do_as_it_is_read_is_refused(
+    tmp_path: Path, settings: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    """Nothing reads it image by image, so it would not be done, and nobody would know."""
+    cifar = Cifar()
+    cifar.write(tmp_path)
+    with refused("data.source=SmallCIFAR with ", "which nothing calls", *words):
+        sources.load(images_of(partial(cifar.source(), **settings), tmp_path))
+
+
+def test_a_transform_of_a_source_of_ones_own_is_refused(tmp_path: Path) -> None:
+    source = made("Mine", data=PIXELS, targets=[0] * 4, classes=NAMES, transform=[ToTensor()])
+    with refused("data.source=Mine with transform=[ToTensor()], which nothing calls"):
+        sources.load(images_of(source, tmp_path))
+
+
+def test_a_root_in_the_source_is_refused(tmp_path: Path) -> None:
+    """The one of Images took its place, and the fallback that of the images."""
+    source = partial(CIFAR10, root="elsewhere")
+    with refused("root='elsewhere', while data.root=", "type data.root=elsewhere"):
+        sources.load(images_of(source, tmp_path, fallback=SMALL))
+
+
+def test_classes_that_are_a_number_are_refused(tmp_path: Path) -> None:
+    source = made("Mine", data=PIXELS, targets=[0] * 4, classes=10)
+    with refused("data.source=Mine has classes=10", "a list with the name of each class"):
+        sources.load(images_of(source, tmp_path))
+
+
+def test_a_source_without_classes_is_told_to_name_them(tmp_path: Path) -> None:
+    source = made("Mine", data=PIXELS, targets=[0, 1, 2, 14])
+    with refused("labels from 0 to 14 in Mine", "a list `classes` of their names: without one"):
+        sources.load(images_of(source, tmp_path))
+    loaded = sources.load(images_of(made("Two", data=PIXELS, targets=[0, 1] * 2), tmp_path))
+    with refused("(2, 2)", "or give the data set a list `classes` of their names"):
+        build_network(tiny_recipe(model=partial(Tiny, classes=2)), loaded.train)
+
+
+def test_colours_in_the_other_order_are_images(tmp_path: Path) -> None:
+    """A view with a negative stride, such as of BGR turned to RGB."""
+    pixels = numpy.arange(4 * 64 * 3, dtype=numpy.uint16).astype(numpy.uint8).reshape(4, 8, 8, 3)
+    source = made("Turned", data=pixels[..., ::-1], targets=[0] * 4)
+    data = sources.load(images_of(source, tmp_path))
+    assert torch.equal(data.train.tensor, torch.from_numpy(pixels).flip(-1))
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_in_a_list_or_in_a_file_are_taken_without_a_warning(tmp_path: Path) -> None:
+    numpy.save(tmp_path / "pixels.npy", PIXELS)
+    for pixels in (list(PIXELS), numpy.load(tmp_path / "pixels.npy", mmap_mode="r")):
+        data = sources.load(images_of(made("Mine", data=pixels, targets=[0] * 4), tmp_path))
+        assert torch.equal(data.train.tensor, torch.from_numpy(PIXELS))
+
+
 def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
-    with refused("no images in Mine"):
+    with refused("no images in Mine; expected at least one to train with"):
         sources.load(images_of(made("Mine", data=PIXELS[:0], targets=[]), tmp_path))
 
 
