@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -344,9 +345,11 @@ def _read_optimizer(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
     Raises `CheckpointError` for a file with more than tensors and numbers, whose code never runs.
     """
     try:
-        saved = torch.load(
-            folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=mapped
-        )
+        with warnings.catch_warnings():  # that to look at sparse tensors takes time
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
+            saved = torch.load(
+                folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=mapped
+            )
         groups, initial, state = (saved[k] for k in ("param_groups", "initial_options", "state"))
         is_whole = len(groups) == len(initial) and all("params" in group for group in groups)
         is_whole &= all(isinstance(part, dict) for part in (*groups, *initial, *state.values()))

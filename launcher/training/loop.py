@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from launcher.config.plan import START, Progress
+from launcher.config.serialize import code_name
 from launcher.data.batches import Batches, MicroBatch, layer_seeds
 from launcher.distributed.stop_sync import PollRequests, StoppedError, StopSync, no_requests
-from launcher.errors import NotFiniteError
+from launcher.errors import NotFiniteError, UserError
 from launcher.training.evaluation import evaluate, score_samples
 from launcher.training.metrics import EpochReport, LossTracker, StepReport
 from launcher.training.model import explain_torch_error, upcast
 from launcher.training.state import TrainContext, average_buffers
 from launcher.training.step import seed_layers, train_step
+from launcher.utils.text import some
 
 MOST_SKIPPED = 20  # steps in a row without an update, before the run stops
 FIRST_PREDICTIONS = 5  # images whose predicted classes are shown after the first step
@@ -57,6 +59,7 @@ def fit(
         tracker = yield from train_epoch(ctx, batches, epoch, progress, stop_sync)
         if tracker is None:
             return
+        refuse_unfrozen(ctx)
         last_step = plan.epoch_steps(epoch)[-1]
         # The evaluation averages the running statistics over the ranks. Where it is stopped that is
         # undone: the resumed run averages them, and to do so twice does not give the same bits.
@@ -249,6 +252,22 @@ def refuse_nonfinite_parameters(ctx: TrainContext, step: int) -> None:
             "before was not; the last checkpoint is kept; try a lower rate, precision=bf16 or "
             "on_nan=skip",
             step,
+        )
+
+
+def refuse_unfrozen(ctx: TrainContext) -> None:
+    """Raise `UserError` where code of the network has begun to train what was frozen.
+
+    The optimizer does not have it, and DDP does not sum its gradients: it would stay as it is.
+    """
+    unfrozen = {id(p) for p in ctx.state.frozen if p.requires_grad}
+    if unfrozen:
+        names = [n for n, p in ctx.state.network.named_parameters() if id(p) in unfrozen]
+        raise UserError(
+            f"{code_name(ctx.recipe.model)}, which was to train {some(names)} from later on",
+            expected="the same parameters in all of the training: the optimizer has no others",
+            instead="leave out requires_grad_(False), and give them a group of the optimizer "
+            "whose own schedule is 0 at first, as launcher/training/optimizers.py shows",
         )
 
 

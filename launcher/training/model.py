@@ -1,10 +1,12 @@
 """From a recipe to its network: built, tried on two images, initialized, placed on the device."""
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -88,6 +90,13 @@ def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[i
             raise  # of the launcher's own
         raise _refused_images(code_name(recipe.model), images, error) from error
     _refuse_several_outputs(output, recipe, "")
+    odd = [name for name, value in network.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UserError(
+            f"{code_name(recipe.model)}, whose state holds {some(odd)}, which is no tensor",
+            expected="parameters and buffers, which a file of weights can hold",
+            instead="write self.register_buffer(name, torch.tensor(...)) for get_extra_state()",
+        )
     return tuple(output.shape)
 
 
@@ -152,11 +161,11 @@ def upcast(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PlacedNetwork:
-    """A network on its device; `note` says why its memory format is not the faster one."""
+    """A network on its device, in a memory format; `notes` are lines for the user."""
 
     network: nn.Module
     memory_format: MemoryFormat
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def place_network(
@@ -169,7 +178,26 @@ def place_network(
     if recipe.sync_batch_norm:
         network = _with_sync_batch_norm(network, accelerator)
     network = _in_pure_precision(network.to(accelerator.device), recipe)
-    return _choose_memory_format(network, recipe, accelerator, data)
+    before = _numbers(network)
+    placed = _choose_memory_format(network, recipe, accelerator, data)
+    changed = [name for name, number in _numbers(network).items() if number != before.get(name)]
+    if not changed:
+        return placed
+    note = (
+        f"a pass changes {some(changed)} of {short_name(recipe.model)}, which no checkpoint holds: "
+        "keep in buffers (register_buffer) what lasts from step to step"
+    )
+    return replace(placed, notes=(*placed.notes, note))
+
+
+def _numbers(network: nn.Module) -> dict[str, float]:
+    """The numbers of layers that are neither parameters nor buffers."""
+    return {
+        f"{name}.{attribute}".lstrip("."): value
+        for name, module in network.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, int | float) and attribute != "training"
+    }
 
 
 def _with_sync_batch_norm(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -213,7 +241,7 @@ def _choose_memory_format(
                 if unused_ranks:
                     shown = some(unused) if unused else "those named on another rank"
                     raise unused_parameters(recipe, shown)
-            return PlacedNetwork(network, memory_format, note)
+            return PlacedNetwork(network, memory_format, (note,) if note else ())
         refusal = error or RuntimeError("it fails on another rank")
         note = note or _contiguous_note(recipe, refusal)
     if wanted == "channels_last":
@@ -267,7 +295,7 @@ def _try_training_pass(
     network.train()
     try:
         with restored_afterwards(network, accelerator.device):
-            with accelerator.autocast():
+            with accelerator.autocast(), _refusing_what_is_lost(network, recipe):
                 output = network(images)
             _refuse_several_outputs(output, recipe, " in training mode")
             if output.requires_grad:
@@ -280,6 +308,47 @@ def _try_training_pass(
         if refusal := explain_torch_error(error, "before training"):
             raise refusal from None
         return error, []
+
+
+@contextmanager
+def _refusing_what_is_lost(network: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Refuse what a pass draws or changes that no checkpoint holds: it is lost to a resumed run."""
+    saved = network.state_dict().keys()
+    buffers = {name: b for name, b in network.named_buffers() if not is_lazy(b)}
+    unsaved = {name: buffer.clone() for name, buffer in buffers.items() if name not in saved}
+    before = global_states()
+    yield
+    buffers = dict(network.named_buffers())  # a pass may put others in their place
+    changed = [name for name, value in unsaved.items() if not torch.equal(buffers[name], value)]
+    if changed:
+        raise UserError(
+            f"{code_name(recipe.model)} changes in training its buffer {some(changed)}, which is "
+            "not persistent",
+            expected="buffers that weights and checkpoints hold, for what lasts from step to step",
+            instead="leave out persistent=False where it is registered",
+        )
+    now = global_states()
+    used = [name for name in ("numpy", "Python") if now[name] != before[name]]
+    if used:
+        raise UserError(
+            f"{code_name(recipe.model)} draws from the global generator of {' and '.join(used)}",
+            expected="draws of torch, whose generator is seeded for each step, as a resumed run "
+            "needs it",
+            instead="write torch.rand(()).item() for random.random() in its forward, for example",
+        )
+
+
+def global_states() -> dict[str, Any]:
+    """Of the generators that Python code draws from when it names none, in comparable form."""
+    kind, keys, *rest = numpy.random.get_state()
+    states = [torch.default_generator.get_state().numpy().tobytes()]
+    if torch.cuda.is_available():
+        states += [torch.cuda.get_rng_state().numpy().tobytes()]
+    return {
+        "torch": states,
+        "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
+        "Python": random.getstate(),
+    }
 
 
 @contextmanager

@@ -158,6 +158,12 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
 def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimizer:
     _refuse_settings(recipe.optimizer)
     named = [(n, p) for n, p in parameters if p.requires_grad]
+    if not named:
+        raise UserError(
+            f"{code_name(recipe.model)}, which has no parameter to train",
+            expected="at least one that requires a gradient",
+            instead="leave out requires_grad_(False) for some, in the recipe file",
+        )
     try:
         with warnings.catch_warnings():  # of what is refused below
             warnings.filterwarnings("ignore", message=".*group with duplicate parameters")
@@ -173,6 +179,7 @@ def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimiz
             expected="an optimizer of torch",
             instead="end the function with `return` and the optimizer",
         )
+    _refuse_unfinished(optimizer)
     for part in _parts(optimizer):
         _refuse_closure(part)
         _refuse_misspelt(part)
@@ -187,6 +194,19 @@ def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimiz
     _refuse_other_parameters(optimizer, parameters, recipe)
     fuse(optimizer)
     return optimizer
+
+
+def _refuse_unfinished(optimizer: Optimizer) -> None:
+    """Refuse one whose class has not called torch's own `__init__`."""
+    try:
+        optimizer.state_dict()
+    except AttributeError as error:
+        kind = type(optimizer).__name__
+        raise UserError(
+            f"{kind}, whose state cannot be read: {error}{user_location(error)}",
+            expected="an optimizer that torch's class has prepared",
+            instead="call super().__init__(params, defaults) in its __init__",
+        ) from error
 
 
 def _refused_settings(recipe: Recipe, error: Exception) -> UserError:
@@ -324,11 +344,13 @@ def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:
     yield from optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,)
 
 
-def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = None) -> None:
-    """A step of the recipe's optimizer on copies of the parameters, with gradients of zero.
+def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = None) -> list[str]:
+    """A step of the recipe's optimizer on copies of the parameters, with gradients of one.
 
-    It begins with a saved state, where there is one. Raises what the optimizer's code does, or
-    torch's: as for gradients that must be sparse, or a state of other parameters.
+    It begins with a saved state, where there is one, and with gradients that are as sparse. Returns
+    the names of the numbers and tensors beside the state that the step changes. Raises what the
+    optimizer's code does, or torch's: as for gradients that must be sparse, or a state of other
+    parameters.
     """
     copies = [(name, deepcopy(parameter)) for name, parameter in network.named_parameters()]
     optimizer = _made(recipe, copies)
@@ -336,8 +358,33 @@ def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = 
         optimizer.load_state_dict(deepcopy(state))  # it would take the tensors as they are
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            gradient = torch.ones_like(parameter)
+            kept = optimizer.state.get(parameter, {}).values()
+            is_sparse = any(isinstance(value, Tensor) and value.is_sparse for value in kept)
+            parameter.grad = gradient.to_sparse(1) if is_sparse else gradient
+    before = {name: deepcopy(value) for name, value in _own(optimizer)}
     optimizer.step()
+    after = dict(_own(optimizer))
+    return [name for name in after if not _is_same(before.get(name), after[name])]
+
+
+def _own(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    """What an optimizer's own class keeps in attributes, other than state and groups."""
+    for name, value in vars(optimizer).items():
+        is_kept = name in ("state", "param_groups", "defaults", "parts") or name.startswith("_")
+        if not is_kept and isinstance(value, int | float | Tensor | list | tuple | dict):
+            yield name, value
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    """Whether two values have the same numbers: what is neither is taken to be the same."""
+    if isinstance(two, Tensor):
+        return isinstance(one, Tensor) and torch.equal(one, two)
+    if isinstance(two, dict):
+        one, two = list((one or {}).values()), list(two.values())
+    if isinstance(two, list | tuple):
+        return len(one or ()) == len(two) and all(map(_is_same, one or (), two))
+    return not isinstance(two, int | float) or one == two
 
 
 def compile_steps(optimizer: Optimizer, is_wanted: bool = True) -> None:

@@ -8,8 +8,7 @@ micro-batches do not add up to the whole batch, N processes would not equal one.
 import io
 import math
 import pickle
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Real
@@ -30,12 +29,14 @@ from launcher.data.augment import as_augmentation, resized
 from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
+from launcher.training.model import global_states as global_states
 from launcher.training.model import upcast
 from launcher.training.optimizers import try_step
 from launcher.training.state import TrainContext, evaluating
-from launcher.utils.text import count
+from launcher.utils.text import count, some
 from launcher.utils.user_code import is_users, place_of, user_location
 
+_V2 = "or a class of torchvision.transforms.v2 without brackets"
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
@@ -66,7 +67,8 @@ def preflight(ctx: TrainContext) -> None:
             _refuse_unless(fits, recipe.views, viewed, "a score for each class")
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
             _refuse_unless(not is_bad, recipe.views, viewed, "finite scores where the model's are")
-        _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
+        with _no_global_draws(ctx.loss.function, "torch.rand(())", ("numpy", "Python")):
+            _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
         if recipe.data.mix:
             shares = torch.full_like(logits, 1 / logits.shape[1])
             _tried(ctx.loss, upcast(logits), upcast(shares), pictures, name=ctx.loss.function)
@@ -137,7 +139,7 @@ def _try_saving(optimizer: Optimizer) -> None:
 def _try_step(recipe: Recipe, network: nn.Module) -> None:
     """Refuse an optimizer whose step cannot be made here, as for other gradients or devices."""
     try:
-        try_step(recipe, network)
+        lost = try_step(recipe, network)
     except Exception as error:
         if not is_users(error, (*_FAULTS, AssertionError, NotImplementedError)):
             raise  # of the launcher's own
@@ -148,6 +150,15 @@ def _try_step(recipe: Recipe, network: nn.Module) -> None:
             instead="write optimizer=partial(AdamW, lr=0.001), for example, in the recipe file, or "
             "leave out the setting that it names",
         ) from error
+    if lost:
+        raise UserError(
+            f"{code_name(recipe.optimizer)}, whose step changes {some(lost)}, which no checkpoint "
+            "holds",
+            expected="in `state` and in the groups what lasts from step to step, as a resumed run "
+            "needs it",
+            instead=f"write self.state[parameter]['{lost[0]}'], or group['{lost[0]}'], for "
+            f"self.{lost[0]}",
+        )
 
 
 def _refuse_no_rate(ctx: TrainContext) -> None:
@@ -186,7 +197,7 @@ def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
     extremes = torch.tensor([[0.0], [1 - 2**-24]], device=images.device)
     draws = extremes.repeat(1, DRAWS_PER_AUGMENTATION)
     for augmentation in recipe.data.augment:
-        with _no_global_draws(augmentation, "draws.fresh, the numbers of each image"):
+        with _no_global_draws(augmentation, f"draws.fresh, the numbers of each image, {_V2}"):
             function = as_augmentation(augmentation)
             result = _tried(function, images, Draws(draws, draws, epoch=1), name=augmentation)
         fits = torch.is_tensor(result) and result.shape == images.shape
@@ -262,33 +273,24 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
 
 
 @contextmanager
-def _no_global_draws(function: Callable[..., Any], instead: str) -> Iterator[None]:
+def _no_global_draws(
+    function: Callable[..., Any], instead: str, names: Sequence[str] = ("torch", "numpy", "Python")
+) -> Iterator[None]:
     """Refuse a function that draws from a global generator, whose state no checkpoint holds.
 
-    Ranks and resumed runs would see other images than 1 rank that was never interrupted.
+    Ranks and resumed runs would see other images than 1 rank that was never interrupted. A loss may
+    draw from that of torch, which is seeded for each step.
     """
     before = global_states()
     yield
-    used = [name for name, state in global_states().items() if state != before[name]]
+    now = global_states()
+    used = [name for name in names if now[name] != before[name]]
     if used:
         raise UserError(
             f"{code_name(function)} draws from the global generator of {' and '.join(used)}",
-            expected="the same images on any number of ranks, and after a resume",
-            instead=f"use {instead}, or a class of torchvision.transforms.v2 without brackets",
+            expected="the same numbers after a resume, and of images on any number of ranks",
+            instead=f"use {instead}",
         )
-
-
-def global_states() -> dict[str, Any]:
-    """Of the generators that Python code draws from when it names none, in comparable form."""
-    kind, keys, *rest = numpy.random.get_state()
-    states = [torch.default_generator.get_state().numpy().tobytes()]
-    if torch.cuda.is_available():
-        states += [torch.cuda.get_rng_state().numpy().tobytes()]
-    return {
-        "torch": states,
-        "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
-        "Python": random.getstate(),
-    }
 
 
 def _refuse_exchanged(function: Any, of_right: Tensor, of_equal: Tensor) -> None:

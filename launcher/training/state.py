@@ -50,9 +50,10 @@ class TrainState:
     `network` is the plain module. `ddp_model` is what trains: on several ranks, DDP around it.
     `ema_model` is its running average, if the recipe keeps one. `group_options` are the settings of
     the optimizer's groups as the recipe made them, among them the learning rate before the
-    schedule; `group_schedules` are the groups' own, where they have one; `rate_table` holds, for
-    each step, what a scheduler of torch sets, if the recipe has one. `current_step` is the step
-    that is being trained; None between steps.
+    schedule; `group_schedules` are the groups' own, where they have one; `frozen` are the
+    parameters that the network's own code does not train; `rate_table` holds, for each step, what a
+    scheduler of torch sets, if the recipe has one. `current_step` is the step that is being
+    trained; None between steps.
     """
 
     network: nn.Module
@@ -61,6 +62,7 @@ class TrainState:
     optimizer: Optimizer
     group_schedules: tuple[Schedule | None, ...]
     group_options: tuple[dict[str, Any], ...]
+    frozen: tuple[nn.Parameter, ...] = ()
     rate_table: RateTable | None = None
     current_step: int | None = None
     skips_in_a_row: int = 0  # steps without an update, up to the present one
@@ -169,7 +171,7 @@ def make_context(
     normalize = Normalize(recipe.data, data.train.shape, like, placed.memory_format == "contiguous")
     loss = make_loss(recipe, len(data.train.classes), normalize(data.train.pixels(slice(1))))
     notes = [
-        placed.note,
+        *placed.notes,
         describe_counting(recipe.schedule),
         describe_left_out(state.optimizer, state.network),
     ]
@@ -181,6 +183,7 @@ def make_context(
 def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> TrainState:
     """The optimizer and what wraps a network that lies on the device already."""
     ema_model = _make_average(recipe, network)
+    frozen = tuple(p for p in network.parameters() if not p.requires_grad)
     optimizer = make_optimizer(recipe, network)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
     if any(True for own in schedules for _ in schedulers_in(own)):
@@ -201,7 +204,7 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
         compile_state(network, optimizer, recipe.compile)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
-    return TrainState(network, ddp_model, ema_model, optimizer, schedules, options)
+    return TrainState(network, ddp_model, ema_model, optimizer, schedules, options, frozen)
 
 
 def compile_state(network: nn.Module, optimizer: Optimizer, mode: bool | CompileMode) -> None:

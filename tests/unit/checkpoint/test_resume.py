@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
 from launcher import train
 from launcher.cli import main
@@ -314,4 +316,25 @@ def test_the_best_weights_are_of_an_epoch_that_the_run_has() -> None:
     resumed = train(recipe, name="cut", wandb="off", resume=True)
     assert resumed.best == whole.best
     files = [Path("runs", name, "best.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+
+
+class Embedding(helpers.Tiny):
+    """Looks its brightness up in a table, of whose rows a step changes the few that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 10, sparse=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.table((images.mean((1, 2, 3)) * 2).long().clamp(0, 7))
+
+
+def test_sparse_gradients_are_resumed_to_the_bit() -> None:
+    optimizer = partial(SGD, lr=0.1, momentum=0.9)
+    recipe = helpers.tiny_recipe(model=Embedding, optimizer=optimizer, epochs=2)
+    train(recipe, name="whole", wandb="off")
+    train(recipe, name="cut", wandb="off", max_steps=13)
+    train(recipe, name="cut", wandb="off", resume=True)
+    files = [Path("runs", name, "final.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]

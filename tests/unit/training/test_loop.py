@@ -1,6 +1,7 @@
 """What happens around the steps."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from launcher.errors import NotFiniteError
 from launcher.training.loop import MOST_SKIPPED, fit
-from launcher.training.metrics import StepReport
-from tests.support.helpers import context_of, tiny_recipe
+from launcher.training.metrics import EpochReport, StepReport
+from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
 
 def without_gradient(logits: Tensor, targets: Tensor) -> Tensor:
@@ -37,3 +38,32 @@ def test_a_step_that_is_skipped_changes_nothing_but_the_count() -> None:
     next(events)
     assert not all(map(torch.equal, before, ctx.state.network.parameters()))
     assert ctx.state.skips_in_a_row == 0
+
+
+class Unfreezing(Tiny):
+    """Trains its first layer from the second epoch on, as tutorials on fine-tuning do."""
+
+    steps: Tensor
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
+        self.after = after
+        self.layers[2].requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+            self.layers[2].requires_grad_(bool(self.steps > self.after))
+        return super().forward(images)
+
+
+def test_what_begins_to_be_trained_too_late_is_refused() -> None:
+    """The optimizer does not have it, so it would stay as it is, and nobody would know."""
+    ctx = context_of(tiny_recipe(model=partial(Unfreezing, after=15), epochs=3))
+    events, reports = fit(ctx), []
+    with refused("Unfreezing, which was to train layers.2.weight, layers.2.bias from later on"):
+        for event in events:
+            reports += [event.epoch] if isinstance(event, EpochReport) else []
+    assert reports == [1]
+    list(fit(context_of(tiny_recipe(model=partial(Unfreezing, after=99), epochs=2))))

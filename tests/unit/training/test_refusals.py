@@ -1,7 +1,8 @@
 """Values with which a recipe would train nonsense are refused, each with its line."""
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
-from launcher import cosine, cutmix, cutout, ema, linear
-from launcher.config.slots import Score
+from launcher import ChainedOptimizer, Muon, cosine, cutmix, cutout, ema, linear
+from launcher.config.slots import NamedParameters, Score
 from launcher.training.preflight import preflight
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
@@ -294,3 +295,158 @@ def test_a_number_of_numpy_is_one() -> None:
     ctx.state.set_learning_rates(0.5, ctx.recipe.schedule)
     assert type(ctx.state.learning_rate) is float
     assert ctx.state.learning_rate == 0.5e-3
+
+
+# What no checkpoint holds: a resumed run would go on another way, and nobody would know
+
+
+class Counting(SGD):
+    """Counts its steps, keeps momenta or weights in attributes: in a number, a list or a dict."""
+
+    def __init__(self, params: Any, lr: float, kind: str) -> None:
+        super().__init__(params, lr)
+        self.kind, self.steps, self.mapped = kind, 0, dict[Tensor, Tensor]()
+        self.momenta = [torch.zeros_like(p) for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if self.kind == "steps":
+            self.steps += 1
+        elif self.kind == "momenta":
+            for momentum, parameter in zip(self.momenta, parameters, strict=True):
+                momentum += parameter.grad
+        elif self.kind == "mapped":
+            self.mapped.update({p: p.detach().clone() for p in parameters})
+        super().step(closure)
+
+
+def several(params: NamedParameters) -> ChainedOptimizer:
+    named = list(params)
+    matrices = [pair for pair in named if pair[1].ndim == 2]
+    others = [pair for pair in named if pair[1].ndim != 2]
+    return ChainedOptimizer(Muon(matrices, lr=0.1), Adam(others, lr=0.1))
+
+
+@pytest.mark.parametrize("kind", ["steps", "momenta", "mapped"])
+def test_an_optimizer_with_a_state_of_its_own_is_refused(kind: str) -> None:
+    with refused(
+        f"Counting, whose step changes {kind}, which no", f"write self.state[parameter]['{kind}']"
+    ):
+        preflight(context_of(tiny_recipe(optimizer=partial(Counting, lr=0.1, kind=kind))))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(Counting, lr=0.1, kind="none"),
+        partial(Adam, lr=torch.tensor(0.1), amsgrad=True),
+        several,
+    ],
+)
+def test_an_optimizer_whose_state_is_saved_is_not(optimizer: Any) -> None:
+    preflight(context_of(tiny_recipe(optimizer=optimizer)))
+
+
+class Unprepared(SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        self.param_groups = SGD(params, lr).param_groups
+        self.defaults = {"lr": lr}
+
+
+def test_an_optimizer_without_torchs_own_init_is_refused() -> None:
+    with refused(
+        "Unprepared, whose state cannot be read", "call super().__init__(params, defaults)"
+    ):
+        context_of(tiny_recipe(optimizer=partial(Unprepared, lr=0.1)))
+
+
+def frozen() -> nn.Module:
+    return Tiny().requires_grad_(False)
+
+
+def test_a_network_of_which_all_is_frozen_is_refused() -> None:
+    with refused("frozen, which has no parameter to train", "leave out requires_grad_(False)"):
+        context_of(tiny_recipe(model=frozen))
+
+
+class Drawing(Tiny):
+    """Stochastic depth as many write it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: Tensor) -> Tensor:
+        draws: dict[str, Callable[[], float]] = {
+            "Python": random.random,
+            "numpy": numpy.random.random,
+            "torch": lambda: float(torch.rand(())),
+        }
+        skips = self.training and draws[self.kind]() < 0.5
+        return super().forward(images) * (2 if skips else 1)
+
+
+@pytest.mark.parametrize("kind", ["Python", "numpy"])
+def test_a_network_that_draws_what_nobody_seeds_is_refused(kind: str) -> None:
+    with refused(f"Drawing draws from the global generator of {kind};", "write torch.rand(())"):
+        context_of(tiny_recipe(model=partial(Drawing, kind=kind)))
+    context_of(tiny_recipe(model=partial(Drawing, kind="torch")))
+
+
+def drawn_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits, targets) * (1 + random.random() * 1e-6)
+
+
+def test_a_loss_that_draws_what_nobody_seeds_is_refused() -> None:
+    with refused("drawn_loss draws from the global generator of Python", "use torch.rand(())"):
+        preflight(context_of(tiny_recipe(loss=drawn_loss)))
+
+
+class Remembering(Tiny):
+    """Keeps a mean of its images, and says how it is kept."""
+
+    mean: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.steps = kind, 0
+        self.register_buffer("mean", torch.zeros(()), persistent=kind == "saved")
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and self.kind in ("saved", "lost"):
+            self.mean = self.mean * 0.9 + images.mean() + 1
+        elif self.training and self.kind == "counted":
+            self.steps += 1
+        return super().forward(images - self.mean)
+
+    def get_extra_state(self) -> Any:
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.steps = state["steps"]
+
+
+class Plain(Remembering):
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+
+def test_a_buffer_that_training_changes_and_nobody_saves_is_refused() -> None:
+    with refused("Plain changes in training its buffer mean, which", "leave out persistent=False"):
+        context_of(tiny_recipe(model=partial(Plain, kind="lost")))
+
+
+def test_numbers_that_training_changes_are_named_in_a_note() -> None:
+    notes = {
+        kind: context_of(tiny_recipe(model=partial(Plain, kind=kind))).notes
+        for kind in ("saved", "constant", "counted")
+    }
+    (said,) = notes.pop("counted")
+    assert said.startswith("a pass changes steps of Plain, which no checkpoint holds: keep in")
+    assert notes == {"saved": (), "constant": ()}
+
+
+def test_a_state_that_is_no_tensor_is_refused() -> None:
+    """It was met after the first epoch, when the weights were to be written."""
+    with refused("Remembering, whose state holds _extra_state", "register_buffer"):
+        context_of(tiny_recipe(model=partial(Remembering, kind="saved")))
