@@ -81,7 +81,14 @@ def two_images(
 
 
 def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[int, ...]:
-    network.eval()
+    for mode, returned in (("train", network.train()), ("eval", network.eval())):
+        if returned is not network:
+            raise UserError(
+                f"{code_name(recipe.model)}, whose {mode}() returns {type(returned).__name__}",
+                expected="the network itself, as torch's does after it has set the mode",
+                instead=f"write `return super().{mode}(...)` at the end of the train() or eval() "
+                "that it overrides",
+            )
     try:
         with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
             output = network(images)

@@ -181,3 +181,25 @@ def test_auxiliary_outputs_are_answered_with_what_to_write(model: Any, parts: li
 def test_googlenet_trains_as_its_refusal_says() -> None:
     model = partial(googlenet, num_classes=10, init_weights=False, aux_logits=False)
     next(iter(fit(context_of(tiny_recipe(model=model)))))
+
+
+class TrainsWithoutReturn(Tiny):
+    """Keeps a layer frozen, as many write it."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.layers[3].eval()
+
+
+class EvaluatesWithoutReturn(Tiny):
+    def eval(self) -> Any:
+        """Forgets to set the mode as well."""
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"), [(TrainsWithoutReturn, "train"), (EvaluatesWithoutReturn, "eval")]
+)
+def test_a_mode_that_returns_no_network_is_refused(model: Any, mode: str) -> None:
+    """`load_run(...).model` was None."""
+    with refused(f"{model.__name__}, whose {mode}() returns NoneType", f"return super().{mode}"):
+        context_of(tiny_recipe(model=model))
