@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config import annotations
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import resolve
-from launcher.config.settings import children
 from launcher.errors import UserError
 from launcher.utils.redaction import cleaned
 
@@ -56,20 +54,8 @@ def load(path: Path, folder: Path | None = None) -> LoadedRecipe:
             expected="recipe = Recipe(...)",
             instead="see recipes/simplecnn.py for an example",
         )
-    _refuse_ill_typed(recipe, path)
     resolve(recipe)  # refuses what has no name
     return LoadedRecipe(recipe, path.stem, source, module.__doc__ or "", str(folder))
-
-
-def _refuse_ill_typed(recipe: Recipe, path: Path) -> None:
-    """Refuse a misspelt word or a fraction in the file as an override of it would be refused."""
-    for setting in (*children(recipe), *children(recipe.data, "data.")):
-        if not annotations.convert(setting.value, setting.annotation)[0]:
-            raise UserError(
-                f"{path}: {setting.name}={setting.value!r}",
-                expected=f"a value of type {setting.type_name}",
-                instead="mend it in the recipe file",
-            )
 
 
 def _read(path: Path) -> str:

@@ -6,14 +6,15 @@ file means the same experiment on a laptop and on 64 GPUs.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_type_hints
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from launcher.config import annotations
 from launcher.config.claims import Claim
 from launcher.config.schedules import constant, refuse_measuring
 from launcher.config.slots import (
@@ -35,6 +36,22 @@ from launcher.utils.user_code import function_of, place_of
 _UNFINISHED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 NO_SETTING = {"is_setting": False}  # of a field that changes nothing in a run
 MOST_EPOCHS = 1_000_000  # more is a slip of the finger
+# What to write for a value of another type.
+_EXAMPLES = {
+    "model": "SimpleCNN",
+    "data.source": "CIFAR10",
+    "data.mean": "(0.5, 0.5, 0.5)",
+    "data.std": "(0.5, 0.5, 0.5)",
+    "data.augment": "(flip,)",
+    "data.mix": "mixup",
+    "data.fallback": "Synthetic",
+    "optimizer": "partial(AdamW, lr=0.001)",
+    "schedule": "cosine",
+    "loss": "cross_entropy",
+    "clip_norm": "1.0",
+    "average": "ema",
+    "views": "mirrored",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,14 @@ class Images:
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _refuse_unfinished(self, "data.")
+        if not isinstance(self.augment, tuple):
+            raise UserError(
+                f"data.augment={getattr(self.augment, '__name__', self.augment)}",
+                expected="a tuple of augmentations",
+                instead="write augment=(flip,), with the comma, in the recipe file",
+            )
+        _refuse_ill_typed(self, "data.")
+        _refuse_torchvisions_mixing(self.mix)
         _refuse_no_part(self.validation)
         _at_least("data.batch_size", self.batch_size, 1)
         if self.prefetch is not None:
@@ -94,12 +119,6 @@ class Images:
                 f"data.root={str(self.root)!r}",
                 expected="a folder, whose name has no NUL in it",
                 instead="type data.root=data, for example",
-            )
-        if not isinstance(self.augment, tuple):
-            raise UserError(
-                f"data.augment={getattr(self.augment, '__name__', self.augment)}",
-                expected="a tuple of augmentations",
-                instead="write augment=(flip,), with the comma, in the recipe file",
             )
         if not all(0 <= mean <= 1 for mean in self.mean):
             raise UserError(
@@ -183,6 +202,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse values that no machine could train."""
         _refuse_unfinished(self)
+        _refuse_ill_typed(self)
         _at_least("epochs", self.epochs, 1)
         if self.epochs > MOST_EPOCHS:
             raise UserError(
@@ -235,6 +255,41 @@ def _refuse_unfinished(part: Any, prefix: str = "") -> None:
                     expected="a function that returns what it makes",
                     instead="write def without async, and return instead of yield, there",
                 )
+
+
+def _refuse_ill_typed(part: Any, prefix: str = "") -> None:
+    """Refuse a misspelt word, a fraction or a text as an override of it would be refused."""
+    hints = get_type_hints(type(part))
+    for own in fields(part):
+        name, value, hint = prefix + own.name, getattr(part, own.name), hints[own.name]
+        if not own.metadata.get("is_setting", True) or annotations.convert(value, hint)[0]:
+            continue
+        given, expected = f"{name}={value!r}", f"a value of type {annotations.describe(hint)}"
+        if annotations.is_callable_type(hint) and not isinstance(value, tuple):
+            expected = "a class or a function, which every process calls for itself"
+            if not isinstance(value, str | int | float | None):
+                given = f"{name}, a {type(value).__name__} that is built already"
+        example = _EXAMPLES.get(name)
+        raise UserError(
+            given,
+            expected=expected,
+            instead=f"write {own.name}={example}, for example, in the recipe file"
+            if example
+            else "mend it in the recipe file",
+        )
+
+
+def _refuse_torchvisions_mixing(mix: Any) -> None:
+    """Refuse CutMix and MixUp of torchvision, which are given a batch and its labels."""
+    function = function_of(mix)
+    kind = function if isinstance(function, type) else type(function)
+    if kind.__module__.startswith("torchvision."):
+        raise UserError(
+            f"data.mix={kind.__name__} of torchvision",
+            expected="a function of images, their partners and a generator",
+            instead="write mix=cutmix, mix=mixup or mix=partial(mixup, alpha=0.2), of launcher, in "
+            "the recipe file",
+        )
 
 
 def parse_fold(text: str) -> tuple[int, int] | None:

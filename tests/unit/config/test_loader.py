@@ -197,28 +197,45 @@ def test_a_value_that_the_recipe_refuses_is_shown_with_the_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("field", "kind"),
+    ("field", "parts"),
     [
-        ("memory_format='channel_last'", "channels_last"),
-        ("on_nan='skipp'", "rollback"),
-        ("precision='float16'", "fp16"),
-        ("compile='max_autotune'", "max-autotune"),
-        ("accumulate=2.0", "int"),
-        ("clip_norm=True", "float"),
-        ("schedule=0.5", "code"),
-        ("model=None", "code"),
-        ("data=Synthetic", "Images"),
-        ("data.batch_size=8.0", "int"),
-        ("data.source=Synthetic()", "code"),
-        ("data.augment=('flip',)", "code"),
+        ("memory_format='channel_last'", ("channels_last", "mend")),
+        ("on_nan='skipp'", ("rollback", "mend")),
+        ("precision='float16'", ("fp16", "mend")),
+        ("compile='max_autotune'", ("max-autotune", "mend")),
+        ("accumulate=2.0", ("int", "mend")),
+        ("clip_norm=True", ("float", "write clip_norm=1.0, for example")),
+        ("clip_norm='1.0'", ("clip_norm='1.0'; expected a value of type float | None", "=1.0")),
+        ("schedule=0.5", ("a class or a function", "write schedule=cosine")),
+        ("schedule='cosine'", ("schedule='cosine'; expected a class", "write schedule=cosine")),
+        ("optimizer='adam'", ("optimizer='adam'", "write optimizer=partial(AdamW, lr=0.001)")),
+        ("optimizer=SGD(Net().parameters(), lr=0.1)", (", a SGD that is built", "=partial(")),
+        ("model=None", ("model=None", "a class or a function", "write model=SimpleCNN")),
+        ("data=Synthetic", ("Images", "mend")),
+        ("data.batch_size=8.0", ("int", "mend")),
+        ("data.mean=0.5", ("data.mean=0.5; expected", "write mean=(0.5, 0.5, 0.5)")),
+        ("data.source=Synthetic()", ("data.source, a Synthetic that", "write source=CIFAR10")),
+        ("data.augment=('flip',)", ("code", "write augment=(flip,), for example")),
     ],
 )
-def test_a_value_of_another_type_is_refused(tmp_path: Path, field: str, kind: str) -> None:
-    name, _, value = field.partition("=")
-    part = "recipe.data" if name.startswith("data.") else "recipe"
-    change = f"object.__setattr__({part}, {name.split('.')[-1]!r}, {value})"
-    with refused(f"mine.py: {name}=", kind, "mend"):
-        loader.load(written(tmp_path, f"{GOOD}\n{change}\n"))
+def test_a_value_of_another_type_is_refused(
+    tmp_path: Path, field: str, parts: tuple[str, ...]
+) -> None:
+    name, _, value = field.removeprefix("data.").partition("=")
+    changed = f"replace(recipe, {name}={value})"
+    if field.startswith("data."):
+        changed = f"replace(recipe, data=replace(recipe.data, {name}={value}))"
+    text = f"{GOOD}\nfrom dataclasses import replace\nrecipe = {changed}\n"
+    with refused(f"mine.py: {field.partition('=')[0]}", *parts):
+        loader.load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("slot", ["CutMix", "partial(MixUp, alpha=0.2)", "CutMix(num_classes=10)"])
+def test_torchvisions_mixing_is_answered_with_the_launchers(tmp_path: Path, slot: str) -> None:
+    text = GOOD.replace("mean=(0.5,)", f"mean=(0.5,), mix={slot}")
+    text = f"from torchvision.transforms.v2 import CutMix, MixUp\n{text}"
+    with refused("mine.py: data.mix=", "of torchvision", "write mix=cutmix, mix=mixup or mix=part"):
+        loader.load(written(tmp_path, text))
 
 
 def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
