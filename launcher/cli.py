@@ -323,7 +323,9 @@ def _run(words: list[str], world: World) -> int:
     parser = _parser(command)
     with _rank_0_first(world):
         arguments, unknown = parser.parse_known_args(words)
-        if arguments.fold:
+        if arguments.fold is not None:
+            if "/" not in arguments.fold:  # which would be a number of images
+                parser.error(f"--fold {arguments.fold}, which is no fold such as 1/5")
             unknown.append(f"data.validation={arguments.fold}")
         named = arguments.words[bool(arguments.words and arguments.words[0] in _TEXTS) :]
         if not named:

@@ -198,6 +198,8 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         (["\x1b[31m.py"], ["launcher: ?[31m.py: no such file"]),
         ([SIMPLECNN, "--max-steps", "1.5"], ["--max-steps: '1.5' is no whole number from 1 to"]),
         ([SIMPLECNN, "--timeout", "x"], ["--timeout: 'x' is no number of seconds above 0"]),
+        ([SIMPLECNN, "--dry-run", "--fold", "1"], ["--fold 1, which is no fold such as 1/5"]),
+        ([SIMPLECNN, "--dry-run", "--fold", ""], ["which is no fold such as 1/5"]),
         ([SIMPLECNN, "--wandb", "maybe"], ["--wandb", "online"]),
         (["epochs=3"], ["epochs=3", "before any recipe"]),
         ([], ["no recipe is named"]),
