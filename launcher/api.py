@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from itertools import count
+from os import PathLike
 from pathlib import Path
 
 from launcher.cluster import slurm_env
@@ -14,6 +15,7 @@ from launcher.config.serialize import short_name
 from launcher.distributed import signals
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.environment import refuse_unusable
+from launcher.errors import UserError
 from launcher.run import RunResult, train_loaded
 
 # Of this process: the ranks' common store keeps what an earlier training has left in it.
@@ -39,8 +41,14 @@ def train(
     """
     if isinstance(recipe, Recipe):
         loaded = LoadedRecipe(recipe, short_name(recipe.model).rpartition(".")[2].lower(), "", "")
-    else:
+    elif isinstance(recipe, str | PathLike):
         loaded = load(Path(recipe))
+    else:
+        raise UserError(
+            f"train({getattr(recipe, '__name__', type(recipe).__name__)}, ...)",
+            expected="a Recipe, or the path of a recipe file",
+            instead="write train(Recipe(model=..., data=..., optimizer=..., epochs=...), ...)",
+        )
     loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
     options = RunOptions(
         runs=Path(runs),

@@ -1,9 +1,10 @@
 """The annotation of a setting: whether a value fits it, and how it reads in a message."""
 
 import collections.abc
+import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -49,6 +50,14 @@ def _convert_items(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, tuple[Any,
     results = [convert(item, kind) for item, kind in zip(value, kinds, strict=False)]
     fits = len(value) == len(kinds) and all(accepted for accepted, _ in results)
     return fits, tuple(item for _, item in results)
+
+
+def ill_typed(part: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a dataclass whose values do not fit their annotations, with these."""
+    hints = typing.get_type_hints(type(part))
+    for field in dataclasses.fields(part):
+        if not convert(getattr(part, field.name), hints[field.name])[0]:
+            yield field, hints[field.name]
 
 
 def describe(annotation: Any) -> str:

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.config import annotations
 from launcher.config.plan import EVERY_EPOCH, SaveInterval
 from launcher.distributed.process_group import PATIENT, Timeouts
 from launcher.errors import UserError
 
+WANDB_MODES = ("online", "offline", "off")
 MOST_BYTES = 200  # of a run's name: file systems take 255, and W&B adds to it
 
 
@@ -41,6 +43,18 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Refuse a name that cannot be a folder's, and a run without a step."""
+        for own, hint in annotations.ill_typed(self):
+            raise UserError(
+                f"{own.name}={getattr(self, own.name)!r}",
+                expected=f"a value of type {annotations.describe(hint)}",
+                instead=f"write another value for {own.name}, or leave it out",
+            )
+        if self.wandb not in (None, *WANDB_MODES):
+            raise UserError(
+                f"wandb={self.wandb!r}",
+                expected=" or ".join(map(repr, WANDB_MODES)),
+                instead="write wandb='off', or leave it out",
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(
                 f"max_steps={self.max_steps}",

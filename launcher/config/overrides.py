@@ -38,6 +38,12 @@ def override(recipe: Recipe, words: Sequence[str]) -> Recipe:
 
 
 def _with_word(recipe: Recipe, word: str) -> Recipe:
+    if not isinstance(word, str):
+        raise UserError(
+            f"the word {word!r}, which is a {type(word).__name__}",
+            expected="settings of the form name=value, each a text of its own",
+            instead='write train(recipe, "epochs=2", "optimizer.lr=0.1"), for example',
+        )
     name, equals, text = word.removeprefix("--").partition("=")
     if not equals:
         raise UserError(

@@ -6,8 +6,8 @@ file means the same experiment on a laptop and on 64 GPUs.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -259,11 +259,10 @@ def _refuse_unfinished(part: Any, prefix: str = "") -> None:
 
 def _refuse_ill_typed(part: Any, prefix: str = "") -> None:
     """Refuse a misspelt word, a fraction or a text as an override of it would be refused."""
-    hints = get_type_hints(type(part))
-    for own in fields(part):
-        name, value, hint = prefix + own.name, getattr(part, own.name), hints[own.name]
-        if not own.metadata.get("is_setting", True) or annotations.convert(value, hint)[0]:
+    for own, hint in annotations.ill_typed(part):
+        if not own.metadata.get("is_setting", True):
             continue
+        name, value = prefix + own.name, getattr(part, own.name)
         given, expected = f"{name}={value!r}", f"a value of type {annotations.describe(hint)}"
         if annotations.is_callable_type(hint) and not isinstance(value, tuple):
             expected = "a class or a function, which every process calls for itself"

@@ -41,14 +41,18 @@ class TrainedRun:
     recipe: Recipe
     image_shape: tuple[int, int, int]  # height, width, channels
 
-    def prepare(self, pictures: Picture | list[Picture]) -> Tensor:
+    def prepare(self, pictures: Picture | list[Picture] | tuple[Picture, ...]) -> Tensor:
         """What the model takes: pictures to normalized images `(n, c, h, w)`.
 
         A picture is a path, a PIL image, or a uint8 tensor `(c, h, w)`. Paths and PIL images are
         scaled and cropped as the run's own were. Raises `UserError` for tensors of another shape,
         and for files that are no whole picture.
         """
-        several = pictures if isinstance(pictures, list) else [pictures]
+        several = pictures if isinstance(pictures, list | tuple) else [pictures]
+        if not several:
+            raise UserError(
+                "no pictures", expected="one at least", instead='write run.prepare("picture.png")'
+            )
         return self.normalize(torch.stack([self.pixels(picture) for picture in several]))
 
     def normalize(self, pixels: Tensor) -> Tensor:
@@ -68,6 +72,16 @@ class TrainedRun:
                     instead="give its path or a PIL image, which are scaled",
                 )
             return picture.permute(1, 2, 0)
+        if not isinstance(picture, str | Path | Image.Image):
+            raise UserError(
+                f"a picture that is a {type(picture).__name__}",
+                expected="a path, a PIL image, or a uint8 tensor (c, h, w)",
+                instead="write PIL.Image.fromarray(array) for an array (h, w, c) of uint8",
+            )
+        if not isinstance(picture, Image.Image) and not Path(picture).is_file():
+            raise UserError(
+                f"{picture}: no such file", expected="a picture", instead="check the path"
+            )
         mode = "L" if channels == 1 else "RGB"
         margin = margin_of_source(self.recipe.data.source, height)
         if isinstance(picture, Image.Image):

@@ -1,5 +1,7 @@
 """The options of one run."""
 
+from typing import Any
+
 import pytest
 
 from launcher.config.options import MOST_BYTES, RunOptions
@@ -27,3 +29,21 @@ def test_other_names_are_taken(name: str) -> None:
 def test_a_run_has_at_least_one_step(steps: int) -> None:
     with refused(f"max_steps={steps}", "at least 1"):
         RunOptions(max_steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ({"max_steps": "3"}, ("max_steps='3'", "a value of type int | None")),
+        ({"max_steps": 3.0}, ("max_steps=3.0", "a value of type int | None")),
+        ({"name": 3}, ("name=3", "a value of type str | None")),
+        ({"wandb": True}, ("wandb=True", "a value of type str | None")),
+        ({"wandb": "on"}, ("wandb='on'", "'online' or 'offline' or 'off'")),
+    ],
+)
+def test_an_option_of_another_type_is_refused(
+    option: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    """As they come from a notebook: the command line has asked before."""
+    with refused(*parts):
+        RunOptions(**option)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 import pytest
@@ -185,6 +185,36 @@ def test_a_tensor_of_another_kind_is_refused(tmp_path: Path, picture: Tensor) ->
     run = load_run(tmp_path / "runs" / "first")
     with refused("a picture of torch.", "torch.uint8 (3, 20, 20)"):
         run.prepare(picture)
+
+
+@pytest.mark.parametrize(
+    ("picture", "parts"),
+    [
+        (numpy.zeros((20, 20, 3), numpy.uint8), ("a picture that is a ndarray", "Image.fromarray")),
+        (None, ("a picture that is a NoneType", "a path, a PIL image")),
+        ([], ("no pictures", 'run.prepare("picture.png")')),
+        ("nowhere.png", ("nowhere.png: no such file", "check the path")),
+    ],
+)
+def test_what_is_no_picture_is_refused(tmp_path: Path, picture: Any, parts: list[str]) -> None:
+    trained(tmp_path)
+    run = load_run(tmp_path / "runs" / "first")
+    with refused(*parts):
+        run.prepare(picture)
+    black = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    assert run.prepare((black, black)).shape == (2, 3, 20, 20)
+
+
+@pytest.mark.parametrize("recipe", [Tiny, Tiny(), None, 3])
+def test_what_is_no_recipe_is_refused(recipe: Any) -> None:
+    with refused("train(", "a Recipe, or the path of a recipe file"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("words", [{"epochs": 3}, ["epochs=3"], 3])
+def test_words_that_are_no_texts_are_refused(words: Any) -> None:
+    with refused("the word ", "each a text of its own", 'train(recipe, "epochs=2"'):
+        train(tiny_recipe(), words)
 
 
 def test_a_run_of_a_recipe_value_needs_it_again(tmp_path: Path) -> None:
