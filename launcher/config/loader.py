@@ -16,6 +16,7 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import resolve
 from launcher.errors import UserError
 from launcher.utils.redaction import cleaned
+from launcher.utils.user_code import seeded_draws
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
         sys.path.append(str(folder.parent))  # and as those of a package: recipes.simplecnn
     before = {name.partition(".")[0] for name in sys.modules}  # recipes is one of them
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
+        with seeded_draws():  # of the weights of a teacher, say
+            exec(compile(source, str(path), "exec"), module.__dict__)
     except SyntaxError as error:
         raise UserError(
             f"{path}, line {error.lineno}: {error.msg}",

@@ -43,7 +43,7 @@ from launcher.data.synthetic import Synthetic
 from launcher.data.validation import held_out
 from launcher.errors import LauncherError, UserError
 from launcher.utils.text import count
-from launcher.utils.user_code import function_of, user_line, user_location
+from launcher.utils.user_code import function_of, seeded_draws, user_line, user_location
 
 _LOG = logging.getLogger(__name__)
 NAMELESS = tuple("0123456789")  # the classes of a set without names, such as SVHN
@@ -235,9 +235,7 @@ def _open_halves(data: Images, downloads: bool) -> Data:
     halves = ["train", "test"]
     if isinstance(data.validation, str) and not parse_fold(data.validation):
         halves.append(data.validation)
-    module = function_of(data.source).__module__.partition(".")[0]
-    is_safe = module in ("launcher", "torchvision")
-    with ThreadPoolExecutor(max_workers=len(halves) if is_safe else 1) as pool:
+    with ThreadPoolExecutor(max_workers=1 if _is_users(data.source) else len(halves)) as pool:
         found = list(pool.map(partial(_open, data), halves))
     if None in found and not downloads:
         raise _UnavailableError("is not downloaded here")
@@ -377,7 +375,13 @@ def _call(source: Source, root: str, half: str, download: bool) -> Any:
             expected="values for all that it has no default for",
             instead=f"write partial({name}, {no_default[0]}=...) in the recipe file",
         )
-    return source(**{n: value for n, value in arguments.items() if takes_any or n in accepted})
+    # So that a source that draws which images are for testing leaves those out of the training.
+    with seeded_draws() if _is_users(source) else nullcontext():
+        return source(**{n: value for n, value in arguments.items() if takes_any or n in accepted})
+
+
+def _is_users(source: Source) -> bool:
+    return function_of(source).__module__.partition(".")[0] not in ("launcher", "torchvision")
 
 
 def _refuse_failing(source: Source, error: Exception) -> None:

@@ -20,7 +20,13 @@ from launcher.data.images import ImageSet
 from launcher.data.sources import NAMELESS
 from launcher.errors import UserError
 from launcher.utils.text import some
-from launcher.utils.user_code import is_users, place_of, user_line, user_location
+from launcher.utils.user_code import (
+    is_users,
+    place_of,
+    seeded_draws,
+    user_line,
+    user_location,
+)
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
@@ -41,10 +47,10 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
     Raises `UserError` where it cannot be built, cannot take the images, or its output does not fit
     the classes.
     """
-    torch.manual_seed(recipe.seed)
     name = code_name(recipe.model)
     try:
-        network = recipe.model()
+        with seeded_draws(recipe.seed):
+            network = recipe.model()
         found = f"makes {type(network).__name__}{place_of(recipe.model)}"
     except Exception as error:
         if not is_users(error, _SHAPE_ERRORS):

@@ -1,11 +1,14 @@
 """The user's own code: what stands in a slot, and where in it an exception comes from."""
 
+import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 _LIBRARIES = (
@@ -18,6 +21,24 @@ _LIBRARIES = (
 def function_of(value: Any) -> Any:
     """The function or class that a partial fills in; anything else as it is."""
     return value.func if isinstance(value, partial) else value
+
+
+@contextmanager
+def seeded_draws(seed: int = 0) -> Iterator[None]:
+    """Let code of a recipe draw the same on all ranks and in a resumed run.
+
+    It draws from the generators that are global: of Python and numpy, which are then as before, and
+    of torch, which a training seeds anew for each step.
+    """
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
 
 
 def place_of(function: Callable[..., Any]) -> str:

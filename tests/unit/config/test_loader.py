@@ -1,9 +1,11 @@
 """From a path to a recipe: what loads, and how a file that does not load is explained."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -83,6 +85,24 @@ def test_a_path_with_spaces_and_a_relative_path_load(
     written(tmp_path, GOOD, "my recipe.py")
     monkeypatch.chdir(tmp_path)
     assert loader.load(Path("my recipe.py")).name == "my recipe"
+
+
+def test_what_a_recipe_draws_as_it_is_run_is_the_same_each_time(tmp_path: Path) -> None:
+    """The weights of a teacher, say: ranks had others than 1 rank, and so had a resumed run."""
+    text = (
+        f"{GOOD}\nimport random, numpy, torch\n"
+        "drawn = [random.random(), numpy.random.random(), torch.rand(1).item()]\n"
+        "object.__setattr__(recipe, 'min_delta', sum(drawn) / 3)\n"
+    )
+    random.seed(1)
+    numpy.random.seed(1)
+    before = random.getstate(), numpy.random.get_state(legacy=False)["state"]["pos"]
+    seen = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        seen.add(loader.load(written(tmp_path, text)).recipe.min_delta)
+    assert len(seen) == 1
+    assert before == (random.getstate(), numpy.random.get_state(legacy=False)["state"]["pos"])
 
 
 def test_the_recipes_own_classes_can_be_named_and_found_again(tmp_path: Path) -> None:

@@ -1002,3 +1002,20 @@ class Seeded:
 def test_a_source_that_seeds_a_generator_has_the_same_images_each_time() -> None:
     images = tiny_recipe(data={"source": Seeded}).data
     assert len({sources.load(images).digest for _ in range(4)}) == 1
+
+
+class Split:
+    """One set of images, of which drawn ones are for testing, as many write it."""
+
+    def __init__(self, train: bool) -> None:
+        order = numpy.random.permutation(20)
+        chosen = order[:15] if train else order[15:]
+        pixels = torch.arange(20, dtype=torch.uint8).reshape(20, 1, 1, 1).expand(-1, 8, 8, 3)
+        self.data, self.targets = pixels[chosen], torch.arange(20)[chosen] % 10
+
+
+def test_a_source_that_draws_its_split_tests_with_other_images_than_it_trains_with() -> None:
+    data = sources.load(tiny_recipe(data={"source": Split}).data)
+    halves = [set(half.tensor[:, 0, 0, 0].tolist()) for half in (data.train, data.test)]
+    assert sorted(halves[0] | halves[1]) == list(range(20))
+    assert sources.load(tiny_recipe(data={"source": Split}).data).digest == data.digest

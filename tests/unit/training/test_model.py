@@ -1,11 +1,13 @@
 """A network is tried in training mode: its memory format, its outputs, its unused parameters."""
 
 import inspect
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ from torchvision.models import googlenet
 
 from launcher import Images, Recipe, Synthetic
 from launcher.config.overrides import override
+from launcher.data import sources
 from launcher.training.loop import fit
+from launcher.training.model import build_network
 from launcher.training.state import TrainContext
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
@@ -203,3 +207,21 @@ def test_a_mode_that_returns_no_network_is_refused(model: Any, mode: str) -> Non
     """`load_run(...).model` was None."""
     with refused(f"{model.__name__}, whose {mode}() returns NoneType", f"return super().{mode}"):
         context_of(tiny_recipe(model=model))
+
+
+class Shuffling(Tiny):
+    """Draws its connections once, and keeps them in no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = [*numpy.random.permutation(10), random.random()]
+
+
+def test_what_a_network_draws_as_it_is_built_follows_from_the_seed() -> None:
+    """Ranks had other connections than rank 0, and so had a resumed run and `load_run`."""
+    images = sources.load(tiny_recipe().data).train
+    one, two, other = (
+        build_network(replace(tiny_recipe(model=Shuffling), seed=seed), images)
+        for seed in (3, 3, 4)
+    )
+    assert one.order == two.order != other.order
