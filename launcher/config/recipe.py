@@ -5,7 +5,7 @@ file means the same experiment on a laptop and on 64 GPUs.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,32 @@ _EXAMPLES = {
     "clip_norm": "1.0",
     "average": "ema",
     "views": "mirrored",
+}
+# Transforms of torchvision: what is expected in their place, and what to write.
+_OUT_OF_PLACE = {
+    **dict.fromkeys(
+        ("CutMix", "MixUp"),
+        (
+            "a function of images, their partners and a generator",
+            "write mix=cutmix, mix=mixup or mix=partial(mixup, alpha=0.2), of launcher",
+        ),
+    ),
+    **dict.fromkeys(
+        ("Compose", "RandomApply", "RandomChoice", "RandomOrder"),
+        (
+            "augmentations that are not built yet, one behind the other",
+            "write its parts as augment=(RandomHorizontalFlip, partial(ColorJitter, hue=0.1)), or "
+            "a class of it whose __init__ builds them",
+        ),
+    ),
+    **dict.fromkeys(
+        ("ToTensor", "PILToTensor", "ToImage", "ToPILImage", "ConvertImageDtype", "ToDtype"),
+        ("augmentations of images, which are tensors already", "leave it out"),
+    ),
+    "Normalize": (
+        "augmentations of images that are not normalized yet",
+        "leave it out, and write mean= and std= in Images(...)",
+    ),
 }
 
 
@@ -109,7 +135,7 @@ class Images:
                 instead="write augment=(flip,), with the comma, in the recipe file",
             )
         _refuse_ill_typed(self, "data.")
-        _refuse_torchvisions_mixing(self.mix)
+        _refuse_torchvisions((*self.augment, self.mix))
         _refuse_no_part(self.validation)
         _at_least("data.batch_size", self.batch_size, 1)
         if self.prefetch is not None:
@@ -278,17 +304,17 @@ def _refuse_ill_typed(part: Any, prefix: str = "") -> None:
         )
 
 
-def _refuse_torchvisions_mixing(mix: Any) -> None:
-    """Refuse CutMix and MixUp of torchvision, which are given a batch and its labels."""
-    function = function_of(mix)
-    kind = function if isinstance(function, type) else type(function)
-    if kind.__module__.startswith("torchvision."):
-        raise UserError(
-            f"data.mix={kind.__name__} of torchvision",
-            expected="a function of images, their partners and a generator",
-            instead="write mix=cutmix, mix=mixup or mix=partial(mixup, alpha=0.2), of launcher, in "
-            "the recipe file",
-        )
+def _refuse_torchvisions(slots: Iterable[Any]) -> None:
+    """Refuse transforms of torchvision that have no place here, with what has."""
+    for slot in slots:
+        function = function_of(slot)
+        kind = function if isinstance(function, type) else type(function)
+        name = kind.__name__
+        if kind.__module__.startswith("torchvision.") and name in _OUT_OF_PLACE:
+            expected, instead = _OUT_OF_PLACE[name]
+            raise UserError(
+                f"{name} of torchvision in the recipe", expected=expected, instead=instead
+            )
 
 
 def parse_fold(text: str) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from launcher.data.sources import NAMELESS
 from launcher.errors import UserError
 from launcher.utils.text import some
 from launcher.utils.user_code import (
+    comparable,
     is_users,
     place_of,
     seeded_draws,
@@ -191,9 +192,15 @@ def place_network(
     if recipe.sync_batch_norm:
         network = _with_sync_batch_norm(network, accelerator)
     network = _in_pure_precision(network.to(accelerator.device), recipe)
-    before = _numbers(network)
+    before = _attributes(network)
     placed = _choose_memory_format(network, recipe, accelerator, data)
-    changed = [name for name, number in _numbers(network).items() if number != before.get(name)]
+    after = _attributes(network)
+    if after == before:
+        return placed
+    # What is computed anew from the images is the same after a second pass over them.
+    images = two_images(network, recipe, data, placed.memory_format)
+    _try_training_pass(network, recipe, images, accelerator)
+    changed = [name for name, value in _attributes(network).items() if value != after.get(name)]
     if not changed:
         return placed
     note = (
@@ -203,13 +210,13 @@ def place_network(
     return replace(placed, notes=(*placed.notes, note))
 
 
-def _numbers(network: nn.Module) -> dict[str, float]:
-    """The numbers of layers that are neither parameters nor buffers."""
+def _attributes(network: nn.Module) -> dict[str, Any]:
+    """What layers keep of numbers that are neither parameters nor buffers."""
     return {
-        f"{name}.{attribute}".lstrip("."): value
+        f"{name}.{attribute}".lstrip("."): comparable(value)
         for name, module in network.named_modules()
         for attribute, value in vars(module).items()
-        if isinstance(value, int | float) and attribute != "training"
+        if attribute[0] != "_" and attribute != "training"
     }
 
 

@@ -38,7 +38,13 @@ from launcher.config.settings import children
 from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
 from launcher.utils.text import count, some
-from launcher.utils.user_code import function_of, is_users, place_of, user_location
+from launcher.utils.user_code import (
+    comparable,
+    function_of,
+    is_users,
+    place_of,
+    user_location,
+)
 
 MOST_RATE = 1e35  # of learning: with more, what Adam makes of it is no float32
 # The quintic whose slope at zero is the steepest of those that stay near one (Jordan, see Muon).
@@ -157,6 +163,13 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> Optimizer:
 
 def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimizer:
     _refuse_settings(recipe.optimizer)
+    if isinstance(recipe.optimizer, partial) and recipe.optimizer.args:
+        raise UserError(
+            f"{code_name(recipe.optimizer)} with {some(list(map(repr, recipe.optimizer.args)))}, "
+            "which stands where the parameters come",
+            expected="settings by their names",
+            instead="write lr=0.1 for 0.1, for example, in the recipe file",
+        )
     named = [(n, p) for n, p in parameters if p.requires_grad]
     if not named:
         raise UserError(
@@ -362,29 +375,15 @@ def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = 
             kept = optimizer.state.get(parameter, {}).values()
             is_sparse = any(isinstance(value, Tensor) and value.is_sparse for value in kept)
             parameter.grad = gradient.to_sparse(1) if is_sparse else gradient
-    before = {name: deepcopy(value) for name, value in _own(optimizer)}
+    before = _own(optimizer)
     optimizer.step()
-    after = dict(_own(optimizer))
-    return [name for name in after if not _is_same(before.get(name), after[name])]
+    return [name for name, value in _own(optimizer).items() if value != before.get(name)]
 
 
-def _own(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+def _own(optimizer: Optimizer) -> dict[str, Any]:
     """What an optimizer's own class keeps in attributes, other than state and groups."""
-    for name, value in vars(optimizer).items():
-        is_kept = name in ("state", "param_groups", "defaults", "parts") or name.startswith("_")
-        if not is_kept and isinstance(value, int | float | Tensor | list | tuple | dict):
-            yield name, value
-
-
-def _is_same(one: Any, two: Any) -> bool:
-    """Whether two values have the same numbers: what is neither is taken to be the same."""
-    if isinstance(two, Tensor):
-        return isinstance(one, Tensor) and torch.equal(one, two)
-    if isinstance(two, dict):
-        one, two = list((one or {}).values()), list(two.values())
-    if isinstance(two, list | tuple):
-        return len(one or ()) == len(two) and all(map(_is_same, one or (), two))
-    return not isinstance(two, int | float) or one == two
+    kept = ("state", "param_groups", "defaults", "parts")
+    return {n: comparable(v) for n, v in vars(optimizer).items() if n not in kept and n[0] != "_"}
 
 
 def compile_steps(optimizer: Optimizer, is_wanted: bool = True) -> None:

@@ -61,6 +61,7 @@ def preflight(ctx: TrainContext) -> None:
         _refuse_unless(fits, recipe.data.mix, made, "images of the same shape beside the weight")
     with evaluating(network), ctx.accelerator.autocast():
         logits = network.forward(pictures)  # not through a compiled call
+        _try_last_image(ctx, pictures[:1])
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures)
             fits = torch.is_tensor(viewed) and viewed.shape == logits.shape
@@ -174,6 +175,24 @@ def _refuse_no_rate(ctx: TrainContext) -> None:
             "a learning rate of 0 in all of the training",
             expected="one above 0 somewhere in it, by which the network is changed",
             instead="type optimizer.lr=0.001, for example, or another schedule",
+        )
+
+
+def _try_last_image(ctx: TrainContext, picture: Tensor) -> None:
+    """One image may be all that is left, of an epoch or of what is evaluated, or all there is."""
+    expected = (1, len(ctx.data.train.classes))
+    try:
+        shape = tuple(ctx.state.eval_model.forward(picture).shape)
+        found = f"turns 1 image into an output of shape {shape}"
+    except Exception as error:
+        if not is_users(error, _FAULTS):
+            raise  # of the launcher's own
+        shape, found = (), f"fails on 1 image: {error}{user_location(error)}"
+    if shape != expected:
+        raise UserError(
+            f"{code_name(ctx.recipe.model)} {found}",
+            expected=f"an output of shape {expected}, as of any number of images",
+            instead="write flatten(1) for squeeze(), which drops the dimension of the batch",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
 _LIBRARIES = (
     str(Path(traceback.__file__).parent),
@@ -39,6 +40,27 @@ def seeded_draws(seed: int = 0) -> Iterator[None]:
     finally:
         random.setstate(of_python)
         numpy.random.set_state(of_numpy)
+
+
+def comparable(value: Any) -> Any:
+    """What a value holds of numbers and of generators' states, for `==`; None where it is neither.
+
+    Not the keys of a dictionary, which may be parameters.
+    """
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        flat = value.detach().cpu().contiguous().view(-1)
+        return tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
+    if isinstance(value, list | tuple):
+        return [comparable(item) for item in value]
+    if isinstance(value, dict):
+        return [comparable(item) for item in value.values()]
+    if isinstance(value, torch.Generator):
+        return comparable(value.get_state())
+    if isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, numpy.random.RandomState | random.Random):
+        return repr(value.__getstate__())
+    return repr(value) if isinstance(value, int | float | complex | numpy.generic) else None
 
 
 def place_of(function: Callable[..., Any]) -> str:

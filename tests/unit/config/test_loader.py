@@ -250,12 +250,26 @@ def test_a_value_of_another_type_is_refused(
         loader.load(written(tmp_path, text))
 
 
-@pytest.mark.parametrize("slot", ["CutMix", "partial(MixUp, alpha=0.2)", "CutMix(num_classes=10)"])
-def test_torchvisions_mixing_is_answered_with_the_launchers(tmp_path: Path, slot: str) -> None:
-    text = GOOD.replace("mean=(0.5,)", f"mean=(0.5,), mix={slot}")
-    text = f"from torchvision.transforms.v2 import CutMix, MixUp\n{text}"
-    with refused("mine.py: data.mix=", "of torchvision", "write mix=cutmix, mix=mixup or mix=part"):
-        loader.load(written(tmp_path, text))
+@pytest.mark.parametrize(
+    ("slot", "instead"),
+    [
+        ("mix=CutMix", "write mix=cutmix, mix=mixup or mix=partial(mixup, alpha=0.2), of launcher"),
+        ("mix=partial(MixUp, alpha=0.2)", "write mix=cutmix"),
+        ("mix=CutMix(num_classes=10)", "write mix=cutmix"),
+        ("augment=(Compose([RandomHorizontalFlip()]),)", "write its parts as augment=(Random"),
+        ("augment=(partial(Compose, [RandomHorizontalFlip()]),)", "write its parts as augment=("),
+        ("augment=(v1.ToTensor(),)", "leave it out"),
+        ("augment=(v1.ToTensor,)", "leave it out"),
+        ("augment=(partial(Normalize, mean=[0.5], std=[0.5]),)", "write mean= and std= in Images"),
+    ],
+)
+def test_transforms_that_have_no_place_are_answered_with_what_has(
+    tmp_path: Path, slot: str, instead: str
+) -> None:
+    text = GOOD.replace("mean=(0.5,)", f"mean=(0.5,), {slot}")
+    imports = "from torchvision import transforms as v1\nfrom torchvision.transforms.v2 import *\n"
+    with refused("mine.py: ", " of torchvision in the recipe", instead):
+        loader.load(written(tmp_path, imports + text))
 
 
 def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def test_a_compiled_muon_computes_the_same(network: Small) -> None:
 
 
 TEXT: dict[str, Any] = {"momentum": "0.9"}
+NUMBERS: list[Any] = [0.1]
 
 
 def of_parameters(params: Any) -> Optimizer:
@@ -282,6 +283,10 @@ def of_nothing(params: NamedParameters) -> Optimizer:
         (partial(LBFGS, lr=1.0), ("LBFGS", "closure", "AdamW")),
         (partial(SGD, lr=0.1, momentum=1.5), ("optimizer.momentum=1.5", "=0.9")),
         (partial(SGD, lr=0.1, **TEXT), ("optimizer.momentum='0.9'", "=0.9")),
+        (
+            partial(SGD, *NUMBERS),
+            ("SGD with 0.1, which stands where the parameters", "write lr=0.1 for"),
+        ),
         (partial(SGD, lr=-0.1), ("optimizer.lr=-0.1", "type optimizer.lr=0.01")),
         (partial(SGD, lr=float("nan")), ("optimizer.lr=nan",)),
         (partial(AdamW, lr=1e40), ("optimizer.lr=1e+40", "below 1e+35")),  # no float32

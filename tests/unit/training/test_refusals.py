@@ -426,6 +426,46 @@ class Remembering(Tiny):
         self.steps = state["steps"]
 
 
+class Keeping(Tiny):
+    """Keeps something in an attribute: what lasts, or what is computed anew in each pass."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.history = kind, list[float]()
+        self.mean, self.seen, self.height = torch.zeros(()), torch.zeros(()), 0
+        self.of_torch, self.of_numpy = torch.Generator(), numpy.random.default_rng(0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.kind == "history":
+            self.history.append(1.0)
+        elif self.kind == "mean":
+            self.mean = 0.9 * self.mean + 0.1 * images.mean().detach()
+        elif self.kind == "of_torch":
+            torch.rand(1, generator=self.of_torch)
+        elif self.kind == "of_numpy":
+            self.of_numpy.random()
+        self.seen, self.height = images, images.shape[2]
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("kind", ["history", "mean", "of_torch", "of_numpy", "nothing"])
+def test_what_lasts_in_an_attribute_is_named_in_a_note(kind: str) -> None:
+    notes = context_of(tiny_recipe(model=partial(Keeping, kind=kind))).notes
+    said = [f"a pass changes {kind} of Keeping, which no checkpoint holds: keep in buffers"]
+    assert [note.partition(" (")[0] for note in notes] == said * (kind != "nothing")
+
+
+class Squeezing(Tiny):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).squeeze()
+
+
+def test_a_network_that_squeezes_one_image_is_refused() -> None:
+    """It failed in the last step of an epoch, or in an evaluation, if that had one image."""
+    with refused("Squeezing turns 1 image into an output of shape (10,)", "write flatten(1)"):
+        preflight(context_of(tiny_recipe(model=Squeezing)))
+
+
 class Plain(Remembering):
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
