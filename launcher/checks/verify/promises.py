@@ -148,7 +148,10 @@ class Promises:
         resumed = replace(killed, kill=None, resumes=True)
         seen, own = self._trials.run(resumed), self._trials.run(self._own)
         begin = min(seen[0].steps) - 1
-        where = f"rank {kill.rank} killed in step {step} ({kill.phase}), resumed after step {begin}"
+        killed_in = f"rank {kill.rank} killed in step {step} ({kill.phase})"
+        if not begin:
+            raise TrialError(f"no checkpoint was written before it: {killed_in}")
+        where = f"{killed_in}, resumed after step {begin}"
         parting = first_different_bit(own, seen)
         if parting is None and self._same_end(self._own, resumed):
             yield Verdict("resume", f"{where}: weights, optimizer and losses bit for bit the same")

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from launcher.utils.user_code import user_location
 
 Phase = Literal["forward", "backward", "update"]
 _TIMEOUTS = Timeouts(join=60, collective=120)
+_WRITING = 60.0  # seconds for a checkpoint
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,16 @@ class Sighting:
 class Watcher:
     """Puts marks into a training, and keeps what they see."""
 
-    def __init__(self, trial: Trial, rank: int, place: Path | None = None) -> None:
-        """`place` is a file that says where the rank is."""
+    def __init__(
+        self,
+        trial: Trial,
+        rank: int,
+        place: Path | None = None,
+        checkpoints: Path | None = None,
+    ) -> None:
+        """`place` is a file that says where the rank is, `checkpoints` the folder of the run's."""
         self._trial, self._rank, self._place, self._begun = trial, rank, place, 0
+        self._checkpoints = checkpoints
         self.seen = Sighting()
         self._attributes: dict[str, Any] = {}
         self._ctx: TrainContext | None = None
@@ -170,10 +179,19 @@ class Watcher:
             content = json.dumps([self._begun, place]).encode()
             atomic_write.replace(self._place, content, is_kept=False)
         if kill and (step, name, self._rank) == (kill.step, kill.phase, kill.rank):
+            self._wait_for_checkpoint()
             os.kill(os.getpid(), signal.SIGKILL)
         yield
         if step is not None and name == "update" and self._ctx is not None:
             self._trace(step).weights = checksum(dict(self._ctx.state.network.named_parameters()))
+
+    def _wait_for_checkpoint(self) -> None:
+        """One is being written beside the training: else nothing could be resumed."""
+        until = time.monotonic() + _WRITING
+        while self._checkpoints is not None and time.monotonic() < until:
+            if any(self._checkpoints.glob("step-*")):
+                return
+            time.sleep(0.01)
 
     def _trace(self, step: int) -> StepTrace:
         return self.seen.steps.setdefault(step, StepTrace())
@@ -293,7 +311,9 @@ def work(subject: Subject, trial: Trial) -> None:
         torch.set_default_dtype(torch.float64)
     world = World.from_env(os.environ)
     world = replace(world, threads=subject.threads, use_cpu=world.use_cpu or subject.on_cpu)
-    watcher = Watcher(trial, world.rank, place_path(subject, trial, world.rank))
+    checkpoints = subject.runs / trial.name / "checkpoints"
+    place = place_path(subject, trial, world.rank)
+    watcher = Watcher(trial, world.rank, place, checkpoints)
     seen = watcher.seen
     try:
         loaded = subject.load(subject.words[0], list(subject.words[1:]))

@@ -1,11 +1,13 @@
 """The parts of `launcher verify` that need no ranks; whole recipes are tested in integration."""
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -31,7 +33,15 @@ from launcher.checks.verify.differences import (
 )
 from launcher.checks.verify.promises import Promises
 from launcher.checks.verify.slices import Sizes, choose_sizes
-from launcher.checks.verify.trial import Sighting, Trial, Watcher, compile_mode, keep_steady
+from launcher.checks.verify.trial import (
+    Kill,
+    Sighting,
+    StepTrace,
+    Trial,
+    Watcher,
+    compile_mode,
+    keep_steady,
+)
 from launcher.checks.verify.trials import (
     LEAST_STEPS,
     MOST_STEPS,
@@ -308,6 +318,33 @@ def test_steady_layers_stay_as_in_an_evaluation() -> None:
 
 
 # Differences
+
+
+def test_a_rank_is_killed_only_once_there_is_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[list[str]] = []
+    monkeypatch.setattr(os, "kill", lambda *_: there.append([p.name for p in tmp_path.iterdir()]))
+    killed = Trial("killed", 1, kill=Kill(6, "forward", 0))
+    ctx = Watcher(killed, 0, checkpoints=tmp_path).watch(context_of(tiny_recipe()))
+    ctx.state.current_step = 6
+    Timer(0.2, (tmp_path / "step-000000005").mkdir).start()
+    with ctx.phase("forward"):
+        pass
+    assert there == [["step-000000005"]]
+
+
+def test_a_resume_from_the_beginning_proves_nothing(tmp_path: Path) -> None:
+    class Killed(MadeTrials):
+        def run(self, wanted: Trial) -> list[Sighting]:
+            return [Sighting({1: StepTrace(), 2: StepTrace()})]
+
+    trials = Killed(Settings((SIMPLECNN,), never, 2, 6, tmp_path), nullcontext)
+    trials.steps = 6
+    promises = Promises(tiny_recipe(), trials, Deadline(9), never)
+    (verdict,) = promises.questions()["resume"]()
+    assert verdict.standing == "wrong"
+    assert "no checkpoint was written before it" in verdict.answer
 
 
 def test_states_are_compared_bit_for_bit() -> None:
