@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ PART_OF_LIMIT, PART_TO_COMPILE = 0.3, 0.2  # of the time, for the steps alone
 ROUNDED = 1e-5  # where float64 is out of reach
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 MOST_NAMED = 3  # attributes
+_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
 _OF_DRAWS = "let it depend on images, draws.fresh and draws.fixed alone"
 _IN_BUFFERS = "keep in buffers (register_buffer) what lasts from step to step"
 _NO_DRAWS = "write F.dropout(x, p, self.training), so that an evaluation draws none"
@@ -257,9 +259,10 @@ class Promises:
             yield Verdict(name, "the recipe does not compile", "not asked")
         elif self._refuses_double():
             yield Verdict(name, "asked in float64, as above", "not asked")
-        elif not _has_compiler():
-            missing = "torch.compile needs a C++ compiler, and there is none (CXX, g++, clang++)"
-            yield Verdict(name, missing, "not asked", "install g++, or type compile=false")
+        elif not shutil.which(_compiler()):
+            missing = f"torch.compile needs a C++ compiler, and there is no {_compiler()}"
+            instead = f"install {_COMPILER}, type export CXX=COMPILER, or type compile=false"
+            yield Verdict(name, missing, "not asked", instead)
         else:
             taken = self._trials.compile_mode(mode)
             setting = "compile=true" if taken is True else f"compile={taken}"
@@ -399,7 +402,6 @@ class Promises:
         return Verdict(question, f"{what}: {'; '.join(self._unsteady)}", "wrong", _OF_DRAWS)
 
 
-def _has_compiler() -> bool:
-    """Whether inductor finds what it calls on a CPU."""
-    names = (os.environ.get("CXX", "g++"), "clang++")
-    return any(map(shutil.which, names))
+def _compiler() -> str:
+    """What inductor calls on a CPU."""
+    return os.environ.get("CXX", _COMPILER)

@@ -1,6 +1,7 @@
 """The parts of `launcher verify` that need no ranks; whole recipes are tested in integration."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -478,6 +479,20 @@ def test_a_cpu_takes_bf16_for_fp16_and_one_way_to_compile() -> None:
     assert [compile_mode(mode, on_cpu=True) for mode in (True, "max-autotune")] == ["force"] * 2
     assert compile_mode("max-autotune", on_cpu=False) == "max-autotune"
     assert compile_mode(False, on_cpu=True) is False
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="torch calls clang++ there")
+def test_a_compiler_that_torch_does_not_call_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clang++").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    trials = MadeTrials(Settings((SIMPLECNN,), never, 2, 6, tmp_path), nullcontext)
+    promises = Promises(tiny_recipe(compile=True), trials, Deadline(9), never)
+    (verdict,) = promises.questions()["compile"]()
+    assert verdict.standing == "not asked"
+    assert verdict.instead == "install g++, type export CXX=COMPILER, or type compile=false"
 
 
 # Questions whose runs fail
