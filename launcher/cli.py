@@ -344,8 +344,7 @@ def _run(words: list[str], world: World) -> int:
         signals.stop_at(job.stops_at, job.stop_reason)
         if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
             parser.error("--profile goes with neither --smoke nor --resume")
-        if arguments.skip and arguments.init_from is None:
-            parser.error("--skip goes with --init-from")
+        _refuse_useless_skip(arguments, parser)
         recipes = 1
         if command != "train":
             _refuse_no_training(arguments, parser, command)
@@ -387,6 +386,11 @@ def _refuse_no_training(
         named = (arguments.lr, arguments.batch, arguments.search)
         if sum(map(bool, named)) != 1:
             parser.error("one of --lr, --batch and --search says what to tune")
+
+
+def _refuse_useless_skip(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if arguments.skip and arguments.init_from is None:
+        parser.error("--skip goes with --init-from")
 
 
 def _refuse_unrepeatable(settings: Sequence[str], *, claims: bool) -> None:
@@ -453,8 +457,10 @@ def _repeat(
 
 def _refuse_wrong_words(words: Sequence[str]) -> None:
     """Raise `UserError` for the words of a run that would not begin, before a job waits for it."""
-    arguments, unknown = _parser().parse_known_args(words)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(words)
     refuse_misplaced(unknown)
+    _refuse_useless_skip(arguments, parser)
     _cadence(arguments.checkpoint_every)
     _load(arguments.words[1], [*arguments.words[2:], *unknown])
 

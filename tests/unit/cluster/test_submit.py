@@ -14,7 +14,7 @@ import yaml
 from launcher.cli import main
 from launcher.cluster import status, submit
 from launcher.cluster.job import BatchJob, Sweep
-from tests.support.helpers import ROOT, complaint, refused
+from tests.support.helpers import RECIPES, ROOT, complaint, refused
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,13 @@ def test_without_a_name_it_is_the_recipes_and_the_time(capsys: pytest.CaptureFix
     first, second = script(capsys), script(capsys)
     assert "--name=a-recipe-20" in first
     assert first != second  # a loop of the shell submits several in a second
+
+
+def test_weights_to_skip_of_no_others_are_refused_before_a_job_waits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = complaint(capsys, "submit", str(RECIPES / "simplecnn.py"), "--skip", "layers.7")
+    assert "--skip goes with --init-from" in said
 
 
 def test_nothing_heavy_is_imported() -> None:
