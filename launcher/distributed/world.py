@@ -16,7 +16,7 @@ from launcher.distributed.environment import is_true, number_in
 from launcher.errors import UserError
 from launcher.utils.text import count
 
-_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What only launching programs set; ACCELERATE_MIXED_PRECISION may be the user's own.
 LAUNCH_MARKS = frozenset(("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID"))
 _SEVERAL_ON_CPU = (
@@ -150,9 +150,9 @@ def refuse_impossible(world: World, environ: Mapping[str, str]) -> None:
     """
     if world.launcher is Launcher.SRUN and world.size > 1:
         return
-    instead = f"type unset {' '.join(_PLACE)} to train with one process"
+    instead = f"type unset {' '.join(PLACE)} to train with one process"
     asks = "WORLD_SIZE" if world.size > 1 else "LOCAL_RANK"  # of which Accelerate takes note
-    missing = [name for name in _PLACE if not environ.get(name) and name != "LOCAL_WORLD_SIZE"]
+    missing = [name for name in PLACE if not environ.get(name) and name != "LOCAL_WORLD_SIZE"]
     if asks in environ and missing:
         raise UserError(
             f"{asks}={environ[asks]} in the environment without {', '.join(missing)}",

@@ -23,10 +23,11 @@ from typing import Any
 
 import psutil
 
+from launcher.distributed.world import PLACE
+
 _PRELOADED = ["torch", "torchvision", "accelerate", "launcher.checks.verify.trial"]
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _LONGEST_FOLDER = 60  # bytes
-_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def start(
 
 def without_place(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables of a process that is no rank."""
-    return {name: value for name, value in variables.items() if name not in _PLACE}
+    return {name: value for name, value in variables.items() if name not in PLACE}
 
 
 def _place(rank: int, size: int, port: int) -> dict[str, str]:
@@ -192,7 +193,7 @@ def _place(rank: int, size: int, port: int) -> dict[str, str]:
     if size == 1:
         return {}
     values = (rank, rank, size, size, "127.0.0.1", port)
-    return {name: str(value) for name, value in zip(_PLACE, values, strict=True)}
+    return {name: str(value) for name, value in zip(PLACE, values, strict=True)}
 
 
 def _free_port() -> int:
