@@ -236,7 +236,8 @@ class Promises:
         )
         alone, many = self._trials.evaluations(one)[-1], seen[0].evaluated
         assert many is not None
-        images, loss = alone["test/images"], alone["test/loss"] or float("nan")
+        images, loss = alone["test/images"], alone["test/loss"]
+        loss = float("nan") if loss is None else loss
         correct = round(alone["test/accuracy"] * images)
         apart = abs(many.loss - loss)
         counted = f"{images} images, {correct} correct, loss {loss:.6f}"

@@ -59,7 +59,7 @@ from launcher.data import local_copy, sources
 from launcher.errors import NotExportableError, UserError
 from launcher.results import export
 from launcher.training.loop import fit
-from launcher.training.metrics import StepReport
+from launcher.training.metrics import Evaluation, StepReport
 from tests.support.helpers import RECIPES, Tiny, complaint, context_of, refused, tiny_recipe
 
 SIMPLECNN = str(RECIPES / "simplecnn.py")
@@ -441,6 +441,24 @@ class MadeTrials(Trials):
         path = self.settings.folder / "final.safetensors"
         save_file(Tiny().state_dict(), path)
         return {"final": path}
+
+
+def test_a_loss_of_zero_is_a_number(tmp_path: Path) -> None:
+    """As a loss with a margin has it, where all images are classified with enough of one."""
+    counted = Evaluation(0.0, ((3, 0), (1, 2)), in_top5=6)
+
+    class Zero(MadeTrials):
+        def run(self, wanted: Trial) -> list[Sighting]:
+            return [Sighting(evaluated=counted)]
+
+        def evaluations(self, made: Trial) -> list[dict[str, Any]]:
+            return [{**counted.metrics("test"), "test/images": 6}]
+
+    trials = Zero(Settings((SIMPLECNN,), never, 2, 6, tmp_path), nullcontext)
+    promises = Promises(tiny_recipe(), trials, Deadline(9), never)
+    (verdict,) = promises.questions()["evaluation"]()
+    assert verdict.standing == "good"
+    assert "6 images, 5 correct, loss 0.000000" in verdict.answer
 
 
 def test_the_exported_network_is_compared_with_the_trained_one(tmp_path: Path) -> None:
