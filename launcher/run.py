@@ -56,7 +56,7 @@ from launcher.loggers import wandb
 from launcher.loggers.console import Console, first_step_line, make_console, tta_note
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
-from launcher.loggers.report import ReportAtEnd, page_of
+from launcher.loggers.report import page_of, report_at_end
 from launcher.training.compiling import choose_compiling, describe_kept, is_to_be_tried
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
@@ -102,44 +102,18 @@ class RunResult:
     tested: FinalReport | None = None
 
 
-@dataclass(frozen=True)
-class Loggers(Logger):
-    """All that hear of a run; on ranks other than 0, a console that shows nothing."""
-
-    console: Console
-    others: tuple[Logger, ...] = ()
-
-    def step(self, report: StepReport, plan: Plan) -> None:
-        """Tell all."""
-        for logger in (self.console, *self.others):
-            logger.step(report, plan)
-
-    def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
-        """Tell all."""
-        for logger in (self.console, *self.others):
-            logger.epoch(report, plan, best)
-
-    def tested(self, report: FinalReport) -> None:
-        """Tell all."""
-        for logger in (self.console, *self.others):
-            logger.tested(report)
-
-    def finish(self, exit_code: int) -> None:
-        """Tell all."""
-        for logger in (self.console, *self.others):
-            logger.finish(exit_code)
-
-
 @dataclass
 class ActiveRun:
     """A training in progress, and what its events have told so far.
 
+    `loggers` are all that hear of it, the console first; on ranks other than 0 it shows nothing.
     `unsaved` says what it means that the state could not be saved when the run was stopped.
     """
 
     ctx: TrainContext
     loaded: LoadedRecipe
-    loggers: Loggers
+    console: Console
+    loggers: tuple[Logger, ...]
     saver: Saver
     code: CompiledCode | None = None
     best: Best | None = None
@@ -493,8 +467,10 @@ def log_and_run(
     also: Sequence[Logger] = (),
 ) -> RunResult:
     """Begin or continue the run folder, train in front of the loggers, and close them."""
-    with ExitStack() as exit_stack:  # the lock of the folder, until this process is done with it
-        report = exit_stack.enter_context(ReportAtEnd())
+    is_main = ctx.accelerator.is_main_process
+    console = make_console(is_main)
+    # The stack holds the lock of the folder, until this process is done with it.
+    with report_at_end(console.say) as reported, ExitStack() as exit_stack:
         start = None if options.smoke else open_run(ctx, loaded, options, exit_stack)
         code = compiled_code(ctx, start)
         note = code.load() if code else ""
@@ -504,13 +480,12 @@ def log_and_run(
         highest = start.best if start else None
         if start:  # what was refused until here has left the folder as it was
             start = describe_run(ctx, replace(start, notes=(*start.notes, note)), loaded, facts)
-        loggers = make_loggers(ctx, start, loaded, options, also)
-        is_main, say = ctx.accelerator.is_main_process, loggers.console.say
+        loggers = (console, *make_loggers(ctx, start, loaded, options, also))
         best = start.best if start else None
-        saver = Saver(start.folder if start else None, is_main, say)
+        saver = Saver(start.folder if start else None, is_main, console.say)
         if start and is_main and options.makes_report:
-            report.begin(start.folder.path, say)
-        run = ActiveRun(ctx, loaded, loggers, saver, code, best=best, highest=highest)
+            reported.append(start.folder.path)
+        run = ActiveRun(ctx, loaded, console, loggers, saver, code, best, highest)
         exit_code = EXIT_FAULT
         try:
             show_header(run, start, facts)
@@ -523,13 +498,14 @@ def log_and_run(
                 rows |= profiler.rows(facts["precision"])
             if run.folder and options.makes_report:
                 rows |= {"report": str(page_of(run.folder.path))}
-            loggers.console.closing(rows)
+            console.closing(rows)
             if run.folder and not run.stopped:
                 classes = ctx.data.train.classes
-                loggers.console.mistakes(run.folder.path / "best.npz", classes)
+                console.mistakes(run.folder.path / "best.npz", classes)
         finally:
             saver.end(exit_code)
-            loggers.finish(exit_code)
+            for logger in loggers:
+                logger.finish(exit_code)
     return run.result()
 
 
@@ -602,29 +578,26 @@ def make_loggers(
     start: ResumePoint | None,
     loaded: LoadedRecipe,
     options: RunOptions,
-    also: Sequence[Logger] = (),
-) -> Loggers:
-    """The console, W&B and those `also`, on rank 0."""
-    is_main = ctx.accelerator.is_main_process
-    console = make_console(is_main)
-    if start is None or not is_main:
-        return Loggers(console)
+    also: Sequence[Logger],
+) -> tuple[Logger, ...]:
+    """W&B and those `also`, on rank 0; none in a smoke test."""
+    if start is None or not ctx.accelerator.is_main_process:
+        return ()
     shown = wandb.describe(start.folder, loaded, options, bool(ctx.data.fallback))
-    return Loggers(console, (wandb.start(options.wandb, shown, ctx.data), *also))
+    return (wandb.start(options.wandb, shown, ctx.data), *also)
 
 
 def show_header(run: ActiveRun, start: ResumePoint | None, facts: dict[str, str]) -> None:
     """What is about to run, and what the user should know about its beginning."""
-    console, loggers = run.loggers.console, run.loggers.others
     rows = {name: fact for name, fact in facts.items() if name != "fallback"}
-    shown = [logger for logger in loggers if logger.name]
+    shown = [logger for logger in run.loggers if logger.name]
     rows |= {logger.name: f"{logger.mode} {logger.where}".strip() for logger in shown}
     rows |= {"run folder": str(run.folder.path)} if run.folder else {}
-    console.header(f"launcher: {run.loaded.name}", rows, fallback_warning(run.ctx.data))
-    notices = [logger.notice for logger in loggers]
+    run.console.header(f"launcher: {run.loaded.name}", rows, fallback_warning(run.ctx.data))
+    notices = [logger.notice for logger in run.loggers]
     for note in (*run.ctx.notes, *notices, *(start.notes if start else ())):
         if note:
-            console.say(note)
+            run.console.say(note)
 
 
 def closing_rows(run: ActiveRun) -> dict[str, str]:
@@ -657,7 +630,7 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
             best, final = run.folder.best, run.folder.final
             rows["weights"] = f"{best} and {final.name}" if run.best else f"{final}"
         rows["run folder"] = str(run.folder.path)
-    for logger in run.loggers.others:
+    for logger in run.loggers:
         if logger.where:
             rows[logger.name] = f"{logger.mode} {logger.where}"
     return rows
@@ -710,7 +683,8 @@ def run_loop(
     if run.ctx.data.validation is not None and not run.stopped:
         run.tested = evaluate_test_images(run)
         run.saver.tested(run.tested)
-        run.loggers.tested(run.tested)
+        for logger in run.loggers:
+            logger.tested(run.tested)
     run.saver.wait()
     accelerator = run.ctx.accelerator
     accelerator.wait_for_everyone()  # no rank ends while the state is being written
@@ -744,12 +718,13 @@ def evaluate_test_images(run: ActiveRun) -> FinalReport:
 
 def handle_event(run: ActiveRun, event: Event) -> None:
     """Show, log, record and save what the loop has measured."""
-    plan, loggers, saver = run.ctx.plan, run.loggers, run.saver
+    plan, saver = run.ctx.plan, run.saver
     if isinstance(event, StepReport):
         run.losses.append(event.loss)
         if event.first_predictions:
-            loggers.console.say(first_step_line(event, run.ctx.data.train.classes))
-        loggers.step(event, plan)
+            run.console.say(first_step_line(event, run.ctx.data.train.classes))
+        for logger in run.loggers:
+            logger.step(event, plan)
     elif isinstance(event, EpochReport):
         run.report = event
         # An epoch that --max-steps cuts is the best one only if there is no other: a resumed run
@@ -761,12 +736,13 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if is_best and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
             saver.outcomes(event, run.ctx.data.evaluated, "best")
-        loggers.epoch(event, plan, run.best)
+        for logger in run.loggers:
+            logger.epoch(event, plan, run.best)
         loss = event.evaluation.loss
         if not math.isfinite(loss):
             saver.complain(f"the {event.images} loss of epoch {event.epoch} is {loss}")
         if event.ends_training and event.epoch < plan.last_epoch:
-            loggers.console.say(early_stop_line(run.ctx.recipe, event))
+            run.console.say(early_stop_line(run.ctx.recipe, event))
         size = plan.resolution(event.epoch)
         row = event.metrics() | ({"train/resolution": size} if size else {})
         saver.epoch(row | {"data": run.ctx.data.name}, outcomes.details(event))
@@ -813,8 +789,8 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
         run.report = None
     ctx.state.skips_in_a_row = 0
     run.saver.forget_after(progress.epochs)
-    run.loggers.console.say(f"{error}")
-    run.loggers.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")
+    run.console.say(f"{error}")
+    run.console.say(f"rolled back to step {progress.step}; step {error.step} is skipped")
     return progress
 
 

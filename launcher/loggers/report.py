@@ -9,9 +9,9 @@ said.
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from launcher.errors import TrainingError
 
@@ -23,37 +23,26 @@ def page_of(folder: Path) -> Path:
     return folder / "report" / "index.html"
 
 
-class ReportAtEnd:
+@contextmanager
+def report_at_end(say: Callable[[str], None]) -> Iterator[list[Path]]:
     """A context around a run, and around its lock: only when that is free the run has ended.
 
-    It writes where all ranks end alike: with the run, a stop, or a training that failed. After any
-    other exception the ranks have to find out at once which of them was the first.
+    Yields a list, which takes the folder of the run if there is one to report, on this rank; `say`
+    shows a line to the user. The report is written where all ranks end alike: with the run, a stop,
+    or a training that failed. After any other exception the ranks have to find out at once which of
+    them was the first.
     """
-
-    def __init__(self) -> None:
-        """Nothing is written until `begin`."""
-        self._folder: Path | None = None
-        self._say: Callable[[str], None] = lambda line: None
-
-    def begin(self, folder: Path, say: Callable[[str], None]) -> None:
-        """There is a run to report, on this rank; `say` shows a line to the user."""
-        self._folder, self._say = folder, say
-
-    def __enter__(self) -> "ReportAtEnd":
-        """The run begins."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """The run has ended."""
-        if self._folder is not None and (kind is None or issubclass(kind, TrainingError)):
-            complaint = write(self._folder)
-            if complaint:
-                self._say(f"!!! no report ({complaint}); type launcher report {self._folder} !!!")
+    folders: list[Path] = []
+    failure = None
+    try:
+        yield folders
+    except TrainingError as error:
+        failure = error
+    for folder in folders:
+        if complaint := write(folder):
+            say(f"!!! no report ({complaint}); type launcher report {folder} !!!")
+    if failure is not None:
+        raise failure
 
 
 def write(folder: Path) -> str:

@@ -28,7 +28,7 @@ from launcher.config.plan import Plan, SaveInterval
 from launcher.distributed import signals
 from launcher.errors import NotFiniteError, UserError
 from launcher.loggers.console import Console
-from launcher.run import ActiveRun, Loggers, closing_rows, roll_back, run_loop
+from launcher.run import ActiveRun, closing_rows, roll_back, run_loop
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted
@@ -123,7 +123,7 @@ def watched(folder: RunDir, console: Console, **changes: Any) -> tuple[ActiveRun
     """What becomes of a tiny run in this process, and its closing rows."""
     loaded = LoadedRecipe(tiny_recipe(**changes), "tiny", "", "")
     saver = Saver(folder, True, console.say)
-    run = ActiveRun(context_of(loaded.recipe), loaded, Loggers(console), saver)
+    run = ActiveRun(context_of(loaded.recipe), loaded, console, (console,), saver)
     run_loop(run)
     return run, closing_rows(run)
 
@@ -159,7 +159,7 @@ def test_a_rollback_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> No
     loaded = LoadedRecipe(tiny_recipe(epochs=3, on_nan="rollback"), "tiny", "", "")
     console = Console(None)
     ctx = context_of(loaded.recipe, save=SaveInterval(epochs=2))
-    run = ActiveRun(ctx, loaded, Loggers(console), Saver(folder, True, console.say))
+    run = ActiveRun(ctx, loaded, console, (console,), Saver(folder, True, console.say))
     run_loop(run)
     assert run.last is not None
     assert run.last.epoch == 3

@@ -12,7 +12,7 @@ from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
 from launcher.errors import NotFiniteError, RankError
 from launcher.loggers import report
-from launcher.loggers.report import ReportAtEnd, page_of, write
+from launcher.loggers.report import page_of, report_at_end, write
 from tests.support.helpers import RECIPES
 from tests.support.reported import write_reported
 
@@ -110,8 +110,8 @@ def test_it_is_written_when_all_ranks_end_alike_and_the_lock_is_free(
     said: list[str] = []
 
     def run(error: Exception | None) -> None:
-        with ReportAtEnd() as at_end, FileLock(path / ".lock"):
-            at_end.begin(path, said.append)
+        with report_at_end(said.append) as reported, FileLock(path / ".lock"):
+            reported.append(path)
             if error:
                 raise error
 
@@ -120,7 +120,7 @@ def test_it_is_written_when_all_ranks_end_alike_and_the_lock_is_free(
         with pytest.raises(type(error)):
             run(error)
     run(None)
-    with ReportAtEnd():  # another rank, or a smoke test
+    with report_at_end(said.append):  # another rank, or a smoke test
         pass
     assert states == ["done", "done"]
     assert said == ["!!! no report (the disk is full); type launcher report runs/own !!!"] * 2

@@ -120,7 +120,7 @@ def test_wandb_gets_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     ctx = replace(ctx, data=replace(ctx.data, fallback="planted-12345"))
     loaded = LoadedRecipe(ctx.recipe, "tiny", "", "")
     options = RunOptions(project="of planted-12345")
-    training.make_loggers(ctx, ResumePoint(RunDir(tmp_path)), loaded, options)
+    training.make_loggers(ctx, ResumePoint(RunDir(tmp_path)), loaded, options, ())
     assert shown[0].project == "of ***"
     assert "planted" not in str(shown)
     assert "planted" not in wandb._one_line(ValueError("planted-12345"))
