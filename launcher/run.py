@@ -20,7 +20,7 @@ from torch import nn
 
 from launcher.checkpoint import checkpoint, outcomes, run_dir
 from launcher.checkpoint.compiled import CompiledCode
-from launcher.checkpoint.resume import ResumePoint, initial_weights, new_run, resumed_run
+from launcher.checkpoint.resume import ResumePoint, initial_weights, resumed_run
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
@@ -57,7 +57,7 @@ from launcher.loggers.console import Console, first_step_line, make_console, tta
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
 from launcher.loggers.report import page_of, report_at_end
-from launcher.training.compiling import choose_compiling, describe_kept, is_to_be_tried
+from launcher.training.compiling import choose_compiling, is_to_be_tried
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
 from launcher.training.metrics import (
@@ -74,7 +74,7 @@ from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, broadcast_state, make_context
 from launcher.utils.json_text import flatten
-from launcher.utils.redaction import cleaned, redacted
+from launcher.utils.redaction import redacted
 from launcher.utils.text import count, of_uncertain
 
 # Is shown a training that is ready to begin, and returns it, perhaps with phases that it marks.
@@ -226,8 +226,8 @@ def prepare_and_run(
     loaded: LoadedRecipe,
     options: RunOptions,
     group: RankGroup,
-    watch: Watch | None = None,
-    also: Sequence[Logger] = (),
+    watch: Watch | None,
+    also: Sequence[Logger],
 ) -> RunResult:
     """From the recipe to the result, on a rank that has met the others."""
     training = training_of(loaded, options, group)
@@ -237,8 +237,7 @@ def prepare_and_run(
     ctx = watch(ctx) if watch else ctx
     smoke_test = SmokeTest(ctx) if options.smoke else None
     with report_first_failure(group, lambda: describe_position(ctx)):
-        facts = cleaned(training.facts)
-        result = log_and_run(ctx, training.loaded, options, facts, profiler, also)
+        result = log_and_run(ctx, training.loaded, options, training.facts, profiler, also)
         if smoke_test and not result.stopped and (note := smoke_test.verdict()):
             make_console(accelerator.is_main_process).say(note)
     return result
@@ -263,22 +262,16 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
     if options.init_from is None:
         initialize(prepared.network, recipe, data.train, accelerator.device)
     ctx = make_context(prepared.network, recipe, prepared.plan, accelerator, data)
-    loaded = replace(loaded, recipe=ctx.recipe)
     preflight(ctx)
     facts = prepared.facts
     is_tried = not prepared.compile_is_kept and is_to_be_tried(ctx)
     if recipe.accumulate == "auto":
         with torch.compiler.set_stance("force_eager" if is_tried else "default"):
             ctx = choose_passes(ctx)
-        loaded, facts = (
-            replace(loaded, recipe=ctx.recipe),
-            facts | {"batch": ctx.plan.describe_batch()},
-        )
+        facts["batch"] = ctx.plan.describe_batch()
         preflight(ctx)  # of the smaller passes
     if is_tried:
-        choice = choose_compiling(ctx)
-        ctx, facts = choice.ctx, facts | {"compile": choice.said}
-        loaded = replace(loaded, recipe=ctx.recipe)
+        ctx, facts["compile"] = choose_compiling(ctx)
     facts |= {
         "memory": ctx.recipe.memory_format,
         "devices": f"{ctx.plan.world_size} x {device_name(accelerator)}",
@@ -286,7 +279,7 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
     }
     if data.fallback:
         facts["fallback"] = fallback_warning(data)
-    return Training(ctx, loaded, facts)
+    return Training(ctx, replace(loaded, recipe=ctx.recipe), facts)
 
 
 def describe_position(ctx: TrainContext) -> str:
@@ -363,9 +356,10 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
     if weights := given_weights(loaded, options):
         skipped = checkpoint.load_initial_weights(network, weights, options.skip)
         without = f", without {', '.join(skipped)}" if skipped else ""
-        facts |= {"weights": f"from {weights}{without}"}
+        facts["weights"] = f"from {weights}{without}"
     if "compile" in kept:
-        facts |= {"compile": describe_kept(bool(kept["compile"]))}
+        said = "compiled" if kept["compile"] else "eager"
+        facts["compile"] = f"{said}, as when the run began"
     return Prepared(loaded, data, plan, network, precision, facts, "compile" in kept)
 
 
@@ -463,8 +457,8 @@ def log_and_run(
     loaded: LoadedRecipe,
     options: RunOptions,
     facts: dict[str, str],
-    profiler: Profiler | None = None,
-    also: Sequence[Logger] = (),
+    profiler: Profiler | None,
+    also: Sequence[Logger],
 ) -> RunResult:
     """Begin or continue the run folder, train in front of the loggers, and close them."""
     is_main = ctx.accelerator.is_main_process
@@ -472,8 +466,10 @@ def log_and_run(
     # The stack holds the lock of the folder, until this process is done with it.
     with report_at_end(console.say) as reported, ExitStack() as exit_stack:
         start = None if options.smoke else open_run(ctx, loaded, options, exit_stack)
-        code = compiled_code(ctx, start)
-        note = code.load() if code else ""
+        code, note = None, ""
+        if start and ctx.recipe.compile:
+            code = CompiledCode(start.folder.path, ctx.accelerator)
+            note = code.load()
         if start and start.checkpoint:
             warm_up_ddp(ctx)
             checkpoint.restore(start.checkpoint, ctx)
@@ -519,19 +515,12 @@ def open_run(
             steps = ctx.plan.steps_per_epoch
             start = resumed_run(options, loaded, ctx.data, steps)
         else:
-            start = new_run(options, loaded)
+            start = ResumePoint(run_dir.create(options.runs, options.name, loaded.name))
         exit_stack.callback(start.folder.lock().release)
         start.folder.tidy()
         return start
 
     return run_on_main(ctx.accelerator, choose)
-
-
-def compiled_code(ctx: TrainContext, start: ResumePoint | None) -> CompiledCode | None:
-    """What the run folder has of it, or will have; None for a run that does not compile."""
-    if start is None or not ctx.recipe.compile:
-        return None
-    return CompiledCode(start.folder.path, ctx.accelerator)
 
 
 def describe_run(
@@ -796,7 +785,6 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
 
 def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:
     """What state.json of a checkpoint says."""
-    config = run.loaded.config
     return {
         "progress": asdict(progress),
         "best": asdict(run.best) if run.best else None,
@@ -805,8 +793,7 @@ def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:
         "wandb_id": run.folder.identity if run.folder else "",
         "data": run.ctx.data.name,
         "data_digest": run.ctx.data.digest,
-        "config": config,
-        "config_sha256": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "config": run.loaded.config,
         "source": redacted(run.loaded.source),
         "versions": run_dir.versions(),
     }

@@ -5,7 +5,7 @@
         average.safetensors      the weight average, if the recipe keeps one
         buffers.safetensors      running statistics of every rank, if there are several
         optimizer.pt             the optimizer's state (tensors and numbers only)
-        state.json               progress, best so far, resolved recipe, its hash and source, scaler
+        state.json               progress, best so far, resolved recipe, its source, scaler
         manifest.json            size and SHA-256 of each of the above
 
 A checkpoint is written into a hidden folder, flushed to the disk, and renamed. The order of the

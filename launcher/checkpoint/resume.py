@@ -34,11 +34,6 @@ class ResumePoint:
     wandb_id: str = ""
 
 
-def new_run(options: RunOptions, loaded: LoadedRecipe) -> ResumePoint:
-    """A folder of its own for a run from the beginning."""
-    return ResumePoint(run_dir.create(options.runs, options.name, loaded.name))
-
-
 def resumed_run(
     options: RunOptions, loaded: LoadedRecipe, data: Data, steps_per_epoch: int
 ) -> ResumePoint:

@@ -5,7 +5,7 @@ torch's compiler can make a small network slower on a CPU, and nothing but the c
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,22 +20,15 @@ MOST_STEPS, SECONDS = 10, 2.0  # timed at most, of each
 _STANCES: tuple[Literal["force_eager", "default"], ...] = ("force_eager", "default")
 
 
-@dataclass(frozen=True)
-class CompileChoice:
-    """The training that goes on, compiled or not, and which it is in a line."""
-
-    ctx: TrainContext
-    said: str
-
-
 def is_to_be_tried(ctx: TrainContext) -> bool:
     """Whether it is open what is faster: a GPU and any other word for `compile` settle it."""
     return ctx.recipe.compile is True and ctx.accelerator.device.type == "cpu"
 
 
-def choose_compiling(ctx: TrainContext) -> CompileChoice:
+def choose_compiling(ctx: TrainContext) -> tuple[TrainContext, str]:
     """Time steps of both, which take turns, on all ranks alike; the state is put back.
 
+    Returns the training that goes on, compiled or not, and which it is in a line. Its
     `recipe.compile` is then false or force, so that a resumed run keeps to it.
     """
     step = _step(ctx)
@@ -56,20 +49,15 @@ def choose_compiling(ctx: TrainContext) -> CompileChoice:
     eager, compiled = (ctx.sum_over_ranks(seconds) / ctx.plan.world_size * 1e3).tolist()
     if compiled < eager:
         ctx = replace(ctx, recipe=replace(ctx.recipe, compile="force"))
-        return CompileChoice(ctx, f"compiled: {compiled:.2f} ms a step, {eager:.2f} ms eager")
+        return ctx, f"compiled: {compiled:.2f} ms a step, {eager:.2f} ms eager"
     figures = f"{eager:.2f} ms a step, {compiled:.2f} ms compiled"
     return _eager(ctx, f"{figures}; compile=force compiles all the same")
 
 
-def describe_kept(is_compiled: bool) -> str:
-    """What is said where a resumed run goes on as it began."""
-    return f"{'compiled' if is_compiled else 'eager'}, as when the run began"
-
-
-def _eager(ctx: TrainContext, why: str) -> CompileChoice:
+def _eager(ctx: TrainContext, why: str) -> tuple[TrainContext, str]:
     compile_state(ctx.state.network, ctx.state.optimizer, False)
     ctx = replace(ctx, recipe=replace(ctx.recipe, compile=False))
-    return CompileChoice(ctx, f"eager: {why}")
+    return ctx, f"eager: {why}"
 
 
 def _step(ctx: TrainContext) -> Callable[[], None]:

@@ -64,12 +64,12 @@ def test_the_faster_one_is_kept_and_nothing_is_left(
     assert is_to_be_tried(ctx)
     before = [value.clone() for value in ctx.state.network.state_dict().values()]
     numbers = torch.default_generator.get_state()
-    choice = choose_compiling(ctx)
-    assert choice.ctx.recipe.compile == kept
+    chosen, said = choose_compiling(ctx)
+    assert chosen.recipe.compile == kept
     first, second = ("compiled", "eager") if kept else ("eager", "compiled")
-    assert choice.said.startswith(f"{first}: ")
-    assert f" ms {second}" in choice.said
-    assert ("compile=force" in choice.said) == (not kept)
+    assert said.startswith(f"{first}: ")
+    assert f" ms {second}" in said
+    assert ("compile=force" in said) == (not kept)
     assert (ctx.state.network._compiled_call_impl is None) == (not kept)
     assert all(map(torch.equal, before, ctx.state.network.state_dict().values()))
     assert torch.equal(numbers, torch.default_generator.get_state())
@@ -116,10 +116,10 @@ def test_what_cannot_be_compiled_is_trained_as_it_is(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     with without_compiler():
-        choice = choose_compiling(context_of(RECIPE))
-    assert choice.ctx.recipe.compile is False
-    assert choice.said.startswith("eager: torch.compile fails here: ")
-    assert "\n" not in choice.said
+        chosen, said = choose_compiling(context_of(RECIPE))
+    assert chosen.recipe.compile is False
+    assert said.startswith("eager: torch.compile fails here: ")
+    assert "\n" not in said
 
 
 @pytest.mark.slow
