@@ -121,14 +121,14 @@ class Plan:
         due = self.save.steps is not None and step % self.save.steps == 0
         return due or (self.save.epochs is not None and self._is_cut(step))
 
-    def is_saved_after_epoch(self, epoch: int, *, is_last: bool = False) -> bool:
+    def is_saved_after_epoch(self, epoch: int, *, is_last: bool) -> bool:
         """Whether a checkpoint is due after the evaluation: always after the last epoch.
 
-        Patience may make any epoch the last one.
+        Patience may make any epoch the last one, so `is_last` says whether it is this one.
         """
         if self.save.epochs is None or self._is_cut(self.epoch_steps(epoch)[-1]):
             return False
-        return is_last or epoch == self.last_epoch or epoch % self.save.epochs == 0
+        return is_last or epoch % self.save.epochs == 0
 
     def _is_cut(self, step: int) -> bool:
         """Whether --max-steps ends the run after this step, within an epoch."""
@@ -209,10 +209,7 @@ def _sizes_that_work(plan: Plan) -> str:
     least = plan.num_micro_batches
 
     def works(size: int) -> bool:
-        return (
-            size >= plan.num_micro_batches
-            and (plan.train_images % size or size) >= plan.num_micro_batches
-        )
+        return (plan.train_images % size or size) >= least
 
     below = next((s for s in range(plan.batch_size, least - 1, -1) if works(s)), None)
     above = next((s for s in range(plan.batch_size, plan.train_images + 1) if works(s)), None)

@@ -151,18 +151,14 @@ class _Order:
 
     def take(self, positions: Tensor | slice) -> "_Order":
         """What is visited at these positions of the epoch."""
-        return self._each(lambda table: table[positions])
+        return self.each(lambda table: table[positions])
 
     def take_spans(self, spans: list[_Span]) -> "_Order":
         """What is visited in these parts of the epoch, one after the other."""
-        return self._each(lambda table: torch.cat([table[s.start : s.stop] for s in spans]))
+        return self.each(lambda table: torch.cat([table[s.start : s.stop] for s in spans]))
 
-    def to(self, send: Callable[[Tensor], Tensor]) -> "_Order":
-        """The same where `send` brings it."""
-        return self._each(send)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "_Order":
-        """Once, where places and rows are one table."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> "_Order":
+        """With both tables changed; once, where places and rows are one."""
         places = change(self.places)
         return _Order(places, places if self.rows is self.places else change(self.rows))
 
@@ -269,7 +265,7 @@ class Batches:
         weights = None
         if self._weights is not None:
             weights = nn.functional.pad(self._weights[places].cumsum(0), (1, 0))
-        order, *partners = (each.to(self._send) for each in on_host)
+        order, *partners = (visited.each(self._send) for visited in on_host)
         fresh = self._drawn(make_rng(FRESH, seed, epoch))
         cuts = fresh[0] if fresh is not None and self._cut else None
         return _Epoch(

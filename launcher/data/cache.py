@@ -65,13 +65,11 @@ def _read(data: Images, seed: int) -> Data:
 @contextmanager
 def _written(loaded: Data) -> Iterator[str]:
     """Write the images into a file; yields where it is while it is open, empty if that failed."""
-    halves = loaded.halves.values()
     content = {
-        "images": [_as_content(half.images) for half in halves],
-        "labels": [half.labels for half in halves],
-        "files": [half.files for half in halves],
-        "left_out": [half.left_out for half in halves],
-        "halves": list(loaded.halves),
+        "halves": {
+            name: (_as_content(half.images), half.labels, half.files, half.left_out)
+            for name, half in loaded.halves.items()
+        },
         "classes": loaded.train.classes,  # all halves have the same: `sources.check`
         "name": loaded.name,
         "fallback": loaded.fallback,
@@ -101,14 +99,7 @@ def _map(place: str) -> Data | None:
         return None
     halves = {
         name: ImageSet(_from_content(images), labels, content["classes"], files, left_out)
-        for name, images, labels, files, left_out in zip(
-            content["halves"],
-            content["images"],
-            content["labels"],
-            content["files"],
-            content["left_out"],
-            strict=True,
-        )
+        for name, (images, labels, files, left_out) in content["halves"].items()
     }
     return Data(
         halves["training"],

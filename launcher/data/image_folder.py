@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from launcher.config.slots import Source
 from launcher.data.decoding import margin_of, not_a_picture
-from launcher.data.limits import refuse_margin, refuse_too_large
+from launcher.data.limits import refuse_smaller_scale, refuse_too_large
 from launcher.data.storage import Encoded, read
 from launcher.distributed import signals
 from launcher.errors import UserError
@@ -48,7 +48,7 @@ class Folder:
         """Find the pictures of one half: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
-        refuse_margin(size, scaled_to)
+        refuse_smaller_scale(size, scaled_to)
         half = _half(Path(root), split)
         names = _pictures_of_classes(half)
         if half == Path(root):

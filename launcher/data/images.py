@@ -115,7 +115,7 @@ class Data:
         return replace(self, train=train, test=test, validation=changed.get("validation"))
 
 
-def digest_of(data: Data, left_out: Iterable[tuple[str, ...]] = ()) -> str:
+def digest_of(data: Data, left_out: Iterable[tuple[str, ...]]) -> str:
     """Of all labels, of images in equal distances, and of which broken pictures are left out.
 
     Of images as their source offers them: those that are decoded here have other bytes than the

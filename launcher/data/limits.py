@@ -15,7 +15,7 @@ def at_least_one(name: str, value: int) -> None:
         )
 
 
-def refuse_margin(size: int, scaled_to: int | None) -> None:
+def refuse_smaller_scale(size: int, scaled_to: int | None) -> None:
     """Raise `UserError` for pictures from whose middle no `size` pixels square can be taken."""
     at_least_one("size", size)
     if scaled_to is not None and scaled_to < size:
@@ -26,11 +26,14 @@ def refuse_margin(size: int, scaled_to: int | None) -> None:
         )
 
 
-def fits_in_memory(count: int, size: int, channels: int = 3) -> bool:
-    """Whether so many uint8 images of `size` pixels square leave half of the free memory free."""
+def fits_in_memory(count: int, size: int) -> bool:
+    """Whether so many uint8 images of `size` pixels square leave half of the free memory free.
+
+    Images of three channels, as pictures are decoded.
+    """
     import psutil
 
-    return count * size * size * channels <= psutil.virtual_memory().available / 2
+    return count * size * size * 3 <= psutil.virtual_memory().available / 2
 
 
 def refuse_too_large(what: str, count: int, size: int, channels: int = 3) -> None:

@@ -11,7 +11,6 @@ import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from launcher.distributed import signals
 from launcher.errors import UserError
 from launcher.utils.terminal import progress
 from launcher.utils.text import sizes
+from launcher.utils.user_code import function_of
 
 _AT_ONCE = 2**24  # bytes
 
@@ -35,8 +35,7 @@ def on_this_node(data: Images) -> Images:
     """
     if not data.local_copy:
         return data
-    source = data.source.func if isinstance(data.source, partial) else data.source
-    if source is not Packed:
+    if function_of(data.source) is not Packed:
         raise UserError(
             f"data.local_copy=true of {short_name(data.source)}",
             expected="a pack, which is a few large files",

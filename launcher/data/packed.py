@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from launcher.data.limits import refuse_margin
+from launcher.data.limits import refuse_smaller_scale
 from launcher.data.storage import Encoded, Joined
 from launcher.errors import UserError
 from launcher.utils import json_text
@@ -99,7 +99,7 @@ class Packed:
         self.encoded: Encoded | None = None
         if manifest.shape is None:
             size = 32 if size is None else size
-            refuse_margin(size, scaled_to)
+            refuse_smaller_scale(size, scaled_to)
             self.encoded = _joined(Path(root), split, half, size, scaled_to or size)
         else:
             _refuse_other(root, manifest.shape, size, scaled_to)

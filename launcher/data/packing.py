@@ -45,7 +45,7 @@ from launcher.data.packed import (
     file_of,
     read_manifest,
 )
-from launcher.data.storage import Encoded, Mapped, Reading, Stored, read, reading_threads
+from launcher.data.storage import Encoded, Reading, Stored, as_stored, read, reading_threads
 from launcher.errors import BrokenPictureError, UserError
 from launcher.utils import atomic_write, json_text
 from launcher.utils.arguments import Parser, positive
@@ -357,17 +357,11 @@ def _list(whole: Any, half: ImageSet, part: range) -> None:
     """Add a chunk: its labels, the names of its files, and what is in the first of them."""
     whole.update(half.labels[part.start : part.stop].numpy().tobytes())
     whole.update("\0".join(half.files[part.start : part.stop]).encode(errors="surrogateescape"))
-    whole.update(_stored(half).contents([part.start]))
+    whole.update(as_stored(half.images).contents([part.start]))
 
 
 def _parts(start: int, stop: int, chunk: int) -> list[range]:
     return [range(first, last) for first, last in pairwise([*range(start, stop, chunk), stop])]
-
-
-def _stored(half: ImageSet) -> Stored:
-    if isinstance(half.images, Stored):
-        return half.images
-    return Mapped(torch.arange(len(half)), half.images)
 
 
 def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
@@ -592,7 +586,7 @@ def _stopped(error: BrokenPictureError) -> UserError:
 
 def _decoded_chunks(half: ImageSet, parts: Sequence[range], skips: bool) -> Iterator[_Chunk]:
     """Each part, its images that can be read, and the places of the others."""
-    stored, reading = _stored(half), list[Reading]()
+    stored, reading = as_stored(half.images), list[Reading]()
     try:
         for number, part in enumerate(parts):
             for other in parts[number + len(reading) : number + 2]:  # this one and the next

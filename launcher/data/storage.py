@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -131,10 +131,8 @@ class Encoded(Stored):
             fitted(picture, (self.size, self.size))
         return content
 
-    @contextmanager
-    def _open(self, place: int) -> Iterator[Image.Image]:
-        with open_picture(Path(self.root, self.files[place])) as picture:
-            yield picture
+    def _open(self, place: int) -> AbstractContextManager[Image.Image]:
+        return open_picture(Path(self.root, self.files[place]))
 
     def _content(self, place: int) -> bytes:
         return Path(self.root, self.files[place]).read_bytes()
@@ -166,6 +164,11 @@ class Joined(Encoded):
         start, stop = self.offsets[place : place + 2].tolist()
         # torch copies, since other threads go on while it waits for the disk; numpy holds them up.
         return self.array[start:stop].clone().numpy().tobytes()
+
+
+def as_stored(images: Tensor | Stored) -> Stored:
+    """Images in the host's memory, which stay there; stored ones as they are."""
+    return Mapped(torch.arange(len(images)), images) if isinstance(images, Tensor) else images
 
 
 class Reading:

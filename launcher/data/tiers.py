@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from launcher.config.recipe import Images
 from launcher.data import local_copy, storage
@@ -88,9 +87,7 @@ def _stays_on_disk(half: ImageSet, wanted: Images) -> bool:
 
 def _in_host(half: ImageSet) -> ImageSet:
     """Pixels in the host's memory, whence each batch is copied."""
-    if not isinstance(half.images, Tensor):
-        return half
-    return replace(half, images=Mapped(torch.arange(len(half)), half.images))
+    return replace(half, images=storage.as_stored(half.images))
 
 
 def _out_of_file(half: ImageSet) -> ImageSet:
