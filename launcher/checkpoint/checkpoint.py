@@ -47,7 +47,7 @@ from launcher.training.optimizers import bring_steps, try_step
 from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted
-from launcher.utils.text import count
+from launcher.utils.text import count, is_named
 
 KEPT = 3  # checkpoints; the best weights are kept apart
 Tensors = dict[str, Tensor]
@@ -127,7 +127,7 @@ def load_initial_weights(network: nn.Module, path: Path, skip: Sequence[str] = (
     """
     own, saved = network.state_dict(), _read_weights(path)
     names = {**own, **saved}
-    if unknown := [word for word in skip if not any(_is_below(name, word) for name in names)]:
+    if unknown := [word for word in skip if not any(is_named(name, [word]) for name in names)]:
         parts = sorted({name.split(".")[0] for name in names})
         raise UserError(
             f"--skip {unknown[0]}, which names nothing in {path} or the model",
@@ -135,7 +135,7 @@ def load_initial_weights(network: nn.Module, path: Path, skip: Sequence[str] = (
             instead=f"type --skip {','.join(parts[-1:])}, for example; there are "
             + ", ".join(parts),
         )
-    skipped = sorted(name for name in names if any(_is_below(name, word) for word in skip))
+    skipped = sorted(name for name in names if is_named(name, skip))
     kept = {name: tensor for name, tensor in saved.items() if name not in skipped}
     missing = {name: tensor for name, tensor in own.items() if name in skipped}
     _refuse_differing(path, own, {**kept, **missing}, "type --skip {}, or ")
@@ -172,10 +172,6 @@ def _unreadable(path: Path, error: object) -> UserError:
         instead="name a run, or the final.safetensors of one, or write the file with "
         "torch.save(model.state_dict(), FILE)",
     )
-
-
-def _is_below(name: str, word: str) -> bool:
-    return name == word or name.startswith(f"{word}.")
 
 
 def _refuse_differing(
@@ -230,8 +226,41 @@ def restore(folder: Path, ctx: TrainContext) -> None:
     itself changed in its groups is the checkpoint's. Raises `UserError` where the network or the
     optimizer is another one.
     """
+    state, scaler = ctx.state, ctx.accelerator.scaler
     with _seen_by_all(folder, ctx.accelerator) as seen:
-        _restore(seen, ctx)
+        load_weights(state.network, seen / "weights.safetensors")
+        average = seen / "average.safetensors"
+        if state.ema_model is not None and average.is_file():  # a new one begins with these weights
+            load_weights(state.ema_model, average)
+        saved = _read_optimizer(seen)
+        initial = saved.pop("initial_options")
+        try:
+            state.optimizer.load_state_dict(saved)
+        except ValueError as error:
+            raise UserError(
+                f"an optimizer of other groups than the checkpoint's ({error})",
+                expected="the optimizer that the run began with",
+                instead="type another --name; --init-from RUN begins with the weights of this one",
+            ) from None
+        except Exception as error:  # of torch's code or the optimizer's, on what it has not written
+            raise _unfit_state(folder, error) from None
+        # After a rollback a group may be frozen whose own schedule is at zero. It is in the
+        # checkpoint like the others, and the next step freezes it anew where its schedule says so.
+        for group in state.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        try:
+            try_step(ctx.recipe, state.network, state.optimizer.state_dict())
+        except Exception as error:
+            raise _unfit_state(folder, error) from None
+        for number, group in enumerate(state.optimizer.param_groups):
+            group.update(_changed(state.group_options[number], initial[number]))
+        bring_steps(state.optimizer)
+        saved_scaler = json_text.read(seen / "state.json")["scaler"]
+        if scaler is not None and saved_scaler:
+            scaler.load_state_dict(saved_scaler)
+        if (seen / "buffers.safetensors").is_file():
+            _take_buffers(load_file(seen / "buffers.safetensors"), ctx)
 
 
 @contextmanager
@@ -256,43 +285,6 @@ def _bytes_of(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def _restore(folder: Path, ctx: TrainContext) -> None:
-    state, scaler = ctx.state, ctx.accelerator.scaler
-    load_weights(state.network, folder / "weights.safetensors")
-    average = folder / "average.safetensors"
-    if state.ema_model is not None and average.is_file():  # a new one begins with these weights
-        load_weights(state.ema_model, average)
-    saved = _read_optimizer(folder)
-    initial = saved.pop("initial_options")
-    try:
-        state.optimizer.load_state_dict(saved)
-    except ValueError as error:
-        raise UserError(
-            f"an optimizer of other groups than the checkpoint's ({error})",
-            expected="the optimizer that the run began with",
-            instead="type another --name; --init-from RUN begins with the weights of this one",
-        ) from None
-    except Exception as error:  # of torch's code or the optimizer's, on what it has not written
-        raise _unfit_state(folder, error) from None
-    # After a rollback a group may be frozen whose own schedule is at zero. It is in the checkpoint
-    # like the others, and the next step freezes it anew where its schedule says so.
-    for group in state.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
-    try:
-        try_step(ctx.recipe, state.network, state.optimizer.state_dict())
-    except Exception as error:
-        raise _unfit_state(folder, error) from None
-    for number, group in enumerate(state.optimizer.param_groups):
-        group.update(_changed(state.group_options[number], initial[number]))
-    bring_steps(state.optimizer)
-    saved_scaler = json_text.read(folder / "state.json")["scaler"]
-    if scaler is not None and saved_scaler:
-        scaler.load_state_dict(saved_scaler)
-    if (folder / "buffers.safetensors").is_file():
-        _take_buffers(load_file(folder / "buffers.safetensors"), ctx)
 
 
 def _unfit_state(folder: Path, error: Exception) -> UserError:

@@ -17,6 +17,7 @@ from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import cleaned, redacted
+from launcher.utils.text import is_named
 
 # Where the images lie and how they are read, not what they are.
 OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
@@ -107,7 +108,7 @@ def refuse_changes(
     """
     _refuse_unknown(changed, {**flatten(saved), **flatten(present)})
     changes = described_changes(saved, present)
-    surprising = [name for name in changes if not _is_named(name, changed)]
+    surprising = [name for name in changes if not is_named(name, changed)]
     if surprising:
         shown = ", ".join(changes[name] for name in surprising)
         raise UserError(
@@ -131,7 +132,7 @@ def described_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> d
 def _refuse_unknown(changed: Sequence[str], names: Iterable[str]) -> None:
     known = set(names)
     for word in filter(None, changed):
-        if not any(_is_named(name, [word]) for name in known):
+        if not any(is_named(name, [word]) for name in known):
             raise UserError(
                 f"--resume-changed {word}, which names no setting",
                 expected="names of settings with commas between, or their beginnings up to a dot",
@@ -189,10 +190,6 @@ def _refuse_other_batches(
             )
 
 
-def _is_named(name: str, changed: Sequence[str]) -> bool:
-    return any(name == word or name.startswith(f"{word}.") for word in changed)
-
-
 def _refuse_other_optimizer(
     folder: RunDir, saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> None:
@@ -223,7 +220,7 @@ def _refuse_other_data(state: SavedState, present: Data, changed: Sequence[str])
             expected="the images that the epoch began with, each once",
             instead="put them back as they were, or type data.root=FOLDER, where they are now",
         )
-    if not _is_named("data.root", changed):
+    if not is_named("data.root", changed):
         raise UserError(
             given,
             expected="the same images in every part of a run",

@@ -11,10 +11,14 @@ runs/NAME/
     test.json           with validation images: the figures of the test images at the end
     end.json            how the last attempt ended
     report/             a page for a browser, which launcher report can write again
-    checkpoints/        the last three, from which --resume continues: see checkpoints.py
+    checkpoints/        the last three, from which --resume continues: see checkpoint.py
     compiled.bin        what torch.compile has made, for the same: see compiled.py
     best.safetensors    the weights of the epoch with the highest accuracy
     final.safetensors   the weights at the end
+    trace.json          of a profile: what the device did in some steps
+    wandb/              W&B's own files
+    wandb-rows.jsonl    which rows W&B has been given: see wandb_history.py
+    .lock               held by the process that trains the run
 """
 
 import json

@@ -30,7 +30,6 @@ from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import duration, printable, run_of_seed
 
-_WIDTH = 110  # of a table that goes into a file
 # Settings that leave a choice to the run, which writes down what it has chosen.
 _LEFT_OPEN = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
 
@@ -194,7 +193,7 @@ def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> N
         said = json.dumps([as_dict(one, options) for one in repeats], indent=2)
         sys.stdout.write(redacted(said) + "\n")
         return
-    console = make_console(_WIDTH)
+    console = make_console()
     for one in repeats:
         runs = runs_of(one, options)
         if not runs:

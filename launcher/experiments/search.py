@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import optuna
 
 _SPAN = re.compile(r"(log:)?([-+0-9.eE]+)\.\.([-+0-9.eE]+)")
-_WIDTH = 110  # of a table that goes into a file
 _PRUNED = "the search, as others were better by this epoch"
 _RANGES = "NAME=low..high, NAME=log:low..high or NAME=a|b|c"
 _EXAMPLE = "type --search 'optimizer.lr=log:1e-4..1e-1', for example"
@@ -380,7 +379,7 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
 
 def show(search: Search) -> None:
     """A line for each trial, the best first; and what may be said of the best one."""
-    console = make_console(_WIDTH)
+    console = make_console()
     if not search.journal.is_file():
         console.print(f"no trial of {search.base} in {search.options.runs}", markup=False)
         return

@@ -31,7 +31,6 @@ from launcher.utils.text import count, printable
 
 _USAGE = "launcher compare RUN RUN [RUN ...] [--html FILE] [--json]"
 _OTHER_PAGE = "type --html comparison.html, for example"
-_WIDTH = 110  # of a table that goes into a file
 _OF_A_RUN = ("seed", "data.root")  # settings in which repeats of one experiment differ
 _ALSO = {"last training loss": "train/loss", "images/s": "train/images_per_second"}
 _CURVES = {  # of a page: title, figure, and plotly's settings of its axis
@@ -247,7 +246,7 @@ def _sentences(groups: Sequence[Group]) -> list[str]:
 
 
 def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
-    console = make_console(_WIDTH)
+    console = make_console()
     for title, rows in _tables(runs).items():
         if rows:
             console.print(_table(title, [run.name for run in runs], rows))

@@ -20,7 +20,6 @@ from launcher.utils.text import duration, printable, sizes
 
 _USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
 _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
-_WIDTH = 110  # of a table that goes into a file
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         return 0
-    console = make_console(_WIDTH)
+    console = make_console()
     console.print(_table(rows))
     return 0
 

@@ -26,10 +26,10 @@ def evaluate(
     views: Views | None = None,
     stop_sync: StopSync | None = None,
 ) -> Evaluation:
-    """Evaluate each of `images` exactly once, on whichever rank; by its `views` where given.
+    """Evaluate each of `images` exactly once, on whichever rank.
 
-    Of all images, or of those alone that the recipe's `uncertain` chooses. Without views, the
-    outcome of each image is kept.
+    With `views`, those of all images are scored, or of those alone that the recipe's `uncertain`
+    chooses. Without, the outcome of each image is kept.
 
     Raises `StoppedError` where the ranks agree to stop: they are asked before each batch that all
     of them have.

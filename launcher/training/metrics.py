@@ -91,9 +91,9 @@ class EpochReport:
     `evaluated_on` says whether the test or the validation images were evaluated, `ends_training`
     that no epoch follows, be it by the plan or by patience.
 
-    They are numpy arrays because the thread that logs images uses them: once a second thread runs
-    an operation of torch, OpenMP lets its threads sleep between two operations of the first, and
-    training on a CPU takes a fifth longer (benchmarks/observers.py).
+    The scores are a numpy array because the thread that logs images uses them: once a second thread
+    runs an operation of torch, OpenMP lets its threads sleep between two operations of the first,
+    and training on a CPU takes a fifth longer (benchmarks/observers.py).
     """
 
     epoch: int
@@ -267,9 +267,9 @@ class ConfusionAccumulator:
         self._classes, dtype = classes, _widest(device)
         self._weights = None if class_weights is None else class_weights.to(device, dtype)
         self._places = torch.arange(classes, device=device)
-        # One tensor, so that one collective adds it over the ranks:
+        # The sums of this rank, in one tensor, so that one collective adds them over the ranks:
         # the confusion matrix row by row, images with their class in the top five, loss sum.
-        self._counts = torch.zeros(classes * classes + 2, dtype=dtype, device=device)
+        self.counts = torch.zeros(classes * classes + 2, dtype=dtype, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
         """Count a batch: logits `(n, classes)`, labels `(n,)`. Does not wait for the device."""
@@ -277,22 +277,17 @@ class ConfusionAccumulator:
         # Of equal scores the first is ahead, as in argmax, by which everything else decides; topk
         # takes any of them.
         cell = labels * self._classes + logits.argmax(dim=1)
-        self._counts.index_add_(0, cell, torch.ones_like(cell, dtype=self._counts.dtype))
+        self.counts.index_add_(0, cell, torch.ones_like(cell, dtype=self.counts.dtype))
         own = labels[:, None]
         score = logits.gather(1, own)
         not_ahead = (logits < score) | ((logits == score) & (self._places >= own))
-        self._counts[cells] += (not_ahead.sum(dim=1) > self._classes - 5).sum()
+        self.counts[cells] += (not_ahead.sum(dim=1) > self._classes - 5).sum()
         if self._weights is None:
-            self._counts[cells + 1] += mean_loss * len(labels)
+            self.counts[cells + 1] += mean_loss * len(labels)
         else:
             weight = self._weights[labels].sum()
             # The mean over images of weight 0 is 0/0.
-            self._counts[cells + 1] += torch.where(weight > 0, mean_loss * weight, 0.0)
-
-    @property
-    def counts(self) -> Tensor:
-        """The sums of this rank, to be added over the ranks."""
-        return self._counts
+            self.counts[cells + 1] += torch.where(weight > 0, mean_loss * weight, 0.0)
 
     def evaluation(self, total: Tensor) -> Evaluation:
         """Read the sums over all ranks."""

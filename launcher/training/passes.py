@@ -17,7 +17,7 @@ from launcher.utils.text import count
 def choose_passes(ctx: TrainContext) -> TrainContext:
     """Find it by trying, on all ranks alike; the state is put back.
 
-    Doubled until it fits, and then halved in between: as if what fits did so in more passes, too.
+    Doubled until it fits, and then halved in between. This assumes that if n passes fit, more do.
     Raises `UserError` where not even single images fit.
     """
     most = ctx.plan.batch_size // ctx.plan.world_size

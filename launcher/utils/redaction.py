@@ -8,7 +8,7 @@ variable is hidden in each form in which an output may show it: on one line, esc
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -64,13 +64,11 @@ def _is_secret(name: str) -> bool:
 
 @cache
 def _forms(secret: str) -> frozenset[str]:
-    return frozenset(_written_forms(secret))
-
-
-def _written_forms(secret: str) -> Iterator[str]:
     """As it is, at the edges stripped, on one line; each in Python, JSON, a shell and a URL."""
+    forms: set[str] = set()
     for text in (secret, secret.strip(), " ".join(secret.split())):
-        yield from (text, repr(text)[1:-1], text.replace("'", "'\"'\"'"))
-        yield from (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+        forms |= {text, repr(text)[1:-1], text.replace("'", "'\"'\"'")}
+        forms |= {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
         as_bytes = text.encode(errors="surrogateescape")  # as the environment had them
-        yield from (quote(as_bytes), quote(as_bytes, safe=""), quote_plus(as_bytes))
+        forms |= {quote(as_bytes), quote(as_bytes, safe=""), quote_plus(as_bytes)}
+    return frozenset(forms)

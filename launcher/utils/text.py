@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
         if number or parts:
             parts.append(f"{number} {name}")
     return " ".join(parts[:2])
+
+
+def is_named(name: str, words: Iterable[str]) -> bool:
+    """Whether one of the words is a dotted name, or its beginning up to a dot."""
+    return any(name == word or name.startswith(f"{word}.") for word in words)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
