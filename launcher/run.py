@@ -22,6 +22,7 @@ from launcher.checkpoint import checkpoint, outcomes, run_dir
 from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.resume import ResumePoint, initial_weights, resumed_run
 from launcher.checkpoint.run_dir import RunDir
+from launcher.checkpoint.run_files import RunFiles
 from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -496,8 +497,7 @@ def log_and_run(
                 rows |= {"report": str(page_of(run.folder.path))}
             console.closing(rows)
             if run.folder and not run.stopped:
-                classes = ctx.data.train.classes
-                console.mistakes(run.folder.path / "best.npz", classes)
+                console.mistakes(RunFiles(run.folder.path))
         finally:
             saver.end(exit_code)
             for logger in loggers:

@@ -6,6 +6,7 @@ for each epoch. So a report needs neither the data set nor the network.
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ OF_A_CELL = 4  # ... of each cell of the confusion matrix
 MOST_PICTURES = 500
 MOST_CLASSES = 100_000  # a file that says more is damaged
 TOP = 5  # classes of each sample
+_IN_COLOUR = (3, 4)  # channels: RGB and RGBA; of any other number the first is shown, in grey
+Cells = Sequence[tuple[int, int, int]]  # of a confusion matrix: truth, prediction, images
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,26 @@ def details(report: "EpochReport") -> dict[str, Any]:
     return {"epoch": report.epoch, "confusion": cells, "samples": samples}
 
 
+def class_accuracies(cells: Cells) -> dict[int, tuple[float, int]]:
+    """Of each class that has images: the part of them that is recognized, and their number."""
+    right = {truth: images for truth, found, images in cells if truth == found}
+    totals = images_of_classes(cells)
+    return {c: (right.get(c, 0) / images, images) for c, images in totals.items() if images}
+
+
+def images_of_classes(cells: Cells) -> dict[int, int]:
+    """How many images each class has."""
+    totals: dict[int, int] = {}
+    for truth, _, images in cells:
+        totals[truth] = totals.get(truth, 0) + images
+    return totals
+
+
+def as_picture(pixels: NDArray[Any]) -> Image.Image:
+    """What is shown of uint8 `(h, w, c)` with any number of channels."""
+    return Image.fromarray(pixels if pixels.shape[-1] in _IN_COLOUR else pixels[..., 0])
+
+
 def _by(keys: NDArray[Any], chosen: NDArray[Any]) -> NDArray[Any]:
     """The places that are `chosen`, by their keys; equal ones by their place."""
     order = numpy.argsort(keys, kind="stable")
@@ -184,7 +207,7 @@ def _small(images: NDArray[Any]) -> NDArray[Any]:
         return images
     scale = LARGEST / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    shown = channels if channels in (3, 4) else 1
+    shown = channels if channels in _IN_COLOUR else 1
     planes = images[..., :shown].transpose(0, 3, 1, 2).reshape(-1, height, width)
     resized = [Image.fromarray(plane).resize(size, Image.Resampling.BOX) for plane in planes]
     small = numpy.stack([numpy.asarray(r) for r in resized])

@@ -15,9 +15,9 @@ runs/NAME/
     compiled.bin        what torch.compile has made, for the same: see compiled.py
     best.safetensors    the weights of the epoch with the highest accuracy
     final.safetensors   the weights at the end
-    trace.json          of a profile: what the device did in some steps
+    trace.json          with --profile: some steps, as torch's profiler recorded them
     wandb/              W&B's own files
-    wandb-rows.jsonl    which rows W&B has been given: see wandb_history.py
+    wandb-rows.jsonl    what W&B was given to draw: see wandb_history.py
     .lock               held by the process that trains the run
 """
 

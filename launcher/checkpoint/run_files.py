@@ -16,6 +16,7 @@ from launcher.checkpoint import outcomes
 from launcher.checkpoint.outcomes import Outcomes
 from launcher.errors import EXIT_SAVED, UserError
 from launcher.utils import json_text
+from launcher.utils.redaction import redacted
 
 State = Literal["running", "done", "stopped", "failed"]
 _ACCURACY = re.compile(rb'"(?:test|val)/accuracy": ([0-9.eE+-]+)')
@@ -77,13 +78,26 @@ class RunFiles:
         return f"{self.evaluated_on}/{figure}"
 
     @cached_property
+    def classes(self) -> list[str]:
+        """The names of the classes; empty where they cannot be read."""
+        names = self.about.get("classes")
+        return [redacted(str(name)) for name in names] if isinstance(names, list) else []
+
+    def class_name(self, number: int) -> str:
+        """Of a class that may have no name."""
+        return self.classes[number] if number < len(self.classes) else f"class {number}"
+
+    @cached_property
     def held_out(self) -> list[int]:
         """Where the validation images stood in the training half of the source, if there."""
         images = json_text.read_object(self.path / "validation.json").get("images")
         return [n for n in images if isinstance(n, int)] if isinstance(images, list) else []
 
     def image_name(self, place: int) -> str:
-        """Of an evaluated image that has no file of its own."""
+        """The file of an evaluated image, or what else tells it from others."""
+        found = self.outcomes
+        if found is not None and found.files.shape == found.truth.shape:
+            return redacted(str(found.files[place]))
         if 0 <= place < len(self.held_out):
             return f"training image {self.held_out[place]}"
         return f"image {place}"
@@ -115,6 +129,11 @@ class RunFiles:
     def last(self) -> Outcomes | None:
         """... and in the last one."""
         return outcomes.read(self.path / "last.npz")
+
+    @property
+    def outcomes(self) -> Outcomes | None:
+        """What was said in the best epoch, or in the last one where that cannot be read."""
+        return self.best or self.last
 
     @property
     def recipe(self) -> str:

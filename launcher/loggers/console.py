@@ -7,7 +7,6 @@ rank 0 writes.
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy
@@ -21,8 +20,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checkpoint import outcomes
-from launcher.checkpoint.outcomes import Outcomes
+from launcher.checkpoint.outcomes import Outcomes, as_picture
+from launcher.checkpoint.run_files import RunFiles
 from launcher.config.plan import Plan
 from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
@@ -74,8 +73,8 @@ class Console(Logger):
         self.say("")
         self._rows(rows)
 
-    def mistakes(self, file: Path, classes: tuple[str, ...]) -> None:
-        """What was taken for what, from a file of outcomes: plain lines show no pictures."""
+    def mistakes(self, files: RunFiles) -> None:
+        """What was taken for what in the best epoch: plain lines show no pictures."""
 
     def _rows(self, rows: Mapping[str, str]) -> None:
         width = max(map(len, rows), default=0)
@@ -145,9 +144,9 @@ class LiveConsole(Console):
         self._bar.stop()
         self._rich.print(Panel(_grid(rows), title="[bold]done", border_style="green"))
 
-    def mistakes(self, file: Path, classes: tuple[str, ...]) -> None:
+    def mistakes(self, files: RunFiles) -> None:
         """The worst of them as pictures of coloured half blocks, the commonest in words."""
-        found = outcomes.read(file) if self._rich.color_system == "truecolor" else None
+        found = files.best if self._rich.color_system == "truecolor" else None
         if found is None or not len(found.mistakes):
             return
         numbers = {place: number for number, place in enumerate(found.pictured.tolist())}
@@ -155,7 +154,7 @@ class LiveConsole(Console):
         shown = [
             Group(
                 half_blocks(_thumbnail(found.pictures[numbers[place]])),
-                Text(_caption(found, place, classes)),
+                Text(_caption(files, found, place)),
             )
             for place in worst
         ]
@@ -163,7 +162,7 @@ class LiveConsole(Console):
         self._rich.print(Columns(shown, width=CAPTION, padding=(0, 2)))
         wrong = sorted((-n, t, p) for t, p, n in found.confusion if t != p)
         lines = [
-            f"{_name(classes, truth)} taken for {_name(classes, mistaken)}: {count(-n, 'image')}"
+            f"{_name(files, truth)} taken for {_name(files, mistaken)}: {count(-n, 'image')}"
             for n, truth, mistaken in wrong[:CONFUSIONS]
         ]
         self._rich.print(Text("\n".join(lines)))
@@ -173,16 +172,15 @@ class LiveConsole(Console):
         self._bar.stop()
 
 
-def _caption(found: Outcomes, place: int, classes: tuple[str, ...]) -> str:
-    truth, mistaken = (_name(classes, int(v[place])) for v in (found.truth, found.predicted))
+def _caption(files: RunFiles, found: Outcomes, place: int) -> str:
+    truth, mistaken = (_name(files, int(v[place])) for v in (found.truth, found.predicted))
     chances = found.probability[place], found.probability_of_truth[place]
     of_mistake, of_truth = (f"{p:.1%}" if p >= 0.0005 else "<0.1%" for p in chances)
     return f"{truth} taken for {mistaken}\n{mistaken} {of_mistake}, {truth} {of_truth}\n"
 
 
-def _name(classes: tuple[str, ...], place: int) -> str:
-    name = classes[place] if place < len(classes) else f"class {place}"
-    return printable(name)
+def _name(files: RunFiles, number: int) -> str:
+    return printable(files.class_name(number))
 
 
 def _thumbnail(picture: NDArray[Any]) -> NDArray[Any]:
@@ -190,8 +188,7 @@ def _thumbnail(picture: NDArray[Any]) -> NDArray[Any]:
     height, width = picture.shape[:2]
     scale = min(1.0, PIXELS / max(height, width))
     size = max(1, round(width * scale)), max(2, round(height * scale / 2) * 2)
-    image = Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0])
-    return numpy.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX))
+    return numpy.asarray(as_picture(picture).convert("RGB").resize(size, Image.Resampling.BOX))
 
 
 def make_console(is_main: bool) -> Console:

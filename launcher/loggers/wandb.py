@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from launcher.checkpoint.outcomes import as_picture
 from launcher.checkpoint.run_dir import RunDir
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -235,11 +236,9 @@ class Samples:
         """Take the fixed images out of those that are evaluated."""
         evaluated = data.evaluated
         chosen = sample_indices(len(evaluated))
-        images = evaluated.pixels(chosen).cpu()
-        if images.shape[-1] not in (3, 4):  # neither RGB nor RGBA: show the first channel as gray
-            images = images[..., 0]
+        images = evaluated.pixels(chosen).cpu().numpy()
         self.classes = evaluated.classes
-        self._pictures = [Image.fromarray(pixels) for pixels in images.numpy()]
+        self._pictures = [as_picture(pixels) for pixels in images]
         self._truths = [self.classes[label] for label in evaluated.labels[chosen].tolist()]
 
     def captioned(self, report: EpochReport) -> "list[wandb.Image]":

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from launcher.checkpoint.outcomes import WORST, Outcomes
+from launcher.checkpoint.outcomes import WORST, Outcomes, as_picture, class_accuracies
 from launcher.checkpoint.run_files import RunFiles
 from launcher.loggers import report
-from launcher.utils.redaction import redacted
 
 if TYPE_CHECKING:
     import wandb
@@ -23,11 +20,9 @@ def tables(folder: Path) -> "dict[str, wandb.Table]":
     best = files.best
     if best is None:
         return {}
-    names = files.about.get("classes")
-    classes = [str(name) for name in names] if isinstance(names, list) else []
     return {
-        "worst_mistakes": _worst_mistakes(files, best, classes),
-        "class_accuracy": _class_accuracy(best, classes),
+        "worst_mistakes": _worst_mistakes(files, best),
+        "class_accuracy": _class_accuracy(files, best),
     }
 
 
@@ -62,7 +57,7 @@ def artifacts(
         yield made
 
 
-def _worst_mistakes(files: RunFiles, best: Outcomes, classes: list[str]) -> "wandb.Table":
+def _worst_mistakes(files: RunFiles, best: Outcomes) -> "wandb.Table":
     import wandb
 
     columns: list[str | int] = ["image", "truth", "prediction", "confidence"]
@@ -70,36 +65,22 @@ def _worst_mistakes(files: RunFiles, best: Outcomes, classes: list[str]) -> "wan
     pictures = dict(zip(best.pictured.tolist(), best.pictures, strict=True))
     rows = []
     for place in best.mistakes[:WORST].tolist():
-        has_file = best.files.shape == best.truth.shape
         numbers = (best.probability[place], best.probability_of_truth[place], best.loss[place])
         rows.append(
             [
-                wandb.Image(_picture(pictures[place])) if place in pictures else None,
-                _name(classes, int(best.truth[place])),
-                _name(classes, int(best.predicted[place])),
+                wandb.Image(as_picture(pictures[place])) if place in pictures else None,
+                files.class_name(int(best.truth[place])),
+                files.class_name(int(best.predicted[place])),
                 *map(float, numbers),
-                redacted(str(best.files[place])) if has_file else files.image_name(place),
+                files.image_name(place),
             ]
         )
     return wandb.Table(columns=columns, data=rows)
 
 
-def _class_accuracy(best: Outcomes, classes: list[str]) -> "wandb.Table":
+def _class_accuracy(files: RunFiles, best: Outcomes) -> "wandb.Table":
     import wandb
 
-    images: dict[int, int] = {}
-    right: dict[int, int] = {}
-    for truth, found, number in best.confusion:
-        images[truth] = images.get(truth, 0) + number
-        right[truth] = right.get(truth, 0) + (number if truth == found else 0)
-    rows = [[_name(classes, c), right[c] / images[c], images[c]] for c in sorted(images)]
+    found = class_accuracies(best.confusion)
+    rows = [[files.class_name(number), *found[number]] for number in sorted(found)]
     return wandb.Table(columns=["class", "accuracy", "images"], data=rows)
-
-
-def _name(classes: list[str], number: int) -> str:
-    return redacted(classes[number]) if number < len(classes) else f"class {number}"
-
-
-def _picture(pixels: Any) -> Image.Image:
-    """As in the page: of an image that is not RGB or RGBA, the first channel as grey."""
-    return Image.fromarray(pixels if pixels.shape[-1] in (3, 4) else pixels[..., 0])

@@ -14,8 +14,9 @@ import numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from launcher.checkpoint.outcomes import Outcomes
+from launcher.checkpoint.outcomes import Cells, Outcomes, class_accuracies, images_of_classes
 
+MATRIX_CLASSES = 2000  # more than that are no picture: their largest confusions are a list
 MOST_CONFUSIONS = 10
 MOST_ROWS = 1000  # classes in the list of accuracies
 BINS = 15  # of the reliability diagram
@@ -85,9 +86,6 @@ def first_filters(path: Path, channels: int | None) -> Filters | None:
     return Filters(named[0], shapes[named[0]][0], shades.round().astype(numpy.uint8))
 
 
-Cells = Sequence[tuple[int, int, int]]  # of a confusion matrix: truth, prediction, images
-
-
 @dataclass(frozen=True)
 class ClassRow:
     """A class and its images."""
@@ -99,18 +97,10 @@ class ClassRow:
 
 def class_rows(cells: Cells, classes: Sequence[str]) -> list[ClassRow]:
     """The accuracy of each class; of very many, the lowest."""
-    right = {truth: images for truth, found, images in cells if truth == found}
-    totals = _totals(cells)
-    rows = [
-        ClassRow(
-            name,
-            right.get(place, 0) / totals[place] if totals.get(place) else None,
-            totals.get(place, 0),
-        )
-        for place, name in enumerate(classes)
-    ]
     if not cells:
         return []
+    known = class_accuracies(cells)
+    rows = [ClassRow(name, *known.get(n, (None, 0))) for n, name in enumerate(classes)]
     if len(rows) > MOST_ROWS:
         rows = sorted(rows, key=lambda row: 2.0 if row.accuracy is None else row.accuracy)
     return rows[:MOST_ROWS]
@@ -118,7 +108,7 @@ def class_rows(cells: Cells, classes: Sequence[str]) -> list[ClassRow]:
 
 def largest_confusions(cells: Cells, classes: Sequence[str]) -> list[dict[str, str]]:
     """The cells that hold the most mistakes, in words."""
-    totals = _totals(cells)
+    totals = images_of_classes(cells)
     wrong = sorted((-n, truth, found) for truth, found, n in cells if truth != found)
     return [
         {
@@ -129,13 +119,6 @@ def largest_confusions(cells: Cells, classes: Sequence[str]) -> list[dict[str, s
         }
         for n, truth, found in wrong[:MOST_CONFUSIONS]
     ]
-
-
-def _totals(cells: Cells) -> dict[int, int]:
-    totals: dict[int, int] = {}
-    for truth, _, images in cells:
-        totals[truth] = totals.get(truth, 0) + images
-    return totals
 
 
 def number(value: Any) -> float | None:

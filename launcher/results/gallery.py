@@ -21,7 +21,6 @@ from launcher.results.sprites import SHOWN, Sheet, sheet
 from launcher.utils.redaction import redacted
 
 MOST = 250  # pictures of mistakes, and of others, that a page shows
-MATRIX_CLASSES = 2000  # more than that are no picture
 
 
 class Gallery:
@@ -58,7 +57,7 @@ class Gallery:
         """The page."""
         data = {
             "classes": self.classes,
-            "matrix": self.cells(summary) if len(self.classes) <= MATRIX_CLASSES else [],
+            "matrix": self.cells(summary) if len(self.classes) <= figures.MATRIX_CLASSES else [],
             "pictures": [self._entry(each) for each in self.shown],
             "columns": self.sheet.columns if self.sheet else 0,
             "size": [self.sheet.width, self.sheet.height] if self.sheet else [0, 0],

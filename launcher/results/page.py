@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from launcher.checkpoint.outcomes import MOST_CLASSES, SUREST, WORST, Outcomes
 from launcher.checkpoint.run_files import RunFiles
 from launcher.results import figures, html
-from launcher.results.figures import ClassRow, Filters, number
+from launcher.results.figures import Bin, ClassRow, Filters, number
 from launcher.results.html import percent
 from launcher.results.sprites import Sheet, sheet
 from launcher.utils.json_text import flatten
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # torch
     from launcher.results.gradcam import Looks
 
 MOST_EPOCHS = 100  # through which the slider of the samples goes
-MATRIX_CLASSES = 2000  # more than that are no picture: their largest confusions are a list
 FILTER_PIXELS = 48
 _CURVES = {
     "train_loss": "train/loss",
@@ -119,19 +118,17 @@ class Page:
         """That other images than the recipe's were used."""
         return redacted(str(self.run.about.get("fallback", "")))
 
-    @cached_property
+    @property
     def outcomes(self) -> Outcomes | None:
-        """Of the best epoch, or the last one where those cannot be used."""
-        return self.run.best or self.run.last
+        """Whose mistakes, pictures and calibration are shown."""
+        return self.run.outcomes
 
     @cached_property
     def classes(self) -> list[str]:
         """Names for all classes that occur."""
-        names = self.run.about.get("classes")
-        known = [str(name) for name in names] if isinstance(names, list) else []
         numbers = [n for truth, found, _ in self.cells for n in (truth, found)]
-        rest = range(len(known), max(numbers, default=-1) + 1)
-        return [redacted(name) for name in (*known, *(f"class {n}" for n in rest))]
+        total = max(len(self.run.classes), max(numbers, default=-1) + 1)
+        return [self.run.class_name(n) for n in range(total)]
 
     @property
     def best_row(self) -> dict[str, Any] | None:
@@ -180,12 +177,6 @@ class Page:
             return {}
         return {place: n for n, place in enumerate(self.outcomes.pictured.tolist())}
 
-    def _name(self, place: int) -> str:
-        found = self.outcomes
-        if found is not None and found.files.shape == found.truth.shape:
-            return redacted(str(found.files[place]))
-        return self.run.image_name(place)
-
     def _answers(self, places: NDArray[Any]) -> list[Answer]:
         return [self._answer(place) for place in places.tolist()]
 
@@ -194,7 +185,7 @@ class Page:
         assert found is not None
         truth, predicted = int(found.truth[place]), int(found.predicted[place])
         return Answer(
-            self._name(place),
+            self.run.image_name(place),
             self.classes[truth],
             self.classes[predicted],
             percent(float(found.probability[place])),
@@ -243,7 +234,7 @@ class Page:
         return {
             "epochs": epochs if places else [],
             "best": [[_scores(scores) for scores in rows[e][: len(places)]] for e in epochs],
-            "names": [self._name(place) for place in places],
+            "names": [self.run.image_name(place) for place in places],
             "truth": [self._truth(place) for place in places],
             "pictures": [self._numbers.get(place) for place in places],
         }
@@ -259,7 +250,7 @@ class Page:
             name: [number(row.get(key.format(self.run.evaluated_on))) for row in self.run.epochs]
             for name, key in _CURVES.items()
         }
-        bins, error = figures.reliability(self.outcomes) if self.outcomes else ([], 0.0)
+        bins, _ = self._reliability
         sheet = self.sheet
         return {
             "classes": self.classes,
@@ -267,14 +258,12 @@ class Page:
             "curves": curves,
             "images": self.run.images,
             "tta": f"with TTA{of_uncertain(self.run.uncertain)}",
-            "shown_epoch": self.shown_epoch,
-            "matrix": self.cells if len(self.classes) <= MATRIX_CLASSES else [],
+            "matrix": self.cells if len(self.classes) <= figures.MATRIX_CLASSES else [],
             "pictures": list(self._pictures()),
             "columns": sheet.columns if sheet else 0,
             "size": [sheet.width, sheet.height] if sheet else [0, 0],
             "samples": self.samples,
             "bins": [[b.images, round(b.probability, 4), round(b.accuracy, 4)] for b in bins],
-            "calibration_error": round(error, 4),
         }
 
     def _pictures(self) -> Iterator[list[Any]]:
@@ -286,7 +275,7 @@ class Page:
         for place in found.pictured.tolist():
             values = [number(round(float(column[place]), 4)) for column in columns]
             classes = int(found.truth[place]), int(found.predicted[place])
-            yield [self._name(place), *classes, *values]
+            yield [self.run.image_name(place), *classes, *values]
 
     @property
     def shown_epoch(self) -> int | None:
@@ -306,10 +295,14 @@ class Page:
         """The recipe file."""
         return redacted(self.run.source)
 
+    @cached_property
+    def _reliability(self) -> tuple[list[Bin], float | None]:
+        return figures.reliability(self.outcomes) if self.outcomes else ([], None)
+
     @property
     def calibration_error(self) -> float | None:
         """Of the epoch whose answers are shown."""
-        return figures.reliability(self.outcomes)[1] if self.outcomes else None
+        return self._reliability[1]
 
 
 def render(
@@ -326,11 +319,6 @@ def render(
         script=script,
         reload_seconds=reload_seconds,
     )
-
-
-def render_index(pages: Mapping[str, RunFiles]) -> bytes:
-    """A list of pages, which are named by their links."""
-    return html.render("index.html", pages=pages)
 
 
 def _epochs(numbers: list[int]) -> str:

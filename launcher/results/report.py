@@ -6,7 +6,7 @@ A page asks nothing of any other machine. Beside it lies plotly's script, which 
 import sys
 import time
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from launcher.checkpoint.run_files import RunFiles, find
 from launcher.loggers.report import page_of
 from launcher.results import html
 from launcher.results.html import SCRIPT
-from launcher.results.page import render, render_index
+from launcher.results.page import render
 from launcher.utils.arguments import Parser
 from launcher.utils.text import printable
 
@@ -49,8 +49,7 @@ def main(words: Sequence[str]) -> int:
     runs = [find(name, arguments.runs) for name in arguments.names]
     pages = places(runs, arguments.output)
     before = [_state(run) for run in runs]  # an epoch may end while the pages are written
-    looks_of = _looks_of if arguments.gradcam else _no_looks
-    first = _write_all(runs, pages, arguments.output, arguments.watch, looks_of)
+    first = _write_all(runs, pages, arguments.output, arguments.watch, arguments.gradcam)
     for path in dict.fromkeys((first, *pages)):
         sys.stdout.write(f"{printable(str(path))}\n")
     sys.stdout.flush()
@@ -80,10 +79,6 @@ def places(runs: Sequence[RunFiles], output: Path | None) -> list[Path]:
     return pages
 
 
-def _no_looks(run: RunFiles) -> "Looks | None":
-    return None
-
-
 def _looks_of(run: RunFiles) -> "Looks | None":
     from launcher.results import gradcam  # and torch
 
@@ -95,7 +90,7 @@ def _write_all(
     pages: Sequence[Path],
     output: Path | None,
     is_watched: bool,
-    looks_of: "Callable[[RunFiles], Looks | None]" = _no_looks,
+    with_looks: bool,
 ) -> Path:
     """Write the pages, their script and, for several in one folder, a list of them.
 
@@ -103,13 +98,14 @@ def _write_all(
     """
     for run, path in zip(runs, pages, strict=True):
         seconds = SECONDS if is_watched and run.state == "running" else 0
-        html.write(path, render(run, SCRIPT, seconds, looks_of(run)), instead=_INSTEAD)
+        looks = _looks_of(run) if with_looks else None
+        html.write(path, render(run, SCRIPT, seconds, looks), instead=_INSTEAD)
     for folder in dict.fromkeys(path.parent for path in pages):
         html.write_script(folder, instead=_INSTEAD)
     if output is None or len(runs) == 1:
         return pages[0]
     links = {quote(path.name): run for path, run in zip(pages, runs, strict=True)}
-    html.write(output / "index.html", render_index(links), instead=_INSTEAD)
+    html.write(output / "index.html", html.render("index.html", pages=links), instead=_INSTEAD)
     return output / "index.html"
 
 
@@ -126,7 +122,7 @@ def _watch(
         fresh = [RunFiles(run.path) for run in runs]  # what is read of one is kept by it
         found = [_state(run) for run in fresh]
         if found != seen or not is_running:
-            _write_all(fresh, pages, output, is_running)
+            _write_all(fresh, pages, output, is_running, with_looks=False)
         seen = found
         if is_running:
             time.sleep(SECONDS)

@@ -10,6 +10,8 @@ import numpy
 from numpy.typing import NDArray
 from PIL import Image
 
+from launcher.checkpoint.outcomes import as_picture
+
 MOST_BYTES = 1_200_000  # of a sheet without loss; more is a photograph's, which shows no loss
 QUALITY = 90  # of WebP, in per cent
 SHOWN = 96  # pixels on the page of a picture's longer side
@@ -38,19 +40,17 @@ class Sheet:
 
 
 def sheet(pictures: NDArray[Any], shown: int = SHOWN) -> Sheet:
-    """Of pictures, uint8 `(k, h, w, c)` with k > 0: of a grey one or another depth, one channel."""
+    """Of pictures, uint8 `(k, h, w, c)` with k > 0."""
     count, height, width, channels = pictures.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    depth = 3 if channels == 3 else 1
-    whole = numpy.zeros((rows * columns, height, width, depth), numpy.uint8)
-    whole[:count] = pictures[..., :depth]
-    whole = whole.reshape(rows, columns, height, width, depth).swapaxes(1, 2)
-    whole = whole.reshape(rows * height, columns * width, depth)
-    image = Image.fromarray(whole if depth == 3 else whole[..., 0])
+    whole = numpy.zeros((rows * columns, height, width, channels), numpy.uint8)
+    whole[:count] = pictures
+    whole = whole.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    whole = whole.reshape(rows * height, columns * width, channels)
     scale = shown / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return Sheet(_uri(image), columns, rows, *size, is_enlarged=scale >= 2)
+    return Sheet(_uri(as_picture(whole)), columns, rows, *size, is_enlarged=scale >= 2)
 
 
 def _uri(image: Image.Image) -> str:

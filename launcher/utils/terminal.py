@@ -18,11 +18,10 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 COLUMNS, HEIGHT = 60, 4  # characters
 SECONDS_OF_A_LINE = 10.0  # of progress, where there is no terminal
 SECONDS_BEFORE_A_BAR = 1.0
-WIDTH = 110  # characters of a table that goes into a file
 _shown = Lock()  # by the one bar of this process
 
 
-def make_console(page_width: int = WIDTH) -> Console:
+def make_console(page_width: int = 110) -> Console:
     """For stdout: as wide as the terminal, or so many characters where it is a file or a pipe."""
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -1,6 +1,7 @@
 """The console: on a terminal, in a log file, on other ranks."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -9,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy
+import pytest
 from rich.console import Console as RichConsole
 
+from launcher.checkpoint.run_files import RunFiles
 from launcher.config.plan import Plan
 from launcher.loggers.console import Console, LiveConsole, epoch_line, first_step_line
 from launcher.training.metrics import Best, EpochReport, Evaluation, StepReport
@@ -132,12 +135,13 @@ def _read_all(descriptor: int) -> str:
 def test_the_worst_mistakes_are_pictures_where_the_terminal_has_colours(tmp_path: Path) -> None:
     found = outcomes_of(3)
     found.write(tmp_path / "best.npz")
-    classes = ("cat", "dog\x1b[31m", "[red]frog")
+    classes = ["cat", "dog\x1b[31m", "[red]frog"]
+    (tmp_path / "run.json").write_text(json.dumps({"classes": classes}))
     shown = {}
     for system in ("truecolor", "256"):
         stream = io.StringIO()
         rich = RichConsole(file=stream, force_terminal=True, width=80, color_system=system)
-        LiveConsole(rich).mistakes(tmp_path / "best.npz", classes)
+        LiveConsole(rich).mistakes(RunFiles(tmp_path))
         shown[system] = stream.getvalue()
     assert shown["256"] == ""
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown["truecolor"])
@@ -159,22 +163,27 @@ def test_the_worst_mistakes_are_pictures_where_the_terminal_has_colours(tmp_path
 def test_without_mistakes_or_their_file_nothing_is_shown(tmp_path: Path) -> None:
     stream = io.StringIO()
     rich = RichConsole(file=stream, force_terminal=True, width=80, color_system="truecolor")
-    LiveConsole(rich).mistakes(tmp_path / "absent.npz", ("a",))
+    LiveConsole(rich).mistakes(RunFiles(tmp_path))
     found = outcomes_of(3)
     replace(found, predicted=found.truth).write(tmp_path / "best.npz")
-    LiveConsole(rich).mistakes(tmp_path / "best.npz", ("a",))
+    LiveConsole(rich).mistakes(RunFiles(tmp_path))
     plain = Console(stream)
     outcomes_of(3).write(tmp_path / "best.npz")
-    plain.mistakes(tmp_path / "best.npz", ("a", "b", "c"))
+    plain.mistakes(RunFiles(tmp_path))
     assert stream.getvalue() == ""
 
 
-def test_a_grey_or_wide_picture_is_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pixel", "shown"), [((99,), "99;99;99"), ((9, 7, 5, 255), "9;7;5"), ((9, 7), "9;9;9")]
+)
+def test_a_wide_picture_of_any_number_of_channels_is_shown(
+    pixel: tuple[int, ...], shown: str, tmp_path: Path
+) -> None:
     found = outcomes_of(3)
-    grey = numpy.full((len(found.pictured), 10, 64, 1), 99, numpy.uint8)
-    replace(found, pictures=grey).write(tmp_path / "best.npz")
+    pictures = numpy.full((len(found.pictured), 10, 64, len(pixel)), pixel, numpy.uint8)
+    replace(found, pictures=pictures).write(tmp_path / "best.npz")
     stream = io.StringIO()
     rich = RichConsole(file=stream, force_terminal=True, width=80, color_system="truecolor")
-    LiveConsole(rich).mistakes(tmp_path / "best.npz", ("a", "b"))
-    assert "38;2;99;99;99;48;2;99;99;99" in stream.getvalue()
+    LiveConsole(rich).mistakes(RunFiles(tmp_path))
+    assert f"38;2;{shown};48;2;{shown}" in stream.getvalue()
     assert "class 2" in stream.getvalue()

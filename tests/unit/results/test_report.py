@@ -276,7 +276,7 @@ def test_filters_are_those_of_the_first_convolution() -> None:
     assert first_filters(Path("absent"), None) is None
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 9, 3), (1, 4, 4, 1), (6, 8, 8, 2)])
+@pytest.mark.parametrize("shape", [(7, 5, 9, 3), (3, 5, 9, 4), (1, 4, 4, 1), (6, 8, 8, 2)])
 def test_a_sheet_holds_every_picture_as_it_is(shape: tuple[int, ...]) -> None:
     pictures = numpy.random.default_rng(1).integers(0, 256, shape).astype(numpy.uint8)
     found = sheet(pictures, shown=max(shape[1:3]))  # so that places on the page are pixels
@@ -285,7 +285,7 @@ def test_a_sheet_holds_every_picture_as_it_is(shape: tuple[int, ...]) -> None:
     for number, picture in enumerate(pictures):
         left, top = (-int(part.removesuffix("px")) for part in found.position(number).split())
         cut = whole[top : top + shape[1], left : left + shape[2]]
-        expected = picture if shape[3] == 3 else picture[..., :1].repeat(3, axis=2)
+        expected = picture[..., :3] if shape[3] in (3, 4) else picture[..., :1].repeat(3, axis=2)
         assert numpy.array_equal(cut, expected), number
 
 
