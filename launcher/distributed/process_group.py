@@ -101,8 +101,11 @@ def raise_on_all_ranks(error: UserError, world: World, timeouts: Timeouts) -> No
         raise error
     try:
         group = rendezvous(world, replace(timeouts, join=min(timeouts.join, JOIN_WITH_ERROR)))
-        with group.sync_errors():
-            raise error
+        try:
+            with group.sync_errors():
+                raise error
+        finally:  # a thread that asks the store while Python ends would abort the process
+            group.stop_heartbeat()
     except RankError:
         raise RankError(f"{_full_name(world)}: {error}", error.exit_code) from None
 
