@@ -7,6 +7,7 @@ file means the same experiment on a laptop and on 64 GPUs.
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ _OUT_OF_PLACE = {
         ),
     ),
     **dict.fromkeys(
-        ("ToTensor", "PILToTensor", "ToImage", "ToPILImage", "ConvertImageDtype", "ToDtype"),
+        ("ToTensor", "PILToTensor", "ToImage", "ToPILImage", "ConvertImageDtype"),
         ("augmentations of images, which are tensors already", "leave it out"),
     ),
     "Normalize": (
@@ -134,9 +135,9 @@ class Images:
                 expected="a tuple of augmentations",
                 instead="write augment=(flip,), with the comma, in the recipe file",
             )
+        _refuse_no_part(self.validation)
         _refuse_ill_typed(self, "data.")
         _refuse_torchvisions((*self.augment, self.mix))
-        _refuse_no_part(self.validation)
         _at_least("data.batch_size", self.batch_size, 1)
         if self.prefetch is not None:
             _at_least("data.prefetch", self.prefetch, 1)
@@ -332,7 +333,7 @@ def _refuse_no_part(validation: float | str | None) -> None:
     elif isinstance(validation, int):
         fits = validation >= 1 and not isinstance(validation, bool)
     else:
-        fits = validation is None or 0 < validation < 1
+        fits = validation is None or (isinstance(validation, Real) and 0 < validation < 1)
     if not fits:
         raise UserError(
             f"data.validation={validation}",

@@ -24,6 +24,18 @@ from launcher.utils.terminal import progress
 from launcher.utils.text import count
 
 TEST_EVERY = 5
+# What people call halves; all of the folders have to be called so, since one may be of trains.
+_HALVES = {
+    "train",
+    "training",
+    "trainset",
+    "test",
+    "testing",
+    "testset",
+    "val",
+    "valid",
+    "validation",
+}
 
 
 class Folder:
@@ -97,6 +109,7 @@ def _half(root: Path, split: str) -> Path:
             instead="type data.validation=0.1, for example",
         )
     if not (root / "train").is_dir():
+        _refuse_other_halves(root)
         return root
     others = {entry.name for entry in _visible(root) if entry.is_dir()}
     if others := others - {"train", "test", "val"}:
@@ -111,6 +124,18 @@ def _half(root: Path, split: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise _empty(root / "test")
+
+
+def _refuse_other_halves(root: Path) -> None:
+    """Refuse halves under other names, which would be taken for classes."""
+    names = sorted(entry.name for entry in _visible(root) if entry.is_dir())
+    of_training = [name for name in names if name.lower().startswith("train")]
+    if of_training and {name.lower() for name in names} <= _HALVES:
+        raise UserError(
+            f"{root} holds the folders {', '.join(names)}",
+            expected="train and test (or val), called so, with the classes in each",
+            instead=f"rename them: mv {root / of_training[0]} {root / 'train'}, for example",
+        )
 
 
 def _pictures_of_classes(half: Path) -> dict[str, list[str]]:

@@ -48,6 +48,12 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
     Raises `UserError` where it cannot be built, cannot take the images, or its output does not fit
     the classes.
     """
+    if len(data.classes) < 2:
+        raise UserError(
+            f"images of the class {data.classes[0]} alone",
+            expected="two classes at least, between which the scores decide",
+            instead="add images of another class",
+        )
     name = code_name(recipe.model)
     try:
         with seeded_draws(recipe.seed):

@@ -54,6 +54,20 @@ def test_train_and_test_folders_are_the_two_halves(tmp_path: Path, name: str) ->
     assert greys(train) == [0, 1, 2, 100, 101]
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation")])
+def test_halves_of_other_names_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        fill(tmp_path / name, {"cat": 5, "dog": 5})
+    moved = f"mv {tmp_path / names[0]} {tmp_path / 'train'}"
+    with refused("holds the folders ", "train and test (or val), called so", moved):
+        Folder(str(tmp_path))
+
+
+def test_a_class_may_be_called_like_a_half(tmp_path: Path) -> None:
+    fill(tmp_path, {"Train": 5, "car": 5})
+    assert both(tmp_path)[0].classes == ["Train", "car"]
+
+
 def test_a_test_folder_wins_over_a_validation_folder(tmp_path: Path) -> None:
     fill(tmp_path / "train", {"cat": 2})
     fill(tmp_path / "val", {"cat": 5})

@@ -225,3 +225,9 @@ def test_what_a_network_draws_as_it_is_built_follows_from_the_seed() -> None:
         for seed in (3, 3, 4)
     )
     assert one.order == two.order != other.order
+
+
+def test_a_single_class_is_refused() -> None:
+    """Its loss is 0, and no image is classified wrongly."""
+    with refused("images of the class disk alone", "two classes at least"):
+        context_of(tiny_recipe(data={"source": partial(Synthetic, classes=1, count=20)}))
