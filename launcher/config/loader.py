@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import resolve
+from launcher.distributed.accelerator import has_accelerator, reset_accelerator
 from launcher.errors import UserError
 from launcher.utils.redaction import cleaned
 from launcher.utils.user_code import seeded_draws
@@ -94,6 +97,7 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
     if str(folder.parent) not in sys.path:
         sys.path.append(str(folder.parent))  # and as those of a package: recipes.simplecnn
     before = {name.partition(".")[0] for name in sys.modules}  # recipes is one of them
+    had_accelerator = has_accelerator()
     try:
         with seeded_draws():  # of the weights of a teacher, say
             exec(compile(source, str(path), "exec"), module.__dict__)
@@ -116,7 +120,21 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
     finally:
         new = (name for name in [*sys.modules] if name not in before and "." not in name)
         _neighbours.update((name, folder) for name in new if _is_in(name, folder))
+    if has_accelerator() and not had_accelerator:
+        _refuse_accelerator(path)
     return module
+
+
+def _refuse_accelerator(path: Path) -> None:
+    """The launcher makes its own, in the recipe's precision: two of them do not agree."""
+    reset_accelerator()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    raise UserError(
+        f"{path} starts an Accelerator or a process group of its own",
+        expected="a file that says what to train: the launcher starts them",
+        instead="leave out Accelerator() and init_process_group(), and write precision= in Recipe",
+    )
 
 
 def _forget_other_neighbours(folder: Path) -> None:

@@ -211,6 +211,14 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
+def has_accelerator() -> bool:
+    """Whether this process has an Accelerator already, or a process group of torch."""
+    from torch import distributed
+
+    state = sys.modules.get("accelerate.state")  # which takes long to import
+    return bool(state and state.PartialState._shared_state) or distributed.is_initialized()
+
+
 def reset_accelerator() -> None:
     """Let the next training of this process choose its precision: Accelerate keeps the first."""
     from accelerate.state import AcceleratorState

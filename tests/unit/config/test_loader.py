@@ -272,6 +272,23 @@ def test_transforms_that_have_no_place_are_answered_with_what_has(
         loader.load(written(tmp_path, imports + text))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from accelerate import Accelerator; Accelerator(mixed_precision='bf16')",
+        "import torch; torch.distributed.init_process_group('gloo', init_method='file://{}/met', "
+        "rank=0, world_size=1)",
+    ],
+)
+def test_an_accelerator_or_a_process_group_of_its_own_is_refused(tmp_path: Path, line: str) -> None:
+    text = f"{GOOD}\n{line.format(tmp_path)}\n"
+    for _ in range(2):  # nothing of the first time is left
+        with refused("mine.py starts an Accelerator or a process group", "precision= in Recipe"):
+            loader.load(written(tmp_path, text))
+        (tmp_path / "met").unlink(missing_ok=True)
+    assert loader.load(written(tmp_path, GOOD)).recipe.epochs == 1
+
+
 def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
     text = GOOD.replace("epochs=1", "epochs=numpy.int64(2), clip_norm=numpy.float32(1)")
     text = text.replace("mean=(0.5,)", "mean=[numpy.float32(0.5)], root=Path('data')")
