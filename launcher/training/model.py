@@ -200,6 +200,12 @@ def place_network(
     network = _in_pure_precision(network.to(accelerator.device), recipe)
     before = _attributes(network)
     placed = _choose_memory_format(network, recipe, accelerator, data)
+    if hidden := _hidden_layers(network):
+        note = (
+            f"layers in {some(hidden)} of {short_name(recipe.model)} are neither trained nor "
+            "saved: write nn.ModuleList([...]) for [...], or nn.ModuleDict, if they are to be"
+        )
+        placed = replace(placed, notes=(*placed.notes, note))
     after = _attributes(network)
     if after == before:
         return placed
@@ -214,6 +220,20 @@ def place_network(
         "keep in buffers (register_buffer) what lasts from step to step"
     )
     return replace(placed, notes=(*placed.notes, note))
+
+
+def _hidden_layers(network: nn.Module) -> list[str]:
+    """The attributes whose layers torch does not see, since they stand in a list or the like."""
+    known = set(network.modules())
+    found = {
+        f"{name}.{attribute}".lstrip("."): None
+        for name, module in network.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute[0] != "_" and isinstance(value, list | tuple | dict)
+        for item in (value.values() if isinstance(value, dict) else value)
+        if isinstance(item, nn.Module) and item not in known
+    }
+    return list(found)
 
 
 def _attributes(network: nn.Module) -> dict[str, Any]:

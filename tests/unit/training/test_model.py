@@ -231,3 +231,21 @@ def test_a_single_class_is_refused() -> None:
     """Its loss is 0, and no image is classified wrongly."""
     with refused("images of the class disk alone", "two classes at least"):
         context_of(tiny_recipe(data={"source": partial(Synthetic, classes=1, count=20)}))
+
+
+class Listing(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = [nn.Linear(10, 10), nn.Linear(10, 10)]
+        self.known = [*self.layers]
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = super().forward(images)
+        for block in self.blocks:
+            scores = block(scores)
+        return scores
+
+
+def test_layers_that_torch_does_not_see_are_named_in_a_note() -> None:
+    (note,) = context_of(tiny_recipe(model=Listing)).notes
+    assert note.startswith("layers in blocks of Listing are neither trained nor saved: write nn.Mo")
