@@ -354,7 +354,15 @@ def _call(source: Source, root: str, half: str, download: bool) -> Any:
                 instead="write a function with `train` that returns one half or the other",
             )
         arguments["split"] = half
-    own = source.keywords.get("root", root) if isinstance(source, partial) else root
+    keywords = source.keywords if isinstance(source, partial) else {}
+    chooser = "train" if has_train else "split"
+    if chooser in keywords:
+        raise UserError(
+            f"data.source={short_name(source)} with {chooser}={keywords[chooser]!r}",
+            expected="a source that is asked for its training images, and for those for testing",
+            instead=f"leave {chooser} out of partial(...) in the recipe file",
+        )
+    own = keywords.get("root", root)
     if own != root:
         raise UserError(
             f"data.source={short_name(source)} with root={own!r}, while data.root={root!r}",

@@ -69,7 +69,8 @@ threading.Thread(target=interrupt, daemon=True).start()
 words = "data.root=nowhere", "data.fallback.count=6400", "epochs=500"
 result = train(RECIPE, *words, name="long", wandb="off")
 print(result.stopped, signal.getsignal(signal.SIGINT) is before)
-train(RECIPE, *words, name="long", wandb="off", resume=True, max_steps=1)
+step = max(int(p.name.removeprefix("step-")) for p in Path("runs/long/checkpoints").iterdir())
+train(RECIPE, *words, name="long", wandb="off", resume=True, max_steps=step + 1)
 """
 
 

@@ -949,6 +949,17 @@ def test_a_smoke_test_has_small_images_of_the_same_shape(
     assert smoke.fallback is None
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [(partial(CIFAR10, train=False), "train"), (partial(SVHN, split="x"), "split")],
+)
+def test_a_source_of_which_the_recipe_chooses_a_half_is_refused(
+    source: Any, said: str, tmp_path: Path
+) -> None:
+    with refused(f" with {said}=", f"leave {said} out"):
+        sources.load(images_of(source, tmp_path))
+
+
 def test_a_source_of_a_published_ones_name_has_its_own_shape(tmp_path: Path) -> None:
     own = type("MNIST", (Synthetic,), {"__module__": "mine"})
     assert sources.known_counts(images_of(MNIST, tmp_path)) == (60_000, 10_000)
