@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher import Images, Packed, Recipe, flip
 from launcher.config.plan import Plan
-from launcher.data.packed import MANIFEST, Manifest, PackedHalf, file_of
+from launcher.data.packed import MANIFEST, Manifest, PackedSplit, file_of
 from launcher.loggers.console import Console
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils.text import spread
@@ -106,7 +106,7 @@ def write_pack(folder: Path, gigabytes: float) -> int:
         labels = random.integers(0, CLASSES, count, "<i8").tobytes()
         file_of(folder, half, "labels").write_bytes(labels)
     names = tuple(map(str, range(CLASSES)))
-    halves = {half: PackedHalf(count, "", "", "") for half, count in counts.items()}
+    halves = {half: PackedSplit(count, "", "", "") for half, count in counts.items()}
     text = Manifest("random bytes", shape, names, halves).text()
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return counts["train"]

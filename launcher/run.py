@@ -422,7 +422,7 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
     """What is trained, in words: for the header, `--dry-run` and `run.json`."""
     note = loaded.note.strip().splitlines()[:1]
     name = short_name(loaded.recipe.model)
-    numbers = [f"{len(half):,} {name}" for name, half in data.halves.items()]
+    numbers = [f"{len(split):,} {name}" for name, split in data.splits.items()]
     sizes = f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
     height, width, _ = data.train.shape
     sizes += f" of {height} x {width} pixels"

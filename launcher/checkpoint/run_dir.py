@@ -116,7 +116,7 @@ class RunDir:
         _write_json(self.path / "test.json", figures)
 
     def keep_held_out(self, places: Sequence[int]) -> None:
-        """Write which images of the source's training half validate.
+        """Write which images of the source's training split validate.
 
         Raises `UserError` where nothing can be written.
         """

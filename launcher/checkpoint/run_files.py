@@ -89,7 +89,7 @@ class RunFiles:
 
     @cached_property
     def held_out(self) -> list[int]:
-        """Where the validation images stood in the training half of the source, if there."""
+        """Where the validation images stood in the training split of the source, if there."""
         images = json_text.read_object(self.path / "validation.json").get("images")
         return [n for n in images if isinstance(n, int)] if isinstance(images, list) else []
 

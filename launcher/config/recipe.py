@@ -92,7 +92,7 @@ class Images:
     on disk nor reachable; without one that is an error.
 
     `validation` holds training images out, by the recipe's seed and class by class: a fraction of
-    them, a number, or a fold such as 2/5; or it names the source's own validation half. After each
+    them, a number, or a fold such as 2/5; or it names the source's own validation split. After each
     epoch those are evaluated, and the test images only at the end of the run.
 
     `tier` says where the images are during the training: in the memory of the device; in the
@@ -338,7 +338,7 @@ def _refuse_no_part(validation: float | str | None) -> None:
         raise UserError(
             f"data.validation={validation}",
             expected="a number of images, a fraction of the training images in (0, 1), a fold "
-            "such as 2/5, or the name of the source's own validation half",
+            "such as 2/5, or the name of the source's own validation split",
             instead="type data.validation=0.1, for example",
         )
 

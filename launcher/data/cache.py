@@ -66,11 +66,11 @@ def _read(data: Images, seed: int) -> Data:
 def _written(loaded: Data) -> Iterator[str]:
     """Write the images into a file; yields where it is while it is open, empty if that failed."""
     content = {
-        "halves": {
-            name: (_as_content(half.images), half.labels, half.files, half.left_out)
-            for name, half in loaded.halves.items()
+        "splits": {
+            name: (_as_content(split.images), split.labels, split.files, split.left_out)
+            for name, split in loaded.splits.items()
         },
-        "classes": loaded.train.classes,  # all halves have the same: `sources.check`
+        "classes": loaded.train.classes,  # all splits have the same: `sources.check`
         "name": loaded.name,
         "fallback": loaded.fallback,
         "held_out": loaded.held_out,
@@ -97,16 +97,16 @@ def _map(place: str) -> Data | None:
         content = torch.load(path, mmap=True, weights_only=True)
     except (OSError, RuntimeError):
         return None
-    halves = {
+    splits = {
         name: ImageSet(_from_content(images), labels, content["classes"], files, left_out)
-        for name, (images, labels, files, left_out) in content["halves"].items()
+        for name, (images, labels, files, left_out) in content["splits"].items()
     }
     return Data(
-        halves["training"],
-        halves["test"],
+        splits["training"],
+        splits["test"],
         content["name"],
         content["fallback"],
-        halves.get("validation"),
+        splits.get("validation"),
         content["held_out"],
         content["digest"],
     )

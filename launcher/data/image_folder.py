@@ -24,7 +24,7 @@ from launcher.utils.terminal import progress
 from launcher.utils.text import count
 
 TEST_EVERY = 5
-# What people call halves; all of the folders have to be called so, since one may be of trains.
+# What people call splits; all of the folders have to be called so, since one may be of trains.
 _HALVES = {
     "train",
     "training",
@@ -57,18 +57,18 @@ class Folder:
         size: int = 32,
         scaled_to: int | None = None,
     ) -> None:
-        """Find the pictures of one half: train, test or val."""
+        """Find the pictures of one split: train, test or val."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
         refuse_smaller_scale(size, scaled_to)
-        half = _half(Path(root), split)
-        names = _pictures_of_classes(half)
-        if half == Path(root):
-            _refuse_few(half, names)
+        folder = _folder_of(Path(root), split)
+        names = _pictures_of_classes(folder)
+        if folder == Path(root):
+            _refuse_few(folder, names)
             names = {of_class: _chosen(files, split) for of_class, files in names.items()}
         if not names:
-            raise _empty(half)
-        inside = "" if half == Path(root) else half.name
+            raise _empty(folder)
+        inside = "" if folder == Path(root) else folder.name
         self.classes = list(names)
         counts = [len(files) for files in names.values()]
         self.targets = numpy.repeat(numpy.arange(len(names)), counts)
@@ -80,7 +80,7 @@ class Folder:
         self.encoded = Encoded(
             torch.arange(len(self.files)), root, tuple(self.files), size, scaled_to or size
         )
-        self.root = str(half)
+        self.root = str(folder)
 
     @cached_property
     def data(self) -> Any:
@@ -95,7 +95,7 @@ def margin_of_source(source: Source, size: int) -> float:
     return margin_of(size, scaled_to or size)
 
 
-def _half(root: Path, split: str) -> Path:
+def _folder_of(root: Path, split: str) -> Path:
     if split == "val" and not all((root / name).is_dir() for name in ("train", "val", "test")):
         raise UserError(
             f"data.validation=val, but {root} does not have the folders train, val and test",
@@ -109,7 +109,7 @@ def _half(root: Path, split: str) -> Path:
             instead="type data.validation=0.1, for example",
         )
     if not (root / "train").is_dir():
-        _refuse_other_halves(root)
+        _refuse_other_splits(root)
         return root
     others = {entry.name for entry in _visible(root) if entry.is_dir()}
     if others := others - {"train", "test", "val"}:
@@ -126,8 +126,8 @@ def _half(root: Path, split: str) -> Path:
     raise _empty(root / "test")
 
 
-def _refuse_other_halves(root: Path) -> None:
-    """Refuse halves under other names, which would be taken for classes."""
+def _refuse_other_splits(root: Path) -> None:
+    """Refuse splits under other names, which would be taken for classes."""
     names = sorted(entry.name for entry in _visible(root) if entry.is_dir())
     of_training = [name for name in names if name.lower().startswith("train")]
     if of_training and {name.lower() for name in names} <= _HALVES:
@@ -138,15 +138,15 @@ def _refuse_other_halves(root: Path) -> None:
         )
 
 
-def _pictures_of_classes(half: Path) -> dict[str, list[str]]:
+def _pictures_of_classes(folder: Path) -> dict[str, list[str]]:
     """The names of the pictures in each folder, both in order."""
-    folders = sorted(entry.name for entry in _visible(half) if entry.is_dir())
+    folders = sorted(entry.name for entry in _visible(folder) if entry.is_dir())
     names = {}
-    with progress(f"scanning {half}", len(folders), "class folder") as advance:
+    with progress(f"scanning {folder}", len(folders), "class folder") as advance:
         for name in folders:
-            names[name] = _names_in(half / name)
+            names[name] = _names_in(folder / name)
             advance(1)
-            signals.end_if_stopped(f"the scan of {half}")
+            signals.end_if_stopped(f"the scan of {folder}")
     return names
 
 
@@ -190,7 +190,7 @@ def _refuse_few(folder: Path, names: dict[str, list[str]]) -> None:
 
 
 def _chosen(names: list[str], split: str) -> list[str]:
-    """Those of a class that are for one half."""
+    """Those of a class that are for one split."""
     every = TEST_EVERY
     return [n for i, n in enumerate(names) if (i % every == every - 1) == (split == "test")]
 

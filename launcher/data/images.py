@@ -75,7 +75,7 @@ class ImageSet:
 class Data:
     """Training and test images, and those for validation where the recipe has some.
 
-    `held_out` are the places of the validation images in the source's training half, where they
+    `held_out` are the places of the validation images in the source's training split, where they
     are from there. `fallback` says why the images are not those that were asked for. `digest` tells
     the source's images from others, wherever they are kept now; empty where nobody has looked.
     """
@@ -99,18 +99,18 @@ class Data:
         return "test" if self.validation is None else "val"
 
     @property
-    def halves(self) -> dict[str, ImageSet]:
+    def splits(self) -> dict[str, ImageSet]:
         """All images under the names of what they are for."""
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"training": self.train, **validation, "test": self.test}
 
     def to(self, device: torch.device) -> "Data":
         """The same images on another device."""
-        return self.each(lambda half, name: half.to(device))
+        return self.each(lambda split, name: split.to(device))
 
     def each(self, change: Callable[[ImageSet, str], ImageSet]) -> "Data":
-        """With each half changed; `change` is also given its name in `halves`."""
-        changed = {name: change(half, name) for name, half in self.halves.items()}
+        """With each split changed; `change` is also given its name in `splits`."""
+        changed = {name: change(split, name) for name, split in self.splits.items()}
         train, test = changed["training"], changed["test"]
         return replace(self, train=train, test=test, validation=changed.get("validation"))
 
@@ -122,16 +122,16 @@ def digest_of(data: Data, left_out: Iterable[tuple[str, ...]]) -> str:
     same ones that stay on another machine's disk.
     """
     whole = blake2b(repr(list(left_out)).encode(), digest_size=8)
-    for half in data.halves.values():
-        whole.update(repr((tuple(half.images.shape), half.classes)).encode())
-        whole.update(half.labels.cpu().numpy().tobytes())
-        whole.update(_sample(half))
+    for split in data.splits.values():
+        whole.update(repr((tuple(split.images.shape), split.classes)).encode())
+        whole.update(split.labels.cpu().numpy().tobytes())
+        whole.update(_sample(split))
     return whole.hexdigest()
 
 
-def _sample(half: ImageSet) -> bytes:
+def _sample(split: ImageSet) -> bytes:
     """Of less than a thousand images, since each may be a file on a server of files."""
-    some = range(0, len(half), max(1, len(half) // 500))
-    if isinstance(half.images, Tensor):
-        return half.images[:: some.step].cpu().numpy().tobytes()
-    return half.images.contents(list(some))
+    some = range(0, len(split), max(1, len(split) // 500))
+    if isinstance(split.images, Tensor):
+        return split.images[:: some.step].cpu().numpy().tobytes()
+    return split.images.contents(list(some))

@@ -101,12 +101,12 @@ def _files(root: Path, manifest: Manifest) -> dict[Path, str]:
     """All files of a pack but the manifest, with their digests."""
     return {
         file_of(root, name, kind): digest
-        for name, half in manifest.halves.items()
+        for name, split in manifest.splits.items()
         for kind, digest in {
-            "labels": half.labels,
-            "images" if manifest.shape else "pictures": half.images,
-            "offsets": half.offsets,
-            "names": half.names,
+            "labels": split.labels,
+            "images" if manifest.shape else "pictures": split.images,
+            "offsets": split.offsets,
+            "names": split.names,
         }.items()
         if digest
     }

@@ -1,9 +1,10 @@
 """Images in one file, which is mapped: `launcher pack` writes it, `Packed` reads it.
 
-A folder holds for each half `HALF.labels`, int64 `(n,)`, and its images. If they have one size,
-`HALF.images`, uint8 `(n, h, w, c)` without a header. If they are encoded, `HALF.pictures`, the
-bytes of one picture behind those of the other; `HALF.offsets`, int64 `(n + 1,)`, where each begins;
-and `HALF.names`, that of the file each was, with a zero byte behind it. Numbers are little-endian.
+A folder holds for each split `SPLIT.labels`, int64 `(n,)`, and its images. If they have one size,
+`SPLIT.images`, uint8 `(n, h, w, c)` without a header. If they are encoded, `SPLIT.pictures`, the
+bytes of one picture behind those of the other; `SPLIT.offsets`, int64 `(n + 1,)`, where each
+begins; and `SPLIT.names`, that of the file each was, with a zero byte behind it. Numbers are
+little-endian.
 `pack.json` is written last and says what belongs to it: so a pack that was interrupted is none.
 """
 
@@ -29,11 +30,11 @@ VERSION = 1  # of what the files mean
 
 
 @dataclass(frozen=True)
-class PackedHalf:
-    """What the manifest says of one half.
+class PackedSplit:
+    """What the manifest says of one split.
 
-    `images` (of `HALF.images` or `HALF.pictures`), `labels`, `offsets` and `names` are the digests
-    of its files, and `listed` that of the source's list from which they were made (`packing`).
+    `images` (of `SPLIT.images` or `SPLIT.pictures`), `labels`, `offsets` and `names` are the
+    digests of its files, and `listed` that of the source's list, by `packing`.
     `skipped` are the pictures that could not be read, and `bytes` those of the encoded ones.
     """
 
@@ -54,7 +55,7 @@ class Manifest:
     source: str
     shape: tuple[int, int, int] | None
     classes: tuple[str, ...]
-    halves: dict[str, PackedHalf]
+    splits: dict[str, PackedSplit]
     version: int = VERSION
 
     def text(self) -> str:
@@ -82,29 +83,29 @@ class Packed:
         size: int | None = None,
         scaled_to: int | None = None,
     ) -> None:
-        """Map the images of one half: train, test, or another one that was packed."""
+        """Map the images of one split: train, test, or another one that was packed."""
         if not Path(root).is_dir():
             raise FileNotFoundError(root)
         manifest = read_manifest(Path(root))
-        half = manifest.halves.get(split)
-        if half is None:
+        about = manifest.splits.get(split)
+        if about is None:
             raise UserError(
-                f"{root}, a pack without the half {split!r}",
-                expected=f"one of {', '.join(manifest.halves)}",
+                f"{root}, a pack without the split {split!r}",
+                expected=f"one of {', '.join(manifest.splits)}",
                 instead="pack it from a source that has it, or type data.validation=0.1",
             )
         self.root = root
         self.classes = list(manifest.classes)
-        self.targets = _numbers(file_of(Path(root), split, "labels"), half.count)
+        self.targets = _numbers(file_of(Path(root), split, "labels"), about.count)
         self.encoded: Encoded | None = None
         if manifest.shape is None:
             size = 32 if size is None else size
             refuse_smaller_scale(size, scaled_to)
-            self.encoded = _joined(Path(root), split, half, size, scaled_to or size)
+            self.encoded = _joined(Path(root), split, about, size, scaled_to or size)
         else:
             _refuse_other(root, manifest.shape, size, scaled_to)
             self.path = str(file_of(Path(root), split, "images"))
-            self.data = map_file(self.path, (half.count, *manifest.shape))
+            self.data = map_file(self.path, (about.count, *manifest.shape))
 
 
 def _refuse_other(
@@ -121,28 +122,28 @@ def _refuse_other(
         )
 
 
-def _joined(root: Path, name: str, half: PackedHalf, size: int, scaled_to: int) -> Joined:
+def _joined(root: Path, name: str, split: PackedSplit, size: int, scaled_to: int) -> Joined:
     """Raises `UserError` for offsets that are none of the pictures, and for too few names."""
     path = file_of(root, name, "pictures")
-    pictures = map_file(str(path), (half.bytes,))
-    offsets = _numbers(file_of(root, name, "offsets"), half.count + 1)
+    pictures = map_file(str(path), (split.bytes,))
+    offsets = _numbers(file_of(root, name, "offsets"), split.count + 1)
     ends = [int(offsets[0]), int(offsets[-1])]
-    if ends != [0, half.bytes] or not bool((offsets[1:] > offsets[:-1]).all()):
+    if ends != [0, split.bytes] or not bool((offsets[1:] > offsets[:-1]).all()):
         how = (
-            "do not increase" if ends == [0, half.bytes] else f"go from {ends[0]:,} to {ends[1]:,}"
+            "do not increase" if ends == [0, split.bytes] else f"go from {ends[0]:,} to {ends[1]:,}"
         )
         raise UserError(
             f"{file_of(root, name, 'offsets')}, whose numbers {how}",
-            expected=f"where each picture begins in the {half.bytes:,} bytes of {path}",
+            expected=f"where each picture begins in the {split.bytes:,} bytes of {path}",
             instead="pack it again into another folder",
         )
-    names = _names(file_of(root, name, "names"), half.count)
-    return Joined(torch.arange(half.count), str(path), names, size, scaled_to, pictures, offsets)
+    names = _names(file_of(root, name, "names"), split.count)
+    return Joined(torch.arange(split.count), str(path), names, size, scaled_to, pictures, offsets)
 
 
-def file_of(root: Path, half: str, kind: str) -> Path:
-    """Where the images, labels, pictures, offsets or names of a half are."""
-    return root / f"{half}.{kind}"
+def file_of(root: Path, split: str, kind: str) -> Path:
+    """Where the images, labels, pictures, offsets or names of a split are."""
+    return root / f"{split}.{kind}"
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -168,20 +169,27 @@ def _checked(content: dict[str, Any]) -> Manifest:
     if content["shape"] is not None:
         height, width, channels = map(_number, content["shape"])
         shape = height, width, channels
-    classes, halves = content["classes"], dict[str, PackedHalf]()
-    for name, about in content["halves"].items():
-        half = PackedHalf(**{**about, "skipped": tuple(about["skipped"])})
-        texts = (half.images, half.labels, half.listed, half.offsets, half.names, *half.skipped)
+    classes, splits = content["classes"], dict[str, PackedSplit]()
+    for name, about in content["splits"].items():
+        split = PackedSplit(**{**about, "skipped": tuple(about["skipped"])})
+        texts = (
+            split.images,
+            split.labels,
+            split.listed,
+            split.offsets,
+            split.names,
+            *split.skipped,
+        )
         if not name.isidentifier() or not all(isinstance(text, str) for text in texts):
             raise ValueError(name)  # as one with a path out of the folder
-        _number(half.count)
+        _number(split.count)
         if shape is None:
-            _number(half.bytes)
-        halves[name] = half
+            _number(split.bytes)
+        splits[name] = split
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(classes)
     source = str(content["source"])
-    return Manifest(source, shape, tuple(classes), halves)
+    return Manifest(source, shape, tuple(classes), splits)
 
 
 def _number(value: Any) -> int:

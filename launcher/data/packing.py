@@ -1,8 +1,8 @@
 """`launcher pack`: images of a source are put once into files that a training maps (`packed`).
 
-Chunk after chunk is read in all cores, and decoded into HALF.images; encoded ones are decoded to
-check them, and appended to HALF.pictures as they are. After each, pack.partial.json says how far it
-is: so a pack that ends early, however it ends, goes on from there when the same command is typed
+Chunk after chunk is read in all cores, and decoded into SPLIT.images; encoded ones are decoded to
+check them, and appended to SPLIT.pictures as they are. After each, pack.partial.json says how far
+it is: so a pack that ends early, however it ends, goes on from there when the same command is typed
 again. Typed again for one that is whole, it compares the files with their digests.
 """
 
@@ -41,7 +41,7 @@ from launcher.data.packed import (
     MANIFEST,
     VERSION,
     Manifest,
-    PackedHalf,
+    PackedSplit,
     file_of,
     read_manifest,
 )
@@ -72,7 +72,7 @@ _Chunk = tuple[range, Iterable[tuple[str, bytes | memoryview]], list[int]]
 
 @dataclass(frozen=True)
 class _Done:
-    """How far one half is; `skipped` are the places of broken pictures among those read.
+    """How far one split is; `skipped` are the places of broken pictures among those read.
 
     `written` are the bytes and the digest of each of its files.
     """
@@ -93,23 +93,23 @@ class _Job:
     """What is packed into which folder."""
 
     source: str  # as a reader knows it
-    halves: dict[str, ImageSet]
+    splits: dict[str, ImageSet]
     out: Path
     encoded: bool
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """Height, width and channels of what is decoded."""
-        return None if self.encoded else self.halves["train"].shape
+        return None if self.encoded else self.splits["train"].shape
 
     @property
     def image_bytes(self) -> int:
         """The bytes of one decoded image."""
-        return math.prod(self.halves["train"].shape)
+        return math.prod(self.splits["train"].shape)
 
     @property
     def grow(self) -> tuple[str, ...]:
-        """The files of a half to which each chunk is appended."""
+        """The files of a split to which each chunk is appended."""
         return ("pictures", "offsets") if self.encoded else ("images",)
 
     @property
@@ -122,7 +122,7 @@ class _Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a pack to go on."""
-        classes = list(self.halves["train"].classes)
+        classes = list(self.splits["train"].classes)
         shape = list(self.shape) if self.shape else None
         about = {"source": self.source, "shape": shape, "classes": classes}
         return {"version": VERSION, **about, "chunk": self.chunk}
@@ -153,10 +153,10 @@ def main(words: Sequence[str]) -> int:
             expected="a folder that is not among the pictures",
             instead="name one beside it",
         )
-    halves = _halves(_opened(chosen), chosen.validation)
+    splits = _splits(_opened(chosen), chosen.validation)
     # Encoded pictures are the same whatever size a recipe has them decoded to.
     source = function_of(chosen.source) if arguments.encoded else chosen.source
-    job = _Job(_described(source, root), halves, arguments.out, arguments.encoded)
+    job = _Job(_described(source, root), splits, arguments.out, arguments.encoded)
     if (job.out / MANIFEST).exists():
         _verify(job)
     else:
@@ -174,13 +174,13 @@ def _images_of(word: str, size: int | None, root: str | None) -> Images:
                 expected="the pictures in the folder that is named first",
                 instead="leave out --root",
             )
-        has_own = all((path / half).is_dir() for half in ("train", "val", "test"))
+        has_own = all((path / split).is_dir() for split in ("train", "val", "test"))
         return _made_of(Folder, word, size, "val" if has_own else None)
     if path.suffix == ".py" or path.exists():
         data = loader.load(path).recipe.data
         named = data.validation if isinstance(data.validation, str) else ""
-        half = None if not named or parse_fold(named) else named
-        return _made_of(data.source, root or data.root, size, half)
+        split = None if not named or parse_fold(named) else named
+        return _made_of(data.source, root or data.root, size, split)
     return _made_of(_of_torchvision(word), root or "data", size, None)
 
 
@@ -251,10 +251,10 @@ def _opened(images: Images) -> Data:
         raise UserError(error.given, expected=error.expected, instead=instead) from None
 
 
-def _halves(data: Data, validation: float | str | None) -> dict[str, ImageSet]:
-    sources.check_halves(data, data.name)
-    halves = {"train": data.train, "test": data.test}
-    return halves if data.validation is None else {**halves, str(validation): data.validation}
+def _splits(data: Data, validation: float | str | None) -> dict[str, ImageSet]:
+    sources.check_splits(data, data.name)
+    splits = {"train": data.train, "test": data.test}
+    return splits if data.validation is None else {**splits, str(validation): data.validation}
 
 
 def _refuse_no_folder(out: Path) -> None:
@@ -299,10 +299,10 @@ def _pack(job: _Job, *, skips: bool) -> None:
     try:
         with _locked(job.out):
             done = _begun(job)
-            with progress("packing", sum(map(len, job.halves.values())), "image") as advance:
-                halves = {name: _packed(job, name, done, skips, advance) for name in job.halves}
-            classes = job.halves["train"].classes
-            manifest = Manifest(job.source, job.shape, classes, halves)
+            with progress("packing", sum(map(len, job.splits.values())), "image") as advance:
+                splits = {name: _packed(job, name, done, skips, advance) for name in job.splits}
+            classes = job.splits["train"].classes
+            manifest = Manifest(job.source, job.shape, classes, splits)
             atomic_write.replace(job.out / MANIFEST, manifest.text().encode())
             for name in (PARTIAL, LOCK):
                 (job.out / name).unlink(missing_ok=True)
@@ -314,15 +314,15 @@ def _pack(job: _Job, *, skips: bool) -> None:
 
 
 def _begun(job: _Job) -> dict[str, _Done]:
-    """How far each half is. Raises `UserError` where that is a pack of something else."""
+    """How far each split is. Raises `UserError` where that is a pack of something else."""
     path = job.out / PARTIAL
     if not path.exists():
-        return {name: _Done() for name in job.halves}
+        return {name: _Done() for name in job.splits}
     try:
         content = json_text.read(path)
-        done = {name: _as_done(about) for name, about in content.pop("halves").items()}
-        same = content == job.identity and done.keys() == job.halves.keys()
-        same = same and all(d.read <= len(job.halves[name]) for name, d in done.items())
+        done = {name: _as_done(about) for name, about in content.pop("splits").items()}
+        same = content == job.identity and done.keys() == job.splits.keys()
+        same = same and all(d.read <= len(job.splits[name]) for name, d in done.items())
         found = f"{content['source']}, {_form(content['shape'])}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -346,18 +346,18 @@ def _as_done(about: dict[str, Any]) -> _Done:
 
 
 def _listed(job: _Job, name: str, places: int) -> str:
-    """The digest of the first images of a half as the source lists them."""
-    whole, half = blake2b(digest_size=16), job.halves[name]
+    """The digest of the first images of a split as the source lists them."""
+    whole, split = blake2b(digest_size=16), job.splits[name]
     for part in _parts(0, places, job.chunk):
-        _list(whole, half, part)
+        _list(whole, split, part)
     return whole.hexdigest()
 
 
-def _list(whole: Any, half: ImageSet, part: range) -> None:
+def _list(whole: Any, split: ImageSet, part: range) -> None:
     """Add a chunk: its labels, the names of its files, and what is in the first of them."""
-    whole.update(half.labels[part.start : part.stop].numpy().tobytes())
-    whole.update("\0".join(half.files[part.start : part.stop]).encode(errors="surrogateescape"))
-    whole.update(as_stored(half.images).contents([part.start]))
+    whole.update(split.labels[part.start : part.stop].numpy().tobytes())
+    whole.update("\0".join(split.files[part.start : part.stop]).encode(errors="surrogateescape"))
+    whole.update(as_stored(split.images).contents([part.start]))
 
 
 def _parts(start: int, stop: int, chunk: int) -> list[range]:
@@ -365,7 +365,7 @@ def _parts(start: int, stop: int, chunk: int) -> list[range]:
 
 
 def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
-    needed = sum(_bytes_left(job, half, done[name].read) for name, half in job.halves.items())
+    needed = sum(_bytes_left(job, split, done[name].read) for name, split in job.splits.items())
     place = next(
         path for path in (job.out.absolute(), *job.out.absolute().parents) if path.is_dir()
     )
@@ -380,14 +380,14 @@ def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
         )
 
 
-def _bytes_left(job: _Job, half: ImageSet, read: int) -> int:
-    """How many bytes of a half are still to be written."""
-    if not isinstance(half.images, Encoded) or not job.encoded:
-        return (len(half) - read) * job.image_bytes + 8 * len(half)
-    total = 16 * len(half) + 8 + len(_names(half.files))
-    for name in half.files[read:]:
+def _bytes_left(job: _Job, split: ImageSet, read: int) -> int:
+    """How many bytes of a split are still to be written."""
+    if not isinstance(split.images, Encoded) or not job.encoded:
+        return (len(split) - read) * job.image_bytes + 8 * len(split)
+    total = 16 * len(split) + 8 + len(_names(split.files))
+    for name in split.files[read:]:
         with suppress(OSError):  # it is broken
-            total += Path(half.images.root, name).stat().st_size
+            total += Path(split.images.root, name).stat().st_size
     return total
 
 
@@ -411,14 +411,14 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _packed(
     job: _Job, name: str, done: dict[str, _Done], skips: bool, advance: Advance
-) -> PackedHalf:
-    """Write what is left of a half, and note each chunk in `done` and on disk."""
-    half = job.halves[name]
+) -> PackedSplit:
+    """Write what is left of a split, and note each chunk in `done` and on disk."""
+    split = job.splits[name]
 
     def note(state: _Done) -> None:
         done[name] = state
-        halves = {other: asdict(about) for other, about in done.items()}
-        content = json.dumps({**job.identity, "halves": halves})
+        splits = {other: asdict(about) for other, about in done.items()}
+        content = json.dumps({**job.identity, "splits": splits})
         atomic_write.replace(job.out / PARTIAL, content.encode())
 
     if not (job.out / PARTIAL).exists():
@@ -440,13 +440,13 @@ def _packed(
                 file.keep(0)
         listed = blake2b(digest_size=16)
         for part in _parts(0, state.read, job.chunk):
-            _list(listed, half, part)
+            _list(listed, split, part)
         advance(state.read)
-        parts = _parts(state.read, len(half), job.chunk)
-        for part, contents, broken in _chunks(job, half, parts, skips, files):
+        parts = _parts(state.read, len(split), job.chunk)
+        for part, contents, broken in _chunks(job, split, parts, skips, files):
             for kind, content in contents:
                 files[kind].append(content)
-            _list(listed, half, part)
+            _list(listed, split, part)
             for file in files.values():
                 file.flush()
             written = {kind: file.written for kind, file in files.items()}
@@ -457,25 +457,25 @@ def _packed(
     return _finished(job, name, state)
 
 
-def _finished(job: _Job, name: str, state: _Done) -> PackedHalf:
-    """Write the labels, and the names, of a half of which all images are written."""
-    half = job.halves[name]
+def _finished(job: _Job, name: str, state: _Done) -> PackedSplit:
+    """Write the labels, and the names, of a split of which all images are written."""
+    split = job.splits[name]
     if not state.count:
         raise UserError(
             f"no picture for {name} that can be read in {job.source}",
             expected="at least one",
             instead="mend them, or name another source",
         )
-    kept = torch.ones(len(half), dtype=torch.bool)
+    kept = torch.ones(len(split), dtype=torch.bool)
     kept[list(state.skipped)] = False
-    labels = half.labels[kept].numpy().astype("<i8").tobytes()
+    labels = split.labels[kept].numpy().astype("<i8").tobytes()
     atomic_write.replace(file_of(job.out, name, "labels"), labels)
-    skipped = tuple(_name(half, place) for place in state.skipped)
+    skipped = tuple(_name(split, place) for place in state.skipped)
     size, digest = state.written[job.grow[0]]
-    packed = PackedHalf(state.count, digest, _digest(labels), state.listed, skipped)
+    packed = PackedSplit(state.count, digest, _digest(labels), state.listed, skipped)
     if not job.encoded:
         return packed
-    names = _names([half.files[place] for place in kept.nonzero()[:, 0].tolist()])
+    names = _names([split.files[place] for place in kept.nonzero()[:, 0].tolist()])
     atomic_write.replace(file_of(job.out, name, "names"), names)
     offsets = state.written["offsets"][1]
     return replace(packed, bytes=size, offsets=offsets, names=_digest(names))
@@ -485,8 +485,8 @@ def _names(files: Iterable[str]) -> bytes:
     return b"".join(os.fsencode(name) + b"\0" for name in files)
 
 
-def _name(half: ImageSet, place: int) -> str:
-    return half.files[place] if half.files else f"image {place}"
+def _name(split: ImageSet, place: int) -> str:
+    return split.files[place] if split.files else f"image {place}"
 
 
 class _Growing:
@@ -529,11 +529,11 @@ class _Growing:
 
 
 def _chunks(
-    job: _Job, half: ImageSet, parts: Sequence[range], skips: bool, files: dict[str, _Growing]
+    job: _Job, split: ImageSet, parts: Sequence[range], skips: bool, files: dict[str, _Growing]
 ) -> Iterator[_Chunk]:
-    if isinstance(half.images, Encoded) and job.encoded:
-        return _encoded_chunks(half.images, parts, skips, files["pictures"].written[0])
-    return _decoded_chunks(half, parts, skips)
+    if isinstance(split.images, Encoded) and job.encoded:
+        return _encoded_chunks(split.images, parts, skips, files["pictures"].written[0])
+    return _decoded_chunks(split, parts, skips)
 
 
 def _encoded_chunks(
@@ -584,9 +584,9 @@ def _stopped(error: BrokenPictureError) -> UserError:
     return UserError(error.given, expected=error.expected, instead=instead)
 
 
-def _decoded_chunks(half: ImageSet, parts: Sequence[range], skips: bool) -> Iterator[_Chunk]:
+def _decoded_chunks(split: ImageSet, parts: Sequence[range], skips: bool) -> Iterator[_Chunk]:
     """Each part, its images that can be read, and the places of the others."""
-    stored, reading = as_stored(half.images), list[Reading]()
+    stored, reading = as_stored(split.images), list[Reading]()
     try:
         for number, part in enumerate(parts):
             for other in parts[number + len(reading) : number + 2]:  # this one and the next
@@ -620,31 +620,31 @@ def _readable(stored: Stored, part: range) -> tuple[Tensor, list[int]]:
 def _verify(job: _Job) -> None:
     """Compare a whole pack with its digests, and its source with what it was made of."""
     manifest = read_manifest(job.out)
-    classes = job.halves["train"].classes
+    classes = job.splits["train"].classes
     same = (job.source, job.shape, classes) == (manifest.source, manifest.shape, manifest.classes)
-    if not same or list(job.halves) != list(manifest.halves):
+    if not same or list(job.splits) != list(manifest.splits):
         raise UserError(
             f"OUT={job.out}, a whole pack of {manifest.source}, {_form(manifest.shape)}",
             expected="the same source and size, or another folder",
             instead="name another folder, or delete that one",
         )
-    for name, half in manifest.halves.items():
-        if _listed(job, name, len(job.halves[name])) != half.listed:
+    for name, split in manifest.splits.items():
+        if _listed(job, name, len(job.splits[name])) != split.listed:
             raise UserError(
                 f"{name} images of {job.source}, which have changed since they were packed",
                 expected=f"those of {job.out}",
                 instead="delete that folder and pack again, or name another folder",
             )
     with progress("verifying", _total(manifest), "byte") as advance:
-        for name, half in manifest.halves.items():
-            size = half.bytes if job.encoded else half.count * job.image_bytes
-            _compare(file_of(job.out, name, job.grow[0]), size, half.images, advance)
-            own = {"labels": (8 * half.count, half.labels)}
+        for name, split in manifest.splits.items():
+            size = split.bytes if job.encoded else split.count * job.image_bytes
+            _compare(file_of(job.out, name, job.grow[0]), size, split.images, advance)
+            own = {"labels": (8 * split.count, split.labels)}
             if job.encoded:
-                files, left_out = job.halves[name].files, set(half.skipped)
+                files, left_out = job.splits[name].files, set(split.skipped)
                 names = _names(file for file in files if file not in left_out)
-                own["offsets"] = 8 * (half.count + 1), half.offsets
-                own["names"] = len(names), half.names
+                own["offsets"] = 8 * (split.count + 1), split.offsets
+                own["names"] = len(names), split.names
             for kind, (size, digest) in own.items():
                 _compare(file_of(job.out, name, kind), size, digest, lambda _: None)
     with suppress(OSError):  # of one that was killed in its last moment, or on a read-only disk
@@ -685,7 +685,7 @@ def _digest(content: bytes) -> str:
 
 
 def _summary(manifest: Manifest) -> str:
-    counts = [f"{half.count:,} for {name}" for name, half in manifest.halves.items()]
+    counts = [f"{split.count:,} for {name}" for name, split in manifest.splits.items()]
     what = f"images of {_form(manifest.shape)}" if manifest.shape else _form(None)
     return f"{what}, {' and '.join(counts)} ({sizes(_total(manifest))})"
 
@@ -693,8 +693,8 @@ def _summary(manifest: Manifest) -> str:
 def _total(manifest: Manifest) -> int:
     """The bytes of all images."""
     if manifest.shape is None:
-        return sum(half.bytes for half in manifest.halves.values())
-    return sum(half.count for half in manifest.halves.values()) * math.prod(manifest.shape)
+        return sum(split.bytes for split in manifest.splits.values())
+    return sum(split.count for split in manifest.splits.values()) * math.prod(manifest.shape)
 
 
 def _form(shape: Sequence[int] | None) -> str:
@@ -702,7 +702,7 @@ def _form(shape: Sequence[int] | None) -> str:
 
 
 def _tell_skipped(manifest: Manifest) -> None:
-    skipped = [name for half in manifest.halves.values() for name in half.skipped]
+    skipped = [name for split in manifest.splits.values() for name in split.skipped]
     if skipped:
         _tell(f"left out: {count(len(skipped), 'broken picture')}: {some(skipped, 5)}")
 

@@ -1,6 +1,6 @@
 """Open what `data.source` names: images and labels, or a `UserError` that says why not.
 
-A source is a class or a function, called for each half with those of torchvision's arguments that
+A source is a class or a function, called for each split with those of torchvision's arguments that
 it takes (`root`, `train` or `split`, `download`). What it returns has `targets` (or `labels`), if
 possible `classes`, and its images in one of two forms:
 
@@ -94,12 +94,12 @@ def load(data: Images, *, seed: int = 0, downloads: bool = True) -> Data:
 
 
 def open_or_download(data: Images, *, downloads: bool = True) -> Data:
-    """The halves of a source as they are, or of its declared fallback; `check` compares them."""
+    """The splits of a source as they are, or of its declared fallback; `check` compares them."""
     data = replace(data, root=os.path.expanduser(data.root))  # no shell expands data.root=~/x
     if os.path.exists(data.root) and not os.path.isdir(data.root):
         raise _no_folder(Path(data.root), "not a folder")
     try:
-        loaded = _open_halves(data, downloads)
+        loaded = _open_splits(data, downloads)
     except _UnavailableError as reason:
         if data.fallback is None:
             raise UserError(
@@ -109,7 +109,7 @@ def open_or_download(data: Images, *, downloads: bool = True) -> Data:
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
-            loaded = _open_halves(of_source(data, data.fallback), downloads)
+            loaded = _open_splits(of_source(data, data.fallback), downloads)
         except _UnavailableError as second:
             raise UserError(
                 f"{why}; nor is its fallback {short_name(data.fallback)}: {second}",
@@ -127,7 +127,7 @@ def open_on_disk(data: Images, seed: int = 0) -> Data | None:
     """
     data = replace(data, root=os.path.expanduser(data.root))
     try:
-        loaded = _open_halves(data, downloads=False)
+        loaded = _open_splits(data, downloads=False)
     except _UnavailableError:
         return None
     check(loaded, data)
@@ -135,7 +135,7 @@ def open_on_disk(data: Images, seed: int = 0) -> Data | None:
 
 
 def hold_out(data: Data, validation: float | str | None, seed: int) -> Data:
-    """Take the validation images out of the training half, unless the source has its own.
+    """Take the validation images out of the training split, unless the source has its own.
 
     Raises `UserError` where there are too few.
     """
@@ -145,13 +145,13 @@ def hold_out(data: Data, validation: float | str | None, seed: int) -> Data:
     rest = torch.ones(len(data.train), dtype=torch.bool)
     rest[chosen] = False
     train, held = data.train.take(rest.nonzero()[:, 0]), data.train.take(chosen)
-    held = replace(held, left_out=())  # of the training half, which tells them
+    held = replace(held, left_out=())  # of the training split, which tells them
     return replace(data, train=train, validation=held, held_out=chosen)
 
 
 def check(loaded: Data, data: Images) -> None:
-    """Raise `UserError` where the halves or the recipe's numbers do not fit together."""
-    check_halves(loaded, data.root)
+    """Raise `UserError` where the splits or the recipe's numbers do not fit together."""
+    check_splits(loaded, data.root)
     channels = loaded.train.images.shape[-1]
     for name, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != channels:
@@ -162,26 +162,26 @@ def check(loaded: Data, data: Images) -> None:
             )
 
 
-def check_halves(loaded: Data, root: str) -> None:
-    """Raise `UserError` where the halves differ in classes, or in the shape of an image."""
+def check_splits(loaded: Data, root: str) -> None:
+    """Raise `UserError` where the splits differ in classes, or in the shape of an image."""
     train = loaded.train
-    for name, half in loaded.halves.items():
-        if train.classes != half.classes:
-            odd = sorted(set(train.classes) ^ set(half.classes))
-            given = f"classes that only one half of {root!r} has: {', '.join(odd)}"
+    for name, split in loaded.splits.items():
+        if train.classes != split.classes:
+            odd = sorted(set(train.classes) ^ set(split.classes))
+            given = f"classes that only one split of {root!r} has: {', '.join(odd)}"
             if not odd:
-                given = f"classes in another order for {name}: {', '.join(half.classes)}"
+                given = f"classes in another order for {name}: {', '.join(split.classes)}"
             raise UserError(
                 given,
                 expected=f"the same classes for training and for {name}",
                 instead="add the missing folders or remove the others",
             )
-        sizes = [tuple(images.images.shape[1:]) for images in (train, half)]
+        sizes = [tuple(images.images.shape[1:]) for images in (train, split)]
         if sizes[0] != sizes[1]:
             raise UserError(
                 f"training images of {sizes[0]} and {name} images of {sizes[1]} in {loaded.name}",
                 expected="images of the same height, width and channels",
-                instead="scale one half to the size of the other",
+                instead="scale one split to the size of the other",
             )
 
 
@@ -227,33 +227,33 @@ def _known_shape(data: Images) -> dict[str, int]:
     )
 
 
-def _open_halves(data: Images, downloads: bool) -> Data:
-    """All halves, and at once where that is safe, since most of it is reading and hashing of files.
+def _open_splits(data: Images, downloads: bool) -> Data:
+    """All splits, and at once where that is safe, since most of it is reading and hashing of files.
 
     A source of the user's may seed a generator that all threads share, and draw from it.
     """
-    halves = ["train", "test"]
+    splits = ["train", "test"]
     if isinstance(data.validation, str) and not parse_fold(data.validation):
-        halves.append(data.validation)
-    with ThreadPoolExecutor(max_workers=1 if _is_users(data.source) else len(halves)) as pool:
-        found = list(pool.map(partial(_open, data), halves))
+        splits.append(data.validation)
+    with ThreadPoolExecutor(max_workers=1 if _is_users(data.source) else len(splits)) as pool:
+        found = list(pool.map(partial(_open, data), splits))
     if None in found and not downloads:
         raise _UnavailableError("is not downloaded here")
     train, test, *validation = (
-        _fetch(data, name) if half is None else half
-        for name, half in zip(halves, found, strict=True)
+        _fetch(data, name) if split is None else split
+        for name, split in zip(splits, found, strict=True)
     )
     opened = Data(train, test, short_name(data.source), validation=next(iter(validation), None))
     ready = tiers.prepared(opened, data)
-    left_out = [half.left_out for half in ready.halves.values()]
+    left_out = [split.left_out for split in ready.splits.values()]
     return replace(ready, digest=digest_of(opened, left_out))
 
 
-def _open(data: Images, half: str) -> ImageSet | None:
-    """Open one half; None where its files are absent or damaged."""
+def _open(data: Images, split: str) -> ImageSet | None:
+    """Open one split; None where its files are absent or damaged."""
     source = data.source
     try:
-        dataset = _call(source, data.root, half, download=False)
+        dataset = _call(source, data.root, split, download=False)
     except FileNotFoundError as error:
         if error.errno is not None:  # of the system: a file is absent
             return None
@@ -268,7 +268,7 @@ def _open(data: Images, half: str) -> ImageSet | None:
     return _as_set(dataset, data)
 
 
-def _fetch(data: Images, half: str) -> ImageSet:
+def _fetch(data: Images, split: str) -> ImageSet:
     """Look again under the lock, for another process may be unpacking; then download.
 
     One process per node does so.
@@ -276,13 +276,13 @@ def _fetch(data: Images, half: str) -> ImageSet:
     source, root = data.source, data.root
     with _downloading(root):
         try:
-            dataset = _call(source, root, half, download=False)
+            dataset = _call(source, root, split, download=False)
         except _UNREADABLE as error:
             _refuse_damaged(source, root)
             is_absent = isinstance(error, FileNotFoundError) or "not found" in str(error)
             if not is_absent:  # those are torchvision's words
                 raise _damaged(f"{short_name(source)} in {root!r} ({error})", root) from None
-            dataset = _call(source, root, half, download=True)
+            dataset = _call(source, root, split, download=True)
     return _as_set(dataset, data)
 
 
@@ -331,18 +331,18 @@ def _no_folder(root: Path, why: str) -> UserError:
     )
 
 
-def _call(source: Source, root: str, half: str, download: bool) -> Any:
+def _call(source: Source, root: str, split: str, download: bool) -> Any:
     """Call a source with those of torchvision's arguments that it takes.
 
-    `half` is train, test, or the name of another one that the source has.
+    `split` is train, test, or the name of another one that the source has.
     """
     accepted = inspect.signature(source).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())  # EMNIST passes `train` on
-    arguments: dict[str, Any] = {"root": root, "train": half == "train", "download": download}
+    arguments: dict[str, Any] = {"root": root, "train": split == "train", "download": download}
     has_train = "train" in accepted or takes_any
-    if half not in ("train", "test") and (has_train or "split" not in accepted):
+    if split not in ("train", "test") and (has_train or "split" not in accepted):
         raise UserError(
-            f"data.validation={half}, of {short_name(source)}, which has no half of that name",
+            f"data.validation={split}, of {short_name(source)}, which has no split of that name",
             expected="a number of images, a fraction of the training images, or a fold",
             instead="type data.validation=0.1, for example",
         )
@@ -351,9 +351,9 @@ def _call(source: Source, root: str, half: str, download: bool) -> Any:
             raise UserError(
                 f"data.source={short_name(source)}, which takes neither `train` nor `split`",
                 expected="a source of training images and of other images for testing",
-                instead="write a function with `train` that returns one half or the other",
+                instead="write a function with `train` that returns one split or the other",
             )
-        arguments["split"] = half
+        arguments["split"] = split
     keywords = source.keywords if isinstance(source, partial) else {}
     chooser = "train" if has_train else "split"
     if chooser in keywords:
@@ -400,7 +400,7 @@ def _refuse_failing(source: Source, error: Exception) -> None:
             f"data.source={name}: {error}",
             expected="one of those values",
             instead=f"write it as partial({name}, ...) in the recipe file, or write a function "
-            "with `train` that returns one half or the other",
+            "with `train` that returns one split or the other",
         ) from None
     frames = traceback.extract_tb(error.__traceback__)
     line = user_line(error)
@@ -408,7 +408,7 @@ def _refuse_failing(source: Source, error: Exception) -> None:
     if is_own or not isinstance(error, _UNREADABLE):
         raise UserError(
             f"data.source={name} fails: {type(error).__name__}: {error}{user_location(error)}",
-            expected="code that makes one half of the images, as `train` or `split` says",
+            expected="code that makes one split of the images, as `train` or `split` says",
             instead="mend that line" if line else "compare it with CIFAR10 of torchvision",
         ) from error
 
@@ -565,7 +565,7 @@ def _check_labels(labels: Tensor, classes: tuple[str, ...], name: str) -> None:
         raise UserError(
             f"no images in {name}",
             expected="at least one to train with, and one to test with",
-            instead="mend the data set: each half of it has `data` and `targets` of its own",
+            instead="mend the data set: each split of it has `data` and `targets` of its own",
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= len(classes):

@@ -3,11 +3,11 @@
 Decided twice, in this order:
 
 1. `prepared`, when their files are known. Pictures are decoded now, or for each step: auto leaves
-   them on disk where their pixels would take more than half of the host's free memory, or where
+   them on disk where their pixels would take more than split of the host's free memory, or where
    `random_resized_crop` cuts out of the pictures as they are stored. Pixels that `data.tier=host`
    names, and those of a pack unless it says `device`, stay in the host's memory.
 2. `on_device`, when the device is known. All other pixels go to its memory; auto leaves them in the
-   host's where they would take more than half of the device's free memory.
+   host's where they would take more than split of the device's free memory.
 
 What fits changes no pixel, so no rank need know what another one has decided.
 """
@@ -34,19 +34,19 @@ _LOG = logging.getLogger(__name__)
 
 
 def prepared(data: Data, wanted: Images) -> Data:
-    """Each half without its broken pictures, if that is wanted, and decoded or left on disk.
+    """Each split without its broken pictures, if that is wanted, and decoded or left on disk.
 
     Raises `UserError` where pictures that are to be decoded do not fit into memory.
     """
 
-    def ready(half: ImageSet, name: str) -> ImageSet:
-        if isinstance(half.images, Encoded):
+    def ready(split: ImageSet, name: str) -> ImageSet:
+        if isinstance(split.images, Encoded):
             if wanted.on_broken == "skip":
-                half = _without_broken(half, half.images, name)
-            half = half if _stays_on_disk(half, wanted) else _decoded(half, name)
+                split = _without_broken(split, split.images, name)
+            split = split if _stays_on_disk(split, wanted) else _decoded(split, name)
         if wanted.tier == "host":
-            half = _in_host(half)
-        return _out_of_file(half) if wanted.tier == "device" else half
+            split = _in_host(split)
+        return _out_of_file(split) if wanted.tier == "device" else split
 
     return data.each(ready)
 
@@ -56,13 +56,13 @@ def on_device(data: Data, wanted: Images, device: torch.device) -> Data:
     if wanted.tier == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if bytes_of(data) > free / 2:  # the other half is for the training
-            data = data.each(lambda half, name: _in_host(half))
+            data = data.each(lambda split, name: _in_host(split))
     return data.to(device)
 
 
 def describe(data: Data) -> str:
     """Where the images are, and which are missing; empty where all are simply on the device."""
-    left_out = sum(len(half.left_out) for half in data.halves.values())
+    left_out = sum(len(split.left_out) for split in data.splits.values())
     missing = f"{count(left_out, 'broken picture')} left out" if left_out else ""
     copied = f"from the copy of the pack in {local_copy.folder()}" if _is_copied(data) else ""
     return "; ".join(filter(None, (_where(data), copied, missing)))
@@ -70,39 +70,39 @@ def describe(data: Data) -> str:
 
 def bytes_of(data: Data) -> int:
     """Of all images that are not encoded."""
-    kept = (half.images for half in data.halves.values() if not isinstance(half.images, Encoded))
+    kept = (split.images for split in data.splits.values() if not isinstance(split.images, Encoded))
     return sum(math.prod(images.shape) for images in kept)
 
 
 # The decisions
 
 
-def _stays_on_disk(half: ImageSet, wanted: Images) -> bool:
+def _stays_on_disk(split: ImageSet, wanted: Images) -> bool:
     """Whether pictures are decoded for each step, in place of once for all."""
     if wanted.tier != "auto":
         return wanted.tier == "disk"
     cuts_originals = bool(wanted.augment) and is_cut(wanted.augment[0])
-    return cuts_originals or not fits_in_memory(len(half), half.shape[0])
+    return cuts_originals or not fits_in_memory(len(split), split.shape[0])
 
 
-def _in_host(half: ImageSet) -> ImageSet:
+def _in_host(split: ImageSet) -> ImageSet:
     """Pixels in the host's memory, whence each batch is copied."""
-    return replace(half, images=storage.as_stored(half.images))
+    return replace(split, images=storage.as_stored(split.images))
 
 
-def _out_of_file(half: ImageSet) -> ImageSet:
+def _out_of_file(split: ImageSet) -> ImageSet:
     """The pixels of a mapped pack, copied into memory."""
-    if not isinstance(half.images, Mapped):
-        return half
-    return replace(half, images=half.images.array[half.images.places])
+    if not isinstance(split.images, Mapped):
+        return split
+    return replace(split, images=split.images.array[split.images.places])
 
 
 # Decoding
 
 
-def _without_broken(half: ImageSet, encoded: Encoded, name: str) -> ImageSet:
+def _without_broken(split: ImageSet, encoded: Encoded, name: str) -> ImageSet:
     """Leave out what cannot be decoded; every picture is tried."""
-    with progress(f"trying {name} pictures", len(half), "picture") as advance:
+    with progress(f"trying {name} pictures", len(split), "picture") as advance:
         broken = {}
         for place, why in enumerate(storage.broken(encoded)):
             if why:
@@ -110,8 +110,8 @@ def _without_broken(half: ImageSet, encoded: Encoded, name: str) -> ImageSet:
             advance(1)
             signals.end_if_stopped(f"the trial of all {name} pictures")
     if not broken:
-        return half
-    if len(broken) == len(half):
+        return split
+    if len(broken) == len(split):
         raise UserError(
             f"{encoded.root} holds {count(len(broken), f'broken {name} picture')} and no other: "
             f"{some(list(broken.values()), 1)}",
@@ -120,13 +120,13 @@ def _without_broken(half: ImageSet, encoded: Encoded, name: str) -> ImageSet:
         )
     listed = some(list(broken.values()))
     _LOG.warning("%s left out: %s", count(len(broken), "broken picture"), listed)
-    whole = torch.tensor([place for place in range(len(half)) if place not in broken])
-    return replace(half.take(whole), left_out=tuple(half.files[place] for place in broken))
+    whole = torch.tensor([place for place in range(len(split)) if place not in broken])
+    return replace(split.take(whole), left_out=tuple(split.files[place] for place in broken))
 
 
-def _decoded(half: ImageSet, name: str) -> ImageSet:
+def _decoded(split: ImageSet, name: str) -> ImageSet:
     """With the pixels of all pictures: uint8 `(n, size, size, 3)`."""
-    encoded = half.images
+    encoded = split.images
     assert isinstance(encoded, Encoded)
     refuse_too_large(encoded.root, len(encoded), encoded.size)
     pixels = torch.empty(encoded.shape, dtype=torch.uint8)
@@ -135,14 +135,16 @@ def _decoded(half: ImageSet, name: str) -> ImageSet:
             pixels[part] = decoded
             advance(len(decoded))
             signals.end_if_stopped(f"the decoding of {name} pictures")
-    return replace(half, images=pixels)
+    return replace(split, images=pixels)
 
 
 # In words
 
 
 def _where(data: Data) -> str:
-    kinds = {type(half.images) for half in data.halves.values() if isinstance(half.images, Stored)}
+    kinds = {
+        type(split.images) for split in data.splits.values() if isinstance(split.images, Stored)
+    }
     if any(issubclass(kind, Encoded) for kind in kinds):
         return "decoded from disk for each step"
     return f"{sizes(bytes_of(data))} in the memory of the host" if Mapped in kinds else ""

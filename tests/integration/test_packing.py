@@ -64,7 +64,7 @@ def is_that_of(root: Path, out: Path) -> None:
 def read_so_far(out: Path) -> int:
     """Images of the training half that are packed."""
     try:
-        return int(json.loads((out / "pack.partial.json").read_text())["halves"]["train"]["read"])
+        return int(json.loads((out / "pack.partial.json").read_text())["splits"]["train"]["read"])
     except (OSError, KeyError):
         return 0
 

@@ -41,19 +41,19 @@ def describe_images(data: Data, images: Images, *, near: bool) -> Iterator[Verdi
 
 
 def _classes(data: Data) -> Verdict:
-    numbers = {half: _counts(images) for half, images in data.halves.items()}
+    numbers = {split: _counts(images) for split, images in data.splits.items()}
     figures = {
         "classes": list(data.train.classes),
-        **{_SHORT.get(half, half): each.tolist() for half, each in numbers.items()},
+        **{_SHORT.get(split, split): each.tolist() for split, each in numbers.items()},
     }
     parts = []
-    for half, each in numbers.items():
+    for split, each in numbers.items():
         low, high = int(each.min()), int(each.max())
         if low == high:
-            parts.append(f"{low:,} {half} images of each")
+            parts.append(f"{low:,} {split} images of each")
         else:
             few, many = (data.train.classes[int(at)] for at in (each.argmin(), each.argmax()))
-            parts.append(f"from {low:,} ({few}) to {high:,} ({many}) {half} images")
+            parts.append(f"from {low:,} ({few}) to {high:,} ({many}) {split} images")
     answer = f"{count(len(data.train.classes), 'class')}: {', '.join(parts)}"
     of_training = numbers["training"]
     present = of_training[of_training > 0]
@@ -74,12 +74,12 @@ def _advice(each: Tensor) -> str:
 
 
 def _empty_classes(data: Data) -> Iterator[Verdict]:
-    for half, images in data.halves.items():
+    for split, images in data.splits.items():
         lacking = [data.train.classes[int(at)] for at in (_counts(images) == 0).nonzero()]
         if lacking:
             yield Verdict(
                 NAME,
-                f"no {half} image of {some(lacking)}",
+                f"no {split} image of {some(lacking)}",
                 "notice",
                 "leave the class out of `classes`, or add images of it",
             )
@@ -98,15 +98,15 @@ def _twice(data: Data) -> Verdict:
         if before != index:
             again += 1
             other_label += int(data.train.labels[before] != data.train.labels[index])
-    held_back = {half: images for half, images in data.halves.items() if half != "training"}
+    held_back = {split: images for split, images in data.splits.items() if split != "training"}
     pairs, answers = 0, []
-    for half, images in held_back.items():
+    for split, images in held_back.items():
         found = [(n, first[digest]) for n, digest in enumerate(_digests(images)) if digest in first]
         pairs += len(found)
         if found:
             shown = ", ".join(f"{other} = {train}" for other, train in found[:_SHOWN])
             answers.append(
-                f"{count(len(found), f'{half} image')} of {len(images):,} in training as well, "
+                f"{count(len(found), f'{split} image')} of {len(images):,} in training as well, "
                 f"counted from 0: {shown}{', ...' * (len(found) > _SHOWN)}"
             )
     figures = {"train_twice": again, "with_two_labels": other_label, "in_both": pairs}
@@ -146,7 +146,7 @@ def _nearly_twice(data: Data) -> Verdict:
         f"{count(len(pairs), 'test image')} of {len(data.test):,} nearly in training as well: "
         f"{shown}{', ...' * (len(pairs) > _SHOWN)}",
         "notice",
-        "look at them: photographs of one moment belong in the same half",
+        "look at them: photographs of one moment belong in the same split",
         figures=figures,
     )
 

@@ -56,7 +56,7 @@ def own_images(recipe: Recipe, sizes: Sizes) -> Data:
 
 
 def take(data: Data, sizes: Sizes) -> Data:
-    """Some of each half, in its order, and not the first: those may be of one class."""
+    """Some of each split, in its order, and not the first: those may be of one class."""
     return replace(data, train=_take(data.train, sizes.train), test=_take(data.test, sizes.test))
 
 
@@ -70,26 +70,26 @@ def _take(images: ImageSet, count: int) -> ImageSet:
 def fingerprint(data: Data) -> int:
     """A checksum of images, labels and classes, in their order."""
     total = crc32(repr(data.train.classes).encode())
-    for half in (data.train, data.test):
-        for tensor in (half.tensor, half.labels):
+    for split in (data.train, data.test):
+        for tensor in (split.tensor, split.labels):
             total = crc32(tensor.contiguous().numpy().tobytes(), total)
     return total
 
 
 def save(data: Data, path: Path) -> None:
     """Write them where `Slice` finds them."""
-    halves = {
-        name: (half.tensor, half.labels)
-        for name, half in (("train", data.train), ("test", data.test))
+    splits = {
+        name: (split.tensor, split.labels)
+        for name, split in (("train", data.train), ("test", data.test))
     }
-    torch.save({**halves, "classes": data.train.classes}, path)
+    torch.save({**splits, "classes": data.train.classes}, path)
 
 
 class Slice:
     """The images of a file that `save` has written, as a data set of torchvision has them."""
 
     def __init__(self, root: str = "", train: bool = True, *, path: str) -> None:
-        """Read one half; `root` is not used."""
+        """Read one split; `root` is not used."""
         content: dict[str, Any] = torch.load(path, weights_only=True)
         self.data, self.targets = content["train" if train else "test"]
         self.classes = list(content["classes"])

@@ -44,7 +44,7 @@ def both(root: Path) -> tuple[Folder, Folder]:
 
 
 @pytest.mark.parametrize("name", ["test", "val"])
-def test_train_and_test_folders_are_the_two_halves(tmp_path: Path, name: str) -> None:
+def test_train_and_test_folders_are_the_two_splits(tmp_path: Path, name: str) -> None:
     fill(tmp_path / "train", {"cat": 3, "dog": 2})
     fill(tmp_path / name, {"cat": 1, "dog": 1})
     train, test = both(tmp_path)
@@ -55,7 +55,7 @@ def test_train_and_test_folders_are_the_two_halves(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation")])
-def test_halves_of_other_names_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_splits_of_other_names_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     for name in names:
         fill(tmp_path / name, {"cat": 5, "dog": 5})
     moved = f"mv {tmp_path / names[0]} {tmp_path / 'train'}"
@@ -63,7 +63,7 @@ def test_halves_of_other_names_are_refused(tmp_path: Path, names: tuple[str, str
         Folder(str(tmp_path))
 
 
-def test_a_class_may_be_called_like_a_half(tmp_path: Path) -> None:
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
     fill(tmp_path, {"Train": 5, "car": 5})
     assert both(tmp_path)[0].classes == ["Train", "car"]
 
@@ -85,7 +85,7 @@ def test_of_plain_class_folders_every_fifth_picture_is_kept_for_testing(tmp_path
     assert sorted(greys(train) + greys(test)) == [*range(11), *range(100, 107)]
 
 
-def test_the_halves_of_plain_folders_are_the_same_every_time(tmp_path: Path) -> None:
+def test_the_splits_of_plain_folders_are_the_same_every_time(tmp_path: Path) -> None:
     fill(tmp_path, {"cat": 10})
     one, two = Folder(str(tmp_path)), Folder(str(tmp_path))
     assert numpy.array_equal(one.data, two.data)

@@ -92,7 +92,7 @@ def test_a_folder_is_packed_as_it_is_read(capsys: pytest.CaptureFixture[str]) ->
     assert names == {"pack.json", *(f"{h}.{k}" for h in COUNTS for k in ("images", "labels"))}
 
 
-def test_the_validation_half_of_a_folder_is_packed_as_well() -> None:
+def test_the_validation_split_of_a_folder_is_packed_as_well() -> None:
     draw(Path("pets"), {"val": 2}, seed=1)
     assert main(LINE) == 0
     assert torch.equal(
@@ -113,7 +113,7 @@ def test_a_set_of_torchvision_and_that_of_a_recipe_are_packed(
     assert Packed("out").targets.tolist() == original.targets
 
 
-def test_a_recipe_names_the_half_that_it_validates_on() -> None:
+def test_a_recipe_names_the_split_that_it_validates_on() -> None:
     draw(Path("pets"), {"val": 2}, seed=1)
     text = Path(SIMPLECNN).read_text().replace("        CIFAR10,\n", "        Folder,\n")
     text = text.replace("from launcher import ", "from launcher import Folder, ")
@@ -133,7 +133,7 @@ def test_a_broken_picture_ends_it_and_what_is_packed_stays(
     line = helpers.complaint(capsys, *LINE)
     assert f"{broken} cannot be read as a picture" in line
     assert "or type --on-broken skip; what is packed stays" in line
-    assert content("pack.partial.json")["halves"]["train"]["read"] == 12
+    assert content("pack.partial.json")["splits"]["train"]["read"] == 12
     before = Path("out/train.images").read_bytes()
     broken.write_bytes(whole)
     pack(capsys)
@@ -147,7 +147,7 @@ def test_only_what_is_left_is_read_again(
 ) -> None:
     broken = spoil("train/dog/002.png")
     helpers.complaint(capsys, *LINE)
-    broken.unlink()  # the others of the half move up
+    broken.unlink()  # the others of the split move up
     places = []
     reading = storage.Reading
 
@@ -171,12 +171,12 @@ def test_broken_pictures_can_be_left_out_and_are_counted(
     assert "20 for train and 5 for test" in said
     assert f"left out: 3 broken pictures: {', '.join(names)}\n" in said
     has_pack_of("pets", names)
-    halves = content("pack.json")["halves"]
+    halves = content("pack.json")["splits"]
     assert [halves[half]["skipped"] for half in COUNTS] == [list(names[:2]), [names[2]]]
     assert f"left out: 3 broken pictures: {', '.join(names)}\n" in pack(capsys)
 
 
-def test_a_half_of_broken_pictures_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_of_broken_pictures_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for path in Path("pets/test").rglob("*.png"):
         spoil(str(path.relative_to("pets")))
     line = helpers.complaint(capsys, *LINE, "--on-broken", "skip")
@@ -195,7 +195,7 @@ def test_what_was_written_after_the_last_whole_chunk_is_written_again(
 
 
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_half_whose_packed_part_has_changed_is_packed_again(
+def test_a_split_whose_packed_part_has_changed_is_packed_again(
     place: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil("train/dog/002.png")
@@ -330,7 +330,7 @@ def test_bad_input_is_answered_in_one_line_and_nothing_is_written(
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"halves": 3}', '{"version": 1, "halves": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"splits": 3}', '{"version": 1, "splits": {}}'])
 def test_a_damaged_list_of_what_is_packed_is_refused(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,9 +357,9 @@ def test_a_damaged_list_of_what_is_packed_is_refused(
         ({"shape": [8, 16, 3]}, "train.images, which has 4,224 bytes; expected 8,448 bytes"),
         ({"classes": "cat"}, "damaged"),
         ({"classes": ["cat", 3]}, "damaged"),
-        ({"halves": []}, "damaged"),
-        ({"halves": {}}, "without the half 'train'"),
-        ({"halves": {"train": {"count": 22}}}, "damaged"),
+        ({"splits": []}, "damaged"),
+        ({"splits": {}}, "without the split 'train'"),
+        ({"splits": {"train": {"count": 22}}}, "damaged"),
     ],
 )
 def test_a_manifest_of_something_else_is_refused(change: dict[str, Any], found: str) -> None:
@@ -382,10 +382,10 @@ def test_a_manifest_of_something_else_is_refused(change: dict[str, Any], found: 
         ("train", {"more": 3}),
     ],
 )
-def test_a_manifest_of_an_odd_half_is_refused(name: str, about: dict[str, Any]) -> None:
+def test_a_manifest_of_an_odd_split_is_refused(name: str, about: dict[str, Any]) -> None:
     assert main(LINE) == 0
     whole = content("pack.json")
-    whole["halves"][name] = {**whole["halves"]["train"], **about}
+    whole["splits"][name] = {**whole["splits"]["train"], **about}
     Path("out/pack.json").write_text(json.dumps(whole))
     with refused("pack.json, which is damaged"):
         Packed("out")
@@ -429,9 +429,9 @@ def test_a_pack_with_a_file_of_another_length_is_refused(file: str) -> None:
         Packed("out")
 
 
-def test_a_half_that_was_not_packed_is_refused() -> None:
+def test_a_split_that_was_not_packed_is_refused() -> None:
     assert main(LINE) == 0
-    with refused("without the half 'val'", "one of train, test"):
+    with refused("without the split 'val'", "one of train, test"):
         Packed("out", "val")
 
 
@@ -500,8 +500,8 @@ def test_they_are_loaded_as_those_of_the_folder(changes: dict[str, Any], cut: An
         for source, root in ((Folder, "pets"), (Packed, "out"))
     ]
     folder, packed = loaded
-    for name, half in folder.halves.items():
-        other = packed.halves[name]
+    for name, half in folder.splits.items():
+        other = packed.splits[name]
         assert other.tensor.equal(half.tensor)
         assert other.labels.equal(half.labels)
         assert other.files == half.files
@@ -553,7 +553,7 @@ def test_a_broken_picture_ends_a_pack_of_encoded_ones_which_goes_on(
     line = helpers.complaint(capsys, *ENCODED)
     assert f"{path} cannot be read as a picture" in line
     assert "or type --on-broken skip; what is packed stays" in line
-    assert content("pack.partial.json")["halves"]["train"]["read"] == 12
+    assert content("pack.partial.json")["splits"]["train"]["read"] == 12
     path.write_bytes(whole)
     before = {kind: Path(f"out/train.{kind}").stat().st_ino for kind in ("pictures", "offsets")}
     pack_encoded(capsys)
@@ -643,10 +643,10 @@ def test_encoded_ones_with_a_file_of_another_length_are_refused(kind: str) -> No
 
 
 @pytest.mark.parametrize("about", [{"bytes": 0}, {"bytes": "3"}, {"names": 3}, {"offsets": None}])
-def test_a_manifest_of_an_odd_half_of_encoded_ones_is_refused(about: dict[str, Any]) -> None:
+def test_a_manifest_of_an_odd_split_of_encoded_ones_is_refused(about: dict[str, Any]) -> None:
     assert main(ENCODED) == 0
     whole = content("pack.json")
-    whole["halves"]["train"].update(about)
+    whole["splits"]["train"].update(about)
     Path("out/pack.json").write_text(json.dumps(whole))
     with refused("pack.json, which is damaged"):
         Packed("out")

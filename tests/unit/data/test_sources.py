@@ -855,7 +855,7 @@ def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
         sources.load(images_of(made("Mine", data=PIXELS[:0], targets=[]), tmp_path))
 
 
-def test_classes_of_one_half_only_are_refused_by_name(tmp_path: Path) -> None:
+def test_classes_of_one_split_only_are_refused_by_name(tmp_path: Path) -> None:
     for half, names in (("train", ["cat", "dog"]), ("test", ["cat", "bird"])):
         for name in names:
             (tmp_path / half / name).mkdir(parents=True)
@@ -870,13 +870,13 @@ def test_test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         sources.load(images_of(source, tmp_path))
 
 
-def test_a_source_without_a_half_for_testing_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_a_split_for_testing_is_refused(tmp_path: Path) -> None:
     """It would be tested with what it was trained with."""
     with refused("data.source=FakeData", "neither `train` nor `split`"):
         sources.load(images_of(FakeData, tmp_path))
 
 
-def test_a_source_that_passes_train_on_has_both_halves(tmp_path: Path) -> None:
+def test_a_source_that_passes_train_on_has_both_splits(tmp_path: Path) -> None:
     halves = made(
         "Mine",
         data=lambda train: PIXELS[: 4 if train else 2],
@@ -953,7 +953,7 @@ def test_a_smoke_test_has_small_images_of_the_same_shape(
     ("source", "said"),
     [(partial(CIFAR10, train=False), "train"), (partial(SVHN, split="x"), "split")],
 )
-def test_a_source_of_which_the_recipe_chooses_a_half_is_refused(
+def test_a_source_of_which_the_recipe_chooses_a_split_is_refused(
     source: Any, said: str, tmp_path: Path
 ) -> None:
     with refused(f" with {said}=", f"leave {said} out"):

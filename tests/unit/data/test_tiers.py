@@ -114,9 +114,9 @@ def test_images_that_are_held_out_are_the_same(folder: Path, tier: str) -> None:
         sources.load(images_of(folder, tier=where, validation=0.3), seed=3)
         for where in ("device", tier)
     )
-    for half, images in one.halves.items():
-        assert images.tensor.equal(other.halves[half].tensor)
-        assert images.labels.equal(other.halves[half].labels)
+    for half, images in one.splits.items():
+        assert images.tensor.equal(other.splits[half].tensor)
+        assert images.labels.equal(other.splits[half].labels)
     assert one.train.files == other.train.files
 
 

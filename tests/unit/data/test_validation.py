@@ -98,7 +98,7 @@ def test_a_source_may_have_validation_images_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("source", [partial(Synthetic, count=20), ThreeHalves])
-def test_a_half_that_the_source_does_not_have_is_refused(source: Callable[..., Any]) -> None:
+def test_a_split_that_the_source_does_not_have_is_refused(source: Callable[..., Any]) -> None:
     with refused("data.source=ThreeHalves" if source is ThreeHalves else "data.validation=val"):
         sources.load(images_of(source, validation="val"))
 
@@ -107,7 +107,7 @@ def test_a_folder_may_have_val_beside_test(tmp_path: Path) -> None:
     for half, number in {"train": 4, "val": 2, "test": 3}.items():
         fill(tmp_path / half, {"cat": number, "dog": number})
     data = sources.load(images_of(Folder, root=str(tmp_path), validation="val"))
-    assert {name: len(half) for name, half in data.halves.items()} == {
+    assert {name: len(half) for name, half in data.splits.items()} == {
         "training": 8,
         "validation": 4,
         "test": 6,
@@ -115,7 +115,7 @@ def test_a_folder_may_have_val_beside_test(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "other"])
-def test_a_folder_without_that_half_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_folder_without_that_split_is_refused(name: str, tmp_path: Path) -> None:
     for half in ("train", "val"):
         fill(tmp_path / half, {"cat": 2})
     with refused(f"data.validation={name}", "data.validation=0.1"):
