@@ -286,7 +286,7 @@ def _verify(words: list[str]) -> int:
 
 
 def _export_proved(recipe: "Recipe", weights: Path, test: "ImageSet", folder: Path) -> str:
-    """What a check asks of the room `results`, which is beside its own."""
+    """What a check asks of the package `results`, which is beside its own."""
     from launcher.results import export
 
     return export.proved(recipe, weights, test, folder)
@@ -299,7 +299,7 @@ def _pack(words: list[str]) -> int:
 
 
 def _look_at_runs(command: str, words: list[str]) -> int:
-    """Each is a module of the room `results`."""
+    """Each is a module of the package `results`."""
     code: int = import_module(f"launcher.results.{command}").main(words)
     return code
 

@@ -58,6 +58,7 @@ from launcher.loggers.console import Console, first_step_line, make_console, tta
 from launcher.loggers.logger import Logger
 from launcher.loggers.profiler import Profiler
 from launcher.loggers.report import page_of, report_at_end
+from launcher.training.accumulation import choose_passes
 from launcher.training.compiling import choose_compiling, is_to_be_tried
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit, warm_up_ddp
@@ -70,7 +71,6 @@ from launcher.training.metrics import (
     sample_indices,
 )
 from launcher.training.model import build_network, count_parameters, initialize
-from launcher.training.passes import choose_passes
 from launcher.training.preflight import preflight
 from launcher.training.smoke import SmokeTest, smoke_options, smoke_version
 from launcher.training.state import TrainContext, broadcast_state, make_context
@@ -595,7 +595,7 @@ def closing_rows(run: ActiveRun) -> dict[str, str]:
     tested = run.tested.metrics() if run.tested else {}
     uncertain = run.ctx.recipe.uncertain
     if run.stopped:
-        rows["stopped"] = f"by {stop_reason()}; the same command with --resume goes on from here"
+        rows["stopped"] = f"by {why_stopped()}; the same command with --resume goes on from here"
     for label, epoch in (("best epoch", run.best), ("last epoch", run.last)):
         if epoch:
             figure = (
@@ -739,7 +739,7 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         run.stopped = event.stops
         details = partial(checkpoint_details, run, event.progress)
         if not saver.checkpoint(run.ctx, details, event.stops):
-            run.unsaved = f"stopped by {stop_reason()}, not saved: --resume goes on from "
+            run.unsaved = f"stopped by {why_stopped()}, not saved: --resume goes on from "
             run.unsaved += newest_progress(run)
         saver.compiled(run.code)
 
@@ -805,6 +805,6 @@ def newest_progress(run: ActiveRun) -> str:
     return f"step {checkpoint.read_state(found).progress.step}" if found else "the beginning"
 
 
-def stop_reason() -> str:
+def why_stopped() -> str:
     """Why the run was stopped."""
     return signals.stop_reason() or "a signal to another rank"

@@ -39,10 +39,9 @@ from torch import Tensor, nn
 from launcher.checkpoint.held_folder import HeldFolder
 from launcher.config import annotations
 from launcher.config.plan import Progress
-from launcher.distributed.accelerator import run_on_main
+from launcher.distributed.accelerator import count_over_ranks, run_on_main
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.training.model import count_over_ranks
 from launcher.training.optimizers import bring_steps, try_step
 from launcher.training.state import TrainContext, TrainState
 from launcher.utils import atomic_write, json_text

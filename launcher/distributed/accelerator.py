@@ -192,6 +192,14 @@ def run_on_main(accelerator: "Accelerator", action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def count_over_ranks(accelerator: "Accelerator", is_so: bool) -> int:
+    """On how many ranks it is so, which all of them then know."""
+    import torch
+
+    here = torch.tensor(float(is_so), device=accelerator.device)
+    return int(accelerator.reduce(here, reduction="sum"))
+
+
 def device_name(accelerator: "Accelerator") -> str:
     """The device by its usual name: `NVIDIA H100 80GB HBM3`, `CPU, 2 threads`."""
     import torch

@@ -14,12 +14,12 @@ from launcher.checks.timing import measure
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.distributed import signals
+from launcher.distributed.accelerator import count_over_ranks
 from launcher.distributed.stop_sync import StoppedError
 from launcher.distributed.world import World
 from launcher.errors import EXIT_SAVED
-from launcher.run import ranks_together, stop_reason, training_of
-from launcher.training.model import count_over_ranks
-from launcher.training.passes import pass_fits
+from launcher.run import ranks_together, training_of, why_stopped
+from launcher.training.accumulation import pass_fits
 from launcher.training.state import TrainContext, put_back
 from launcher.utils.text import count
 
@@ -91,7 +91,7 @@ def run(loaded: LoadedRecipe, options: RunOptions, world: World) -> int:
             found = find_sizes(ctx)
         except StoppedError:
             if world.is_main:
-                sys.stderr.write(f"launcher: stopped by {stop_reason()}: no size is told\n")
+                sys.stderr.write(f"launcher: stopped by {why_stopped()}: no size is told\n")
             return EXIT_SAVED
     if world.is_main:
         for line in describe(found, ctx.plan.world_size):

@@ -20,7 +20,7 @@ from launcher.config.plan import NEVER, Plan
 from launcher.distributed.stop_sync import StoppedError
 from launcher.distributed.world import World
 from launcher.errors import EXIT_SAVED, NotFiniteError, TrainingError, UserError
-from launcher.run import RequestPoll, ranks_together, stop_reason, training_of
+from launcher.run import RequestPoll, ranks_together, training_of, why_stopped
 from launcher.training.loop import SavePoint, fit
 from launcher.training.metrics import StepReport
 from launcher.training.state import TrainContext, put_back
@@ -135,7 +135,7 @@ def run(
         own = training.ctx.state.group_options[0]["lr"]
     if curve is None:
         if world.is_main:
-            sys.stderr.write(f"launcher: stopped by {stop_reason()}: nothing of the ramp is kept\n")
+            sys.stderr.write(f"launcher: stopped by {why_stopped()}: nothing of the ramp is kept\n")
         return EXIT_SAVED
     if not world.is_main:
         return 0

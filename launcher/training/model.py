@@ -18,6 +18,7 @@ from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.images import ImageSet
 from launcher.data.sources import NAMELESS
+from launcher.distributed.accelerator import count_over_ranks
 from launcher.errors import UserError
 from launcher.utils.text import some
 from launcher.utils.user_code import (
@@ -299,12 +300,6 @@ def _choose_memory_format(
         )
     name = code_name(recipe.model)
     raise _refused_images(name, images, refusal, " in training mode") from refusal
-
-
-def count_over_ranks(accelerator: Accelerator, is_so: bool) -> int:
-    """On how many ranks it is so, which all of them then know."""
-    here = torch.tensor(float(is_so), device=accelerator.device)
-    return int(accelerator.reduce(here, reduction="sum"))
 
 
 def unused_parameters(recipe: Recipe, names: str, moment: str = "") -> UserError:

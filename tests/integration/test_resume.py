@@ -87,9 +87,10 @@ class Interrupted(resumable.Network):
     evaluated = 0
 
     def forward(self, images):
-        Interrupted.evaluated += not self.training
-        if not self.training and Interrupted.evaluated == signalling:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if not self.training and len(images) > 2:  # fewer are a trial of the network
+            Interrupted.evaluated += 1
+            if Interrupted.evaluated == signalling:
+                os.kill(os.getpid(), signal.SIGTERM)
         return super().forward(images)
 
 recipe = replace(resumable.recipe, model=Interrupted, epochs=3)
@@ -108,7 +109,7 @@ def test_a_signal_within_an_evaluation_leaves_it_to_the_resumed_run(
     recipe.write_text(INTERRUPTED)
     plain = Run(ranks, tmp_path, "--name", "whole", recipe=recipe)
     assert plain.end() == 0, plain.text()
-    second = {"AT": str(1 + passes + 2)}  # pass of the second epoch's; the first tries the network
+    second = {"AT": str(passes + 2)}  # pass of the second epoch's
     cut = Run(ranks, tmp_path, "--name", "cut", recipe=recipe, environment=second)
     cut.end()
     assert "goes on from here" in cut.text()

@@ -10,10 +10,10 @@ import torch
 from launcher.cli import main
 from launcher.experiments import batch_size
 from launcher.experiments.batch_size import Found, Speed, describe, find_sizes
-from launcher.training.passes import pass_fits
+from launcher.training.accumulation import pass_fits
 from launcher.training.state import TrainContext
 from tests.support.helpers import context_of, tiny_recipe
-from tests.unit.training.test_passes import Narrow
+from tests.unit.training.test_accumulation import Narrow
 
 
 def test_memory_ends_it_and_the_state_is_put_back() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from launcher import growing, train
-from launcher.training.passes import choose_passes, is_out_of_memory, pass_fits, smallest
+from launcher.training.accumulation import choose_passes, is_out_of_memory, pass_fits, smallest
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 from tests.support.processes import Run
 
@@ -121,7 +121,7 @@ def test_it_trains_as_that_number_typed_would_and_is_kept(
     train(replace(AUTO, accumulate=4), name="typed", wandb="off")
     train(AUTO, name="cut", wandb="off", max_steps=3)
     # What is resumed goes on with the number that it began with, whatever would fit now.
-    monkeypatch.setattr("tests.unit.training.test_passes.ROOM", 4)
+    monkeypatch.setattr("tests.unit.training.test_accumulation.ROOM", 4)
     train(AUTO, name="cut", wandb="off", resume=True)
     weights = [Path(f"runs/{n}/final.safetensors").read_bytes() for n in ("auto", "typed", "cut")]
     assert weights[0] == weights[1] == weights[2]
@@ -130,7 +130,7 @@ def test_it_trains_as_that_number_typed_would_and_is_kept(
 ON_ONE_RANK = """
 import os
 from dataclasses import replace
-from tests.unit.training.test_passes import AUTO, Narrow
+from tests.unit.training.test_accumulation import AUTO, Narrow
 from functools import partial
 
 most = 2 if os.environ.get("RANK") == "1" else 10

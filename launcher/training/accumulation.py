@@ -8,8 +8,9 @@ from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.data.augment import resized
+from launcher.distributed.accelerator import count_over_ranks
 from launcher.errors import UserError
-from launcher.training.model import count_over_ranks, upcast
+from launcher.training.model import upcast
 from launcher.training.state import TrainContext, put_back
 from launcher.utils.text import count
 
