@@ -1,12 +1,10 @@
 """From a recipe to its network: built, tried on two images, initialized, placed on the device."""
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from launcher.errors import UserError
 from launcher.utils.text import some
 from launcher.utils.user_code import (
     comparable,
+    global_states,
     is_users,
     place_of,
     seeded_draws,
@@ -377,19 +376,6 @@ def _refusing_what_is_lost(network: nn.Module, recipe: Recipe) -> Iterator[None]
             "needs it",
             instead="write torch.rand(()).item() for random.random() in its forward, for example",
         )
-
-
-def global_states() -> dict[str, Any]:
-    """Of the generators that Python code draws from when it names none, in comparable form."""
-    kind, keys, *rest = numpy.random.get_state()
-    states = [torch.default_generator.get_state().numpy().tobytes()]
-    if torch.cuda.is_available():
-        states += [torch.cuda.get_rng_state().numpy().tobytes()]
-    return {
-        "torch": states,
-        "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
-        "Python": random.getstate(),
-    }
 
 
 @contextmanager

@@ -29,12 +29,11 @@ from launcher.data.augment import as_augmentation, resized
 from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.model import global_states as global_states
 from launcher.training.model import upcast
 from launcher.training.optimizers import try_step
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count, some
-from launcher.utils.user_code import is_users, place_of, user_location
+from launcher.utils.user_code import global_states, is_users, place_of, user_location
 
 _V2 = "or a class of torchvision.transforms.v2 without brackets"
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)

@@ -42,6 +42,19 @@ def seeded_draws(seed: int = 0) -> Iterator[None]:
         numpy.random.set_state(of_numpy)
 
 
+def global_states() -> dict[str, Any]:
+    """Of the generators that Python code draws from when it names none, in comparable form."""
+    kind, keys, *rest = numpy.random.get_state()
+    states = [torch.default_generator.get_state().numpy().tobytes()]
+    if torch.cuda.is_available():
+        states += [torch.cuda.get_rng_state().numpy().tobytes()]
+    return {
+        "torch": states,
+        "numpy": (kind, numpy.asarray(keys).tobytes(), *rest),
+        "Python": random.getstate(),
+    }
+
+
 def comparable(value: Any) -> Any:
     """What a value holds of numbers and of generators' states, for `==`; None where it is neither.
 

@@ -19,9 +19,8 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Augmentation, Draws, Mixing
 from launcher.data.augment import as_augmentation
 from launcher.data.images import ImageSet
-from launcher.training.preflight import global_states
 from launcher.utils.text import count
-from launcher.utils.user_code import place_of
+from launcher.utils.user_code import global_states, place_of
 
 EXACT = 1e-8  # in float64, of numbers around 1: rounding stays far below, a fault far above
 ROUNDING = 1e-12  # of a loss in float64
