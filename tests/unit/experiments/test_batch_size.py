@@ -17,6 +17,15 @@ from tests.support.helpers import context_of, tiny_recipe
 from tests.unit.training.test_accumulation import Narrow
 
 
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe file, alone in the folder that is the present one."""
+    monkeypatch.chdir(tmp_path)
+    text = "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe()\n"
+    Path("mine.py").write_text(text)
+    return "mine.py"
+
+
 def test_memory_ends_it_and_the_state_is_put_back() -> None:
     ctx = context_of(tiny_recipe())
     narrow = context_of(tiny_recipe(model=Narrow))
@@ -33,12 +42,8 @@ def test_memory_ends_it_and_the_state_is_put_back() -> None:
 
 
 def test_a_signal_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe()\n"
-    Path("mine.py").write_text(text)
-
     def slow(ctx: TrainContext, size: int) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
         return pass_fits(ctx, size)
@@ -46,7 +51,7 @@ def test_a_signal_ends_it(
     monkeypatch.setattr(batch_size, "pass_fits", slow)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        assert main(["tune", "mine.py", "--batch"]) == 75
+        assert main(["tune", recipe, "--batch"]) == 75
     finally:  # after a stop they are ignored
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -65,12 +70,7 @@ def test_the_smallest_that_is_fast_enough_is_named() -> None:
     assert "not even 8 images" in describe(Found((), "memory"), 1)[0]
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = "from tests.support.helpers import tiny_recipe\nrecipe = tiny_recipe()\n"
-    Path("mine.py").write_text(text)
-    assert main(["tune", "mine.py", "--batch"]) == 0
+def test_the_command(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", recipe, "--batch"]) == 0
     assert "images per device" in capsys.readouterr().out
-    assert [path.name for path in Path().iterdir()] == ["mine.py"]
+    assert [path.name for path in Path().iterdir()] == [recipe]
