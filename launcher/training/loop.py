@@ -18,7 +18,7 @@ from launcher.distributed.stop_sync import PollRequests, StoppedError, StopSync,
 from launcher.errors import NotFiniteError, UserError
 from launcher.training.evaluation import evaluate, score_samples
 from launcher.training.metrics import EpochReport, LossTracker, StepReport
-from launcher.training.model import explain_torch_error, upcast
+from launcher.training.model import explain_torch_error, names_of, upcast
 from launcher.training.state import TrainContext, average_buffers
 from launcher.training.step import seed_layers, train_step
 from launcher.utils.text import some
@@ -260,9 +260,8 @@ def refuse_unfrozen(ctx: TrainContext) -> None:
 
     The optimizer does not have it, and DDP does not sum its gradients: it would stay as it is.
     """
-    unfrozen = {id(p) for p in ctx.state.frozen if p.requires_grad}
-    if unfrozen:
-        names = [n for n, p in ctx.state.network.named_parameters() if id(p) in unfrozen]
+    if unfrozen := [p for p in ctx.state.frozen if p.requires_grad]:
+        names = names_of(ctx.state.network, unfrozen)
         raise UserError(
             f"{code_name(ctx.recipe.model)}, which was to train {some(names)} from later on",
             expected="the same parameters in all of the training: the optimizer has no others",

@@ -1,6 +1,6 @@
 """From a recipe to its network: built, tried on two images, initialized, placed on the device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -417,6 +417,12 @@ def explain_torch_error(error: Exception, moment: str) -> UserError | None:
             "type unused_parameters=allow",
         )
     return None
+
+
+def names_of(network: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """The names of some of its parameters."""
+    chosen = set(map(id, parameters))
+    return [name for name, parameter in network.named_parameters() if id(parameter) in chosen]
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from launcher.data.batches import MicroBatch
 from launcher.training.metrics import LossTracker
-from launcher.training.model import unused_parameters, upcast
+from launcher.training.model import names_of, unused_parameters, upcast
 from launcher.training.state import TrainContext
 from launcher.utils.text import some
 
@@ -85,10 +85,8 @@ def refuse_unused_parameters(ctx: TrainContext, step: int) -> None:
     """
     if ctx.plan.world_size > 1 and ctx.recipe.unused_parameters == "refuse":
         trained = (p for group in ctx.state.optimizer.param_groups for p in group["params"])
-        unused = {id(p) for p in trained if p.grad is None and p.requires_grad}
-        if unused:
-            named = ctx.state.network.named_parameters()
-            names = [name for name, parameter in named if id(parameter) in unused]
+        if unused := [p for p in trained if p.grad is None and p.requires_grad]:
+            names = names_of(ctx.state.network, unused)
             raise unused_parameters(ctx.recipe, some(names), f"in step {step}")
 
 
