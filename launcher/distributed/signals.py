@@ -40,9 +40,8 @@ def listening(*, ends_process: bool = True) -> Iterator[None]:
     Slurm's own comes at the same moment. Outside the main thread, where Python allows no handlers,
     signals stay with the program that started the thread; the other reasons stop there as well.
     """
-    global _end, _watches_launcher, _listens
-    _received.clear()
-    _end, _watches_launcher = _NEVER, False
+    global _listens
+    _forget()
     in_main_thread = threading.current_thread() is threading.main_thread()
     numbers = _STOPPING if in_main_thread else ()
     before = {number: signal.signal(number, _record) for number in numbers}
@@ -54,6 +53,15 @@ def listening(*, ends_process: bool = True) -> Iterator[None]:
         stopped = ends_process and (bool(_received) or time.time() >= _end[0])
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if stopped else handler)
+        if not _listens:
+            _forget()
+
+
+def _forget() -> None:
+    """What came to one run is not for the next one in this process."""
+    global _end, _watches_launcher
+    _received.clear()
+    _end, _watches_launcher = _NEVER, False
 
 
 def stop_at(moment: float, reason: str) -> None:

@@ -28,3 +28,4 @@ def test_a_training_in_a_thread_leaves_signals_to_the_main_program(tmp_path: Pat
         with pytest.raises(StoppedBeforeTrainingError, match="SIGTERM"):
             signals.end_if_stopped("what comes later")
     assert signal.getsignal(signal.SIGTERM) is before
+    assert not signals.stop_reason()  # it is not for the next one in this process
