@@ -101,7 +101,9 @@ def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[s
     files = RunFiles(runs / run.run)
     done = (files.path / "final.safetensors").is_file()
     job = run.number.partition("_")[0]
-    attempts = len(list((runs / JOBS_FOLDER).glob(f"{run.run}-{job}-*.log")))
+    logs = re.compile(rf"{re.escape(run.run)}-{job}-\d+\.log")
+    found = os.listdir(runs / JOBS_FOLDER)  # a run may be called as another one with its job
+    attempts = sum(1 for name in found if logs.fullmatch(name))
     best = files.best_accuracy
     return (
         run.run,

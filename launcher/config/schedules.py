@@ -18,6 +18,9 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 
 from launcher.errors import UserError
 
+# A multiplier that is never above the one, or never below this part of its highest, is odd.
+_LEAST_RISE, _LEAST_FALL = 0.1, 0.9
+
 
 def constant(fraction: float) -> float:
     """Keep the optimizer's own rate throughout."""
@@ -59,6 +62,26 @@ def _refuse_outside(**fractions: float) -> None:
 
 def _after(fraction: float, warmup: float, until: float = 1.0) -> float:
     return (fraction - warmup) / (until - warmup) if warmup < until else 0.0
+
+
+def describe_odd_range(schedule: Any) -> str:
+    """A line about a multiplier that hardly moves, as of a function of steps; else empty.
+
+    What fails, and what gives no numbers, is for the preflight to say.
+    """
+    try:
+        values = [float(schedule(point / 100)) for point in range(1, 100)]
+    except Exception:
+        return ""
+    lowest, highest = min(values), max(values)
+    if not 0 < highest < math.inf or lowest == highest:
+        return ""
+    if highest > _LEAST_RISE and lowest < _LEAST_FALL * highest:
+        return ""
+    return (
+        f"the schedule multiplies the optimizer's rate by {lowest:.3g} to {highest:.3g} only: it "
+        "is called with the fraction of the training, from 0 to 1, and not with a step or an epoch"
+    )
 
 
 def schedulers_in(value: Any) -> Iterator[type[LRScheduler]]:

@@ -200,9 +200,9 @@ def place_network(
     network = _in_pure_precision(network.to(accelerator.device), recipe)
     before = _attributes(network)
     placed = _choose_memory_format(network, recipe, accelerator, data)
-    if hidden := _hidden_layers(network):
+    if hidden := layers_in_lists(network):
         note = (
-            f"layers in {some(hidden)} of {short_name(recipe.model)} are neither trained nor "
+            f"layers in {some(list(hidden))} of {short_name(recipe.model)} are neither trained nor "
             "saved: write nn.ModuleList([...]) for [...], or nn.ModuleDict, if they are to be"
         )
         placed = replace(placed, notes=(*placed.notes, note))
@@ -222,18 +222,18 @@ def place_network(
     return replace(placed, notes=(*placed.notes, note))
 
 
-def _hidden_layers(network: nn.Module) -> list[str]:
-    """The attributes whose layers torch does not see, since they stand in a list or the like."""
-    known = set(network.modules())
-    found = {
-        f"{name}.{attribute}".lstrip("."): None
-        for name, module in network.named_modules()
-        for attribute, value in vars(module).items()
-        if attribute[0] != "_" and isinstance(value, list | tuple | dict)
-        for item in (value.values() if isinstance(value, dict) else value)
-        if isinstance(item, nn.Module) and item not in known
-    }
-    return list(found)
+def layers_in_lists(network: nn.Module) -> dict[str, list[nn.Module]]:
+    """By attribute, the layers that torch does not see, since they stand in a list or the like."""
+    known, found = set(network.modules()), dict[str, list[nn.Module]]()
+    for name, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute[0] == "_" or not isinstance(value, list | tuple | dict):
+                continue
+            items = value.values() if isinstance(value, dict) else value
+            hidden = [x for x in items if isinstance(x, nn.Module) and x not in known]
+            if hidden:
+                found[f"{name}.{attribute}".lstrip(".")] = hidden
+    return found
 
 
 def _attributes(network: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
-from launcher.config.schedules import schedulers_in
+from launcher.config.schedules import describe_odd_range, schedulers_in
 from launcher.config.serialize import code_name
 from launcher.config.slots import CompileMode, Schedule, TorchSchedule
 from launcher.data.batches import Normalize
@@ -172,7 +172,7 @@ def make_context(
     loss = make_loss(recipe, len(data.train.classes), normalize(data.train.pixels(slice(1))))
     notes = [
         *placed.notes,
-        describe_counting(recipe.schedule),
+        describe_counting(recipe.schedule) or describe_odd_range(recipe.schedule),
         describe_left_out(state.optimizer, state.network),
     ]
     return TrainContext(

@@ -16,7 +16,7 @@ from launcher.checks.check.layers import Walk, declared
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
-from launcher.training.model import restored_afterwards, upcast
+from launcher.training.model import layers_in_lists, restored_afterwards, upcast
 from launcher.utils.text import count, some
 from launcher.utils.user_code import describe_line, function_of, innermost_user_line
 
@@ -42,14 +42,19 @@ def small_batches(network: nn.Module, plan: Plan) -> Iterator[Verdict]:
         yield Verdict(
             NAME,
             f"BatchNorm ({some(norms)}) over 1 image: {plan.describe_batch()}",
-            "wrong",
+            "notice",  # it trains, as long as the image has several pixels there
             f"type data.batch_size={8 * plan.num_micro_batches}, for example, or use GroupNorm",
         )
 
 
 def _created(walked: Walk) -> Iterator[Verdict]:
-    """Layers with weights that are no part of the network, so that nobody trains them."""
+    """Layers with weights that are no part of the network, so that nobody trains them.
+
+    Not those in a plain list, which were there before: the header's note names them.
+    """
     known, found = set(walked.network.modules()), {}
+    for layers in layers_in_lists(walked.network).values():
+        known.update(part for layer in layers for part in layer.modules())
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if module not in known and any(True for _ in module.parameters(recurse=False)):

@@ -11,6 +11,8 @@ from launcher.utils.user_code import place_of, user_line, user_location
 
 _SIZES = (28, 32, 64, 96, 128, 224)  # pixels, for which networks are written
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Of torch's words for a layer whose weights are of another type than what it gets.
+_OTHER_TYPE = ("must have the same dtype", "should be the same", "expected scalar type")
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -93,6 +95,12 @@ def _of_layer(walked: Walk) -> Mistake:
     where = user_location(walked.error)
     got = " x ".join(map(str, given[1:])) or "single numbers"
     what = f"{head} gets {got} for each image{where}"
+    if any(words in str(walked.error) for words in _OTHER_TYPE):
+        return Mistake(
+            f"{head} gets numbers of another type{where}: {walked.error}",
+            "leave out what changes the type, such as .double() or .half(), or write x.float() "
+            "before it",
+        )
     if isinstance(layer, nn.Linear):
         return _of_linear(walked, head, where)
     if isinstance(layer, nn.Conv1d):

@@ -103,6 +103,13 @@ def test_a_loss_of_log_probabilities_needs_them(loss: Any, tmp_path: Path) -> No
     assert found_in(network_of(mended, tmp_path), recipe) == []
 
 
+def test_layers_in_a_list_are_not_made_in_forward(tmp_path: Path) -> None:
+    """They are named by a note of the header, in a run and here."""
+    source = NETWORK.replace(NORM, NORM + "; self.more = [nn.Sequential(nn.Linear(50, 50))]")
+    network = network_of(source.replace(RELU, "x = self.more[0](self.fc1(x))"), tmp_path)
+    assert found_in(network) == []
+
+
 def test_probabilities_are_right_for_a_loss_that_takes_them(tmp_path: Path) -> None:
     def own(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nll_loss(scores.log(), labels)
@@ -130,6 +137,7 @@ def test_batch_norm_of_one_image(world_size: int, expected: int, tmp_path: Path)
     verdicts = list(small_batches(network, plan))
     assert len(verdicts) == expected
     if verdicts:
+        assert verdicts[0].standing == "notice"  # it trains
         assert "BatchNorm (norm) over 1 image" in verdicts[0].answer
         assert "data.batch_size=64" in verdicts[0].instead
         data = replace(RECIPE.data, batch_size=64)

@@ -320,6 +320,8 @@ def test_the_status_of_each_run(capsys: pytest.CaptureFixture[str]) -> None:
     status.record(BatchJob(recipe="x.py", name="s", sweep=Sweep("lr", ("1", "2", "3"))), "17")
     for attempt in (1, 2):
         (jobs / f"s-0-17-{attempt}.log").touch()
+    (jobs / "s-0-17-17_0-1.log").touch()  # of a run that is called s-0-17
+    (jobs / "s-0-17-5-1.log").touch()
     write_metrics("s-0", metrics(1, 0.25), metrics(2, 0.5), '{"epo')  # the last being written
     write_metrics("s-1", metrics(1, 0.125))
     Path("runs", "s-1", "final.safetensors").touch()

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
 from launcher import constant, cosine, linear, steps
 from launcher.config.plan import make_plan
+from launcher.config.schedules import describe_odd_range
 from tests.support.helpers import tiny_recipe
 
 Schedule = Callable[[float], float]
@@ -98,3 +100,20 @@ def test_no_step_of_a_training_is_spent_at_a_rate_of_zero(schedule: Callable[...
     plan = make_plan(tiny_recipe(), world_size=1, train_images=100, evaluated_images=20)
     rates = [schedule(plan.fraction(step), warmup=0.25) for step in range(1, plan.steps + 1)]
     assert min(rates) > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    [
+        (lambda step: min(1.0, (step + 1) / 500), "by 0.00202 to 0.00398 only"),
+        (lambda epoch: 0.95**epoch, "by 0.95 to 0.999 only"),
+        (lambda fraction: 0.1 * (1 - fraction), "by 0.001 to 0.099 only"),
+        *((usual, "") for usual in (constant, linear, cosine, steps, partial(cosine, end=0.8))),
+        (lambda fraction: 0.0, ""),
+        (lambda optimizer: optimizer.lr, ""),
+    ],
+)
+def test_a_function_of_steps_or_of_rates_is_told(schedule: Any, found: str) -> None:
+    line = describe_odd_range(schedule)
+    assert found in line
+    assert bool(line) == bool(found)

@@ -16,7 +16,7 @@ from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
 from launcher.training.model import build_network, count_parameters
 from launcher.training.state import TrainState, average_buffers, evaluating, make_state
-from tests.support.helpers import context_of
+from tests.support.helpers import context_of, tiny_recipe
 from tests.support.world_worker import Small, Small64
 
 DATA = Images(partial(Synthetic, count=50), 10, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -137,3 +137,8 @@ def test_buffers_of_one_process_stay_as_they_are() -> None:
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     average_buffers(network, create_accelerator("fp32"))
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+
+
+def test_a_schedule_of_steps_is_told_in_a_note() -> None:
+    (note,) = context_of(tiny_recipe(schedule=lambda step: min(1.0, step / 500))).notes
+    assert "called with the fraction of the training" in note
