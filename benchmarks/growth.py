@@ -80,10 +80,11 @@ class Notebook(Console):
 
 def child(output: Path, words: list[str]) -> None:
     """The launcher's command with a notebook for a console; leaves its notes in a file."""
-    from launcher import cli, run
+    from launcher import cli
+    from launcher.run import train as training
 
     notebook = Notebook()
-    vars(run)["make_console"] = lambda is_main: notebook
+    vars(training)["make_console"] = lambda is_main: notebook
     code = cli.main([str(SELF), "--wandb", "off", *words])
     output.write_text(json.dumps({"epochs": notebook.epochs, "rates": notebook.rates}))
     sys.exit(code)

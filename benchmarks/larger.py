@@ -122,10 +122,11 @@ def child(output: Path, limit: float, words: list[str]) -> None:
         pass
     else:
         raise SystemExit("the limit holds nobody")
-    from launcher import cli, run
+    from launcher import cli
+    from launcher.run import train as training
 
     notebook = Notebook()
-    vars(run)["make_console"] = lambda is_main: notebook
+    vars(training)["make_console"] = lambda is_main: notebook
     code = cli.main([str(SELF), "--wandb", "off", f"--log-every={EVERY}", *words])
     output.write_text(json.dumps({"memory": notebook.memory, "rates": notebook.rates}))
     sys.exit(code)

@@ -71,24 +71,25 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     """The launcher's command, with a timer around those who watch."""
     from rich.console import Console as RichConsole
 
-    from launcher import cli, run
+    from launcher import cli
     from launcher.checkpoint import checkpoint
     from launcher.checkpoint.run_dir import RunDir
     from launcher.checkpoint.saver import Saver
     from launcher.loggers.console import Console, LiveConsole
     from launcher.loggers.wandb import WandbLogger
+    from launcher.run import train as training
 
     timer, whole = Timer(), Timer()
     screen = RichConsole(file=io.StringIO(), force_terminal=True, width=112)
     console = LiveConsole(screen) if mode == "watched" else Console(None)
-    vars(run)["make_console"] = lambda is_main: console
+    vars(training)["make_console"] = lambda is_main: console
     timer.around(type(console), "console", "say", "step", "epoch")
     timer.around(WandbLogger, "W&B steps", "step")
     timer.around(WandbLogger, "W&B epochs", "epoch")
     timer.around(RunDir, "files", "record")
     timer.around(checkpoint, "files", "save_weights")
     timer.around(Saver, "checkpoints", "checkpoint")
-    whole.around(run, "training", "run_loop")
+    whole.around(training, "training", "run_loop")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])
     output.write_text(json.dumps({**timer.seconds, **whole.seconds}))
     sys.exit(code)

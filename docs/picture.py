@@ -11,10 +11,10 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console as RichConsole
 
-from launcher import run
 from launcher.cli import main
 from launcher.config.plan import Plan
 from launcher.loggers.console import LiveConsole
+from launcher.run import train
 from launcher.training.metrics import StepReport
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ class Photograph(LiveConsole):
 def draw(overrides: list[str]) -> None:
     """Run SimpleCNN with a console that records what it draws."""
     rich = RichConsole(record=True, width=112, force_terminal=True, file=io.StringIO())
-    run.make_console = lambda is_main: Photograph(rich)
+    train.make_console = lambda is_main: Photograph(rich)
     with TemporaryDirectory() as folder:
         os.chdir(folder)
         words = [str(ROOT / "recipes" / "simplecnn.py"), "--name", "simplecnn"]

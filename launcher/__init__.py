@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from launcher.data.packed import Packed
     from launcher.data.synthetic import Synthetic
     from launcher.results.load import TrainedRun, load_run
-    from launcher.run import RunResult
+    from launcher.run.events import RunResult
     from launcher.training.optimizers import ChainedOptimizer, Muon, no_decay
     from launcher.training.state import ema
     from launcher.training.tta import mirrored, mirrored_and_shifted
@@ -71,7 +71,7 @@ __all__ = [
 
 _HOMES = {
     "launcher.api": "train",
-    "launcher.run": "RunResult",
+    "launcher.run.events": "RunResult",
     "launcher.results.load": "TrainedRun load_run",
     "launcher.data.augment": "alternating_flip crop cutmix cutout flip jitter mixup "
     "random_resized_crop",

@@ -16,7 +16,8 @@ from launcher.distributed import signals
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.environment import refuse_unusable
 from launcher.errors import UserError
-from launcher.run import RunResult, train_loaded
+from launcher.run.events import RunResult
+from launcher.run.train import train_loaded
 
 # Of this process: the ranks' common store keeps what an earlier training has left in it.
 _NUMBERS = count()

@@ -482,12 +482,12 @@ def _load(path: str, words: list[str]) -> "LoadedRecipe":
 
 
 def _train(loaded: "LoadedRecipe", arguments: argparse.Namespace, job: slurm_env.Allocation) -> int:
-    from launcher import run
+    from launcher.run.train import train_loaded
 
     options = _options(arguments, job)
     if arguments.dry_run:
         return _dry_run(loaded, options, job.world)
-    result = run.train_loaded(loaded, options, job.world)
+    result = train_loaded(loaded, options, job.world)
     return EXIT_SAVED if result.stopped else 0
 
 
@@ -539,20 +539,20 @@ def _cadence(text: str) -> "SaveInterval":
 
 def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int:
     """Print the resolved recipe as JSON and the plan in words."""
-    from launcher import run
     from launcher.data import sources
+    from launcher.run import prepare
     from launcher.training.model import build_network
 
     data = sources.load(loaded.recipe.data, seed=loaded.recipe.seed)
-    plan = run.plan_for(loaded, data, options, world.size)
+    plan = prepare.plan_for(loaded, data, options, world.size)
     network = build_network(loaded.recipe, data.train)
-    facts = run.describe(loaded, data, plan, network)
+    facts = prepare.describe(loaded, data, plan, network)
     if world.size == 1:  # several would have to meet for it
-        with run.dry_context(loaded.recipe, plan, network, data):
+        with prepare.dry_context(loaded.recipe, plan, network, data):
             pass
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
-        warning = redacted(run.fallback_warning(data))
+        warning = redacted(prepare.fallback_warning(data))
         sys.stdout.write(f"{warning}\n" if warning else "")
     return 0

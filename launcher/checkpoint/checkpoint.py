@@ -66,7 +66,7 @@ class Snapshot:
 
     tensors: Mapping[str, Tensors]  # by the name of their file
     optimizer: dict[str, Any]
-    details: dict[str, Any]  # state.json: see `checkpoint_details` in run.py
+    details: dict[str, Any]  # state.json: see `checkpoint_details` in run/events.py
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from launcher.distributed.accelerator import count_over_ranks
 from launcher.distributed.stop_sync import StoppedError
 from launcher.distributed.world import World
 from launcher.errors import EXIT_SAVED
-from launcher.run import ranks_together, training_of, why_stopped
+from launcher.run.events import why_stopped
+from launcher.run.prepare import training_of
+from launcher.run.train import ranks_together
 from launcher.training.accumulation import pass_fits
 from launcher.training.state import TrainContext, put_back
 from launcher.utils.text import count

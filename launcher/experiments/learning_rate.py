@@ -20,7 +20,9 @@ from launcher.config.plan import NEVER, Plan
 from launcher.distributed.stop_sync import StoppedError
 from launcher.distributed.world import World
 from launcher.errors import EXIT_SAVED, NotFiniteError, TrainingError, UserError
-from launcher.run import RequestPoll, ranks_together, training_of, why_stopped
+from launcher.run.events import RequestPoll, why_stopped
+from launcher.run.prepare import training_of
+from launcher.run.train import ranks_together
 from launcher.training.loop import SavePoint, fit
 from launcher.training.metrics import StepReport
 from launcher.training.state import TrainContext, put_back

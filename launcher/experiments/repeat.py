@@ -24,7 +24,7 @@ from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
 from launcher.results.compare import compared, experiment, grouped, sentence
 from launcher.results.quoted import headline, quoted
 from launcher.results.statistics import Spread, describe, summary
-from launcher.run import train_loaded
+from launcher.run.train import train_loaded
 from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console

@@ -33,7 +33,7 @@ from launcher.distributed.accelerator import reset_accelerator, usable_cores
 from launcher.distributed.world import ALONE, World
 from launcher.errors import EXIT_SAVED, StoppedBeforeTrainingError, TrainingError, UserError
 from launcher.loggers.logger import Logger
-from launcher.run import train_loaded
+from launcher.run.train import train_loaded
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console

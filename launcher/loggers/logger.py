@@ -1,4 +1,4 @@
-"""What a logger hears of a run; to add one, write a class and name it in `run.make_loggers`."""
+"""What a logger hears of a run; to add one, write a class and name it in `make_loggers`."""
 
 from launcher.config.plan import Plan
 from launcher.training.metrics import Best, EpochReport, FinalReport, StepReport

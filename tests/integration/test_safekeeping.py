@@ -28,7 +28,8 @@ from launcher.config.plan import Plan, SaveInterval
 from launcher.distributed import signals
 from launcher.errors import NotFiniteError, UserError
 from launcher.loggers.console import Console
-from launcher.run import ActiveRun, closing_rows, roll_back, run_loop
+from launcher.run.events import ActiveRun, roll_back, run_loop
+from launcher.run.train import closing_rows
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils import atomic_write
 from launcher.utils.redaction import cleaned, redacted

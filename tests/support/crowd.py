@@ -28,7 +28,7 @@ from launcher.data import cache
 from launcher.distributed.process_group import Timeouts
 from launcher.distributed.world import World
 from launcher.errors import LauncherError, OtherRankError
-from launcher.run import ranks_together
+from launcher.run.train import ranks_together
 from tests.support.helpers import HALF
 from tests.unit.data.test_sources import Cifar
 

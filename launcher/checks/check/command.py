@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launcher import run
 from launcher.checks.check import behaviour, cost, images, learning
 from launcher.checks.check.layers import Layer, Walk, walk
 from launcher.checks.check.mistakes import find_mistake
@@ -38,6 +37,7 @@ from launcher.data import sources
 from launcher.data.images import Data
 from launcher.data.validation import count_held_out
 from launcher.errors import UserError
+from launcher.run.prepare import dry_context
 from launcher.training.model import build_network, two_images
 from launcher.training.state import TrainContext
 from launcher.utils.arguments import Parser, positive, refuse_no_folder
@@ -202,7 +202,7 @@ def _network(subject: Subject) -> Iterator[Verdict]:
         plan = subject.plan(data)
         network = build_network(recipe, data.train)
         yield from behaviour.small_batches(network, plan)
-        context = run.dry_context(recipe, plan, network, data)
+        context = dry_context(recipe, plan, network, data)
         subject.ctx = subject.exit_stack.enter_context(context)
     except UserError as error:
         yield _refused("network" if walked is None else "functions", error)

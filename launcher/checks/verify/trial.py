@@ -21,7 +21,6 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from launcher import run
 from launcher.checks.verify import slices
 from launcher.checks.verify.slices import Sizes
 from launcher.checks.verify.synchronized import synchronize_batch_norm
@@ -33,6 +32,7 @@ from launcher.config.slots import CompileMode, Precision
 from launcher.distributed.process_group import Timeouts
 from launcher.distributed.world import World
 from launcher.errors import LauncherError, OtherRankError, UserError
+from launcher.run.train import train_loaded
 from launcher.training.evaluation import evaluate
 from launcher.training.metrics import Evaluation
 from launcher.training.state import TrainContext
@@ -321,7 +321,7 @@ def work(subject: Subject, trial: Trial) -> None:
             own = slices.own_images(loaded.recipe, subject.opened)
             seen.own_images = slices.fingerprint(slices.take(own, subject.sizes))
         loaded = replace(loaded, recipe=version_of(loaded.recipe, subject, trial))
-        result = run.train_loaded(loaded, options_of(subject, trial), world, watcher.watch)
+        result = train_loaded(loaded, options_of(subject, trial), world, watcher.watch)
         watcher.end(result.losses)
     except UserError as error:
         seen.refusal = (error.given, error.expected, error.instead)

@@ -18,7 +18,6 @@ import numpy
 import pytest
 import torch
 
-from launcher import run
 from launcher.cli import main
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -28,6 +27,7 @@ from launcher.loggers import wandb
 from launcher.loggers.logger import Logger
 from launcher.loggers.wandb import NullLogger, Samples, WandbLogger, WandbRun, start
 from launcher.loggers.wandb_history import epoch_scalars
+from launcher.run.train import train_loaded
 from launcher.training.metrics import Best, EpochReport, Evaluation, FinalReport, StepReport
 from tests.support import forked
 from tests.support.helpers import tiny_recipe
@@ -272,7 +272,7 @@ def test_name_tags_and_notes_of_the_environment_are_taken(
     for variable, value in own.items():
         monkeypatch.setenv(variable, value)
     loaded = LoadedRecipe(tiny_recipe(), "tiny", "", "")
-    run.train_loaded(loaded, RunOptions(runs=tmp_path, name=name, max_steps=1))
+    train_loaded(loaded, RunOptions(runs=tmp_path, name=name, max_steps=1))
     (its,) = given
     assert (its.name, its.tags, its.note) == (shown, ["tiny", "a", "b"], "why")
     assert its.group is None

@@ -21,13 +21,13 @@ from launcher import (
     mirrored,
     mixup,
     random_resized_crop,
-    run,
 )
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.recipe import Recipe
 from launcher.config.slots import Draws, Score
 from launcher.data import sources
+from launcher.run.train import train_loaded
 from launcher.training.model import build_network
 from launcher.training.preflight import preflight
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
@@ -148,7 +148,7 @@ def test_a_last_batch_that_batch_norm_refuses_is_refused_before(
 def test_the_refusal_comes_before_anything_is_written(tmp_path: Path) -> None:
     loaded = LoadedRecipe(tiny_recipe(loss=in_a_row), "mine", "", "")
     with refused("one number"):
-        run.train_loaded(loaded, RunOptions(runs=tmp_path / "runs", wandb="off"))
+        train_loaded(loaded, RunOptions(runs=tmp_path / "runs", wandb="off"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console as RichConsole
 from torch.optim import SGD
 
-from launcher import run as training
 from launcher.checkpoint.checkpoint import capture
 from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.run_dir import RunDir
@@ -25,6 +24,7 @@ from launcher.config.options import RunOptions
 from launcher.errors import UserError
 from launcher.loggers import wandb
 from launcher.loggers.console import Console, LiveConsole
+from launcher.run.train import make_loggers
 from launcher.utils.redaction import cleaned, redacted
 from tests.support.helpers import context_of, tiny_recipe
 
@@ -120,7 +120,7 @@ def test_wandb_gets_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     ctx = replace(ctx, data=replace(ctx.data, fallback="planted-12345"))
     loaded = LoadedRecipe(ctx.recipe, "tiny", "", "")
     options = RunOptions(project="of planted-12345")
-    training.make_loggers(ctx, ResumePoint(RunDir(tmp_path)), loaded, options, ())
+    make_loggers(ctx, ResumePoint(RunDir(tmp_path)), loaded, options, ())
     assert shown[0].project == "of ***"
     assert "planted" not in str(shown)
     assert "planted" not in wandb._one_line(ValueError("planted-12345"))
