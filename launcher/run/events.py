@@ -20,25 +20,14 @@ from launcher.config.loader import LoadedRecipe
 from launcher.config.plan import NEVER, START, Progress, SaveInterval
 from launcher.config.recipe import Recipe
 from launcher.distributed import signals
-from launcher.distributed.accelerator import (
-    run_on_main,
-)
+from launcher.distributed.accelerator import run_on_main
 from launcher.distributed.stop_sync import Requests
-from launcher.errors import (
-    NotFiniteError,
-    TrainingError,
-)
+from launcher.errors import NotFiniteError, TrainingError
 from launcher.loggers.console import Console, first_step_line
 from launcher.loggers.logger import Logger
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import Event, SavePoint, fit
-from launcher.training.metrics import (
-    IMAGES_OF,
-    Best,
-    EpochReport,
-    FinalReport,
-    StepReport,
-)
+from launcher.training.metrics import IMAGES_OF, Best, EpochReport, FinalReport, StepReport
 from launcher.training.state import TrainContext, broadcast_state
 from launcher.utils.redaction import redacted
 from launcher.utils.text import count

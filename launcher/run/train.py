@@ -20,18 +20,10 @@ from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START
 from launcher.distributed import process_group
-from launcher.distributed.accelerator import (
-    run_on_main,
-)
+from launcher.distributed.accelerator import run_on_main
 from launcher.distributed.process_group import RankGroup, Timeouts
 from launcher.distributed.world import ALONE, World
-from launcher.errors import (
-    EXIT_FAULT,
-    EXIT_SAVED,
-    LauncherError,
-    SharedUserError,
-    UserError,
-)
+from launcher.errors import EXIT_FAULT, EXIT_SAVED, LauncherError, SharedUserError, UserError
 from launcher.loggers import wandb
 from launcher.loggers.console import make_console, tta_note
 from launcher.loggers.logger import Logger
@@ -40,10 +32,7 @@ from launcher.loggers.report import page_of, report_at_end
 from launcher.run.events import ActiveRun, RunResult, best_that_is_kept, run_loop, why_stopped
 from launcher.run.prepare import fallback_warning, training_of
 from launcher.training.loop import warm_up_ddp
-from launcher.training.metrics import (
-    IMAGES_OF,
-    sample_indices,
-)
+from launcher.training.metrics import IMAGES_OF, sample_indices
 from launcher.training.smoke import SmokeTest, smoke_options
 from launcher.training.state import TrainContext
 from launcher.utils.text import count

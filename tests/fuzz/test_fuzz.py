@@ -47,9 +47,7 @@ def test_an_outcome_is_judged(outcome: Outcome, word: str) -> None:
 
 
 def test_a_traceback_that_ends_in_the_launcher_is_ours() -> None:
-    frames = (
-        f'  File "recipe.py", line 3, in f\n  File "{ROOT}/launcher/api.py", line 1, in g\n'
-    )
+    frames = f'  File "recipe.py", line 3, in f\n  File "{ROOT}/launcher/api.py", line 1, in g\n'
     assert verdict(Outcome(1, "", f"{frames}ValueError\n", ())) == "fault: exit code 1"
 
 
