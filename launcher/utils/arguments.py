@@ -46,6 +46,12 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of seconds above 0")
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def refuse_no_folder(folder: Path) -> None:
     """Refuse a path at which no folder is, and none can be made."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launcher.checks.check import behaviour, cost, images, learning
+from launcher.checks.check import behaviour, cost, images, learning, memory
 from launcher.checks.check.layers import Layer, Walk, walk
 from launcher.checks.check.mistakes import find_mistake
 from launcher.checks.verdicts import (
@@ -254,7 +254,7 @@ def _cost(subject: Subject, runs: Path) -> Iterator[Verdict]:
     if subject.ctx:
         ctx, recipe = subject.ctx, subject.loaded.recipe
         yield cost.describe_time(ctx)  # a step of which makes the optimizer's state
-        yield cost.describe_memory(ctx, recipe)
+        yield memory.describe_memory(ctx, recipe)
         yield cost.describe_disk(ctx, runs)
 
 

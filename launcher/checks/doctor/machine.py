@@ -19,7 +19,7 @@ from launcher.distributed.accelerator import set_threads, usable_cores
 from launcher.distributed.world import World
 from launcher.errors import UserError
 from launcher.utils import atomic_write
-from launcher.utils.arguments import refuse_no_folder
+from launcher.utils.arguments import nearest_folder, refuse_no_folder
 
 CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 2**60  # bytes: version 1 of cgroups writes a number near 2**63 for "no limit"
@@ -187,7 +187,7 @@ def disk(runs: Path) -> Disk:
     """
     import psutil
 
-    folder = nearest(runs)
+    folder = nearest_folder(runs)
     fault, speed = "", 0.0
     name = f"{_MARK}-{socket.gethostname()}-{os.getpid()}"
     first, second = folder / f"{name}-1", folder / f"{name}-2"
@@ -212,12 +212,6 @@ def disk(runs: Path) -> Disk:
                 path.unlink()
     usage = psutil.disk_usage(str(folder))
     return Disk(str(folder), usage.free, usage.total, speed, fault)
-
-
-def nearest(path: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def leave_mark(folder: str, mark: str) -> str | None:
@@ -253,7 +247,7 @@ def compile_cache(environ: Mapping[str, str] = os.environ) -> Cache:
     name = "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user)
     default = Path(tempfile.gettempdir(), name)
     folder = Path(environ.get("TORCHINDUCTOR_CACHE_DIR", default)).absolute()
-    there = nearest(folder)
+    there = nearest_folder(folder)
     fault = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written"
     shared = ""
     if folder.is_dir():
