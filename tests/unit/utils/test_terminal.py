@@ -3,8 +3,9 @@
 import os
 import pty
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -24,11 +25,16 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(ours)
 
 
-def seen(shown: int) -> str:
-    try:
-        return os.read(shown, 100_000).decode()
-    except BlockingIOError:
-        return ""
+def seen(shown: int, until: str = "") -> str:
+    """What was written, up to a text at least: a terminal passes it on a little later."""
+    content, end = b"", time.monotonic() + 20
+    while time.monotonic() < end:
+        with suppress(BlockingIOError):
+            content += os.read(shown, 100_000)
+        if until in content.decode(errors="replace"):
+            break
+        time.sleep(0.01)
+    return content.decode()
 
 
 def test_work_of_less_than_a_second_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,13 +52,13 @@ def test_of_two_at_the_same_time_one_is_shown(monkeypatch: pytest.MonkeyPatch) -
                 first(2)
                 second(1)
             first(1)
-        text = seen(shown)
+        text = seen(shown, "50%")
         assert "first" in text
-        assert "50%" in text
-        assert "second" not in text
         with progress("third", 4, "picture") as third:
             third(1)
-        assert "third" in seen(shown)
+        text += seen(shown, "third")
+        assert "third" in text
+        assert "second" not in text
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(
