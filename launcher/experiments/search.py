@@ -296,7 +296,11 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
         load_if_exists=True,
     )
     trials = len(_trials(study))
-    searched = {"recipe": search.loaded.config, "ranges": {r.name: str(r) for r in search.ranges}}
+    searched = {
+        "recipe": search.loaded.config,
+        "ranges": {searched.name: str(searched) for searched in search.ranges},
+        "options": {"--max-steps": search.options.max_steps},
+    }
     if trials:
         _refuse_other_search(search, study.user_attrs.get("searched", {}), searched)
     else:
@@ -309,7 +313,7 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
 
 def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
     """Accuracies of other images, or with other settings, say nothing about these."""
-    parts = [described_changes(saved.get(p, {}), present[p]) for p in ("recipe", "ranges")]
+    parts = [described_changes(saved.get(p, {}), present[p]) for p in present]
     changes = [change for part in parts for change in part.values()]
     if changes:
         raise UserError(

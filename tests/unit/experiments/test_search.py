@@ -91,6 +91,7 @@ def test_each_trial_is_a_run_and_the_best_is_told(capsys: pytest.CaptureFixture[
         (("data.validation=0.2", "--search", LR), "data.validation (None -> 0.2)"),
         (("--on-test", "--search", "model.width=2|4"), "model.width (None -> 2|4)"),
         (("--on-test", "--search", "optimizer.lr=1e-4..1e-1"), "(log:0.0001..0.1 -> 0.0001..0.1)"),
+        (("--on-test", "--search", LR, "--max-steps", "3"), "--max-steps (None -> 3)"),
     ],
 )
 def test_a_search_of_another_name_is_asked_for_where_anything_else_is_searched(
