@@ -9,15 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launcher.config.slots import Score, Views
-from launcher.data.batches import shard_bounds
+from launcher.data.batches import layer_seeds, shard_bounds
 from launcher.data.images import ImageSet
 from launcher.distributed.stop_sync import StoppedError, StopSync
 from launcher.training.metrics import ConfusionAccumulator, Evaluation, OutcomeTable, sample_indices
 from launcher.training.model import first_parameter, upcast
 from launcher.training.state import TrainContext, evaluating
+from launcher.training.step import seed_layers
 
 # Images per rank and forward pass of an evaluation; on a CPU, as many as its caches hold.
 EVALUATION_BATCH, EVALUATION_BATCH_ON_CPU = 1000, 250
+BEFORE_TRAINING = 0  # the epoch whose random numbers no step draws
 
 
 def evaluate(
@@ -29,7 +31,8 @@ def evaluate(
     """Evaluate each of `images` exactly once, on whichever rank.
 
     With `views`, those of all images are scored, or of those alone that the recipe's `uncertain`
-    chooses. Without, the outcome of each image is kept.
+    chooses. Without, the outcome of each image is kept. A network or a loss that draws here, too,
+    draws the same each time: a resumed run has not made the steps before.
 
     Raises `StoppedError` where the ranks agree to stop: they are asked before each batch that all
     of them have.
@@ -40,6 +43,8 @@ def evaluate(
     )
     table = OutcomeTable(count, accelerator.device) if views is None else None
     uncertain = ctx.recipe.uncertain if views else None
+    (seed,) = layer_seeds(ctx.recipe.seed, BEFORE_TRAINING, accelerator.process_index, steps=1)
+    seed_layers(seed, accelerator.device)
     with evaluating(ctx.state.eval_model) as score, accelerator.autocast():
         if views and uncertain is not None:
             scored = score_uncertain(ctx, score, images, views, uncertain, stop_sync)

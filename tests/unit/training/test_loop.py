@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 
 from launcher.errors import NotFiniteError
+from launcher.training.evaluation import evaluate
 from launcher.training.loop import MOST_SKIPPED, fit
 from launcher.training.metrics import EpochReport, StepReport
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
@@ -67,3 +68,20 @@ def test_what_begins_to_be_trained_too_late_is_refused() -> None:
             reports += [event.epoch] if isinstance(event, EpochReport) else []
     assert reports == [1]
     list(fit(context_of(tiny_recipe(model=partial(Unfreezing, after=99), epochs=2))))
+
+
+class Drawing(Tiny):
+    """Drops in evaluations, too: `dropout(x)`, as people write it, for `nn.Dropout`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(dropout(images))
+
+
+def test_what_an_evaluation_draws_does_not_depend_on_what_came_before() -> None:
+    """A run that was stopped in one, or after it, makes it again without the steps before."""
+    ctx = context_of(tiny_recipe(model=Drawing))
+    first = evaluate(ctx, ctx.data.test)
+    torch.rand(1)
+    assert evaluate(ctx, ctx.data.test) == first
+    other = replace(ctx, recipe=replace(ctx.recipe, seed=1))
+    assert evaluate(other, ctx.data.test) != first
