@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from launcher.checkpoint.held_folder import HeldFolder
 from launcher.config import annotations
@@ -98,14 +99,19 @@ def save_weights(network: nn.Module, path: Path) -> None:
     atomic_write.replace(path, save(_on_host(network.state_dict())))
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Put saved weights into a network; raises `UserError` unless they fit it."""
+def load_weights(network: nn.Module, path: Path) -> bool:
+    """Put saved weights into a network; raises `UserError` unless they fit it.
+
+    Returns whether they have the types of the network's own, so that no number was rounded.
+    """
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
-    _refuse_differing(path, network.state_dict(), saved)
+    own = network.state_dict()
+    _refuse_differing(path, own, saved)
     network.load_state_dict(_with_versions(saved, network))
+    return all(saved[name].dtype == tensor.dtype for name, tensor in own.items())
 
 
 def _with_versions(tensors: Tensors, network: nn.Module) -> Tensors:
@@ -227,7 +233,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
     """
     state, scaler = ctx.state, ctx.accelerator.scaler
     with _seen_by_all(folder, ctx.accelerator) as seen:
-        load_weights(state.network, seen / "weights.safetensors")
+        is_alike = load_weights(state.network, seen / "weights.safetensors")
         average = seen / "average.safetensors"
         if state.ema_model is not None and average.is_file():  # a new one begins with these weights
             load_weights(state.ema_model, average)
@@ -243,6 +249,8 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             ) from None
         except Exception as error:  # of torch's code or the optimizer's, on what it has not written
             raise _unfit_state(folder, error) from None
+        if is_alike:
+            _keep_types(state.optimizer, saved)
         # After a rollback a group may be frozen whose own schedule is at zero. It is in the
         # checkpoint like the others, and the next step freezes it anew where its schedule says so.
         for group in state.optimizer.param_groups:
@@ -260,6 +268,21 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             scaler.load_state_dict(saved_scaler)
         if (seen / "buffers.safetensors").is_file():
             _take_buffers(load_file(seen / "buffers.safetensors"), ctx)
+
+
+def _keep_types(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back what torch has rounded to the type of its parameter.
+
+    That is numbers of NAdam and weights in full precision beside those in half, for example.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        own = optimizer.state.get(parameter, {})
+        for name, value in saved["state"].get(number, {}).items():
+            kept = own.get(name)
+            if isinstance(value, Tensor) and isinstance(kept, Tensor) and kept.dtype != value.dtype:
+                own[name] = value.to(kept.device)
 
 
 @contextmanager

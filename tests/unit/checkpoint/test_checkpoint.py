@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.optim import SGD
+from torch.optim import SGD, NAdam
 from torchvision.models import mnasnet0_5
 
 from launcher.checkpoint import checkpoint, resume
@@ -73,6 +73,26 @@ def test_a_restored_training_equals_the_saved_one(tmp_path: Path) -> None:
     before, after = (c.state.optimizer.state_dict()["state"] for c in (old, new))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
+
+
+def test_what_an_optimizer_keeps_has_the_type_that_it_had(tmp_path: Path) -> None:
+    """torch's own loading rounds it to that of the weights."""
+    half = replace(recipe, optimizer=NAdam, precision="pure_bf16", average=None)
+    old, new, wide = (untrained(recipe=r) for r in (half, half, replace(half, precision="fp32")))
+    images = torch.randn(8, 3, 32, 32, dtype=torch.bfloat16)
+    old.state.network(images).square().sum().backward()
+    old.state.optimizer.step()
+    folder = write(capture(old, STATE | {"progress": vars(Progress(3))}), tmp_path)
+    restore(folder, new)
+    before, after = (list(c.state.optimizer.state.values()) for c in (old, new))
+    assert before[0]["mu_product"].dtype == torch.float32
+    for one, other in zip(before, after, strict=True):
+        for name, value in one.items():
+            assert value.dtype == other[name].dtype
+            assert torch.equal(value, other[name])
+    restore(folder, wide)  # where the weights have another type now, so has what goes with them
+    for parameter, state in wide.state.optimizer.state.items():
+        assert state["exp_avg"].dtype == parameter.dtype == torch.float32
 
 
 def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
