@@ -135,7 +135,7 @@ def run_loop(
             before = {step for step in run.ctx.skip_steps if step < error.step}
             run.ctx = replace(run.ctx, skip_steps=frozenset(before | {error.step}))
     lost = run.unsaved if run.stopped else run.saver.weights(run.ctx.state.eval_model, "final")
-    if run.report:
+    if run.report and run.stopped:
         run.saver.outcomes(run.report, run.ctx.data.evaluated, "last")
     if run.ctx.data.validation is not None and not run.stopped:
         run.tested = evaluate_test_images(run)
@@ -193,6 +193,8 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if is_best and not saver.weights(run.ctx.state.eval_model, "best"):
             run.best = run.last
             saver.outcomes(event, run.ctx.data.evaluated, "best")
+        if event.ends_training:  # before the last checkpoint, from which nothing is evaluated anew
+            saver.outcomes(event, run.ctx.data.evaluated, "last")
         for logger in run.loggers:
             logger.epoch(event, plan, run.best)
         loss = event.evaluation.loss

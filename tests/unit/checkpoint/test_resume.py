@@ -4,13 +4,16 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from launcher import train
+from launcher.checkpoint.saver import Saver
 from launcher.cli import main
 from launcher.training.metrics import Best
 from tests.support import helpers
@@ -63,6 +66,24 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_over(
     line = refused(capsys, "epochs=1")
     assert "has ended and has no whole checkpoint" in line
     assert "--init-from runs/mine" in line
+
+
+def test_a_run_that_is_killed_behind_its_last_checkpoint_has_all_outcomes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is resumed with nothing to evaluate, and in an older last.npz other images are wrong."""
+
+    def die(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    words = ("epochs=2", "--checkpoint-every", "1e")
+    assert run(*words, "--max-steps", "25") == 0
+    with monkeypatch.context() as context:
+        context.setattr(Saver, "weights", lambda *a: die() if a[2] == "final" else "")
+        run("--resume", *words)
+    assert run("--resume", *words) == 0
+    with numpy.load(RUN / "last.npz") as last:
+        assert last["epoch"] == 2
 
 
 def test_a_word_that_names_no_setting_is_refused_before_a_run_begins(
