@@ -9,6 +9,7 @@ from typing import Any
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.checkpoint import SavedState
 from launcher.checkpoint.run_dir import RunDir
+from launcher.checkpoint.run_files import RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
@@ -58,7 +59,7 @@ def resumed_run(
         return ResumePoint(run_dir.create(root, name, loaded.name), notes=(note,))
     found, complaints = checkpoint.newest(folder.checkpoints)
     if found is None:
-        _refuse_finished(folder)
+        _refuse_finished(folder, has_damaged=bool(complaints))
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return ResumePoint(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoint.read_state(found)
@@ -140,9 +141,14 @@ def _refuse_unknown(changed: Sequence[str], names: Iterable[str]) -> None:
             )
 
 
-def _refuse_finished(folder: RunDir) -> None:
-    """A run that ended is not trained again from the beginning, over what it left."""
-    if folder.final.is_file():
+def _refuse_finished(folder: RunDir, *, has_damaged: bool) -> None:
+    """A run that ended is not trained again from the beginning, over what it left.
+
+    One that saves nothing and was ended from outside behind its last step is: it may not have
+    looked at the test images yet.
+    """
+    has_ended = RunFiles(folder.path).end.get("exit_code") == 0
+    if folder.final.is_file() and (has_ended or has_damaged):
         raise UserError(
             f"--resume of {folder.path}, which has ended and has no whole checkpoint",
             expected="a checkpoint to go on from",

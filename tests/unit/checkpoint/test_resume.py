@@ -68,6 +68,17 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_over(
     assert "--init-from runs/mine" in line
 
 
+def test_one_that_was_killed_before_its_end_begins_anew() -> None:
+    """It may not have looked at the test images yet."""
+    words = ("epochs=1", "--checkpoint-every", "never", "data.validation=0.2")
+    assert run(*words) == 0
+    tested = (RUN / "test.json").read_bytes()
+    for written_at_the_end in ("test.json", "end.json"):
+        (RUN / written_at_the_end).unlink()
+    assert run("--resume", *words) == 0
+    assert (RUN / "test.json").read_bytes() == tested
+
+
 def test_a_run_that_is_killed_behind_its_last_checkpoint_has_all_outcomes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
