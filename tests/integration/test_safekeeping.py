@@ -254,7 +254,8 @@ def test_a_run_that_was_removed_writes_nothing_into_another_of_its_name(tmp_path
 
 def test_half_written_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-000000007.99").mkdir(parents=True)
-    (tmp_path / ".best.safetensors.99").write_text("half")
+    for name in ("best.safetensors", "last.npz", "config.json"):
+        (tmp_path / f".{name}.99").write_text("half")
     RunDir(tmp_path).tidy()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert list((tmp_path / "checkpoints").iterdir()) == []
