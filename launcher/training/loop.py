@@ -89,7 +89,7 @@ def train_epoch(
     """
     recipe, plan, state, device = ctx.recipe, ctx.plan, ctx.state, ctx.accelerator.device
     is_resumed = start.step >= plan.epoch_steps(epoch).start
-    tracker = LossTracker(epoch, device, ctx.sum_over_ranks, start if is_resumed else START)
+    tracker = LossTracker(epoch, device, ctx.gather, start if is_resumed else START)
     rank = ctx.accelerator.process_index
     seeds = layer_seeds(recipe.seed, epoch, rank, plan.steps_per_epoch)
     for step, micro_batches in in_data_phase(ctx, batches.epoch(epoch, after=start.step)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from launcher.config.plan import START, Progress
 from launcher.data.images import EvaluatedOn
 
-SumOverRanks = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]  # `(1, n)` of this rank to `(ranks, n)`
 SAMPLES = 36  # evaluated images that every epoch report shows
 IMAGES_OF = {"test": "test", "val": "validation"}  # in words
 
@@ -179,14 +179,16 @@ def sample_indices(count: int) -> list[int]:
 class LossTracker:
     """The training loss and the speed of one epoch.
 
-    The loop hands it the losses as they are, on the device; all computing waits for a report.
+    The loop hands it the losses as they are, on the device; all computing waits for a report. The
+    losses of an epoch are then added one by one, so that it makes no difference to the last bit
+    when they are read: a run that is stopped reads them once more.
     """
 
     def __init__(
-        self, epoch: int, device: torch.device, sum_over_ranks: SumOverRanks, done: Progress = START
+        self, epoch: int, device: torch.device, gather: Gather, done: Progress = START
     ) -> None:
         """Start the clock; `done` is what a resumed epoch has behind it."""
-        self._epoch, self._sum_over_ranks = epoch, sum_over_ranks
+        self._epoch, self._gather = epoch, gather
         self._dtype = _widest(device)
         self._clear()
         self._images_before = self.images = done.epoch_images
@@ -225,25 +227,23 @@ class LossTracker:
         loss, rate, norm = math.nan, 0.0, None
         if self._losses:  # else all steps were skipped
             losses = torch.stack(self._losses).to(self._dtype)
-            total = float(self._sum_over_ranks(losses @ losses.new_tensor(self._weights)))
+            ranks = self._gather((losses * losses.new_tensor(self._weights))[None]).tolist()
+            in_order = [loss for micro_batch in zip(*ranks, strict=True) for loss in micro_batch]
             rate = self._interval_images / (time.perf_counter() - self._interval_started)
-            self.loss_sum += total
+            for loss in in_order:  # Python's own sum() corrects its rounding from 3.12 on
+                self.loss_sum += loss
             self.images += self._interval_images
             norm = None if self._norm is None else float(self._norm)
-            if not math.isfinite(total):
-                self.first_nonfinite_step = self._first_nonfinite(losses)
-            loss = total / self._interval_images
+            bad = next((n for n, loss in enumerate(in_order) if not math.isfinite(loss)), None)
+            if bad is not None:  # each rank has as many micro-batches
+                self.first_nonfinite_step = self._steps[bad // len(ranks)]
+            loss = sum(in_order) / self._interval_images
         report = StepReport(
             self._epoch, step, loss, learning_rate, rate, norm, tuple(self._skipped)
         )
         self._clear()
         self._interval_started = time.perf_counter()
         return report
-
-    def _first_nonfinite(self, losses: Tensor) -> int:
-        """Each rank has as many micro-batches, so the places of their losses are the same."""
-        found = self._sum_over_ranks((~losses.isfinite()).to(self._dtype))
-        return self._steps[int(found.nonzero()[0])]
 
     @property
     def seconds(self) -> float:

@@ -151,6 +151,10 @@ class TrainContext:
         """The sum of `values` over all ranks."""
         return self.accelerator.reduce(values, reduction="sum")
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The `values` of all ranks, joined along the first dimension."""
+        return self.accelerator.gather(values)
+
 
 def make_context(
     network: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator, data: Data

@@ -30,7 +30,7 @@ def recipe_of(name: str, batch_size: int) -> Recipe:
 def stepping(ctx: TrainContext) -> Iterator[list[int]]:
     """The peak of a second step, as torch's own tracker of tensors sees it."""
     steps = make_batches(ctx).epoch(1)
-    tracker = LossTracker(1, ctx.accelerator.device, ctx.sum_over_ranks)
+    tracker = LossTracker(1, ctx.accelerator.device, ctx.gather)
     number, batches = next(steps)
     train_step(ctx, batches, number, tracker)
     peak: list[int] = []

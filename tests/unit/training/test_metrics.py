@@ -1,11 +1,13 @@
 """Sums over the images, whatever the batches and ranks they came in."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from launcher.config.plan import START, Progress
 from launcher.training.metrics import (
     SAMPLES,
     ConfusionAccumulator,
@@ -74,7 +76,9 @@ def test_two_classes_have_a_top_five_of_two() -> None:
 
 
 def test_the_loss_tracker_weighs_losses_by_images_and_adds_over_ranks() -> None:
-    tracker = LossTracker(1, CPU, lambda values: values * 2)  # another rank with equal sums
+    tracker = LossTracker(
+        1, CPU, lambda values: values.repeat(2, 1)
+    )  # another rank with equal sums
     tracker.add(1, torch.tensor(1.0), 10)
     tracker.add(1, torch.tensor(4.0), 5)
     tracker.end_step(30, torch.tensor(0.5))
@@ -85,6 +89,25 @@ def test_the_loss_tracker_weighs_losses_by_images_and_adds_over_ranks() -> None:
     tracker.end_step(10, None)
     assert tracker.report(2, learning_rate=0.1).loss == pytest.approx(6.0)
     assert tracker.epoch()[0] == pytest.approx(3.0)
+
+
+def test_the_loss_of_an_epoch_is_the_same_whenever_it_is_read() -> None:
+    """In a run that is stopped and resumed it is read at the stop as well."""
+    torch.manual_seed(0)
+    found = set()
+    losses = torch.rand(300, dtype=torch.float64)
+    for stops in ((300,), (70, 300), (1, 12, 130, 300)):
+        done = START
+        for first, stop in pairwise((0, *stops)):
+            tracker = LossTracker(1, CPU, lambda v: torch.cat([v, v / 3, v * 0.7]), done)
+            for step in range(first, stop):
+                tracker.add(step, losses[step], 5)
+                tracker.end_step(15, None)
+            tracker.report(stop, learning_rate=0.1)
+            done = Progress(stop, epoch_loss_sum=tracker.loss_sum, epoch_images=tracker.images)
+        found.add(tracker.epoch()[0])
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(float(losses.mean()) * (1 + 1 / 3 + 0.7) / 3)
 
 
 def test_the_loss_tracker_leaves_out_a_skipped_step_and_names_it() -> None:
@@ -104,12 +127,8 @@ def test_the_loss_tracker_leaves_out_a_skipped_step_and_names_it() -> None:
 
 
 def test_the_loss_tracker_finds_the_first_infinite_step_of_any_rank() -> None:
-    elsewhere = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)  # another rank's second step
-
-    def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-        return values + (elsewhere if values.ndim else math.nan)
-
-    tracker = LossTracker(1, CPU, sum_over_ranks)
+    elsewhere = torch.tensor([[1.0, math.nan, 1.0]], dtype=torch.float64)
+    tracker = LossTracker(1, CPU, lambda values: torch.cat([values, elsewhere]))
     for step, loss in enumerate((1.0, 1.0, math.inf), start=7):
         tracker.add(step, torch.tensor(loss), 10)
         tracker.end_step(10, None)
