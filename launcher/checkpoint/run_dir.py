@@ -147,8 +147,8 @@ class RunDir:
     def tidy(self) -> None:
         """Remove what killed processes have left half written; hold the lock before."""
         names = (*_FILES, "compiled.bin")
-        halves = (path for name in names for path in self.path.glob(f".{name}.*"))
-        for path in (*halves, *self.checkpoints.glob(".step-*")):
+        half_written = (path for name in names for path in self.path.glob(f".{name}.*"))
+        for path in (*half_written, *self.checkpoints.glob(".step-*")):
             is_folder = path.is_dir() and not path.is_symlink()
             shutil.rmtree(path) if is_folder else path.unlink()
 
