@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -56,12 +57,9 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
         )
     name = code_name(recipe.model)
     try:
-        with seeded_draws(recipe.seed):
-            network = recipe.model()
+        network = _drawn(recipe)
         found = f"makes {type(network).__name__}{place_of(recipe.model)}"
-    except Exception as error:
-        if not is_users(error, _SHAPE_ERRORS):
-            raise  # of the launcher's own
+    except Exception as error:  # such as of a library that cannot download its weights
         network = None
         found = f"cannot be built: {type(error).__name__}: {error}{user_location(error)}"
     if not isinstance(network, nn.Module):
@@ -70,7 +68,12 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
             expected="a class or a function that makes an nn.Module from these settings",
             instead="mend that line, or see launcher RECIPE --help for the settings of the model",
         )
-    shape = _output_shape(network, two_images(network, recipe, data, "contiguous"), recipe)
+    before, images = _values(network), two_images(network, recipe, data, "contiguous")
+    shape = _output_shape(network, images, recipe)
+    if _changed(network, before):  # it may be a constraint, which is the same for any images
+        other = _drawn(recipe)
+        _output_shape(other, images / 2, recipe)
+        _refuse_changed(_changed(network, _values(other)), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
         nameless = "; or give the data set a list `classes` of their names: without one it has ten"
@@ -81,6 +84,35 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
             + nameless * (data.classes == NAMELESS),
         )
     return network
+
+
+def _drawn(recipe: Recipe) -> Any:
+    with seeded_draws(recipe.seed):
+        return recipe.model()
+
+
+def _values(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of its parameters; those of lazy layers are made by the first pass."""
+    named: Iterable[tuple[str, Tensor]] = network.named_parameters()
+    return {name: value.detach().clone() for name, value in named if not is_lazy(value)}
+
+
+def _changed(network: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    """The names of its parameters whose values are other ones than before."""
+    now = network.named_parameters()
+    return [n for n, p in now if n in before and not torch.equal(p, before[n])]
+
+
+def _refuse_changed(names: list[str], recipe: Recipe) -> None:
+    """Refuse parameters into which a pass writes what follows from its images."""
+    if names:
+        raise UserError(
+            f"{code_name(recipe.model)}, whose forward pass sets its parameter {some(names)} by "
+            "the images",
+            expected="parameters that are alike on all ranks, each of which has other images",
+            instead="keep it in a buffer (register_buffer), or set it by the first images in "
+            "initialize= of the recipe",
+        )
 
 
 def two_images(
@@ -110,14 +142,27 @@ def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[i
             raise  # of the launcher's own
         raise _refused_images(code_name(recipe.model), images, error) from error
     _refuse_several_outputs(output, recipe, "")
-    odd = [name for name, value in network.state_dict().items() if not isinstance(value, Tensor)]
+    odd = [name for name, value in network.state_dict().items() if not _can_be_saved(value)]
     if odd:
         raise UserError(
-            f"{code_name(recipe.model)}, whose state holds {some(odd)}, which is no tensor",
-            expected="parameters and buffers, which a file of weights can hold",
-            instead="write self.register_buffer(name, torch.tensor(...)) for get_extra_state()",
+            f"{code_name(recipe.model)}, whose state holds {some(odd)}, which is no tensor that a "
+            "file of weights can hold",
+            expected="dense parameters and buffers, of real numbers or of torch.complex64",
+            instead="write self.register_buffer(name, torch.tensor(...)) for get_extra_state() or "
+            "a sparse tensor, and torch.view_as_real(...) of torch.complex128",
         )
     return tuple(output.shape)
+
+
+def _can_be_saved(value: object) -> bool:
+    """Whether safetensors have room for it."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    try:
+        save({"": torch.empty(0, dtype=value.dtype)})
+    except KeyError:
+        return False
+    return True
 
 
 def _refuse_several_outputs(output: Any, recipe: Recipe, mode: str) -> None:
@@ -335,13 +380,21 @@ def _try_training_pass(
     network.train()
     try:
         with restored_afterwards(network, accelerator.device):
+            before = _values(network)
             with accelerator.autocast(), _refusing_what_is_lost(network, recipe):
                 output = network(images)
+            after = _values(network) if _changed(network, before) else {}
             _refuse_several_outputs(output, recipe, " in training mode")
             if output.requires_grad:
                 upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
             trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-            return None, [name for name, p in trained if p.grad is None]
+            unused = [name for name, p in trained if p.grad is None]
+        with restored_afterwards(network, accelerator.device), torch.no_grad():
+            # What the network keeps of a pass is then without its graph, and can be copied.
+            with accelerator.autocast():
+                network(images / 2)
+            _refuse_changed(_changed(network, after), recipe)
+        return None, unused
     except torch.OutOfMemoryError:
         raise
     except _SHAPE_ERRORS as error:
@@ -380,20 +433,26 @@ def _refusing_what_is_lost(network: nn.Module, recipe: Recipe) -> Iterator[None]
 
 @contextmanager
 def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back buffers, gradients and random numbers at the end.
+    """Put back parameters, buffers, gradients and random numbers at the end.
 
-    What a lazy layer makes of its buffers in its first pass stays.
+    What a lazy layer makes of its own in its first pass stays.
     """
-    buffers = [None if is_lazy(buffer) else buffer.clone() for buffer in network.buffers()]
+    tensors = (*network.parameters(), *network.buffers())
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
+    # A pass may put other buffers in their place, of another shape or where there was none.
+    places = [(module._buffers, dict(module._buffers)) for module in network.modules()]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         network.zero_grad()
         with torch.no_grad():
-            for buffer, value in zip(network.buffers(), buffers, strict=True):
-                if value is not None:
-                    buffer.copy_(value)
+            for buffers, before in places:
+                for name, buffer in before.items():
+                    if buffers[name] is not buffer:
+                        buffers[name] = buffer
+            for tensor, value in values:
+                tensor.copy_(value)
 
 
 def explain_torch_error(error: Exception, moment: str) -> UserError | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.request import urlopen
 
 import numpy
 import pytest
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
-from torchvision.models import googlenet
+from torchvision.models import googlenet, resnet18
 
-from launcher import Images, Recipe, Synthetic
+from launcher import Images, Recipe, Synthetic, ema
 from launcher.config.overrides import override
 from launcher.data import sources
 from launcher.training.loop import fit
@@ -249,3 +250,88 @@ class Listing(Tiny):
 def test_layers_that_torch_does_not_see_are_named_in_a_note() -> None:
     (note,) = context_of(tiny_recipe(model=Listing)).notes
     assert note.startswith("layers in blocks of Listing are neither trained nor saved: write nn.Mo")
+
+
+class Setting(Tiny):
+    """Writes into a parameter in a pass what it finds in the images, or what is its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.is_set = kind, False
+        self.scale = nn.Parameter(torch.ones(3), requires_grad=kind == "once")
+        self.register_buffer("empty", None)
+        self.empty: Tensor | None
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = images.mean((0, 2, 3)).detach()
+        if self.kind == "once" and not self.is_set:  # as ActNorm does
+            self.scale.data.copy_(found)
+            self.is_set = True
+        elif self.kind == "always" and self.training:
+            self.scale.data.mul_(0.9).add_(found, alpha=0.1)
+        elif self.kind == "counted" and self.training:
+            self.scale.data += 1
+        elif self.kind == "limited":
+            self.scale.data.clamp_(max=0.5)
+        elif self.kind == "made" and self.training and self.empty is None:
+            self.empty = torch.ones(())
+        return super().forward(images * self.scale[:, None, None])
+
+
+@pytest.mark.parametrize("kind", ["once", "always"])
+def test_parameters_that_are_set_by_the_images_are_refused(kind: str) -> None:
+    """Each rank would have its own, and a resumed run those of rank 0."""
+    with refused("Setting, whose forward pass sets its parameter scale by the images", "initial"):
+        context_of(tiny_recipe(model=partial(Setting, kind=kind)))
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("counted", 1.0), ("limited", 0.5), ("made", 1.0)])
+def test_what_a_network_does_to_itself_is_undone_after_the_trial(kind: str, scale: float) -> None:
+    """It began to count before the training, and lost its memory format by a buffer it makes."""
+    ctx = context_of(tiny_recipe(model=partial(Setting, kind=kind)))
+    values = dict(ctx.state.network.named_parameters())["scale"].tolist()
+    assert values == [scale] * 3
+    assert ctx.state.network.get_buffer("empty") is None
+    assert ctx.notes == ()
+
+
+class Keeping(Tiny):
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = super().forward(images)
+        return self.seen
+
+
+def test_a_network_that_keeps_what_it_computes_can_be_averaged() -> None:
+    """torch copies no tensor that has a graph behind it."""
+    assert context_of(tiny_recipe(model=Keeping, average=ema)).state.ema_model is not None
+
+
+def not_reachable() -> nn.Module:
+    return urlopen("http://127.0.0.1:1/weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (partial(resnet18, weights="NONE_SUCH"), "resnet18 cannot be built: KeyError: 'NONE_SUCH'"),
+        (not_reachable, "not_reachable cannot be built: URLError"),
+    ],
+)
+def test_a_library_that_cannot_build_the_network_is_a_line(model: Any, said: str) -> None:
+    with refused(said):
+        context_of(tiny_recipe(model=model))
+
+
+class Holding(Tiny):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(2, dtype=torch.complex128), torch.eye(3).to_sparse()]
+)
+def test_a_tensor_that_no_file_of_weights_can_hold_is_refused(value: Tensor) -> None:
+    """It was met after the first epoch, when the weights were to be written."""
+    with refused("Holding, whose state holds value, which is no tensor that a file"):
+        context_of(tiny_recipe(model=partial(Holding, value)))
