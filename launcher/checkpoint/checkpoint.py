@@ -44,7 +44,7 @@ from launcher.distributed.accelerator import count_over_ranks, run_on_main
 from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.training.optimizers import bring_steps, try_step
-from launcher.training.state import TrainContext, TrainState
+from launcher.training.state import TrainContext, TrainState, as_bytes, from_bytes
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted
 from launcher.utils.text import count, is_named
@@ -205,8 +205,10 @@ def gather_buffers(ctx: TrainContext) -> Tensors:
     """Each running statistic of all ranks, `(ranks, ...)`; empty on 1 rank. Every rank calls it."""
     if ctx.accelerator.num_processes == 1:
         return {}
-    buffers = _buffers(ctx.state).items()
-    return {name: _copy(ctx.accelerator.gather(buffer[None])) for name, buffer in buffers}
+    return {
+        name: from_bytes(_copy(ctx.accelerator.gather(as_bytes(buffer)[None])), buffer)
+        for name, buffer in _buffers(ctx.state).items()
+    }
 
 
 def capture(ctx: TrainContext, details: dict[str, Any], buffers: Tensors | None = None) -> Snapshot:
@@ -538,22 +540,24 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _buffers(state: TrainState) -> dict[str, Tensor]:
-    """The running statistics, which differ between the ranks, under names of their own."""
+    """The running statistics and counts, which differ between the ranks, under their own names."""
     modules = {"network": state.network, "average": state.ema_model}
     return {
         f"{owner}.{name}": buffer
         for owner, module in modules.items()
         if module is not None
         for name, buffer in module.named_buffers()
-        if buffer.is_floating_point()
+        if buffer.numel()
     }
 
 
 def _take_buffers(saved: Tensors, ctx: TrainContext) -> None:
-    """This rank's own statistics; on another number of ranks, the mean of all."""
+    """This rank's own statistics; on another number of ranks, the mean of all, or rank 0's."""
     for name, buffer in _buffers(ctx.state).items():
         ranks = saved.get(name, torch.empty(0))
         if ranks.shape[1:] != buffer.shape or not len(ranks):  # of an average that begins now
             continue
-        same = len(ranks) == ctx.accelerator.num_processes
-        buffer.copy_(ranks[ctx.accelerator.process_index] if same else ranks.mean(dim=0))
+        if len(ranks) == ctx.accelerator.num_processes:
+            buffer.copy_(ranks[ctx.accelerator.process_index])
+        else:  # whole numbers have no mean
+            buffer.copy_(ranks.mean(dim=0) if buffer.is_floating_point() else ranks[0])

@@ -270,11 +270,14 @@ def ema(network: nn.Module, *, decay: float = 0.999) -> AveragedModel:
 
 
 def average_buffers(network: nn.Module, accelerator: Accelerator) -> None:
-    """Make running statistics (BatchNorm) the mean over ranks; each rank saw other images."""
+    """Make running statistics (BatchNorm) the mean over ranks; each rank saw other images.
+
+    Of whole numbers and the like take those of rank 0, which are the ones that are saved.
+    """
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+            is_real = buffer.is_floating_point()
+            buffer.copy_(accelerator.reduce(buffer, "mean") if is_real else _of_rank_0(buffer))
 
 
 def broadcast_state(network: nn.Module, accelerator: Accelerator) -> None:
@@ -282,7 +285,21 @@ def broadcast_state(network: nn.Module, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         with torch.no_grad():
             for tensor in network.state_dict().values():
-                tensor.copy_(broadcast(tensor))
+                tensor.copy_(_of_rank_0(tensor))
+
+
+def _of_rank_0(tensor: Tensor) -> Tensor:
+    return from_bytes(broadcast(as_bytes(tensor)), tensor)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A copy as uint8 `(bytes,)`, which ranks can send each other: they cannot send any type."""
+    return tensor.detach().reshape(-1).clone().view(torch.uint8)
+
+
+def from_bytes(values: Tensor, like: Tensor) -> Tensor:
+    """uint8 `(..., bytes)` as tensors of that type and shape."""
+    return values.view(like.dtype).view((*values.shape[:-1], *like.shape))
 
 
 @contextmanager

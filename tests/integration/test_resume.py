@@ -283,3 +283,38 @@ def test_other_numbers_of_ranks_follow_the_same_trajectory(tmp_path: Path) -> No
     assert weights["one"]["layers.0.weight"].dtype == torch.float64
     for key, value in weights["one"].items():
         torch.testing.assert_close(weights["many"][key], value, rtol=0, atol=1e-12, msg=key)
+
+
+COUNTING = """
+from functools import partial
+import torch
+from torch import nn
+from torch.optim import SGD
+from launcher import Images, Recipe, Synthetic
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+        self.register_buffer("brightest", torch.zeros(3, dtype=torch.long))
+        self.register_buffer("turn", torch.ones(1, dtype=torch.complex64))
+
+    def forward(self, images):
+        means = images.mean((2, 3))
+        if self.training:
+            self.brightest += torch.bincount(means.argmax(1), minlength=3)
+        return self.fc(means * (1 + self.brightest) * self.turn.real)
+
+data = Images(partial(Synthetic, count=60), batch_size=10, mean=(0.5,) * 3, std=(0.5,) * 3)
+recipe = Recipe(model=Counting, data=data, optimizer=partial(SGD, lr=0.01), epochs=2)
+"""
+
+
+@pytest.mark.slow
+def test_counts_that_a_network_keeps_are_each_ranks_own(tmp_path: Path) -> None:
+    """A resumed run had those of rank 0 on all ranks."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    for name, words in (("whole", ()), ("cut", ("--max-steps", "9")), ("cut", ("--resume",))):
+        run = Run(2, tmp_path, "--name", name, *words, recipe=tmp_path / "counting.py")
+        assert run.end() == 0, run.text()
+    assert fingerprint(tmp_path / "runs" / "cut") == fingerprint(tmp_path / "runs" / "whole")
