@@ -43,7 +43,7 @@ from launcher.config.plan import Progress
 from launcher.distributed.accelerator import count_over_ranks, run_on_main
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.training.optimizers import bring_steps, try_step
+from launcher.training.optimizers import bring_steps, load_state, try_step
 from launcher.training.state import TrainContext, TrainState, as_bytes, from_bytes
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted
@@ -242,7 +242,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
         saved = _read_optimizer(seen)
         initial = saved.pop("initial_options")
         try:
-            state.optimizer.load_state_dict(saved)
+            load_state(state.optimizer, saved)
         except ValueError as error:
             raise UserError(
                 f"an optimizer of other groups than the checkpoint's ({error})",

@@ -193,6 +193,7 @@ def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimiz
             instead="end the function with `return` and the optimizer",
         )
     _refuse_unfinished(optimizer)
+    _refuse_modes(optimizer)
     for part in _parts(optimizer):
         _refuse_closure(part)
         _refuse_misspelt(part)
@@ -200,6 +201,13 @@ def _made(recipe: Recipe, parameters: list[tuple[str, nn.Parameter]]) -> Optimiz
     for group in optimizer.param_groups:
         plain = {n: v.item() for n, v in group.items() if isinstance(v, numpy.generic)}
         group.update(plain)  # a checkpoint holds no numbers of numpy
+        if group.get("lr") is None:
+            raise UserError(
+                f"{code_name(recipe.optimizer)}, of which a group has no lr",
+                expected="a rate, which the schedule multiplies, in each group",
+                instead=f"write partial({type(optimizer).__name__}, lr=0.01) in the recipe file, "
+                "or lr into the defaults of a class of your own",
+            )
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].item()
         for name in ("lr", "momentum"):
@@ -213,6 +221,7 @@ def _refuse_unfinished(optimizer: Optimizer) -> None:
     """Refuse one whose class has not called torch's own `__init__`."""
     try:
         optimizer.state_dict()
+        _ = optimizer.defaults
     except AttributeError as error:
         kind = type(optimizer).__name__
         raise UserError(
@@ -220,6 +229,16 @@ def _refuse_unfinished(optimizer: Optimizer) -> None:
             expected="an optimizer that torch's class has prepared",
             instead="call super().__init__(params, defaults) in its __init__",
         ) from error
+
+
+def _refuse_modes(optimizer: Optimizer) -> None:
+    """Refuse one that has other weights for an evaluation, for which nothing here asks it."""
+    if any(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+        raise UserError(
+            f"{type(optimizer).__name__}, whose train() and eval() exchange the weights",
+            expected="an optimizer whose parameters are those to evaluate and to save",
+            instead="write optimizer=partial(AdamW, lr=0.001) and average=ema, for example",
+        )
 
 
 def _refused_settings(recipe: Recipe, error: Exception) -> UserError:
@@ -343,13 +362,16 @@ def _refuse_other_parameters(
         )
 
 
-def describe_left_out(optimizer: Optimizer, network: nn.Module) -> str:
-    """A line that names the parameters which stay as they are; empty where there are none."""
+def freeze_left_out(optimizer: Optimizer, network: nn.Module) -> str:
+    """Compute no gradients of parameters that the optimizer has not: nothing would clear them.
+
+    Returns a line that names them; empty where there are none.
+    """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     left = [n for n, p in network.named_parameters() if p.requires_grad and id(p) not in trained]
-    if not left:
-        return ""
-    return f"not in the optimizer, so never changed: {some(left)}"
+    for name in left:
+        network.get_parameter(name).requires_grad_(False)
+    return f"not in the optimizer, so never changed: {some(left)}" if left else ""
 
 
 def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:
@@ -365,19 +387,59 @@ def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = 
     optimizer's code does, or torch's: as for gradients that must be sparse, or a state of other
     parameters.
     """
-    copies = [(name, deepcopy(parameter)) for name, parameter in network.named_parameters()]
-    optimizer = _made(recipe, copies)
+    optimizer = _made(recipe, _copies(network.named_parameters()))
     if state is not None:
-        optimizer.load_state_dict(deepcopy(state))  # it would take the tensors as they are
+        load_state(optimizer, deepcopy(state))  # it would take the tensors as they are
+    before = _own(optimizer)
+    _step(optimizer)
+    return [name for name, value in _own(optimizer).items() if value != before.get(name)]
+
+
+def goes_on(recipe: Recipe, network: nn.Module) -> bool:
+    """Whether an optimizer goes on from a saved state as the one from which it is.
+
+    At another rate, which the groups that it then has must have told it.
+    """
+    parameters = _copies(network.named_parameters())
+    first = _made(recipe, parameters)
+    _step(first)
+    others = _copies(parameters)
+    second = _made(recipe, others)
+    load_state(second, deepcopy(first.state_dict()))
+    bring_steps(second)
+    for optimizer in (first, second):
+        for group in optimizer.param_groups:
+            group["lr"] /= 2
+        _step(optimizer)
+    pairs = zip(parameters, others, strict=True)
+    return all(torch.equal(one.nan_to_num(), two.nan_to_num()) for (_, one), (_, two) in pairs)
+
+
+def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Take over a saved state with its tensors in their own type: torch gives them the weights'."""
+    optimizer.load_state_dict(saved)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        for name, value in saved["state"].get(number, {}).items():
+            taken = state.get(name)
+            if isinstance(value, Tensor) and isinstance(taken, Tensor):
+                state[name] = taken if taken.dtype == value.dtype else value.to(taken.device)
+
+
+def _copies(named: NamedParameters) -> list[tuple[str, nn.Parameter]]:
+    return [(name, deepcopy(parameter)) for name, parameter in named]
+
+
+def _step(optimizer: Optimizer) -> None:
+    """A step with gradients of one, which are sparse where the state is."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             gradient = torch.ones_like(parameter)
             kept = optimizer.state.get(parameter, {}).values()
             is_sparse = any(isinstance(value, Tensor) and value.is_sparse for value in kept)
             parameter.grad = gradient.to_sparse(1) if is_sparse else gradient
-    before = _own(optimizer)
     optimizer.step()
-    return [name for name, value in _own(optimizer).items() if value != before.get(name)]
 
 
 def _own(optimizer: Optimizer) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
 from launcher.training.model import upcast
-from launcher.training.optimizers import try_step
+from launcher.training.optimizers import goes_on, try_step
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count, some
 from launcher.utils.user_code import global_states, is_users, place_of, user_location
@@ -139,7 +139,14 @@ def _try_saving(optimizer: Optimizer) -> None:
 def _try_step(recipe: Recipe, network: nn.Module) -> None:
     """Refuse an optimizer whose step cannot be made here, as for other gradients or devices."""
     try:
-        lost = try_step(recipe, network)
+        with _no_global_draws(
+            recipe.optimizer,
+            "torch.Generator().manual_seed(step), with a step that self.state keeps",
+        ):
+            lost = try_step(recipe, network)
+        is_whole = bool(lost) or goes_on(recipe, network)
+    except UserError:
+        raise
     except Exception as error:
         if not is_users(error, (*_FAULTS, AssertionError, NotImplementedError)):
             raise  # of the launcher's own
@@ -158,6 +165,14 @@ def _try_step(recipe: Recipe, network: nn.Module) -> None:
             "needs it",
             instead=f"write self.state[parameter]['{lost[0]}'], or group['{lost[0]}'], for "
             f"self.{lost[0]}",
+        )
+    if not is_whole:
+        raise UserError(
+            f"{code_name(recipe.optimizer)}, which goes on otherwise from a saved state",
+            expected="in its own `state` and groups what lasts from step to step, as a resumed run "
+            "needs it",
+            instead="write self.state[parameter][...] for what is kept elsewhere; in place of an "
+            "optimizer within another one, derive from its class and call super().step()",
         )
 
 

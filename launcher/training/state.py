@@ -30,7 +30,12 @@ from launcher.data.tiers import on_device
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
 from launcher.training.model import first_parameter, place_network, restored_afterwards
-from launcher.training.optimizers import compile_steps, describe_left_out, make_optimizer
+from launcher.training.optimizers import (
+    compile_steps,
+    freeze_left_out,
+    load_state,
+    make_optimizer,
+)
 from launcher.training.torch_schedules import RateTable, describe_counting, replay
 from launcher.utils.user_code import is_users, place_of, user_location
 
@@ -51,7 +56,8 @@ class TrainState:
     `ema_model` is its running average, if the recipe keeps one. `group_options` are the settings of
     the optimizer's groups as the recipe made them, among them the learning rate before the
     schedule; `group_schedules` are the groups' own, where they have one; `frozen` are the
-    parameters that the network's own code does not train; `rate_table` holds, for each step, what a
+    parameters that the network's own code does not train; `left_out` is a line about those that the
+    optimizer has not; `rate_table` holds, for each step, what a
     scheduler of torch sets, if the recipe has one. `current_step` is the step that is being
     trained; None between steps.
     """
@@ -63,6 +69,7 @@ class TrainState:
     group_schedules: tuple[Schedule | None, ...]
     group_options: tuple[dict[str, Any], ...]
     frozen: tuple[nn.Parameter, ...] = ()
+    left_out: str = ""
     rate_table: RateTable | None = None
     current_step: int | None = None
     skips_in_a_row: int = 0  # steps without an update, up to the present one
@@ -177,7 +184,7 @@ def make_context(
     notes = [
         *placed.notes,
         describe_counting(recipe.schedule) or describe_odd_range(recipe.schedule),
-        describe_left_out(state.optimizer, state.network),
+        state.left_out,
     ]
     return TrainContext(
         recipe, plan, accelerator, data, state, normalize, loss, tuple(filter(None, notes))
@@ -189,6 +196,7 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
     ema_model = _make_average(recipe, network)
     frozen = tuple(p for p in network.parameters() if not p.requires_grad)
     optimizer = make_optimizer(recipe, network)
+    left_out = freeze_left_out(optimizer, network)
     schedules = tuple(group.pop("schedule", None) for group in optimizer.param_groups)
     if any(True for own in schedules for _ in schedulers_in(own)):
         raise UserError(
@@ -208,7 +216,9 @@ def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> 
         compile_state(network, optimizer, recipe.compile)
     if accelerator.scaler is not None:
         optimizer = prepared  # skips overflowed steps; without fp16 it only costs 4 % of a step
-    return TrainState(network, ddp_model, ema_model, optimizer, schedules, options, frozen)
+    return TrainState(
+        network, ddp_model, ema_model, optimizer, schedules, options, frozen, left_out
+    )
 
 
 def compile_state(network: nn.Module, optimizer: Optimizer, mode: bool | CompileMode) -> None:
@@ -321,7 +331,7 @@ def put_back(ctx: TrainContext) -> Iterator[None]:
     finally:
         for model, tensors in zip(models, saved, strict=True):
             model.load_state_dict(tensors)
-        state.optimizer.load_state_dict(optimizer)
+        load_state(state.optimizer, optimizer)
         for group in state.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)

@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, Rprop
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, Rprop
 
 from launcher import ChainedOptimizer, Muon, NamedParameters, no_decay
 from launcher.config.overrides import override
 from launcher.config.serialize import resolve
-from launcher.training.optimizers import bring_steps, fuse, orthogonalize
+from launcher.training.loop import fit
+from launcher.training.optimizers import bring_steps, fuse, load_state, orthogonalize
 from launcher.training.state import TrainState, make_state
 from tests.support.helpers import context_of, refused, tiny_recipe
 from tests.support.world_worker import Small, Small64, divided, late, plain
@@ -370,3 +371,27 @@ def test_the_parts_of_several_as_one_are_fused() -> None:
     fuse(optimizer, "cpu")
     assert [group.get("fused") for group in optimizer.param_groups] == [None, True]
     train(network, optimizer, 2)
+
+
+def test_a_state_is_taken_over_in_its_own_type(network: Small) -> None:
+    """torch makes its tensors those of the weights: NAdam went on with other bits in float64."""
+    first = NAdam(network.parameters(), lr=0.01)
+    train(network, first, steps=2)
+    other = NAdam(network.parameters(), lr=0.01)
+    load_state(other, deepcopy(first.state_dict()))
+    for parameter in network.parameters():
+        kinds = {name: value.dtype for name, value in first.state[parameter].items()}
+        assert {name: value.dtype for name, value in other.state[parameter].items()} == kinds
+
+
+def head_only(params: NamedParameters) -> Optimizer:
+    return SGD([pair for pair in params if pair[0].startswith("layers.4")], lr=0.1)
+
+
+def test_gradients_of_parameters_left_out_of_the_optimizer_are_not_computed() -> None:
+    """Nothing cleared them, so they added up, and counted where the gradient is clipped."""
+    ctx = context_of(tiny_recipe(optimizer=head_only, clip_norm=0.1, epochs=1))
+    list(fit(ctx))
+    rests = dict(ctx.state.network.named_parameters())["layers.2.weight"]
+    assert rests.grad is None
+    assert len(ctx.notes) == 1

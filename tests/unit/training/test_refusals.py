@@ -490,3 +490,90 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
     """It was met after the first epoch, when the weights were to be written."""
     with refused("Remembering, whose state holds _extra_state", "register_buffer"):
         context_of(tiny_recipe(model=partial(Remembering, kind="saved")))
+
+
+class Drawn(SGD):
+    def __init__(self, params: Any, lr: float, kind: str) -> None:
+        super().__init__(params, lr)
+        self.kind = kind
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        drawn = torch.rand(()) if self.kind == "torch" else numpy.random.random()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(float(drawn))
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_an_optimizer_whose_step_draws_is_refused(kind: str) -> None:
+    """Each rank drew other numbers, and had weights of its own from then on."""
+    with refused(f"Drawn draws from the global generator of {kind}", "torch.Generator()"):
+        preflight(context_of(tiny_recipe(optimizer=partial(Drawn, lr=0.1, kind=kind))))
+
+
+class Wrapping(SGD):
+    """An optimizer around another one, whose momenta are in no checkpoint."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        named = list(params)
+        super().__init__(named, lr)
+        self.inner = SGD(named, lr, momentum=0.9)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+class Sharing(Optimizer):
+    """One that shares its groups with another one, until a state is loaded into it."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.inner = SGD(params, lr)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+class Attached(SGD):
+    """Its momenta are attributes of the parameters."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sum_of_gradients = getattr(parameter, "sum_of_gradients", 0) + parameter.grad
+            parameter.data -= self.param_groups[0]["lr"] * parameter.sum_of_gradients
+
+
+@pytest.mark.parametrize("kind", [Wrapping, Sharing, Attached])
+def test_an_optimizer_that_goes_on_otherwise_from_a_saved_state_is_refused(kind: Any) -> None:
+    with refused(f"{kind.__name__}, which goes on otherwise from a saved state", "super().step()"):
+        preflight(context_of(tiny_recipe(optimizer=partial(kind, lr=0.1))))
+
+
+class Rateless(Optimizer):
+    def __init__(self, params: Any, lr: float | None = None) -> None:
+        super().__init__(params, {} if lr == 0 else {"lr": lr})
+
+
+class Exchanging(SGD):
+    def eval(self) -> None: ...
+
+
+class Uninitialized(SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        del self.defaults
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (Rateless, "Rateless, of which a group has no lr"),
+        (partial(Rateless, lr=0), "Rateless, of which a group has no lr"),
+        (partial(Exchanging, lr=0.1), "Exchanging, whose train() and eval() exchange the weights"),
+        (partial(Uninitialized, lr=0.1), "Uninitialized, whose state cannot be read"),
+    ],
+)
+def test_an_optimizer_that_lacks_what_it_is_asked_for_is_refused(optimizer: Any, said: str) -> None:
+    with refused(said):
+        preflight(context_of(tiny_recipe(optimizer=optimizer)))
