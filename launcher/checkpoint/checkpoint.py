@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_type_hints
@@ -35,7 +36,6 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from launcher.checkpoint.held_folder import HeldFolder
 from launcher.config import annotations
@@ -241,8 +241,10 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             load_weights(state.ema_model, average)
         saved = _read_optimizer(seen)
         initial = saved.pop("initial_options")
+        # In another precision than the checkpoint's, numbers take the type of the new weights.
+        load = partial(load_state, state.optimizer) if is_alike else state.optimizer.load_state_dict
         try:
-            load_state(state.optimizer, saved)
+            load(saved)
         except ValueError as error:
             raise UserError(
                 f"an optimizer of other groups than the checkpoint's ({error})",
@@ -251,8 +253,6 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             ) from None
         except Exception as error:  # of torch's code or the optimizer's, on what it has not written
             raise _unfit_state(folder, error) from None
-        if is_alike:
-            _keep_types(state.optimizer, saved)
         # After a rollback a group may be frozen whose own schedule is at zero. It is in the
         # checkpoint like the others, and the next step freezes it anew where its schedule says so.
         for group in state.optimizer.param_groups:
@@ -270,21 +270,6 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             scaler.load_state_dict(saved_scaler)
         if (seen / "buffers.safetensors").is_file():
             _take_buffers(load_file(seen / "buffers.safetensors"), ctx)
-
-
-def _keep_types(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put back what torch has rounded to the type of its parameter.
-
-    That is numbers of NAdam and weights in full precision beside those in half, for example.
-    """
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        own = optimizer.state.get(parameter, {})
-        for name, value in saved["state"].get(number, {}).items():
-            kept = own.get(name)
-            if isinstance(value, Tensor) and isinstance(kept, Tensor) and kept.dtype != value.dtype:
-                own[name] = value.to(kept.device)
 
 
 @contextmanager

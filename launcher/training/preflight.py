@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy
 import torch
+from psutil import virtual_memory
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.optim import Optimizer
@@ -144,7 +145,7 @@ def _try_step(recipe: Recipe, network: nn.Module) -> None:
             "torch.Generator().manual_seed(step), with a step that self.state keeps",
         ):
             lost = try_step(recipe, network)
-        is_whole = bool(lost) or goes_on(recipe, network)
+        is_whole = bool(lost) or not _has_room(network) or goes_on(recipe, network)
     except UserError:
         raise
     except Exception as error:
@@ -174,6 +175,14 @@ def _try_step(recipe: Recipe, network: nn.Module) -> None:
             instead="write self.state[parameter][...] for what is kept elsewhere; in place of an "
             "optimizer within another one, derive from its class and call super().step()",
         )
+
+
+def _has_room(network: nn.Module) -> bool:
+    """Whether two optimizers and a saved state fit: some twelve times what the parameters take."""
+    needed = 12 * sum(parameter.nbytes for parameter in network.parameters())
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    is_gpu = device.type == "cuda"
+    return needed < (torch.cuda.mem_get_info(device)[0] if is_gpu else virtual_memory().available)
 
 
 def _refuse_no_rate(ctx: TrainContext) -> None:
