@@ -147,6 +147,11 @@ class RunFiles:
         return epochs if isinstance(epochs, int) else None
 
     @property
+    def cut(self) -> str:
+        """After how many steps --max-steps ends it; empty where it is to have all."""
+        return str(self.about.get("steps")).partition("stopping after ")[2]
+
+    @property
     def uncertain(self) -> float | None:
         """The part of the images to which test-time augmentation was limited."""
         part = self.config.get("uncertain")

@@ -117,8 +117,9 @@ def main(words: Sequence[str]) -> int:
 def environment(run: RunFiles) -> dict[str, Any]:
     """Versions, devices, precision, length and data of a run."""
     about = run.about
-    facts = ("devices", "precision", "memory", "batch", "steps", "data")
+    facts = ("devices", "precision", "memory", "batch", "steps", "weights", "data")
     named = {name: about.get(name) for name in facts}
+    named |= {"state": run.state, "epochs trained": run.epoch}
     named["images (digest)"] = about.get("data_digest")
     versions = about.get("versions")
     return {**named, **(versions if isinstance(versions, dict) else {})}
@@ -143,10 +144,15 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def experiment(run: RunFiles) -> dict[str, Any]:
-    """Of a run what its repeats have as well: settings, recipe file and images."""
+    """Of a run what its repeats have as well: settings, recipe file, images, beginning and length.
+
+    A run that has not ended is like those alone that stand in the same epoch.
+    """
     settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
     images = [run.about.get(name) for name in ("data_digest", "fallback")]
-    return {**settings, "the recipe file": run.source, "the images": images}
+    length = [run.cut, None if run.state == "done" else run.epoch]
+    begin = {"the first weights": run.about.get("weights"), "the length": length}
+    return {**settings, "the recipe file": run.source, "the images": images, **begin}
 
 
 def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:
@@ -322,8 +328,8 @@ def _mean(values: Sequence[float], name: str) -> str:
 def sentence(first: Group, second: Group, test: Comparison) -> str:
     """What a test says, in words."""
     differ = "differ" if test.p < 0.05 else "do not differ for certain"
-    n = f"n={len(first.runs)} and {len(second.runs)}"
+    n = " and ".join(str(len(group.figures[test.figure])) for group in (first, second))
     return (
         f"{test.figure} of {first.name} and {second.name}: they {differ} ({test.difference:+.2%}, "
-        f"{test.kind} t={test.t:.2f}, p={test.p:.3g}, d={test.effect:.2f}, {n})"
+        f"{test.kind} t={test.t:.2f}, p={test.p:.3g}, d={test.effect:.2f}, n={n})"
     )

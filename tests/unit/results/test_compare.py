@@ -55,7 +55,7 @@ def test_settings_code_and_environment_that_differ_are_shown(
     assert main(["compare", "one", "two", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
     assert whole["settings"]["optimizer.lr"] == [0.1, 0.2]
-    assert whole["environment"] == {"images (digest)": [None, "beef"]}
+    assert whole["environment"] == {"images (digest)": [None, "beef"], "epochs trained": [3, 1]}
     assert whole["source"][0][-2:] == ["-b = 2", "+b = 3"]
 
 
@@ -241,3 +241,29 @@ def test_what_validation_images_chose_is_compared_on_the_test_images() -> None:
     other = compared(one, three)
     assert other is not None
     assert other.figure == "test accuracy, last epoch"
+
+
+def test_what_has_another_length_or_beginning_is_no_repeat(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of equal settings all the same: cut by --max-steps, begun with weights, or not ended."""
+    about = {"steps": "3 epochs x 4 steps, stopping after 5"}, {"weights": "from other.pt"}
+    for name, more in (("whole", {}), ("cut", about[0]), ("tuned", about[1])):
+        path = write_run(name) / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    write_run("stopped", (0.5,), exit_code=75)
+    names = ["whole", "cut", "tuned", "stopped"]
+    assert main(["compare", *names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [group["runs"] for group in found["groups"]] == [[name] for name in names]
+    assert found["environment"]["state"] == ["done", "done", "done", "stopped"]
+    assert found["environment"]["epochs trained"] == [3, 3, 3, 1]
+    assert found["environment"]["weights"][2] == "from other.pt"
+
+
+def test_a_test_counts_the_runs_that_have_the_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    repeats("slow", (0.90, 0.92, 0.94), lr=0.1)
+    repeats("fast", (0.95, 0.97, 1.0), lr=0.2)
+    Path("runs/fast-2/metrics.jsonl").unlink()
+    assert main(["compare", *(f"{name}-{n}" for name in ("slow", "fast") for n in range(3))]) == 0
+    assert "n=3 and 2)" in capsys.readouterr().out
