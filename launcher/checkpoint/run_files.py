@@ -19,7 +19,7 @@ from launcher.utils import json_text
 from launcher.utils.redaction import redacted
 
 State = Literal["running", "done", "stopped", "failed"]
-_ACCURACY = re.compile(rb'"(?:test|val)/accuracy": ([0-9.eE+-]+)')
+_ACCURACY = {n: re.compile(rb'"%s/accuracy": ([0-9.eE+-]+)' % n.encode()) for n in ("test", "val")}
 _SHOWN = 5  # names of runs, in a refusal
 
 
@@ -171,7 +171,8 @@ class RunFiles:
     def _accuracies(self) -> list[float]:
         """Without parsing every line: of a thousand runs that would take long."""
         try:
-            found = map(float, _ACCURACY.findall(_bytes(self.path, "metrics.jsonl")))
+            accuracy = _ACCURACY[self.evaluated_on]
+            found = map(float, accuracy.findall(_bytes(self.path, "metrics.jsonl")))
             return [accuracy for accuracy in found if 0 <= accuracy <= 1]
         except ValueError:
             return [row[self.key("accuracy")] for row in self.epochs]
