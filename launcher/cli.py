@@ -362,6 +362,11 @@ def _run(words: list[str], world: World) -> int:
         from launcher.distributed.process_group import Timeouts, raise_on_all_ranks
 
         raise_on_all_ranks(error, job.world, Timeouts(arguments.join_timeout, arguments.timeout))
+            if arguments.claims and (arguments.max_steps or arguments.init_from):
+                parser.error("--claims goes with neither --max-steps nor --init-from")
+    # argparse puts those with dashes last; of two for one setting the one typed last counts.
+    places = {word: place for place, word in enumerate(words)}
+    settings = sorted([*named[recipes:], *unknown], key=lambda w: places.get(w, len(words)))
     if arguments.help:
         from launcher.config.help import describe_settings
 

@@ -72,8 +72,11 @@ def objection_to(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> str:
     for run in runs:
         if "fallback" in run.about:
             return f"{run.name}: {run.about['fallback']}"
-    differ = repeat.differences(runs, loaded)
-    return f"the runs here differ in {', '.join(differ)}" if differ else ""
+    if differ := repeat.differences(runs, loaded):
+        return f"the runs here differ in {', '.join(differ)}"
+    found = (change for run in runs for change in repeat.changes(run, loaded))
+    changed = dict.fromkeys(change for change in found if change != repeat.FILE)
+    return f"trained anew, the runs would differ in {', '.join(changed)}" if changed else ""
 
 
 def figure_of(run: RunFiles, name: str) -> float | None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint.resume import described_changes, initial_weights
 from launcher.checkpoint.run_files import RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -28,8 +29,9 @@ from launcher.run.train import train_loaded
 from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import duration, printable, run_of_seed
+from launcher.utils.text import duration, printable, run_of_seed, some
 
+FILE = "the recipe file"
 # Settings that leave a choice to the run, which writes down what it has chosen.
 _LEFT_OPEN = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
 
@@ -101,8 +103,11 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
         if world.is_main:
             sys.stdout.write(f"=== run {number + 1} of {len(pairs)}: {own.runs / str(own.name)}\n")
             sys.stdout.flush()
-        if world.size == 1 and has_ended(RunFiles(own.runs / str(own.name)), loaded):
-            sys.stdout.write("has ended already\n")
+        run = RunFiles(own.runs / str(own.name))
+        if world.size == 1 and has_ended(run, loaded):
+            differ = changes(run, loaded) + ["the first weights"] * (not began_so(run, own))
+            anew = f"; trained anew, it would differ in {some(differ)}" if differ else ""
+            sys.stdout.write(f"has ended already{anew}\n")
             continue
         try:
             result = train_loaded(loaded, own, replace(world, run=number))
@@ -128,7 +133,23 @@ def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
     is_whole = run.epoch == loaded.recipe.epochs or loaded.recipe.patience is not None
     has_weights = (run.path / "final.safetensors").is_file()
     has_ended = is_this and is_whole and has_weights and run.state == "done"
-    return has_ended and not _could_have_its_images(run, loaded.recipe)
+    return has_ended and not run.cut and not _could_have_its_images(run, loaded.recipe)
+
+
+def changes(run: RunFiles, loaded: LoadedRecipe) -> list[str]:
+    """What a run lacks of the recipe as it is now, whatever its seed, in words."""
+    now = json.loads(json.dumps(loaded.config))
+    free = {"seed", *(n for n, v in _LEFT_OPEN.items() if flatten(now).get(n) == v)}
+    found = described_changes(run.config or now, now)
+    settings = [change for name, change in found.items() if name not in free]
+    is_other = run.source != redacted(loaded.source)
+    return settings + [FILE] * is_other + ["their length (without --max-steps)"] * bool(run.cut)
+
+
+def began_so(run: RunFiles, options: RunOptions) -> bool:
+    """Whether a run began with the weights of --init-from, or without any where none are named."""
+    given = options.init_from and f"from {initial_weights(options.runs, options.init_from)}"
+    return str(run.about.get("weights", "")).partition(", without ")[0] == (given or "")
 
 
 def _could_have_its_images(run: RunFiles, recipe: Recipe) -> bool:
@@ -162,6 +183,7 @@ def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
         "recipe": repeats.loaded.name,
         "runs": rows,
         "differ_in": (differ := differences(runs, repeats.loaded)),
+        "changed_since": _changed_since(repeats, runs),
         "summary": {} if differ else {name: vars(s) for name, s in summaries(runs).items()},
     }
 
@@ -200,6 +222,9 @@ def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> N
             console.print(f"{one.base}: no run has begun in {options.runs}", markup=False)
             continue
         console.print(_table(one, runs))
+        if changed := _changed_since(one, runs):
+            text = f"trained anew, these runs would differ in {some(changed)}"
+            console.print(printable(text), markup=False, soft_wrap=True, highlight=False)
         if differ := differences(runs, one.loaded):
             text = f"no mean: these runs differ in {', '.join(differ)}; see launcher compare"
             console.print(printable(text), markup=False, soft_wrap=True, highlight=False)
@@ -214,6 +239,11 @@ def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> N
             if test := compared(first, second):
                 text = sentence(first, second, test)
                 console.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+def _changed_since(repeats: Repeats, runs: Sequence[RunFiles]) -> list[str]:
+    """What of the recipe, or of the words typed behind it, these runs or some of them had not."""
+    return list(dict.fromkeys(c for run in runs for c in changes(run, repeats.loaded)))
 
 
 def _extremes(runs: Sequence[RunFiles]) -> str:

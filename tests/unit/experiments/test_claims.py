@@ -177,3 +177,20 @@ def test_nothing_is_claimed_of_images_that_stand_in(
     assert "holds: " not in said
     assert said.count("undecided: test accuracy, last epoch: claimed") == 2
     assert "mine-claim1-seed0: NOT THE REAL DATA: Folder is not in 'data'" in said
+
+
+def test_a_claim_is_not_judged_by_runs_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a recipe that was edited after them; and what is cut measures nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    words = ("repeat", "mine.py", "--claims", "--wandb", "off", "--no-report")
+    Path("mine.py").write_text(RECIPE.format(value=0.02))
+    assert "neither --max-steps nor --init-from" in complaint(capsys, *words, "--max-steps", "3")
+    assert main(words) == 0
+    Path("mine.py").write_text(RECIPE.format(value=0.02).replace("epochs=1", "epochs=3"))
+    capsys.readouterr()
+    assert main([*words, "--table"]) == 0
+    said = capsys.readouterr().out
+    assert "undecided: test accuracy, last epoch: claimed 2.00%; trained anew" in said
+    assert "epochs (1 -> 3)" in said

@@ -230,3 +230,49 @@ def test_one_value_has_no_interval() -> None:
     found = summary([0.4, 0.6])
     assert (found.n, found.mean) == (2, 0.5)
     assert found.high == pytest.approx(0.5 + 12.7062 * math.sqrt(0.02) / math.sqrt(2), abs=1e-4)
+
+
+def test_what_was_cut_by_max_steps_has_not_ended(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in its last epoch, of which there is a line then."""
+    assert repeated(recipe, "epochs=1", "--seeds", "0", "--max-steps", "1") == 0
+    assert "these runs would differ in their length" in capsys.readouterr().out
+    assert repeated(recipe, "epochs=1", "--seeds", "0") == 0
+    said = capsys.readouterr().out
+    assert "resumed after step 1" in said
+    assert "has ended already" not in said
+    assert "trained anew" not in said
+
+
+def test_runs_of_another_recipe_than_the_present_one_are_told(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that have ended are left alone, and their figures pass for those of no other code."""
+    assert repeated(recipe, "--seeds", "0-1") == 0
+    Path(recipe).write_text(TINY + "# another network, say\n")
+    capsys.readouterr()
+    assert repeated(recipe, "--seeds", "0-1") == 0
+    said = capsys.readouterr().out
+    assert said.count("already; trained anew, it would differ in the recipe file") == 2
+    Path(recipe).write_text(TINY.replace("epochs=2", "epochs=3"))
+    for words in ((), ("--json",)):
+        assert repeated(recipe, "--seeds", "0-1", "--table", *words) == 0
+        assert "epochs (2 -> 3)" in capsys.readouterr().out
+
+
+def test_what_has_ended_did_not_begin_with_the_weights_that_are_named_now(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (recipe, "--seeds", "0")
+    assert repeated(*words, "--name", "first") == 0
+    tuned = (*words, "--name", "tuned", "--init-from", "first-seed0")
+    assert repeated(*tuned) == 0
+    capsys.readouterr()
+    assert repeated(*tuned) == 0
+    assert "has ended already\n" in capsys.readouterr().out
+    assert repeated(*words, "--name", "first", "--init-from", "tuned-seed0") == 0
+    assert "trained anew, it would differ in the first weights" in capsys.readouterr().out
+    assert "--init-from nowhere" in complaint(
+        capsys, "repeat", *words, "--name", "first", "--init-from", "nowhere"
+    )
