@@ -561,3 +561,4 @@ def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int
         warning = redacted(prepare.fallback_warning(data))
         sys.stdout.write(f"{warning}\n" if warning else "")
     return 0
+    facts |= run.begin_with_given(network, loaded, options)

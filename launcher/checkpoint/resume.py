@@ -65,6 +65,7 @@ def resumed_run(
     state = checkpoint.read_state(found)
     refuse_changes(state.config, loaded.config, changed)
     _refuse_other_optimizer(folder, state.config, loaded.config)
+    _refuse_other_validation(folder, state.config, loaded.config)
     _refuse_other_data(state, data, changed)
     progress = state.progress
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
@@ -207,6 +208,21 @@ def _refuse_other_optimizer(
             expected="the same optimizer, whose state the checkpoint holds",
             instead=f"type another --name; --init-from {folder.path} begins with its weights",
         )
+
+
+def _refuse_other_validation(
+    folder: RunDir, saved: Mapping[str, Any], present: Mapping[str, Any]
+) -> None:
+    """Figures of other images cannot be compared; and those held out now may have been trained."""
+    before, now = flatten(saved), flatten(present)
+    drawn = ("seed",) if now["data.validation"] is not None else ()
+    for name in ("data.validation", *drawn):
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"{name}={now[name]}, but {folder.path} began with {before.get(name)}",
+                expected="the same validation images in every part of a run",
+                instead=f"type another --name; --init-from {folder.path} begins with its weights",
+            )
 
 
 def _refuse_other_data(state: SavedState, present: Data, changed: Sequence[str]) -> None:

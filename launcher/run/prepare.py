@@ -165,10 +165,7 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
     plan = plan_for(loaded, data, options, world.size)
     network = build_network(recipe, data.train)
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
-    if weights := given_weights(loaded, options):
-        skipped = checkpoint.load_initial_weights(network, weights, options.skip)
-        without = f", without {', '.join(skipped)}" if skipped else ""
-        facts["weights"] = f"from {weights}{without}"
+    facts |= begin_with_given(network, loaded, options)
     if "compile" in kept:
         said = "compiled" if kept["compile"] else "eager"
         facts["compile"] = f"{said}, as when the run began"
@@ -198,18 +195,27 @@ def kept_choices(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) ->
     return {name: value for name, value in json.loads(text).items() if is_open[name]}
 
 
+def begin_with_given(
+    network: nn.Module, loaded: LoadedRecipe, options: RunOptions
+) -> dict[str, str]:
+    """Put the weights of --init-from into a network; returns which, in words."""
+    weights = given_weights(loaded, options)
+    if weights is None:
+        return {}
+    skipped = checkpoint.load_initial_weights(network, weights, options.skip)
+    without = f", without {', '.join(skipped)}" if skipped else ""
+    return {"weights": f"from {weights}{without}"}
+
+
 def given_weights(loaded: LoadedRecipe, options: RunOptions) -> Path | None:
-    """What to begin with; a file that is gone is not missed where a checkpoint takes its place."""
+    """What to begin with; nothing where a checkpoint takes its place."""
     if options.init_from is None:
         return None
-    try:
-        return initial_weights(options.runs, options.init_from)
-    except UserError:
-        where = (options.runs, options.name, loaded.name)
-        folder = run_dir.find(*where) if options.resume else None
-        if folder is None or checkpoint.newest(folder.checkpoints)[0] is None:
-            raise
-        return None
+    if options.resume:
+        folder = run_dir.find(options.runs, options.name, loaded.name)
+        if folder is not None and checkpoint.newest(folder.checkpoints)[0] is not None:
+            return None
+    return initial_weights(options.runs, options.init_from)
 
 
 def plan_for(loaded: LoadedRecipe, data: Data, options: RunOptions, world_size: int) -> Plan:

@@ -214,6 +214,8 @@ def describe_run(
             "evaluated_on": ctx.data.evaluated_on,
             "samples": sample_indices(len(ctx.data.evaluated)),
         }
+        if start.checkpoint is not None:
+            about |= {k: v for k, v in RunFiles(start.folder.path).about.items() if k == "weights"}
         own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
         if ctx.data.held_out is not None:
             own.keep_held_out(ctx.data.held_out.tolist())

@@ -370,3 +370,44 @@ def test_sparse_gradients_are_resumed_to_the_bit() -> None:
     train(recipe, name="cut", wandb="off", resume=True)
     files = [Path("runs", name, "final.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("begun", "words"),
+    [
+        ((), ("data.validation=0.2",)),
+        (("data.validation=0.2",), ()),
+        (("data.validation=0.2",), ("data.validation=0.2", "seed=1")),
+    ],
+)
+def test_the_validation_images_stay_those_that_the_run_began_with(
+    begun: tuple[str, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its best epoch is one of theirs; and of others the run may have trained on some."""
+    few = ("data.source.count=100", "epochs=1")
+    assert run(*few, *begun) == 0
+    changed = ("epochs=2", "--resume-changed", "epochs,data.validation,seed")
+    line = refused(capsys, few[0], *words, *changed)
+    assert "the same validation images in every part of a run" in line
+    assert "--init-from runs/mine" in line
+
+
+def test_a_run_keeps_what_it_began_with_whatever_a_resume_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its checkpoint takes the place of other weights, which the header and run.json would name."""
+    few = ("data.source.count=100", "epochs=1")
+
+    def begun() -> Any:
+        return json.loads((RUN / "run.json").read_text()).get("weights")
+
+    assert run(*few) == 0
+    shutil.copytree(RUN, "runs/other")
+    more = ("data.source.count=100", "--resume-changed", "epochs")
+    assert run(*more, "epochs=2", "--init-from", "other") == 0
+    assert "from runs/other" not in capsys.readouterr().out
+    assert begun() is None
+    shutil.rmtree(RUN)
+    assert run(*few, "--init-from", "other") == 0
+    assert run(*more, "epochs=2") == 0
+    assert begun() == "from runs/other/final.safetensors"
