@@ -29,6 +29,7 @@ _USAGE = (
     "launcher predict RUN PICTURE|FOLDER|GLOB [...] [--weights final] [--csv FILE] [--html FILE] "
     "[--json]"
 )
+_CSV = b"file,truth,class1,"  # how a table begins
 _OTHER_PAGE = "type --html predictions.html, for example"
 
 
@@ -52,6 +53,8 @@ def main(words: Sequence[str]) -> int:
         parser.error("no run or no picture is named")
     if arguments.html is not None:
         html.refuse_taken(arguments.html, instead=_OTHER_PAGE)
+    if arguments.csv is not None:
+        _refuse_no_table(arguments.csv)
     files = found_files(arguments.pictures)
     folder = find(arguments.run, arguments.runs)
     run = load_run(folder.path, weights=arguments.weights)
@@ -88,13 +91,36 @@ def _outputs(as_json: bool, csv_file: Path | None, stack: ExitStack) -> Iterator
         yield _Lines()
     if csv_file is not None:
         try:
-            yield _Csv(stack.enter_context(csv_file.open("w", newline="")))
+            # Names of files may be no UTF-8.
+            file = csv_file.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise UserError(
-                f"--csv {csv_file} ({error.strerror})",
-                expected="a file that can be written",
-                instead="type --csv predictions.csv, for example",
-            ) from None
+            raise _unwritable(csv_file, error) from None
+        yield _Csv(stack.enter_context(file))
+
+
+def _refuse_no_table(path: Path) -> None:
+    """Refuse to write a table over a picture, say, whose name follows --csv by mistake."""
+    begin = b""
+    try:
+        if path.is_file():  # and no pipe or device
+            with path.open("rb") as file:
+                begin = file.read(len(_CSV))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    if begin not in (b"", _CSV):
+        raise UserError(
+            f"--csv {path}, which is there and no table of launcher predict",
+            expected="the name of a new file, or of an earlier table",
+            instead="type --csv predictions.csv, for example",
+        )
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--csv {path} ({error.strerror})",
+        expected="a file that can be written",
+        instead="type --csv predictions.csv, for example",
+    )
 
 
 class _JsonLines:

@@ -246,3 +246,21 @@ def test_a_truecolor_terminal_shows_the_first_pictures(
         turned.save("turned.png", exif=exif)
     assert main(["predict", "own", "turned.png"]) == 0
     assert capsys.readouterr().out.partition("turned")[0] == first
+
+
+def test_a_table_is_written_over_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which a pattern of the shell puts behind --csv."""
+    pictures = sorted(map(str, Path("photos").rglob("*.png")))
+    before = Path(pictures[0]).read_bytes()
+    said = complaint(capsys, "predict", "own", "--csv", *pictures)
+    assert f"--csv {pictures[0]}, which is there and no table" in said
+    assert Path(pictures[0]).read_bytes() == before
+    for _ in range(2):
+        assert main(["predict", "own", pictures[0], "--csv", "out.csv"]) == 0
+
+
+def test_a_name_that_is_no_utf_8_is_in_the_table(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save("plain.png")
+    os.rename("plain.png", os.fsdecode(b"\xff.png"))
+    assert main(["predict", "own", os.fsdecode(b"\xff.png"), "--csv", "out.csv"]) == 0
+    assert "\\udcff.png,," in Path("out.csv").read_text(encoding="utf-8")
