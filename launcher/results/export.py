@@ -119,6 +119,8 @@ def main(words: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(words)
     if arguments.folder is None:
         parser.error("no run or no folder is named")
+    if arguments.from_pixels and arguments.to in _OF_WEIGHTS:
+        parser.error(f"--from-pixels goes with --to torch or onnx, not with {arguments.to}")
     if arguments.push is not None:
         if arguments.to != "hub":
             parser.error("--push goes with --to hub")

@@ -367,3 +367,11 @@ def test_the_recipes_can_be_exported(
     assert main(words) == 0
     assert main(["export", "own", "out", "--to", form, "--from-pixels"]) == 0
     assert "proved on all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["safetensors", "hub"])
+def test_pixels_go_into_a_program_and_not_into_weights(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("export", "first", "out", "--from-pixels", "--to", form)
+    assert "--from-pixels goes with --to torch or onnx" in complaint(capsys, *words)
