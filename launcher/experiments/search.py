@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,20 +287,30 @@ def _files(search: Search, number: int) -> RunFiles:
 def _study(search: Search, job: int = 0) -> "optuna.Study":
     """Of the journal. Raises `UserError` where its trials are of another search."""
     optuna = import_optuna()
-    search.folder.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(search.journal))
-    study = optuna.create_study(
-        study_name=search.base,
-        storage=optuna.storages.journal.JournalStorage(backend),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    try:
+        search.folder.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(search.journal))
+        study = optuna.create_study(
+            study_name=search.base,
+            storage=optuna.storages.journal.JournalStorage(backend),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+            direction="maximize",
+            load_if_exists=True,
+        )
+    # The latter is what Optuna raises where lines of a journal are damaged.
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{search.journal}, which is damaged or out of reach ({type(error).__name__}: {error})",
+            expected="what the search has written, in a folder that can be written",
+            instead="type another --name, or --runs FOLDER",
+        ) from None
     trials = len(_trials(study))
+    options = {"--max-steps": search.options.max_steps, "--init-from": search.options.init_from}
     searched = {
         "recipe": search.loaded.config,
-        "ranges": {searched.name: str(searched) for searched in search.ranges},
-        "options": {"--max-steps": search.options.max_steps},
+        "ranges": {r.name: str(r) for r in search.ranges},
+        "options": options | {"--skip": list(search.options.skip)},
+        "file": _digest(search),
     }
     if trials:
         _refuse_other_search(search, study.user_attrs.get("searched", {}), searched)
@@ -313,7 +324,10 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
 
 def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
     """Accuracies of other images, or with other settings, say nothing about these."""
-    parts = [described_changes(saved.get(p, {}), present[p]) for p in present]
+    parts = [
+        described_changes(saved.get(part, {}), present[part])
+        for part in ("recipe", "ranges", "options")
+    ]
     changes = [change for part in parts for change in part.values()]
     if changes:
         raise UserError(
@@ -321,6 +335,10 @@ def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
             expected="the settings and ranges that its trials have been made with",
             instead="type another --name",
         )
+
+
+def _digest(search: Search) -> str:
+    return sha256(search.loaded.source.encode(errors="replace")).hexdigest()
 
 
 def _trials(study: "optuna.Study") -> list[Any]:
@@ -387,7 +405,8 @@ def show(search: Search) -> None:
     if not search.journal.is_file():
         console.print(f"no trial of {search.base} in {search.options.runs}", markup=False)
         return
-    rows = [(trial, _files(search, trial.number)) for trial in _trials(_study(search))]
+    study = _study(search)
+    rows = [(trial, _files(search, trial.number)) for trial in _trials(study)]
     rows.sort(key=lambda row: -(row[1].best_accuracy or 0.0))
     images = "test" if search.loaded.recipe.data.validation is None else "validation"
     table = Table(box=None, pad_edge=False)
@@ -406,6 +425,8 @@ def show(search: Search) -> None:
         )
         table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
+    if study.user_attrs["searched"].get("file", _digest(search)) != _digest(search):
+        console.print("the recipe file has changed since the search began: trials may be of both")
     for line in _about_best(search, rows, images):
         console.print(line, markup=False, soft_wrap=True, highlight=False)
 

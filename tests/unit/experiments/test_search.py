@@ -91,7 +91,6 @@ def test_each_trial_is_a_run_and_the_best_is_told(capsys: pytest.CaptureFixture[
         (("data.validation=0.2", "--search", LR), "data.validation (None -> 0.2)"),
         (("--on-test", "--search", "model.width=2|4"), "model.width (None -> 2|4)"),
         (("--on-test", "--search", "optimizer.lr=1e-4..1e-1"), "(log:0.0001..0.1 -> 0.0001..0.1)"),
-        (("--on-test", "--search", LR, "--max-steps", "3"), "--max-steps (None -> 3)"),
     ],
 )
 def test_a_search_of_another_name_is_asked_for_where_anything_else_is_searched(
@@ -318,3 +317,51 @@ def test_a_trial_of_which_only_a_part_was_proposed_has_failed() -> None:
     study.ask({"optimizer.lr": own.ranges[0].distribution()})  # killed before the second one
     assert search.work(own) == 0
     assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "COMPLETE"]
+
+
+def test_a_shorter_trial_is_another_search_and_another_text_of_the_recipe_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert searched("--search", LR, "epochs=1", trials=1) == 0
+    words = ("tune", "mine.py", "--search", LR, "epochs=1", "--trials", "2", "--wandb", "off")
+    assert "--max-steps (None -> 2)" in complaint(capsys, *words, "--max-steps", "2")
+    Path("mine.py").write_text(TINY + "# another network, say\n")
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "the recipe file has changed since the search began" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["no JSON\n", '{"op_code": 99}\n', "[]\n"])
+def test_a_damaged_journal_is_answered_in_a_line(
+    content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("runs/mine-search.files/journal")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    words = ("tune", "mine.py", "--search", LR)
+    assert f"{path}, which is damaged" in complaint(capsys, *words)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.touch()
+    assert "--runs FOLDER" in complaint(capsys, *words)
+
+
+def test_a_job_is_a_number_from_0(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("tune", "mine.py", "--search", LR, "--trials", "1", "--wandb", "off")
+    assert "'-1' is no whole number from 0" in complaint(capsys, *words, "--job", "-1")
+    assert main([*words, "--job", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--lr", "--trials", "3"), "--trials goes with --search"),
+        (("--batch", "--table"), "--table goes with --search"),
+        (("--batch", "--save", "x"), "--save goes with --lr"),
+        (("--search", LR, "--steps", "30"), "--steps goes with --lr"),
+    ],
+)
+def test_an_option_that_would_say_nothing_is_refused(
+    words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert part in complaint(capsys, "tune", "mine.py", *words)
