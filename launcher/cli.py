@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -77,6 +78,11 @@ Optuna propose settings, and judges them by validation images:
 
   launcher tune recipes/simplecnn.py data.validation=0.1 --trials 40 \\
       --search 'optimizer.lr=log:1e-4..1e-1' 'model.width=16|32|64' --jobs 4"""
+_ONLY_OF = {"--seeds": "repeat", "--claims": "repeat", "--search": "tune", "--trials": "tune"}
+_TUNE_OPTIONS = {
+    "lr": ("steps", "save"),
+    "search": ("trials", "jobs", "job", "on_test", "table"),
+}
 _TEXTS = {
     "train": (_USAGE, _DESCRIPTION),
     "repeat": (_REPEAT_USAGE, _REPEAT_DESCRIPTION),
@@ -198,7 +204,7 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
         add("--jobs", type=positive, default=1, metavar="N", help="processes that try")
         add(
             "--job",
-            type=int,
+            type=partial(positive, least=0),
             metavar="N",
             help="this process is one of several that search together",
         )
@@ -322,18 +328,21 @@ def _run(words: list[str], world: World) -> int:
     command = words[0] if words and words[0] in _TEXTS else "train"
     parser = _parser(command)
     with _rank_0_first(world):
-        arguments, unknown = parser.parse_known_args(words)
+        arguments, unknown = parser.parse_known_intermixed_args(words)
         if arguments.fold is not None:
             if "/" not in arguments.fold:  # which would be a number of images
                 parser.error(f"--fold {arguments.fold}, which is no fold such as 1/5")
+            if any("data.validation=" in word for word in words):
+                parser.error(f"--fold {arguments.fold} beside data.validation, which it sets")
             unknown.append(f"data.validation={arguments.fold}")
-        named = arguments.words[bool(arguments.words and arguments.words[0] in _TEXTS) :]
+        named = arguments.words[arguments.words[:1] == [command] :]
         if not named:
             if not arguments.help:
                 parser.error("no recipe is named")
             sys.stdout.write(parser.format_help())
             return 0
         refuse_misplaced(unknown)
+        _refuse_other_command(words, named, command)
         shows = arguments.help or arguments.dry_run
         save_before = timedelta(seconds=arguments.save_before)
         job = (
@@ -344,6 +353,8 @@ def _run(words: list[str], world: World) -> int:
         signals.stop_at(job.stops_at, job.stop_reason)
         if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
             parser.error("--profile goes with neither --smoke nor --resume")
+        if arguments.smoke and (arguments.resume or arguments.resume_changed):
+            parser.error("--smoke goes without --resume: it keeps nothing")
         _refuse_useless_skip(arguments, parser)
         recipes = 1
         if command != "train":
@@ -351,33 +362,33 @@ def _run(words: list[str], world: World) -> int:
         if command == "repeat":
             recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
             _refuse_unrepeatable([*named[recipes:], *unknown], claims=arguments.claims)
+            if arguments.claims and (arguments.max_steps or arguments.init_from):
+                parser.error("--claims goes with neither --max-steps nor --init-from")
+    # argparse puts those with dashes last; of two for one setting the one typed last counts.
+    places = {word: place for place, word in enumerate(words)}
+    settings = sorted([*named[recipes:], *unknown], key=lambda w: places.get(w, len(words)))
     try:
         refuse_unusable(os.environ)
         if command == "tune" and arguments.save is not None and job.world.is_main:
             refuse_no_folder(arguments.save)
-        several = [_load(path, [*named[recipes:], *unknown]) for path in named[:recipes]]
+        several = [_load(path, settings) for path in named[:recipes]]
     except UserError as error:
         if shows:
             raise
         from launcher.distributed.process_group import Timeouts, raise_on_all_ranks
 
         raise_on_all_ranks(error, job.world, Timeouts(arguments.join_timeout, arguments.timeout))
-            if arguments.claims and (arguments.max_steps or arguments.init_from):
-                parser.error("--claims goes with neither --max-steps nor --init-from")
-    # argparse puts those with dashes last; of two for one setting the one typed last counts.
-    places = {word: place for place, word in enumerate(words)}
-    settings = sorted([*named[recipes:], *unknown], key=lambda w: places.get(w, len(words)))
     if arguments.help:
         from launcher.config.help import describe_settings
 
         recipe = several[0].recipe
-        settings = describe_settings(recipe, with_internals=arguments.help == "all")
-        sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{settings}"))
+        listed = describe_settings(recipe, with_internals=arguments.help == "all")
+        sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{listed}"))
         return 0
     if command == "repeat":
         return _repeat(several, arguments, job)
     if command == "tune":
-        return _tune(several[0], arguments, job, words, [*named[recipes:], *unknown])
+        return _tune(several[0], arguments, job, words, settings)
     return _train(several[0], arguments, job)
 
 
@@ -391,6 +402,26 @@ def _refuse_no_training(
         named = (arguments.lr, arguments.batch, arguments.search)
         if sum(map(bool, named)) != 1:
             parser.error("one of --lr, --batch and --search says what to tune")
+        for what, others in _TUNE_OPTIONS.items():
+            for option in others:
+                default = parser.get_default(option)
+                if not getattr(arguments, what) and getattr(arguments, option) != default:
+                    parser.error(f"--{option.replace('_', '-')} goes with --{what}")
+
+
+def _refuse_other_command(words: Sequence[str], named: Sequence[str], command: str) -> None:
+    """Say how a command is typed that does not come first, or of which there is but an option."""
+    meant = [word for word in named if word in {**_COMMANDS, **_TEXTS} and not Path(word).exists()]
+    if command == "train":
+        options = (word.partition("=")[0] for word in words)
+        meant += [_ONLY_OF[option] for option in options if option in _ONLY_OF]
+    if meant:
+        rest = next((word for word in named if word != meant[0]), "RECIPE")
+        raise UserError(
+            shlex.join(words),
+            expected=f"the command {meant[0]} before all other words",
+            instead=f"type launcher {meant[0]} {shlex.quote(rest)} ...",
+        )
 
 
 def _refuse_useless_skip(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -463,7 +494,7 @@ def _repeat(
 def _refuse_wrong_words(words: Sequence[str]) -> None:
     """Raise `UserError` for the words of a run that would not begin, before a job waits for it."""
     parser = _parser()
-    arguments, unknown = parser.parse_known_args(words)
+    arguments, unknown = parser.parse_known_intermixed_args(words)
     refuse_misplaced(unknown)
     _refuse_useless_skip(arguments, parser)
     _cadence(arguments.checkpoint_every)
@@ -552,6 +583,7 @@ def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int
     plan = prepare.plan_for(loaded, data, options, world.size)
     network = build_network(loaded.recipe, data.train)
     facts = prepare.describe(loaded, data, plan, network)
+    facts |= prepare.begin_with_given(network, loaded, options)
     if world.size == 1:  # several would have to meet for it
         with prepare.dry_context(loaded.recipe, plan, network, data):
             pass
@@ -561,4 +593,3 @@ def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int
         warning = redacted(prepare.fallback_warning(data))
         sys.stdout.write(f"{warning}\n" if warning else "")
     return 0
-    facts |= run.begin_with_given(network, loaded, options)

@@ -49,7 +49,9 @@ def _with_word(recipe: Recipe, word: str) -> Recipe:
         raise UserError(
             f"the word {word!r}",
             expected="settings of the form name=value",
-            instead=f"type {name or 'epochs'}=VALUE, or see launcher RECIPE --help",
+            instead="name a recipe before all settings, and several only behind launcher repeat"
+            if name.endswith(".py")
+            else f"type {name or 'epochs'}=VALUE, or see launcher RECIPE --help",
         )
     if name not in {part.name for part in walk(recipe)}:
         raise _unknown(name, recipe)

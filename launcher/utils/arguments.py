@@ -29,11 +29,11 @@ class Parser(argparse.ArgumentParser):
         raise Shown(status)
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """A whole number above 0, for `type=`."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) > 0):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12 and int(text) >= least):
         raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no whole number from 1 to 999,999,999,999"
+            f"{text[:40]!r} is no whole number from {least} to 999,999,999,999"
         )
     return int(text)
 

@@ -359,3 +359,57 @@ def test_each_command_has_its_help(command: str, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr()
     assert printed.out.startswith(f"usage: launcher {command} ")
     assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (("check",), "check"),
+        (("report",), "report"),
+        (("--seeds", "0-4"), "repeat"),
+        (("--claims",), "repeat"),
+        (("--search", "optimizer.lr=0.1..0.2"), "tune"),
+    ],
+)
+def test_a_command_behind_a_recipe_is_told_where_it_goes(
+    words: tuple[str, ...], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"type launcher {command} {SIMPLECNN} ..." in complaint(capsys, SIMPLECNN, *words)
+
+
+def test_a_command_behind_an_option_is_not_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was a training of one seed."""
+    words = ("--wandb", "off", "repeat", SIMPLECNN, "epochs=1")
+    assert f"type launcher repeat {SIMPLECNN} ..." in complaint(capsys, *words)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "repeat", "tune"])
+def test_options_may_stand_before_the_recipe(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--wandb", "off", SIMPLECNN, "--help"]) == 0
+    assert f"settings of {SIMPLECNN}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("--epochs=3", "epochs=4"), ("epochs=3", "--epochs=4")])
+def test_of_two_for_one_setting_the_one_that_is_typed_last_counts(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([SIMPLECNN, "--dry-run", *words]) == 0
+    assert '"epochs": 4,' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--fold", "1/2", "data.validation=0.5"), "--fold 1/2 beside data.validation"),
+        (("--smoke", "--resume"), "--smoke goes without --resume"),
+        (("other.py",), "name a recipe before all settings"),
+        (("--dry-run", "--init-from", "nowhere"), "--init-from nowhere"),
+    ],
+)
+def test_words_that_would_say_nothing_are_refused(
+    words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert part in complaint(capsys, SIMPLECNN, *words)
