@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import count
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 
 from launcher.cluster import slurm_env
 from launcher.config.loader import LoadedRecipe, load
@@ -21,6 +22,8 @@ from launcher.run.train import train_loaded
 
 # Of this process: the ranks' common store keeps what an earlier training has left in it.
 _NUMBERS = count()
+# Accelerate's state, torch's generator and signal handlers are the process's own.
+_IN_TRAINING = Lock()
 
 
 def train(
@@ -51,15 +54,28 @@ def train(
             instead="write train(Recipe(model=..., data=..., optimizer=..., epochs=...), ...)",
         )
     loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
-    options = RunOptions(
-        runs=Path(runs),
-        name=name,
+    options = RunOptions(  # which refuses what is no path
+        runs=Path(runs) if isinstance(runs, str | PathLike) else runs,
+        name=os.fspath(name) if isinstance(name, PathLike) else name,
         resume=resume,
         wandb=wandb,
         max_steps=max_steps,
         report=False,
     )
     refuse_unusable(os.environ)
+    if not _IN_TRAINING.acquire(blocking=False):
+        raise UserError(
+            "a second training at the same time in one process",
+            expected="one, since they would share random numbers and devices",
+            instead="wait for the end of the first one, or start a process for each",
+        )
+    try:
+        return _train(loaded, options)
+    finally:
+        _IN_TRAINING.release()
+
+
+def _train(loaded: LoadedRecipe, options: RunOptions) -> RunResult:
     world = replace(slurm_env.world_of_this_process(), run=next(_NUMBERS))
     with signals.listening(ends_process=False):
         if world.is_launched:

@@ -104,6 +104,12 @@ def load_run(
     run had; a run of a `Recipe` value needs that `recipe` again. Runs the recipe's code: load only
     runs that you trust. Raises `UserError` for a folder without a run or its weights.
     """
+    if not isinstance(folder, str | Path) or not isinstance(recipe, Recipe | None):
+        raise UserError(
+            f"load_run({type(folder).__name__}, recipe={type(recipe).__name__})",
+            expected="the folder of a run, and a Recipe where that has no recipe file",
+            instead='write load_run("runs/first"), for example',
+        )
     path = Path(folder)
     config = _read(path / "config.json", model=dict, data=dict)
     about = _read(path / "run.json", image_shape=tuple[int, int, int], classes=tuple[str, ...])

@@ -275,3 +275,29 @@ def test_a_fifo_is_not_waited_for(name: str, tmp_path: Path) -> None:
     os.mkfifo(folder / name)
     with refused("no run folder", f"{name}"):
         load_run(folder)
+
+
+def test_a_second_training_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    """As in another thread: both would draw from one generator, and come out wrong."""
+    options: dict[str, Any] = {"runs": tmp_path, "wandb": "off"}
+
+    def initialize(network: nn.Module, images: Tensor) -> None:
+        with refused("a second training at the same time", "start a process for each"):
+            train(tiny_recipe(epochs=1), name="second", **options)
+
+    train(tiny_recipe(epochs=1, initialize=initialize), name="first", **options)
+    assert not (tmp_path / "second").exists()
+    train(tiny_recipe(epochs=1), name="second", **options)
+
+
+def test_paths_and_recipes_of_another_type_are_refused(tmp_path: Path) -> None:
+    folder: Any
+    with refused("runs=None", "a value of type Path"):
+        folder = None
+        train(tiny_recipe(), runs=folder)
+    for folder, recipe in ((None, None), (str(tmp_path), "mine.py")):
+        with refused("load_run(", 'write load_run("runs/first")'):
+            load_run(folder, recipe=recipe)
+    name: Any = Path("first")
+    result = train(tiny_recipe(epochs=1), name=name, runs=str(tmp_path), wandb="off")
+    assert result.folder == tmp_path / "first"
