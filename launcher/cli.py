@@ -306,7 +306,9 @@ def _pack(words: list[str]) -> int:
 
 def _look_at_runs(command: str, words: list[str]) -> int:
     """Each is a module of the package `results`."""
-    code: int = import_module(f"launcher.results.{command}").main(words)
+    module = import_module(f"launcher.results.{command}")
+    with signals.interrupting():  # so that what is half written is removed
+        code: int = module.main(words)
     return code
 
 

@@ -57,6 +57,19 @@ def listening(*, ends_process: bool = True) -> Iterator[None]:
             _forget()
 
 
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Let SIGTERM end what goes on as Ctrl-C does, by an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _forget() -> None:
     """What came to one run is not for the next one in this process."""
     global _end, _watches_launcher

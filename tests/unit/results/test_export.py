@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from launcher.checkpoint.checkpoint import save_weights
 from launcher.checkpoint.run_files import RunFiles, find
 from launcher.cli import main
 from launcher.data import sources
+from launcher.errors import EXIT_INTERRUPTED
 from launcher.results import export
 from launcher.results.card import model_card
 from launcher.results.export import prove
@@ -177,6 +179,18 @@ def test_changed_weights_are_refused(
         path.write_bytes(before)
     assert "other weights than those that it evaluated" in capsys.readouterr().err
     assert leftovers() == []
+
+
+def test_nothing_is_left_where_the_time_of_a_job_ends(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(export, "about", ended)
+    assert main(["export", "own", "out", "--runs", str(runs)]) == EXIT_INTERRUPTED
+    assert leftovers() == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("form", export.FORMS)
