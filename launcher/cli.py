@@ -92,6 +92,9 @@ _TEXTS = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code, which errors.py explains."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # the descriptor was closed: >&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     logging.basicConfig(format="launcher: %(message)s")
     words = sys.argv[1:] if words is None else list(words)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B keeps the command line with the run

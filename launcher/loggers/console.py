@@ -7,6 +7,7 @@ rank 0 writes.
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 import numpy
@@ -47,9 +48,13 @@ class Console(Logger):
             try:
                 self._stream.write(redacted(text) + "\n")
                 self._stream.flush()
-            except BrokenPipeError:
+            except OSError as error:
                 self._stream = None
                 drop_stdout()
+                if not isinstance(error, BrokenPipeError):  # the disk is full, say
+                    lost = f"the output cannot be written ({error.strerror}); training goes on"
+                    with suppress(OSError):
+                        sys.stderr.write(f"launcher: {lost}\n")
 
     def header(self, title: str, rows: Mapping[str, str], warning: str = "") -> None:
         """What is about to run; `warning` stands out."""

@@ -353,6 +353,26 @@ def test_a_reader_that_has_ended_costs_no_traceback(
         assert Path("runs/on/final.safetensors").is_file()
 
 
+def test_a_full_disk_behind_the_output_does_not_end_a_training(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", SIMPLECNN, *TINY, "--max-steps", "7"]
+    errors = tmp_path / "errors"
+    with Path("/dev/full").open("wb") as full, errors.open("wb") as file:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        words = [*command, "--name", "on"]
+        process = forked.Popen(words, cwd=tmp_path, env=environment, stdout=full, stderr=file)
+        assert process.wait(60) == 0, errors.read_text()
+    (line,) = errors.read_text().splitlines()
+    assert "the output cannot be written (No space left on device); training goes on" in line
+    assert Path("runs/on/final.safetensors").is_file()
+
+
+def test_without_an_output_a_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python has none where the shell has closed it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([SIMPLECNN, *TINY, "--max-steps", "2", "--name", "on", "--no-report"]) == 0
+    assert Path("runs/on/final.safetensors").is_file()
+
+
 @pytest.mark.parametrize("command", ["check", "submit", "runs", "compare", "predict", "export"])
 def test_each_command_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
