@@ -6,6 +6,7 @@ wrote down.
 Otherwise it is refused, and nothing is left behind.
 """
 
+import io
 import json
 import shutil
 import sys
@@ -130,13 +131,14 @@ def main(words: Sequence[str]) -> int:
     run = load_run(files.path, weights=arguments.weights)
     images, whole = evaluated_images(files, run, arguments.data)
     folder = arguments.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         facts = about(run, files.config, files.about.get("versions", {}))
         answer = write(run, facts, arguments.to, temporary, from_pixels=arguments.from_pixels)
         if files.source and arguments.to in _OF_WEIGHTS:
-            (temporary / "recipe.py").write_text(files.source)
+            (temporary / "recipe.py").write_text(files.source, encoding="utf-8")
         recorded = files.best if arguments.weights == "best" else files.last
         proof = prove(run, answer, images, from_pixels=arguments.from_pixels)
         if whole and recorded is not None:
@@ -144,11 +146,18 @@ def main(words: Sequence[str]) -> int:
         proof = replace(proof, whole=whole, kind=files.images)
         if arguments.to == "hub":
             card = model_card(files, arguments.weights, proof.agreement())
-            (temporary / "README.md").write_text(card)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(folder)
+    except OSError as error:  # also where another export has come first
+        raise UserError(
+            f"{folder}, which cannot be written ({error.strerror or error})",
+            expected="a new folder for the export, and room for it",
+            instead="make room, or name another folder",
+        ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     size = sizes(sum(path.stat().st_size for path in folder.iterdir()))
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     sys.stdout.write(f"{folder}: {names} ({size})\nproved {proof.sentence()}\n")
@@ -225,7 +234,7 @@ def write(
         if form == "onnx":
             return _write_onnx(run, deployed, example, folder / "model.onnx")
         program = torch.export.export(deployed, (example,), dynamic_shapes=shapes, strict=False)
-    except UserError:
+    except (UserError, OSError):
         raise
     except Exception as error:
         line = str(error).strip().splitlines()[0]
@@ -235,7 +244,9 @@ def write(
             instead="write x.flatten(1) for x.view(...) with numbers, or type --to safetensors",
         ) from error
     path = folder / "model.pt2"
-    torch.export.save(program, path, extra_files={"about.json": json.dumps(facts)})
+    content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, content, extra_files={"about.json": json.dumps(facts)})
+    path.write_bytes(content.getbuffer())
     module = torch.export.load(path).module()
     return lambda images: module(images)
 

@@ -193,6 +193,28 @@ def test_nothing_is_left_where_the_time_of_a_job_ends(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the disk is full, on which torch's own writer ends the process, or it is taken."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def taken(*arguments: Any) -> dict[str, Any]:
+        Path("out/other").mkdir(parents=True)
+        return {}
+
+    words = ("export", "own", "out", "--runs", str(runs))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        assert "out, which cannot be written (No space left" in complaint(capsys, *words)
+    assert leftovers() == []
+    monkeypatch.setattr(export, "about", taken)
+    assert "name another folder" in complaint(capsys, *words)
+    assert leftovers() == ["out"]
+
+
 @pytest.mark.parametrize("form", export.FORMS)
 def test_an_exporter_that_is_wrong_is_refused(
     form: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
