@@ -5,6 +5,7 @@ the rate rises by the same factor, over at most one epoch (Smith, "Cyclical Lear
 Training Neural Networks", 2017). Nothing is evaluated, and nothing is kept.
 """
 
+import io
 import json
 import math
 import sys
@@ -149,7 +150,14 @@ def run(
     for line in describe(curve, own):
         sys.stdout.write(f"{line}\n")
     if folder is not None:
-        save(curve, folder)
+        try:
+            save(curve, folder)
+        except OSError as error:
+            raise UserError(
+                f"--save {folder} ({error.strerror})",
+                expected="a folder that can be written, and room for it",
+                instead="type --save curve, for example",
+            ) from None
         sys.stdout.write(f"{folder}: learning_rate.png, learning_rate.json\n")
     return 0
 
@@ -207,7 +215,9 @@ def save(curve: RateCurve, folder: Path) -> None:
     }
     text = json.dumps(content) + "\n"
     atomic_write.replace(folder / "learning_rate.json", text.encode(), is_kept=False)
-    picture(curve).save(folder / "learning_rate.png")
+    drawn = io.BytesIO()
+    picture(curve).save(drawn, "PNG")
+    atomic_write.replace(folder / "learning_rate.png", drawn.getvalue(), is_kept=False)
 
 
 def picture(curve: RateCurve) -> Image.Image:

@@ -7,9 +7,9 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
@@ -90,12 +90,20 @@ def _outputs(as_json: bool, csv_file: Path | None, stack: ExitStack) -> Iterator
     else:
         yield _Lines()
     if csv_file is not None:
-        try:
-            # Names of files may be no UTF-8.
-            file = csv_file.open("w", newline="", encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise _unwritable(csv_file, error) from None
-        yield _Csv(stack.enter_context(file))
+        yield _Csv(stack.enter_context(_table(csv_file)))
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[TextIO]:
+    """A file whose every line is written at once; names of pictures may be no UTF-8."""
+    options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    try:
+        with path.open("w", buffering=1, **options) as file:
+            yield file
+    except BrokenPipeError:  # of stdout
+        raise
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def _refuse_no_table(path: Path) -> None:

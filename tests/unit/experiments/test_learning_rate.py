@@ -177,3 +177,16 @@ def test_a_signal_ends_the_ramp(
     ended = capsys.readouterr()
     assert ended.err == "launcher: stopped by SIGTERM: nothing of the ramp is kept\n"
     assert not Path("curve").exists()
+
+
+def test_a_disk_that_is_full_is_answered_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replace(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learning_rate.atomic_write, "replace", replace)
+    Path("mine.py").write_text(TINY)
+    words = ("tune", "mine.py", "--lr", "--steps", "30", "--save", "curve")
+    assert "--save curve (No space left on device)" in complaint(capsys, *words)

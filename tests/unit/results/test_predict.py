@@ -264,3 +264,8 @@ def test_a_name_that_is_no_utf_8_is_in_the_table(tmp_path: Path) -> None:
     os.rename("plain.png", os.fsdecode(b"\xff.png"))
     assert main(["predict", "own", os.fsdecode(b"\xff.png"), "--csv", "out.csv"]) == 0
     assert "\\udcff.png,," in Path("out.csv").read_text(encoding="utf-8")
+
+
+def test_a_disk_that_is_full_is_answered_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(capsys, "predict", "own", "photos/disk/0.png", "--csv", "/dev/full")
+    assert "--csv /dev/full (No space left on device)" in said
