@@ -29,7 +29,7 @@ _IN_TRAINING = Lock()
 def train(
     recipe: str | Path | Recipe,
     *overrides: str,
-    name: str | None = None,
+    name: str | Path | None = None,
     runs: str | Path = "runs",
     resume: bool = False,
     wandb: str | None = None,
@@ -54,9 +54,11 @@ def train(
             instead="write train(Recipe(model=..., data=..., optimizer=..., epochs=...), ...)",
         )
     loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
-    options = RunOptions(  # which refuses what is no path
-        runs=Path(runs) if isinstance(runs, str | PathLike) else runs,
-        name=os.fspath(name) if isinstance(name, PathLike) else name,
+    if isinstance(runs, str):
+        runs = Path(runs)
+    options = RunOptions(
+        runs=runs,
+        name=str(name) if isinstance(name, Path) else name,
         resume=resume,
         wandb=wandb,
         max_steps=max_steps,

@@ -23,6 +23,7 @@ from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import World
 from launcher.errors import EXIT_FAULT, EXIT_SAVED, TrainingError, UserError
 from launcher.results.compare import compared, experiment, grouped, sentence
+from launcher.results.figures import number
 from launcher.results.quoted import headline, quoted
 from launcher.results.statistics import Spread, describe, summary
 from launcher.run.train import train_loaded
@@ -96,12 +97,13 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
     """
     code = 0
     pairs = [(one, seed) for one in repeats for seed in one.seeds]
-    for number, (one, seed) in enumerate(pairs):
+    for place, (one, seed) in enumerate(pairs):
         group = options.group or one.base
         own = replace(options, name=run_of_seed(one.base, seed), resume=True, group=group)
         loaded = one.of_seed(seed)
         if world.is_main:
-            sys.stdout.write(f"=== run {number + 1} of {len(pairs)}: {own.runs / str(own.name)}\n")
+            folder = redacted(str(own.runs / str(own.name)))
+            sys.stdout.write(f"=== run {place + 1} of {len(pairs)}: {folder}\n")
             sys.stdout.flush()
         run = RunFiles(own.runs / str(own.name))
         if world.size == 1 and has_ended(run, loaded):
@@ -110,7 +112,7 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
             sys.stdout.write(f"has ended already{anew}\n")
             continue
         try:
-            result = train_loaded(loaded, own, replace(world, run=number))
+            result = train_loaded(loaded, own, replace(world, run=place))
         except TrainingError as error:
             if world.size > 1:
                 raise
@@ -190,7 +192,7 @@ def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
 
 def seconds_of(run: RunFiles) -> float:
     """Of training and evaluating its epochs."""
-    return sum(float(row.get("seconds", 0)) for row in run.epochs)
+    return sum(number(row.get("seconds")) or 0.0 for row in run.epochs)
 
 
 def differences(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> list[str]:

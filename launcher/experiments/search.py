@@ -371,7 +371,7 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
     states = import_optuna().trial.TrialState
     name, judge = search.run_name(trial.number), Judge(trial)
     words = [f"{key}={value}" for key, value in trial.params.items()]
-    sys.stdout.write(f"=== {name} of {search.trials} trials: {' '.join(words)}\n")
+    sys.stdout.write(redacted(f"=== {name} of {search.trials} trials: {' '.join(words)}\n"))
     sys.stdout.flush()
     options = replace(search.options, name=name, group=search.base, resume=True, report=False)
     try:
@@ -423,12 +423,12 @@ def show(search: Search) -> None:
             "-" if accuracy is None else f"{accuracy:.2%}",
             *(_shown(trial.params.get(searched.name)) for searched in search.ranges),
         )
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(redacted(cell))) for cell in cells))
     console.print(table)
     if study.user_attrs["searched"].get("file", _digest(search)) != _digest(search):
         console.print("the recipe file has changed since the search began: trials may be of both")
     for line in _about_best(search, rows, images):
-        console.print(line, markup=False, soft_wrap=True, highlight=False)
+        console.print(redacted(line), markup=False, soft_wrap=True, highlight=False)
 
 
 def _shown(value: Any) -> str:

@@ -64,8 +64,9 @@ class Group:
 
     @property
     def seeds(self) -> list[Any]:
-        """Of its runs."""
-        return [run.config.get("seed") for run in self.runs]
+        """Of its runs; None where it is no number."""
+        found = (run.config.get("seed") for run in self.runs)
+        return [seed if isinstance(seed, int) else None for seed in found]
 
 
 @dataclass(frozen=True)

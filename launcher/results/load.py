@@ -104,7 +104,8 @@ def load_run(
     run had; a run of a `Recipe` value needs that `recipe` again. Runs the recipe's code: load only
     runs that you trust. Raises `UserError` for a folder without a run or its weights.
     """
-    if not isinstance(folder, str | Path) or not isinstance(recipe, Recipe | None):
+    given = ((folder, str | Path), (recipe, Recipe | None))
+    if not all(isinstance(value, kind) for value, kind in given):
         raise UserError(
             f"load_run({type(folder).__name__}, recipe={type(recipe).__name__})",
             expected="the folder of a run, and a Recipe where that has no recipe file",

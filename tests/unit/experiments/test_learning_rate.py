@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_is_answered_in_a_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(learning_rate.atomic_write, "replace", replace)
+    monkeypatch.setattr("launcher.utils.atomic_write.replace", replace)
     Path("mine.py").write_text(TINY)
     words = ("tune", "mine.py", "--lr", "--steps", "30", "--save", "curve")
     assert "--save curve (No space left on device)" in complaint(capsys, *words)

@@ -276,3 +276,10 @@ def test_what_has_ended_did_not_begin_with_the_weights_that_are_named_now(
     assert "--init-from nowhere" in complaint(
         capsys, "repeat", *words, "--name", "first", "--init-from", "nowhere"
     )
+
+
+def test_a_line_without_its_seconds_is_in_the_table(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    rows = [{"epoch": 1, "test/accuracy": 0.5, "seconds": value} for value in (2.5, None, "x")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert repeat.seconds_of(RunFiles(tmp_path)) == 2.5

@@ -365,3 +365,15 @@ def test_an_option_that_would_say_nothing_is_refused(
     words: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert part in complaint(capsys, "tune", "mine.py", *words)
+
+
+def test_a_secret_among_the_settings_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2secret")
+    roots = "data.root=hunter2secret|hunter2secret/x"
+    assert searched("--search", roots, trials=1) == 0
+    assert searched("data.root=hunter2secret", "--name", "b", "--search", LR, trials=1) == 0
+    said = capsys.readouterr().out
+    assert "measure it: launcher repeat RECIPE data.root='***'" in said
+    assert "hunter2secret" not in said

@@ -267,3 +267,12 @@ def test_a_test_counts_the_runs_that_have_the_figure(capsys: pytest.CaptureFixtu
     Path("runs/fast-2/metrics.jsonl").unlink()
     assert main(["compare", *(f"{name}-{n}" for name in ("slow", "fast") for n in range(3))]) == 0
     assert "n=3 and 2)" in capsys.readouterr().out
+
+
+def test_seeds_that_are_no_numbers_pair_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a damaged config.json."""
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        for seed in ([1], "x"):
+            write_run(f"{name}{len(str(seed))}", lr=rate, seed=seed)
+    assert main(["compare", "a1", "a3", "b1", "b3"]) == 0
+    assert "Welch's" in capsys.readouterr().out

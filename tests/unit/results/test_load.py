@@ -295,6 +295,7 @@ def test_paths_and_recipes_of_another_type_are_refused(tmp_path: Path) -> None:
     with refused("runs=None", "a value of type Path"):
         folder = None
         train(tiny_recipe(), runs=folder)
+    recipe: Any
     for folder, recipe in ((None, None), (str(tmp_path), "mine.py")):
         with refused("load_run(", 'write load_run("runs/first")'):
             load_run(folder, recipe=recipe)
