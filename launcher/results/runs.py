@@ -19,6 +19,7 @@ from launcher.utils.terminal import make_console
 from launcher.utils.text import duration, printable, sizes
 
 _USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
+NAME = 16  # characters of a name that a narrow terminal shows on one line
 _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
 
 
@@ -105,9 +106,12 @@ def _sort_key(column: str) -> Callable[[Row], Any]:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in _COLUMNS:
+    # By its name a run is told from others: in a narrow terminal it is whole, on several lines.
+    longest = max((len(row.name) for row in rows), default=0)
+    table.add_column("name", overflow="fold", min_width=min(NAME, longest))
+    for column in _COLUMNS[1:]:
         is_number = column in ("epoch", "best", "age", "size")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
+        table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
         planned = "?" if row.planned is None else row.planned
         best = "-" if row.best is None else f"{row.best:.2%} ({row.chosen_on})"

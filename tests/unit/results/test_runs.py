@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
 
 from launcher.checkpoint.run_files import RunFiles, find
 from launcher.cli import main
+from launcher.results import runs
 from tests.support.helpers import refused
 
 
@@ -156,3 +158,15 @@ def test_a_run_is_found_by_its_path_or_its_name() -> None:
         find("secnd")
     with refused("no run in elsewhere yet"):
         find("first", Path("elsewhere"))
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_a_narrow_terminal_shows_the_names(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(width=columns)
+    monkeypatch.setattr(runs, "make_console", lambda: console)
+    write_run("resnet18-seed3")
+    assert main(["runs"]) == 0
+    assert "resnet18-seed3" in capsys.readouterr().out
+    assert main(["runs", "--filter", "name=nothing"]) == 0
