@@ -407,6 +407,8 @@ def _refuse_no_training(
         named = (arguments.lr, arguments.batch, arguments.search)
         if sum(map(bool, named)) != 1:
             parser.error("one of --lr, --batch and --search says what to tune")
+        if arguments.max_steps and not arguments.search:
+            parser.error("--max-steps goes with --search; the ramp of --lr has --steps")
         for what, others in _TUNE_OPTIONS.items():
             for option in others:
                 default = parser.get_default(option)

@@ -358,6 +358,7 @@ def test_a_job_is_a_number_from_0(capsys: pytest.CaptureFixture[str]) -> None:
         (("--lr", "--trials", "3"), "--trials goes with --search"),
         (("--batch", "--table"), "--table goes with --search"),
         (("--batch", "--save", "x"), "--save goes with --lr"),
+        (("--lr", "--max-steps", "30"), "--max-steps goes with --search"),
         (("--search", LR, "--steps", "30"), "--steps goes with --lr"),
     ],
 )
@@ -375,5 +376,5 @@ def test_a_secret_among_the_settings_is_not_shown(
     assert searched("--search", roots, trials=1) == 0
     assert searched("data.root=hunter2secret", "--name", "b", "--search", LR, trials=1) == 0
     said = capsys.readouterr().out
-    assert "measure it: launcher repeat RECIPE data.root='***'" in said
+    assert "measure it: launcher repeat RECIPE data.root=*** " in said
     assert "hunter2secret" not in said
