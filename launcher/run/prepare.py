@@ -33,7 +33,6 @@ from launcher.distributed.accelerator import (
     set_threads,
 )
 from launcher.distributed.process_group import RankGroup
-from launcher.errors import UserError
 from launcher.training.accumulation import choose_passes
 from launcher.training.compiling import choose_compiling, is_to_be_tried
 from launcher.training.model import build_network, count_parameters, initialize
