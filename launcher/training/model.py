@@ -206,7 +206,7 @@ def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: tor
         normalize = Normalize(recipe.data, images.shape, like, contiguous=False)
         first = normalize(images.pixels(slice(INITIAL_IMAGES)).to(device))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seeded_draws(recipe.seed):
                 recipe.initialize(network, first)
         except Exception as error:
             if not is_users(error, _SHAPE_ERRORS):
@@ -268,7 +268,10 @@ def place_network(
 
 
 def layers_in_lists(network: nn.Module) -> dict[str, list[nn.Module]]:
-    """By attribute, the layers that torch does not see, since they stand in a list or the like."""
+    """By attribute, the layers that torch does not see, since they stand in a list or the like.
+
+    Those that have something to train or to save: transforms of torchvision, say, have not.
+    """
     known, found = set(network.modules()), dict[str, list[nn.Module]]()
     for name, module in network.named_modules():
         for attribute, value in vars(module).items():
@@ -276,7 +279,7 @@ def layers_in_lists(network: nn.Module) -> dict[str, list[nn.Module]]:
                 continue
             items = value.values() if isinstance(value, dict) else value
             hidden = [x for x in items if isinstance(x, nn.Module) and x not in known]
-            if hidden:
+            if any(layer.state_dict() for layer in hidden):
                 found[f"{name}.{attribute}".lstrip(".")] = hidden
     return found
 

@@ -36,6 +36,7 @@ from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count, some
 from launcher.utils.user_code import global_states, is_users, place_of, user_location
 
+MORE_IMAGES = 6  # that are augmented on trial
 _V2 = "or a class of torchvision.transforms.v2 without brackets"
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
@@ -59,6 +60,7 @@ def preflight(ctx: TrainContext) -> None:
         _refuse_unless(fits, recipe.data.mix, made, "a weight in [0, 1] beside the images")
         fits = torch.is_tensor(mixed) and mixed.shape == pictures.shape
         _refuse_unless(fits, recipe.data.mix, made, "images of the same shape beside the weight")
+        _try_partners(recipe.data.mix, torch.cat([pictures[:1], -pictures[:1]]))
     with evaluating(network), ctx.accelerator.autocast():
         logits = network.forward(pictures)  # not through a compiled call
         _try_last_image(ctx, pictures[:1])
@@ -68,8 +70,7 @@ def preflight(ctx: TrainContext) -> None:
             _refuse_unless(fits, recipe.views, viewed, "a score for each class")
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
             _refuse_unless(not is_bad, recipe.views, viewed, "finite scores where the model's are")
-        with _no_global_draws(ctx.loss.function, "torch.rand(())", ("numpy", "Python")):
-            _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
+        _try_loss(ctx.loss, upcast(logits[:1]), pictures[:1], ctx.plan.num_micro_batches)
         if recipe.data.mix:
             shares = torch.full_like(logits, 1 / logits.shape[1])
             _tried(ctx.loss, upcast(logits), upcast(shares), pictures, name=ctx.loss.function)
@@ -235,26 +236,69 @@ def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:
 
 
 def _try_augmentations(recipe: Recipe, images: Tensor) -> None:
-    """Each on `(2, c, h, w)`: on one image with the smallest draws, on the other the largest."""
-    extremes = torch.tensor([[0.0], [1 - 2**-24]], device=images.device)
-    draws = extremes.repeat(1, DRAWS_PER_AUGMENTATION)
+    """Each on `(2, c, h, w)`: on one image with the smallest draws, on the other the largest.
+
+    And on some more with draws between, each of which has to become the same once again and alone,
+    but for what rounding may do.
+    """
+    extremes = torch.tensor([[0.0], [1 - 2**-24]]).repeat(1, DRAWS_PER_AUGMENTATION)
+    between = torch.rand(
+        MORE_IMAGES, DRAWS_PER_AUGMENTATION, generator=torch.Generator().manual_seed(0)
+    )
+    table = torch.cat([extremes, between]).to(images.device)
+    images = torch.cat([images[:1], 255 - images[:1]]).repeat(len(table) // 2, 1, 1, 1)
+
+    def draws(rows: slice) -> Draws:
+        return Draws(table[rows], table[rows], epoch=1)
+
     for augmentation in recipe.data.augment:
         with _no_global_draws(augmentation, f"draws.fresh, the numbers of each image, {_V2}"):
             function = as_augmentation(augmentation)
-            result = _tried(function, images, Draws(draws, draws, epoch=1), name=augmentation)
-        fits = torch.is_tensor(result) and result.shape == images.shape
-        fits = fits and result.dtype == images.dtype
-        _refuse_unless(fits, augmentation, result, "images of the same shape and type")
+            result = _tried(function, images[:2].clone(), draws(slice(2)), name=augmentation)
+            fits = torch.is_tensor(result) and result.shape == images[:2].shape
+            fits = fits and result.dtype == images.dtype
+            _refuse_unless(fits, augmentation, result, "images of the same shape and type")
+            places = [slice(row, row + 1) for row in range(len(images))]
+            together, *alone = (
+                _tried(function, images[place].clone(), draws(place), name=augmentation)
+                for place in (slice(None), *places)
+            )
+        _refuse_neighbours(augmentation, together, torch.cat(alone), rounding=1)
+
+
+def _try_partners(mix: Callable[..., Any], pictures: Tensor) -> None:
+    """Mix two images together, and the second one alone."""
+    partners = pictures.flip(-1) / 2
+    both, share = mix(pictures.clone(), partners.clone(), numpy.random.default_rng(0))
+    one, again = mix(pictures[1:].clone(), partners[1:].clone(), numpy.random.default_rng(0))
+    _refuse_neighbours(mix, both[1:], one, rounding=1e-2)
+    _refuse_neighbours(mix, torch.tensor(float(share)), torch.tensor(float(again)), rounding=0)
+
+
+def _refuse_neighbours(
+    function: Callable[..., Any], together: Tensor, alone: Tensor, rounding: float
+) -> None:
+    """Refuse images that become others beside others, as each rank and each pass has its own."""
+    if (together.double() - alone.double()).abs().max() > rounding:
+        raise UserError(
+            f"{code_name(function)}, by which an image becomes another one alone, or once more, "
+            f"than beside others{place_of(function)}",
+            expected="the same image again, on any number of ranks and after a resume",
+            instead="compute each image from itself, its own row of draws.fresh (in a mixing, its "
+            "partner) and nothing that is kept from call to call",
+        )
 
 
 def _try_schedule(schedule: Schedule) -> None:
     """At a hundred points of the training."""
     for point in range(1, 100):
         try:
-            value = schedule(point / 100)
+            value, again = schedule(point / 100), schedule(point / 100)
             found = f"returns {value!r}{place_of(schedule)}"
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             fits = is_number and 0 <= float(value) < math.inf
+            if fits and again != value:
+                fits, found = False, f"returns {value!r} and then {again!r}{place_of(schedule)}"
         except Exception as error:  # TypeError, as of one that takes an optimizer
             if not is_users(error, _FAULTS):
                 raise  # of the launcher's own
@@ -272,15 +316,21 @@ def _try_schedule(schedule: Schedule) -> None:
 
 def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batches: int) -> None:
     """Compare the loss of a batch with those of its images: the scores `(1, classes)` for each."""
-    name = loss.function
-
-    def value(scores: Tensor, labels: Tensor) -> Any:
-        return _tried(loss, scores, labels, picture.expand(len(labels), -1, -1, -1), name=name)
-
-    labels = example_labels(logits.shape[1], logits.device)
+    name, labels = loss.function, example_labels(logits.shape[1], logits.device)
     size = len(labels)
+    # Other scores and another image for each label, so that it is seen what mixes them up.
+    rolled = torch.stack([logits[0].roll(row // 2) for row in range(size)])
+    shades = torch.linspace(0.5, 1, size).to(picture)
+    pictures = picture * shades[:, None, None, None]
+
+    def value(scores: Tensor, labels: Tensor, rows: slice = slice(None)) -> Any:
+        with torch.random.fork_rng([picture.device] if picture.is_cuda else []):
+            torch.manual_seed(0)
+            return _tried(loss, scores, labels, pictures[rows], name=name)
+
     buffers = [b.clone() for b in name.buffers()] if isinstance(name, nn.Module) else []
-    whole = value(logits.expand(size, -1), labels)
+    with _no_global_draws(name, "torch.rand(())", ("numpy", "Python")):
+        whole = value(rolled, labels)
     _refuse_unless(torch.is_tensor(whole) and whole.ndim == 0, name, whole, "one number")
     if buffers and not all(map(torch.equal, buffers, name.buffers())):
         raise UserError(
@@ -290,11 +340,18 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
         )
     if not whole.isfinite():
         return  # training stops at it, or skips it, as the recipe says
+    if not torch.equal(whole, again := value(rolled, labels)):
+        raise UserError(
+            f"{code_name(name)}, which is {float(whole):.6g} and, called again, {float(again):.6g}",
+            expected="the same loss of the same scores, as a resumed run needs it",
+            instead="leave out what it keeps or counts from call to call",
+        )
     _try_gradient(logits, lambda scores: value(scores, labels), name)
     if loss.takes_one_hot:
         right = one_hot(labels, logits.shape[1]).to(logits)
         _refuse_exchanged(name, value(right, labels), value(torch.zeros_like(right), labels))
-    each = torch.stack([value(logits, label[None]) for label in labels])
+    rows = [slice(row, row + 1) for row in range(size)]
+    each = torch.stack([value(rolled[row], labels[row], row) for row in rows])
     weights = loss.class_weights
     if weights is None:
         mean = float(each.mean())

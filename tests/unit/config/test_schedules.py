@@ -107,6 +107,7 @@ def test_no_step_of_a_training_is_spent_at_a_rate_of_zero(schedule: Callable[...
     [
         (lambda step: min(1.0, (step + 1) / 500), "by 0.00202 to 0.00398 only"),
         (lambda epoch: 0.95**epoch, "by 0.95 to 0.999 only"),
+        (lambda epoch: 0.1 ** (epoch // 30), "by 1 to 1 only"),
         (lambda fraction: 0.1 * (1 - fraction), "by 0.001 to 0.099 only"),
         *((usual, "") for usual in (constant, linear, cosine, steps, partial(cosine, end=0.8))),
         (lambda fraction: 0.0, ""),

@@ -156,3 +156,47 @@ def test_a_loss_whose_arguments_are_exchanged_is_refused() -> None:
 )
 def test_a_loss_of_one_hot_targets_is_not(loss: Any) -> None:
     preflight(context_of(replace(tiny_recipe(), loss=loss)))
+
+
+class Annealed(nn.Module):
+    steps = 0
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.steps += 1
+        return cross_entropy(logits, targets) * min(1.0, self.steps / 100)
+
+
+def counted(logits: Tensor, targets: Tensor) -> Tensor:
+    SEEN.append(logits.shape)
+    return cross_entropy(logits / len(SEEN), targets)
+
+
+@pytest.mark.parametrize("loss", [Annealed(), counted])
+def test_a_loss_that_counts_its_calls_is_refused(loss: Any) -> None:
+    """A resumed run began to count anew."""
+    with refused(", which is ", "called again", "leave out what it keeps or counts"):
+        preflight(context_of(tiny_recipe(loss=loss)))
+
+
+def drawing(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits + torch.randn_like(logits), targets)
+
+
+def test_a_loss_that_draws_from_torch_is_not() -> None:
+    preflight(context_of(tiny_recipe(loss=drawing)))
+
+
+def centred(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits - logits.mean(0), targets)
+
+
+def by_all_images(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+    return cross_entropy(logits, targets) * images.std()
+
+
+@pytest.mark.parametrize("loss", [centred, by_all_images])
+def test_a_loss_that_mixes_up_images_is_refused_for_several_passes(loss: Any) -> None:
+    """Of equal scores it is the mean."""
+    preflight(context_of(tiny_recipe(loss=loss)))
+    with refused(f"{loss.__name__}, which is not the mean over 2 micro-batches"):
+        preflight(context_of(tiny_recipe(loss=loss, accumulate=2)))

@@ -238,7 +238,7 @@ class Listing(Tiny):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = [nn.Linear(10, 10), nn.Linear(10, 10)]
-        self.known = [*self.layers]
+        self.known, self.transforms = [*self.layers], [nn.ReLU(), nn.Identity()]
 
     def forward(self, images: Tensor) -> Tensor:
         scores = super().forward(images)
@@ -335,3 +335,16 @@ def test_a_tensor_that_no_file_of_weights_can_hold_is_refused(value: Tensor) -> 
     """It was met after the first epoch, when the weights were to be written."""
     with refused("Holding, whose state holds value, which is no tensor that a file"):
         context_of(tiny_recipe(model=partial(Holding, value)))
+
+
+def drawn(network: nn.Module, images: Tensor) -> None:
+    numbers = [random.random(), numpy.random.random(), float(torch.rand(()))]
+    next(network.parameters())[0] = torch.tensor(numbers)
+
+
+def test_what_an_initialization_draws_follows_from_the_seed() -> None:
+    """Python and numpy drew other numbers in each process."""
+    networks = (context_of(tiny_recipe(initialize=drawn, seed=s)).state.network for s in (3, 3, 4))
+    one, two, other = (next(network.parameters())[0].tolist() for network in networks)
+    assert one == two
+    assert not {*one} & {*other}

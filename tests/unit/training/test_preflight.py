@@ -4,20 +4,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from numpy.random import Generator
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchvision.transforms.v2 import RandAugment, RandomErasing
 
 from launcher import (
     Folder,
     Synthetic,
+    alternating_flip,
     crop,
+    cutmix,
     cutout,
     ema,
     flip,
     growing,
+    jitter,
     mirrored,
     mixup,
     random_resized_crop,
@@ -237,3 +243,77 @@ def test_what_follows_a_part_that_is_cut_when_it_is_read_gets_smaller_images(
     with refused("crop fails: ValueError: padding=10 of images of 8 x 8 pixels"):
         preflighted(tiny_recipe(model=model, data=images | GROWING))
     preflighted(tiny_recipe(model=model, data=images | GROWING | {"augment": (shift,)}))
+
+
+CALLS: list[int] = []
+GENERATOR = numpy.random.default_rng(0)
+
+
+def rolled_by_calls(images: Tensor, draws: Draws) -> Tensor:
+    CALLS.append(1)
+    return images.roll(len(CALLS), -1)
+
+
+def with_mean_of_others(images: Tensor, draws: Draws) -> Tensor:
+    return ((images.float() + images.float().mean(0)) / 2).to(torch.uint8)
+
+
+def by_the_first_draw(images: Tensor, draws: Draws) -> Tensor:
+    return images.flip(-1) if draws.fresh[0, 0] < 0.5 else images
+
+
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.calls += 1
+        return image.roll(self.calls, -1)
+
+
+class Sometimes(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.roll(numpy.random.randint(9), -1) if torch.rand(()) < 0.5 else image
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "said"),
+    [
+        *(
+            (function, f"{function.__name__}, by which an image becomes another one alone")
+            for function in (rolled_by_calls, with_mean_of_others, by_the_first_draw, Counting)
+        ),
+        (Sometimes, "Sometimes draws from the global generator of numpy"),
+    ],
+)
+def test_an_augmentation_of_several_images_at_once_is_refused(augmentation: Any, said: str) -> None:
+    """Ranks and resumed runs had other images than 1 rank that was never interrupted."""
+    with refused(said, "any number of ranks"):
+        preflight(context_of(tiny_recipe(data={"augment": (augmentation,)})))
+
+
+def with_reversed(images: Tensor, partners: Tensor, random: Generator) -> tuple[Tensor, float]:
+    return (images + images.flip(0)) / 2, 0.5
+
+
+def of_its_own(images: Tensor, partners: Tensor, random: Generator) -> tuple[Tensor, float]:
+    weight = float(GENERATOR.random())
+    return images * weight + partners * (1 - weight), weight
+
+
+@pytest.mark.parametrize("mix", [with_reversed, of_its_own])
+def test_a_mixing_with_others_than_the_partners_is_refused(mix: Any) -> None:
+    """The labels of the partners were mixed all the same."""
+    with refused(f"{mix.__name__}, by which an image becomes another one alone"):
+        preflight(context_of(tiny_recipe(data={"mix": mix})))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        (flip, crop, cutout, jitter, random_resized_crop, alternating_flip),
+        (RandAugment, partial(RandomErasing, p=1.0)),
+    ],
+)
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_what_looks_at_each_image_is_not(augment: Any, mix: Any) -> None:
+    preflight(context_of(tiny_recipe(data={"augment": augment, "mix": mix})))

@@ -33,6 +33,14 @@ def rising(fraction: float) -> float:
     return 1 / (fraction - 0.5)
 
 
+CALLS: list[float] = []
+
+
+def counting(fraction: float) -> float:
+    CALLS.append(fraction)
+    return 1 / len(CALLS)
+
+
 def takes_an_optimizer(optimizer: Optimizer) -> StepLR:
     return StepLR(optimizer, 3)
 
@@ -60,6 +68,10 @@ def forgetful(fraction: float) -> None:
         (
             {"schedule": forgetful},
             "forgetful, which for the fraction 0.01 of the training returns None",
+        ),
+        (
+            {"schedule": counting},
+            "counting, which for the fraction 0.01 of the training returns 0.01 and then 0.00990",
         ),
         ({"schedule": takes_an_optimizer}, "takes_an_optimizer, which for the fraction"),
         ({"schedule": partial(cosine, warmup=1.5)}, "warmup=1.5"),
