@@ -69,11 +69,10 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
             instead="mend that line, or see launcher RECIPE --help for the settings of the model",
         )
     before, images = _values(network), two_images(network, recipe, data, "contiguous")
-    shape = _output_shape(network, images, recipe)
-    if _changed(network, before):  # it may be a constraint, which is the same for any images
-        other = _drawn(recipe)
-        _output_shape(other, images / 2, recipe)
-        _refuse_changed(_changed(network, _values(other)), recipe)
+    shape, after = _try_first_pass(network, images, recipe)
+    if _differing(before, after):  # it may be a constraint, which is the same for any images
+        _, others = _try_first_pass(_drawn(recipe), images / 2, recipe)
+        _refuse_changed(_differing(after, others), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
         nameless = "; or give the data set a list `classes` of their names: without one it has ten"
@@ -97,10 +96,9 @@ def _values(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in named if not is_lazy(value)}
 
 
-def _changed(network: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
-    """The names of its parameters whose values are other ones than before."""
-    now = network.named_parameters()
-    return [n for n, p in now if n in before and not torch.equal(p, before[n])]
+def _differing(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """The names of the values that both have, and that are not the same."""
+    return [n for n, value in after.items() if n in before and not torch.equal(value, before[n])]
 
 
 def _refuse_changed(names: list[str], recipe: Recipe) -> None:
@@ -125,7 +123,10 @@ def two_images(
     return normalize(data.pixels(slice(1)).to(like.device).expand(2, -1, -1, -1))
 
 
-def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[int, ...]:
+def _try_first_pass(
+    network: nn.Module, images: Tensor, recipe: Recipe
+) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """The shape of the output, and the parameters as the pass has left them; it is undone."""
     for mode, returned in (("train", network.train()), ("eval", network.eval())):
         if returned is not network:
             raise UserError(
@@ -135,8 +136,10 @@ def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[i
                 "that it overrides",
             )
     try:
-        with torch.no_grad():  # in inference_mode a lazy layer would get weights that never train
+        # In inference_mode a lazy layer would get weights that never train.
+        with torch.no_grad(), restored_afterwards(network, images.device):
             output = network(images)
+            after = _values(network)
     except Exception as error:
         if not is_users(error, _SHAPE_ERRORS):
             raise  # of the launcher's own
@@ -151,7 +154,7 @@ def _output_shape(network: nn.Module, images: Tensor, recipe: Recipe) -> tuple[i
             instead="write self.register_buffer(name, torch.tensor(...)) for get_extra_state() or "
             "a sparse tensor, and torch.view_as_real(...) of torch.complex128",
         )
-    return tuple(output.shape)
+    return tuple(output.shape), after
 
 
 def _can_be_saved(value: object) -> bool:
@@ -253,7 +256,7 @@ def place_network(
         placed = replace(placed, notes=(*placed.notes, note))
     after = _attributes(network)
     if after == before:
-        return placed
+        return _with_note_of_state(placed, recipe, data, accelerator)
     # What is computed anew from the images is the same after a second pass over them.
     images = two_images(network, recipe, data, placed.memory_format)
     _try_training_pass(network, recipe, images, accelerator)
@@ -263,6 +266,26 @@ def place_network(
     note = (
         f"a pass changes {some(changed)} of {short_name(recipe.model)}, which no checkpoint holds: "
         "keep in buffers (register_buffer) what lasts from step to step"
+    )
+    return replace(placed, notes=(*placed.notes, note))
+
+
+def _with_note_of_state(
+    placed: PlacedNetwork, recipe: Recipe, data: ImageSet, accelerator: Accelerator
+) -> PlacedNetwork:
+    """Note what two passes over the same images, with the same draws, show of a hidden state."""
+    network, scores = placed.network, list[Tensor]()
+    for _ in range(2):
+        images = two_images(network, recipe, data, placed.memory_format)  # it may write into them
+        undone = restored_afterwards(network, accelerator.device)
+        with undone, torch.no_grad(), accelerator.autocast():
+            scores += [network(images).float()]
+    first, second = scores
+    if torch.allclose(first, second, rtol=0.01, atol=0.001, equal_nan=True):
+        return placed
+    note = (
+        f"a second pass of {short_name(recipe.model)} over the same images makes other scores: "
+        "keep in buffers (register_buffer) what lasts from step to step, which no checkpoint holds"
     )
     return replace(placed, notes=(*placed.notes, note))
 
@@ -386,7 +409,7 @@ def _try_training_pass(
             before = _values(network)
             with accelerator.autocast(), _refusing_what_is_lost(network, recipe):
                 output = network(images)
-            after = _values(network) if _changed(network, before) else {}
+            after = _values(network)
             _refuse_several_outputs(output, recipe, " in training mode")
             if output.requires_grad:
                 upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
@@ -396,7 +419,8 @@ def _try_training_pass(
             # What the network keeps of a pass is then without its graph, and can be copied.
             with accelerator.autocast():
                 network(images / 2)
-            _refuse_changed(_changed(network, after), recipe)
+            if _differing(before, after):
+                _refuse_changed(_differing(after, _values(network)), recipe)
         return None, unused
     except torch.OutOfMemoryError:
         raise
@@ -455,7 +479,10 @@ def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[No
                     if buffers[name] is not buffer:
                         buffers[name] = buffer
             for tensor, value in values:
-                tensor.copy_(value)
+                if tensor.shape == value.shape:
+                    tensor.copy_(value)
+                else:  # an observer of a quantization resizes what it has
+                    tensor.data = value
 
 
 def explain_torch_error(error: Exception, moment: str) -> UserError | None:

@@ -285,13 +285,42 @@ def test_parameters_that_are_set_by_the_images_are_refused(kind: str) -> None:
         context_of(tiny_recipe(model=partial(Setting, kind=kind)))
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("counted", 1.0), ("limited", 0.5), ("made", 1.0)])
+@pytest.mark.parametrize(("kind", "scale"), [("counted", 1.0), ("limited", 1.0), ("made", 1.0)])
 def test_what_a_network_does_to_itself_is_undone_after_the_trial(kind: str, scale: float) -> None:
     """It began to count before the training, and lost its memory format by a buffer it makes."""
     ctx = context_of(tiny_recipe(model=partial(Setting, kind=kind)))
     values = dict(ctx.state.network.named_parameters())["scale"].tolist()
     assert values == [scale] * 3
     assert ctx.state.network.get_buffer("empty") is None
+    assert ctx.notes == ()
+
+
+class Stepping(Tiny):
+    """Changes with its steps, which it counts where nobody looks, or observes its images."""
+
+    passes = 0
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.kind == "counts" and self.training:
+            type(self).passes += 1
+        elif self.kind == "observes":  # in evaluation, too
+            self.get_buffer("seen").add_(images.mean((0, 2, 3)).detach())
+        return super().forward(images) / (1 + self.passes)
+
+
+def test_a_state_that_is_hidden_is_told_in_a_note() -> None:
+    (note,) = context_of(tiny_recipe(model=partial(Stepping, kind="counts"))).notes
+    assert note.startswith("a second pass of Stepping over the same images makes other scores")
+
+
+def test_what_a_network_observes_begins_with_the_training() -> None:
+    ctx = context_of(tiny_recipe(model=partial(Stepping, kind="observes")))
+    assert not ctx.state.network.get_buffer("seen").any()
     assert ctx.notes == ()
 
 
