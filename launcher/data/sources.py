@@ -47,6 +47,7 @@ from launcher.utils.user_code import function_of, seeded_draws, user_line, user_
 
 _LOG = logging.getLogger(__name__)
 NAMELESS = tuple("0123456789")  # the classes of a set without names, such as SVHN
+MOST_KINDS = 20  # of images, one of each of which is compared with the data set's item
 LOCK = ".download.lock"
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
@@ -77,6 +78,7 @@ class _UnavailableError(Exception):
         super().__init__(" ".join(reason.split()))  # one line
 
 
+_CHANNELS = (1, 2, 3, 4)  # of images, which are larger
 # What torchvision raises for files that are absent, damaged or still being unpacked.
 _UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, AssertionError, IndexError, KeyError)
 
@@ -446,7 +448,7 @@ def _needs_module(source: Source, error: ModuleNotFoundError) -> UserError:
 def _as_set(dataset: Any, data: Images) -> ImageSet:
     name = short_name(data.source)
     _refuse_transforms(dataset, name)
-    labels_name = "labels" if hasattr(dataset, "labels") else "targets"
+    labels_name = "targets" if hasattr(dataset, "targets") else "labels"
     encoded = getattr(dataset, "encoded", None)
     if isinstance(encoded, Encoded):
         return _of_pictures(dataset, encoded, data)
@@ -486,8 +488,7 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     shapes = tuple(images.shape), tuple(labels.shape)
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or shapes[1] != shapes[0][:1]:
         found = f"has data of {images.dtype} {shapes[0]} and targets of {shapes[1]}"
-        scaled = "(data * 255).to(torch.uint8), if they end at 1," * images.is_floating_point()
-        raise _not_images(found, name, scaled)
+        raise _not_images(found, name, _better(images, targets))
     named = getattr(dataset, "classes", None)
     if not isinstance(named, Iterable | None):
         raise UserError(
@@ -499,6 +500,7 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
     _check_labels(labels, classes, name)
     files = tuple(map(str, getattr(dataset, "files", ())))
     images = _channels_last(images)
+    _refuse_own_items(dataset, images, labels, name)
     is_packed = isinstance(dataset, Packed)
     kept = Mapped(torch.arange(len(images)), images, dataset.path) if is_packed else images
     return ImageSet(kept, labels, classes, files * (len(files) == len(labels)))
@@ -519,12 +521,73 @@ def _refuse_transforms(dataset: Any, name: str) -> None:
         )
 
 
+def _refuse_own_items(dataset: Any, images: Tensor, labels: Tensor, name: str) -> None:
+    """Refuse items that are others than `data` and `targets` hold, since nothing takes an item.
+
+    As of a class of the user's that changes labels or pictures in `__getitem__`, or shows a part.
+    """
+    if any(_is_users_method(dataset, method) for method in ("__len__", "__getitem__")):
+        try:
+            differs = _difference(dataset, images, labels)
+        except Exception:  # it cannot be asked: nothing is known of its items
+            return
+        if differs:
+            raise UserError(
+                f"data.source={name}, whose items are not what its `data` and `targets` hold: "
+                f"{differs}",
+                expected="images and labels in `data` and `targets` as they are to be trained "
+                "with: all are taken from there, and none by __getitem__",
+                instead="change `data` and `targets` once, in its __init__, and write what is "
+                "drawn for each image as an augmentation",
+            )
+
+
+def _is_users_method(dataset: Any, name: str) -> bool:
+    owner = next((kind for kind in type(dataset).__mro__ if name in vars(kind)), None)
+    return owner is not None and _is_users(owner)
+
+
+def _difference(dataset: Any, images: Tensor, labels: Tensor) -> str:
+    """How the items differ from images `(n, h, w, c)` and labels; empty where they do not."""
+    if _is_users_method(dataset, "__len__") and len(dataset) != len(labels):
+        return f"it has {count(len(dataset), 'item')} and {count(len(labels), 'label')}"
+    if not _is_users_method(dataset, "__getitem__"):
+        return ""
+    for kind in labels.unique()[:MOST_KINDS]:
+        place = int((labels == kind).nonzero()[0])
+        item = dataset[place]
+        shown, label = item.values() if isinstance(item, dict) else item
+        if float(label) != float(labels[place]):
+            return f"item {place} has the label {label}, not {labels[place]}"
+        found, kept = torch.as_tensor(numpy.array(shown)).double(), images[place].double()
+        if found.numel() == kept.numel() and found.ndim == 3 and found.shape != kept.shape:
+            found = found.permute(1, 2, 0)  # channels first
+        scale = 255 if found.max() <= 1 < kept.max() else 1
+        if (
+            found.numel() != kept.numel()
+            or (found.reshape(-1) * scale - kept.reshape(-1)).abs().max() > 1
+        ):
+            return f"item {place} is another image"
+    return ""
+
+
 def _of_pictures(dataset: Any, encoded: Encoded, data: Images) -> ImageSet:
     """Pictures as they are found, none of them decoded."""
     labels, classes = torch.as_tensor(dataset.targets), tuple(dataset.classes)
     _check_labels(labels, classes, short_name(data.source))
     files = tuple(encoded.files[place] for place in encoded.places.tolist())
     return ImageSet(encoded, labels, classes, files)
+
+
+def _better(images: Tensor, targets: Tensor) -> str:
+    """What to give in place of images or labels of another form."""
+    if targets.ndim > 1:
+        return "targets.argmax(1) of one-hot targets, or targets.reshape(-1) of a column,"
+    if images.ndim == 2:
+        return "data.reshape(len(data), 3, 32, 32), for example, of rows of pixels"
+    if images.is_floating_point():
+        return "(data * 255).to(torch.uint8), if they end at 1,"
+    return "data.astype(numpy.uint8) of pixels from 0 to 255"
 
 
 def _not_images(found: str, name: str, better: str = "") -> UserError:
@@ -555,7 +618,7 @@ def _channels_last(images: Tensor) -> Tensor:
     """`(n, h, w)` or `(n, c, h, w)` or `(n, h, w, c)` -> contiguous `(n, h, w, c)`."""
     if images.ndim == 3:
         return images[..., None].contiguous()
-    if images.shape[-1] not in (1, 3) and images.shape[1] in (1, 3):
+    if images.shape[-1] not in _CHANNELS and images.shape[1] in _CHANNELS:
         images = images.permute(0, 2, 3, 1)
     return images.contiguous()
 

@@ -1030,3 +1030,81 @@ def test_a_source_that_draws_its_split_tests_with_other_images_than_it_trains_wi
     halves = [set(half.tensor[:, 0, 0, 0].tolist()) for half in (data.train, data.test)]
     assert sorted(halves[0] | halves[1]) == list(range(20))
     assert sources.load(tiny_recipe(data={"source": Split}).data).digest == data.digest
+
+
+class Shown:
+    """Holds images and labels, and shows other ones as its items, or the same in some form."""
+
+    classes = tuple("abcdefghij")
+
+    def __init__(self, train: bool, kind: str) -> None:
+        self.kind = kind
+        self.data = numpy.random.randint(0, 256, (12, 8, 6, 3), numpy.uint8)
+        self.targets = numpy.arange(12) % 10
+
+    def __len__(self) -> int:
+        return 5 if self.kind == "fewer" else 12
+
+    def __getitem__(self, place: int) -> Any:
+        image, label = self.data[place], self.targets[place]
+        forms = {
+            "labels": (image, label % 2),
+            "turned": (image[:, ::-1], label),
+            "smaller": (image[:4], label),
+            "picture": (Image.fromarray(image), int(label)),
+            "scaled": (torch.from_numpy(image).permute(2, 0, 1) / 255, torch.tensor(label)),
+            "named": {"image": image, "label": label},
+        }
+        return forms.get(self.kind, (image, label))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("fewer", "it has 5 items and 12 labels"),
+        ("labels", "item 2 has the label 0, not 2"),
+        ("turned", "item 0 is another image"),
+        ("smaller", "item 0 is another image"),
+    ],
+)
+def test_a_source_that_shows_other_items_than_it_holds_is_refused(
+    kind: str, said: str, tmp_path: Path
+) -> None:
+    """All was trained on what it holds, and nobody knew."""
+    with refused("data.source=Shown, whose items are not what its `data`", said, "__init__"):
+        sources.load(images_of(partial(Shown, kind=kind), tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["picture", "scaled", "named", "plain"])
+def test_a_source_that_shows_what_it_holds_is_not(kind: str, tmp_path: Path) -> None:
+    assert len(sources.load(images_of(partial(Shown, kind=kind), tmp_path)).train) == 12
+
+
+def test_of_targets_and_labels_the_targets_are_taken(tmp_path: Path) -> None:
+    """As is documented: labels may be the names of the classes."""
+    source = made("Both", data=PIXELS, targets=[0, 1, 2, 0], labels=["cat", "dog"])
+    assert sources.load(images_of(source, tmp_path)).train.labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_channels_that_come_first_are_found(channels: int, tmp_path: Path) -> None:
+    pixels = numpy.zeros((4, channels, 8, 6), numpy.uint8)
+    data = sources.load(
+        images_of(made("First", data=pixels, targets=[0] * 4), tmp_path, channels=channels)
+    )
+    assert data.train.shape == (8, 6, channels)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"data": PIXELS, "targets": numpy.eye(4)}, "targets.argmax(1)"),
+        ({"data": PIXELS.reshape(4, -1), "targets": [0] * 4}, "data.reshape(len(data), 3, 32, 32)"),
+        ({"data": PIXELS.astype(numpy.int64), "targets": [0] * 4}, "data.astype(numpy.uint8)"),
+    ],
+)
+def test_the_form_of_images_and_labels_is_said(
+    attributes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with refused("data.source=Mine", said):
+        sources.load(images_of(made("Mine", **attributes), tmp_path))
