@@ -30,7 +30,7 @@ from launcher.data.augment import as_augmentation, resized
 from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.model import upcast
+from launcher.training.model import restored_afterwards, upcast
 from launcher.training.optimizers import goes_on, try_step
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count, some
@@ -43,6 +43,11 @@ _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 def preflight(ctx: TrainContext) -> None:
     """Try what the recipe does with images; raises `UserError` that names the function."""
+    with restored_afterwards(ctx.state.eval_model, ctx.accelerator.device):
+        _try_functions(ctx)
+
+
+def _try_functions(ctx: TrainContext) -> None:
     recipe, network = ctx.recipe, ctx.state.eval_model
     two = ctx.data.train.pixels(slice(1)).repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)

@@ -21,6 +21,7 @@ from launcher.config.overrides import override
 from launcher.data import sources
 from launcher.training.loop import fit
 from launcher.training.model import build_network
+from launcher.training.preflight import preflight
 from launcher.training.state import TrainContext
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
 
@@ -320,6 +321,7 @@ def test_a_state_that_is_hidden_is_told_in_a_note() -> None:
 
 def test_what_a_network_observes_begins_with_the_training() -> None:
     ctx = context_of(tiny_recipe(model=partial(Stepping, kind="observes")))
+    preflight(ctx)
     assert not ctx.state.network.get_buffer("seen").any()
     assert ctx.notes == ()
 
