@@ -553,7 +553,7 @@ def _difference(dataset: Any, images: Tensor, labels: Tensor) -> str:
         return f"it has {count(len(dataset), 'item')} and {count(len(labels), 'label')}"
     if not _is_users_method(dataset, "__getitem__"):
         return ""
-    for kind in labels.unique()[:MOST_KINDS]:
+    for kind in torch.unique(labels)[:MOST_KINDS]:
         place = int((labels == kind).nonzero()[0])
         item = dataset[place]
         shown, label = item.values() if isinstance(item, dict) else item
