@@ -88,7 +88,9 @@ def initial_weights(root: Path, given: str) -> Path:
     for folder in (Path(given), root / given):
         if os.path.isfile(folder):  # false where Path.is_file raises: the name is too long
             return folder
-        for name in ("final.safetensors", "best.safetensors", "weights.safetensors"):
+        if final := RunFiles(folder).final:
+            return final
+        for name in ("best.safetensors", "weights.safetensors"):
             if os.path.isfile(folder / name):
                 return folder / name
         found, _ = checkpoint.newest(folder / "checkpoints")

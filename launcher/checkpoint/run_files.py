@@ -131,6 +131,17 @@ class RunFiles:
         return outcomes.read(self.path / "last.npz")
 
     @property
+    def final(self) -> Path | None:
+        """The weights of its end; None where there are none, or it has gone on since."""
+        path, epochs = self.path / "final.safetensors", self.path / "metrics.jsonl"
+        try:
+            is_of_end = self.state == "done" or not epochs.is_file()
+            is_of_end = is_of_end or path.stat().st_mtime_ns >= epochs.stat().st_mtime_ns
+        except OSError:
+            return None
+        return path if is_of_end and path.is_file() else None
+
+    @property
     def outcomes(self) -> Outcomes | None:
         """What was said in the best epoch, or in the last one where that cannot be read."""
         return self.best or self.last

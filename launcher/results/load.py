@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from launcher.checkpoint.checkpoint import load_weights
+from launcher.checkpoint.run_files import RunFiles
 from launcher.config import annotations, loader
 from launcher.config.loader import LoadedRecipe
 from launcher.config.overrides import override
@@ -197,12 +198,14 @@ def _as_word(value: Any) -> str:
 
 def _weights_of(path: Path, which: str) -> Path:
     file = path / f"{which}.safetensors"
-    if file.is_file():
+    has_gone_on = which == "final" and RunFiles(path).final is None
+    if file.is_file() and not has_gone_on:
         return file
     other = "final" if which == "best" else "best"
     has_other = (path / f"{other}.safetensors").is_file()
+    lacks = f"has no {'' if has_other else 'weights yet, and so no '}{file.name}"
     raise UserError(
-        f"{path} has no {'' if has_other else 'weights yet, and so no '}{file.name}",
+        f"{path} {f'has gone on since {file.name}' if file.is_file() else lacks}",
         expected="the best weights after the first epoch, the final ones after the last",
         instead=f"type --weights {other}; in Python, weights={other!r}"
         if has_other

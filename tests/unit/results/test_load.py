@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from launcher import Folder, RunResult, Synthetic, load_run, train
+from launcher.checkpoint.resume import initial_weights
 from launcher.data import sources
 from tests.support.helpers import ROOT, Tiny, refused, tiny_recipe
 
@@ -302,3 +304,18 @@ def test_paths_and_recipes_of_another_type_are_refused(tmp_path: Path) -> None:
     name: Any = Path("first")
     result = train(tiny_recipe(epochs=1), name=name, runs=str(tmp_path), wandb="off")
     assert result.folder == tmp_path / "first"
+
+
+def test_final_weights_are_not_those_of_a_run_that_has_gone_on(tmp_path: Path) -> None:
+    """As when an ended run was resumed for more epochs and stopped: they are of its first end."""
+    folder = trained(tmp_path).folder
+    assert folder is not None
+    (folder / "end.json").write_text('{"exit_code": 75}')
+    load_run(folder, weights="final")  # where nothing was trained since
+    os.utime(folder / "metrics.jsonl", (time.time() + 1,) * 2)
+    with refused("has gone on since final.safetensors", "--weights best"):
+        load_run(folder, weights="final")
+    assert initial_weights(tmp_path / "runs", "first") == folder / "best.safetensors"
+    (folder / "end.json").write_text('{"exit_code": 0}')
+    load_run(folder, weights="final")
+    assert initial_weights(tmp_path / "runs", "first") == folder / "final.safetensors"
