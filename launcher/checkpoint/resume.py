@@ -63,15 +63,16 @@ def resumed_run(
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
         return ResumePoint(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoint.read_state(found)
-    refuse_changes(state.config, loaded.config, changed)
+    progress = state.progress
+    # First what no --resume-changed permits, so that nobody is told to type it.
     _refuse_other_optimizer(folder, state.config, loaded.config)
     _refuse_other_validation(folder, state.config, loaded.config)
+    _refuse_past_end(folder, progress.epochs + state.is_within_epoch, loaded.recipe.epochs)
+    refuse_changes(state.config, loaded.config, changed)
     _refuse_other_data(state, data, changed)
-    progress = state.progress
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
     if state.source != redacted(loaded.source):
         notes.append("the recipe file has changed since: what is no setting may differ")
-    _refuse_past_end(folder, progress.epochs + state.is_within_epoch, loaded.recipe.epochs)
     _refuse_past_step(folder, progress.step, options.max_steps)
     if state.is_within_epoch:
         _refuse_other_batches(progress.step, state, loaded.config, steps_per_epoch)
