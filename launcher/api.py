@@ -54,7 +54,7 @@ def train(
             instead="write train(Recipe(model=..., data=..., optimizer=..., epochs=...), ...)",
         )
     loaded = replace(loaded, recipe=override(loaded.recipe, overrides))
-    if isinstance(runs, str):
+    if isinstance(runs, str | PathLike):
         runs = Path(runs)
     options = RunOptions(
         runs=runs,

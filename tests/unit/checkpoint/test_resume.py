@@ -415,7 +415,7 @@ def test_a_run_keeps_what_it_began_with_whatever_a_resume_names(
 
 @pytest.mark.parametrize("word", ["data.validation=2/4", "optimizer.weight_decay=0.5", "epochs=1"])
 def test_nobody_is_told_to_type_what_is_refused_then(
-    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As of two folds under one name: the second would go on with what the first has trained."""
     few = ("data.source.count=100", "epochs=2", "data.validation=1/4")
