@@ -43,8 +43,7 @@ def evaluate(
     )
     table = OutcomeTable(count, accelerator.device) if views is None else None
     uncertain = ctx.recipe.uncertain if views else None
-    (seed,) = layer_seeds(ctx.recipe.seed, BEFORE_TRAINING, accelerator.process_index, steps=1)
-    seed_layers(seed, accelerator.device)
+    _seed(ctx)
     with evaluating(ctx.state.eval_model) as score, accelerator.autocast():
         if views and uncertain is not None:
             scored = score_uncertain(ctx, score, images, views, uncertain, stop_sync)
@@ -140,10 +139,18 @@ def _parts(
         yield slice(first, min(first + size, stop))
 
 
+def _seed(ctx: TrainContext) -> None:
+    """Let layers and losses draw the same numbers each time, whatever has been drawn before."""
+    rank = ctx.accelerator.process_index
+    (seed,) = layer_seeds(ctx.recipe.seed, BEFORE_TRAINING, rank, steps=1)
+    seed_layers(seed, ctx.accelerator.device)
+
+
 def score_samples(ctx: TrainContext) -> NDArray[Any]:
     """Class probabilities `(36, classes)` of the fixed sample images."""
     images, network = ctx.data.evaluated, ctx.state.eval_model
     chosen = ctx.normalize(images.pixels(sample_indices(len(images))))
+    _seed(ctx)
     with evaluating(network), ctx.accelerator.autocast():
         # Not through a compiled call: these few images are not worth another compilation.
         return upcast(network.forward(chosen)).softmax(dim=1).cpu().numpy()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout
 
 from launcher.errors import NotFiniteError
-from launcher.training.evaluation import evaluate
+from launcher.training.evaluation import evaluate, score_samples
 from launcher.training.loop import MOST_SKIPPED, fit
 from launcher.training.metrics import EpochReport, StepReport
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
@@ -80,8 +80,10 @@ class Drawing(Tiny):
 def test_what_an_evaluation_draws_does_not_depend_on_what_came_before() -> None:
     """A run that was stopped in one, or after it, makes it again without the steps before."""
     ctx = context_of(tiny_recipe(model=Drawing))
-    first = evaluate(ctx, ctx.data.test)
+    first, samples = evaluate(ctx, ctx.data.test), score_samples(ctx)
     torch.rand(1)
     assert evaluate(ctx, ctx.data.test) == first
+    torch.rand(1)
+    assert (score_samples(ctx) == samples).all()
     other = replace(ctx, recipe=replace(ctx.recipe, seed=1))
     assert evaluate(other, ctx.data.test) != first
