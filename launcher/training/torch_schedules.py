@@ -106,7 +106,7 @@ def _build(schedule: Any, optimizer: Optimizer, length: int, plan: Plan) -> LRSc
         lengths = _lengths(function, given, len(parts), length)
         pairs = zip(parts, lengths, strict=True)
         given["schedulers"] = [_build(part, optimizer, own, plan) for part, own in pairs]
-    return function(optimizer=optimizer, **_missing(function, given, length, plan), **given)
+    return function(optimizer=optimizer, **given | _missing(function, given, length, plan))
 
 
 def _lengths(function: Any, given: Mapping[str, Any], parts: int, length: int) -> list[int]:

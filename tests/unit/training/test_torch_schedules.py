@@ -152,6 +152,15 @@ def test_what_cannot_be_a_schedule_is_refused(schedule: Any, parts: tuple[str, .
         context(schedule)
 
 
+@pytest.mark.parametrize("lengths", [{"total_steps": 20}, {"epochs": 2, "steps_per_epoch": 10}])
+def test_a_length_that_is_typed_away_is_filled_in(lengths: dict[str, int]) -> None:
+    schedule = part(OneCycleLR, max_lr=0.1, **lengths)
+    with pytest.raises(UserError, match="ends before the training") as caught:
+        context(schedule)
+    recipe = override(tiny_recipe(schedule=schedule, epochs=EPOCHS), words_to_type(caught.value))
+    assert context(recipe.schedule).state.rate_table
+
+
 def one_rate(params: NamedParameters) -> Optimizer:
     return SGD([{"params": list(params), "schedule": CosineAnnealingLR}], lr=0.1)
 
