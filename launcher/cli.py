@@ -224,7 +224,7 @@ def _check(words: list[str]) -> int:
     if world.size > 1:
         raise UserError(
             f"check on {world.size} processes",
-            expected="1, which plans for others",
+            expected="one process, which predicts for others",
             instead=f"type python -m launcher check RECIPE --world-size {world.size}",
         )
     from launcher.checks.check import command as check
@@ -343,7 +343,7 @@ def _run(words: list[str], world: World) -> int:
         )
         signals.stop_at(job.stops_at, job.stop_reason)
         if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
-            parser.error("--profile goes with neither --smoke nor --resume")
+            parser.error("--profile cannot be combined with --smoke or --resume")
         _refuse_useless_skip(arguments, parser)
         recipes = 1
         if command != "train":
@@ -381,16 +381,16 @@ def _refuse_no_training(
 ) -> None:
     for option in ("smoke", "profile", "dry_run"):
         if getattr(arguments, option):
-            parser.error(f"--{option.replace('_', '-')} goes with one run, not with {command}")
+            parser.error(f"--{option.replace('_', '-')} is for one run, not for {command}")
     if command == "tune" and not arguments.help:
         named = (arguments.lr, arguments.batch, arguments.search)
         if sum(map(bool, named)) != 1:
-            parser.error("one of --lr, --batch and --search says what to tune")
+            parser.error("tune needs exactly one of --lr, --batch and --search")
 
 
 def _refuse_useless_skip(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.skip and arguments.init_from is None:
-        parser.error("--skip goes with --init-from")
+        parser.error("--skip needs --init-from")
 
 
 def _refuse_unrepeatable(settings: Sequence[str], *, claims: bool) -> None:
@@ -399,13 +399,13 @@ def _refuse_unrepeatable(settings: Sequence[str], *, claims: bool) -> None:
     if seeds:
         raise UserError(
             f"{seeds[0]} with repeat",
-            expected="the seeds of all runs",
+            expected="the seeds of all runs in --seeds",
             instead="type --seeds 0-4, for example",
         )
     if claims and others:
         raise UserError(
             f"{others[0]} with --claims",
-            expected="the recipe as it is: what it claims is not of other settings",
+            expected="the recipe as it is: its claims do not hold for other settings",
             instead="leave it out, or repeat the recipe without --claims",
         )
 

@@ -122,7 +122,7 @@ def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name == JOBS_FOLDER:
         raise UserError(
             f"--name {name!r}",
-            expected="at most 63 letters, digits, points, hyphens and underscores, a letter or "
+            expected="at most 63 letters, digits, dots, hyphens and underscores, a letter or "
             f"digit first, and not {JOBS_FOLDER!r}",
             instead=f"type --name {safe_name(name) if name != JOBS_FOLDER else 'my-run'}",
         )
@@ -142,6 +142,6 @@ def _check_times(time: timedelta, save_before: timedelta) -> None:
     if save_before < timedelta(seconds=1) or time < 2 * save_before + timedelta(minutes=1):
         raise UserError(
             f"--time {time} with --save-before {int(save_before.total_seconds())} seconds",
-            expected="at least a minute and twice the second or more kept for saving",
+            expected="--time of at least a minute and twice --save-before, which is at least 1",
             instead="type --time 4:00:00, for example, or a smaller --save-before",
         )

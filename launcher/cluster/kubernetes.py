@@ -88,7 +88,7 @@ def render(job: BatchJob, site: Site, kind: Kind = "job") -> str:
     if job.runs != "runs":
         raise UserError(
             f"--runs {job.runs!r} with --kubernetes",
-            expected="the run folders on the claim of the site's file",
+            expected="run folders on the PersistentVolumeClaim that the site's file names",
             instead="leave --runs out",
         )
     runs = [_Run(job, site, index) for index in range(len(job.run_names))]

@@ -141,7 +141,7 @@ def _manifests(arguments: argparse.Namespace) -> str:
     if not arguments.dry_run or arguments.time:
         raise UserError(
             f"--kubernetes {'with --time' if arguments.time else 'without --dry-run'}",
-            expected="manifests to print, of a job that has as long as it needs",
+            expected="--dry-run, which prints the manifests, and no --time: the job has no limit",
             instead="type --kubernetes --dry-run | kubectl apply -f -",
         )
     job = _batch_job(arguments)

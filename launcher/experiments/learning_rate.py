@@ -143,7 +143,7 @@ def run(
         return 0
     if len(curve.rates) < FEWEST:
         raise TrainingError(
-            f"the loss was no number after {len(curve.rates)} steps, at a rate of "
+            f"the loss was not finite after {len(curve.rates)} steps, at a rate of "
             f"{max(curve.rates, default=own * LOW):.2g}: there is no curve to read"
         )
     for line in describe(curve, own):

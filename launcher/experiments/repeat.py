@@ -62,8 +62,8 @@ def plan(
     if len({one.base for one in repeats}) < len(repeats):
         raise UserError(
             f"two recipes that are called {repeats[0].base}",
-            expected="recipe files with names of their own, by which their runs are called",
-            instead="type cp for one of them, or repeat them one after the other with --name",
+            expected="recipe files with different names, after which their runs are named",
+            instead="copy one of them to another name, or repeat each alone with its own --name",
         )
     return repeats
 

@@ -117,7 +117,7 @@ def parse_range(text: str) -> Range | None:
     if "|" in value:
         words = tuple(value.split("|"))
         if not all(words) or len(set(words)) < len(words):
-            raise UserError(f"--search {text}", expected="words that differ", instead=_EXAMPLE)
+            raise UserError(f"--search {text}", expected="different values", instead=_EXAMPLE)
         return Range(name, words=words)
     if ".." not in value:
         return None

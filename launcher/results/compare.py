@@ -94,7 +94,7 @@ def main(words: Sequence[str]) -> int:
     add("--json", action="store_true", help="for machines: one object")
     arguments = parser.parse_args(words)
     if len(arguments.runs) < 2:
-        parser.error("a comparison needs two runs at least")
+        parser.error("a comparison needs at least two runs")
     runs = [find(word, arguments.folder) for word in arguments.runs]
     if len({run.path.resolve() for run in runs}) < len(runs):
         parser.error("a run is named twice")

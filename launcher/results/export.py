@@ -121,7 +121,7 @@ def main(words: Sequence[str]) -> int:
         parser.error("no run or no folder is named")
     if arguments.push is not None:
         if arguments.to != "hub":
-            parser.error("--push goes with --to hub")
+            parser.error("--push needs --to hub")
         refuse_unready(arguments.push)
     _refuse_taken(arguments.folder)
     files = find(arguments.run, arguments.runs)

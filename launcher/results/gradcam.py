@@ -70,7 +70,7 @@ def looked_at(network: nn.Module, images: Tensor, classes: Tensor) -> tuple[str,
             if not found:
                 raise UserError(
                     f"--gradcam of {type(network).__name__}",
-                    expected="a network with a convolution of several pixels",
+                    expected="a network with a convolution whose output has several pixels",
                     instead="leave out --gradcam",
                 )
             name, output = found[-1]

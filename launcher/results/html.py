@@ -59,8 +59,8 @@ def refuse_taken(path: Path, *, instead: str) -> None:
         raise _unwritable(path, error, instead) from None
     if not is_free:
         raise UserError(
-            f"{path}, which is not a page of launcher report, or behind a link",
-            expected="a place that is free, or has an earlier report",
+            f"{path}, which is not a page of launcher report, or lies behind a link",
+            expected="a path that does not exist yet, or an earlier report",
             instead=instead,
         )
 

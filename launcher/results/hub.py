@@ -23,7 +23,7 @@ def refuse_unready(repository: str) -> None:
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(
             f"--push {repository[:60]}",
-            expected="whose repository there, and its name",
+            expected="the owner of a repository and its name",
             instead="type --push OWNER/NAME",
         )
 

@@ -184,7 +184,7 @@ def _of_batch(
     if not (is_finite := shares.isfinite().all(1)).all():
         path, _ = files[is_finite.tolist().index(False)]
         raise UserError(
-            f"{path}, of which the run's network says nothing (its scores are not finite)",
+            f"{path}, for which the network's scores are not finite",
             expected="weights of a training whose loss was finite",
             instead="see where it went wrong: launcher report RUN",
         )

@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     if not arguments.names:
         parser.error("no run is named")
     if arguments.gradcam and arguments.watch:
-        parser.error("--gradcam goes without --watch")
+        parser.error("--gradcam cannot be combined with --watch")
     runs = [find(name, arguments.runs) for name in arguments.names]
     pages = places(runs, arguments.output)
     before = [_state(run) for run in runs]  # an epoch may end while the pages are written

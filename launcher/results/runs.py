@@ -85,7 +85,7 @@ def _matches(row: Row, text: str) -> bool:
     if not equals or column not in ("name", "recipe", "state"):
         raise UserError(
             f"--filter {text}",
-            expected="name, recipe or state, = and what it is to be",
+            expected="name=VALUE, recipe=VALUE or state=VALUE",
             instead="type --filter recipe=simplecnn, for example",
         )
     return fnmatch.fnmatchcase(str(getattr(row, column)), value)

@@ -83,7 +83,7 @@ def _of_forward(walked: Walk) -> Mistake:
         )
     if "view size is not compatible" in str(error):
         return Mistake(what, "write x.flatten(1) or x.reshape(...) there")
-    return Mistake(what, "mend that line")
+    return Mistake(what, "correct that line")
 
 
 def _of_layer(walked: Walk) -> Mistake:

@@ -181,7 +181,7 @@ class Promises:
             return
         where, apart = next(one for one in found if not one[1].is_rounding)
         what = f"begun on {where}: {apart.weights:.1e} in the weights, first in step {apart.step}"
-        instead = "mend what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
+        instead = "correct what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
         yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def _rescaled(self, begun: Trial, ranks: int, name: str) -> tuple[str, Deviation]:
