@@ -63,7 +63,7 @@ SAID: dict[str, tuple[dict[str, str], str]] = {
     ),
     "tied_to_float32": (
         {"ranks": "not asked", "other ranks": "not asked"},
-        "asked in float64, in which training fails",
+        "tested in float64, in which training fails",
     ),
 }
 
