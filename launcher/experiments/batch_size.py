@@ -1,6 +1,6 @@
 """`launcher tune RECIPE --batch`: how many images a device takes at once, and how fast it is.
 
-By the recipe's own steps, whose state is put back. What is found is the batch of one device and one
+It runs the recipe's own steps and restores the state. The result is the batch of one device and one
 pass: a global batch may be any number of them (`accumulate`).
 """
 
@@ -25,15 +25,15 @@ from launcher.training.accumulation import pass_fits
 from launcher.training.state import TrainContext, put_back
 from launcher.utils.text import count
 
-FIRST = 8  # images; then twice as many, and so on
-ENOUGH = 0.95  # of the highest speed
-SLOWER = 2  # sizes in a row that are no faster, after which a CPU is asked no more
-STEPS = 5  # measured of each size
+FIRST = 8  # images, doubled from size to size
+ENOUGH = 0.95  # fraction of the highest speed
+SLOWER = 2  # sizes in a row that are no faster, after which a CPU tries no larger ones
+STEPS = 5  # measured for each size
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of so many images at once on each device, over all ranks."""
+    """The speed with `images` at once on each device, over all ranks."""
 
     size: int
     images_per_second: float
@@ -48,7 +48,7 @@ class Found:
 
     @property
     def enough(self) -> Speed:
-        """The smallest that is nearly as fast as the fastest."""
+        """The smallest size that is nearly as fast as the fastest."""
         fastest = max(speed.images_per_second for speed in self.speeds)
         return next(s for s in self.speeds if s.images_per_second >= ENOUGH * fastest)
 

@@ -1,4 +1,4 @@
-"""An export on the Hugging Face Hub: only where somebody has typed so and is logged in."""
+"""An export on the Hugging Face Hub, on request and with a login only."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ def refuse_unready(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Upload a folder in one commit; returns its address.
 
-    A new repository is private: to show it to others is another decision. Raises `UserError` where
+    A new repository is private; publishing it is left to the user. Raises `UserError` where
     the Hub does not take it; the folder is still there.
     """
     from huggingface_hub import HfApi, get_token

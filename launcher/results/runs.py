@@ -1,4 +1,4 @@
-"""`launcher runs`: a line for each run of a folder, with its state and its best figure."""
+"""`launcher runs`: a line for each run of a folder, with its state and its best accuracy."""
 
 import fnmatch
 import json
@@ -24,7 +24,7 @@ _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
 
 @dataclass(frozen=True)
 class Row:
-    """What a line says; `age` in seconds since the last attempt began, `size` in bytes."""
+    """The values of a line; `age` in seconds since the last attempt began, `size` in bytes."""
 
     name: str
     recipe: str
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     add("--sort", choices=_COLUMNS, default="age", help="default: the newest first")
     matches = "only such runs, as recipe=simplecnn or name=first-*; again for more"
     add("--filter", action="append", default=[], metavar="COLUMN=VALUE", help=matches)
-    add("--json", action="store_true", help="for machines: a list of objects")
+    add("--json", action="store_true", help="print a JSON list")
     arguments = parser.parse_args(words)
     rows = [row_of(run) for run in all_runs(arguments.folder)]
     if not rows:
@@ -92,7 +92,7 @@ def _matches(row: Row, text: str) -> bool:
 
 
 def _sort_key(column: str) -> Callable[[Row], Any]:
-    """Words forwards, numbers from the highest down, ages from the newest on; the unknown last."""
+    """Text ascending, numbers descending, the newest first; unknown values last."""
 
     def key(row: Row) -> Any:
         value = getattr(row, column)
