@@ -41,14 +41,14 @@ class Parting:
         """The difference in words."""
         return {
             "images": f"step {self.step} sees other images",
-            "layer": f"they part in step {self.step}, in {self.layer}",
-            "loss": f"they part in step {self.step}, in the loss",
-            "weights": f"they part in step {self.step}, in the optimizer's update",
+            "layer": f"they differ from step {self.step} on, in {self.layer}",
+            "loss": f"they differ from step {self.step} on, in the loss",
+            "weights": f"they differ from step {self.step} on, in the optimizer's update",
         }[self.what]
 
 
 def first_different_bit(one: Sequence[Sighting], two: Sequence[Sighting]) -> Parting | None:
-    """Of two runs on as many ranks, over the steps that both have seen."""
+    """The first difference of two runs on as many ranks, in the steps that both have made."""
     for step in sorted(set(one[0].steps) & set(two[0].steps)):
         pairs = [
             (mine.steps[step], other.steps[step]) for mine, other in zip(one, two, strict=True)

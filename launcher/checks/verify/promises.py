@@ -136,7 +136,7 @@ class Promises:
             cause += f"; random numbers are drawn in {self._names(drawing)}"
             instead = _NO_DRAWS
         elif layer:
-            cause += f": {layer} makes something else of an image when others are beside it"
+            cause += f": the output of {layer} for an image depends on the others of the batch"
             instead = "compute each image by itself in that layer"
         yield Verdict(name, f"{many} train otherwise than 1: {apart}{cause}", "wrong", instead)
 
@@ -371,10 +371,10 @@ class Promises:
         layers = self._layers
         reasons, instead = [], ""
         if layers.batch_norms:
-            reasons.append("each rank normalizes by its own images, as DDP everywhere")
+            reasons.append("each rank normalizes by its own images, as always with DDP")
             instead = _SYNC
         if layers.random:
-            reasons.append("each rank draws its own random numbers, as is meant")
+            reasons.append("each rank draws its own random numbers, as it should")
         text = (
             f"{self._size} ranks differ from 1 by {layers.describe()} alone ({apart}): "
             f"{', and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"

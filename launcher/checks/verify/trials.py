@@ -179,7 +179,7 @@ class Trials:
             return ", before its first step"
         stand = [(*json.loads(path.read_text()), path.stat().st_mtime) for path in begun]
         _, place, since = min(stand, key=lambda one: (one[0], one[2]))
-        return f", {place} since {time.time() - since:.0f} s"
+        return f", {place} for {time.time() - since:.0f} s"
 
     def copy(self, one: Trial, two: Trial) -> int:
         """Copy the run folder of `one` to `two`, as it was at the oldest kept checkpoint.
