@@ -93,7 +93,7 @@ def run(loaded: LoadedRecipe, options: RunOptions, world: World) -> int:
             found = find_sizes(ctx)
         except StoppedError:
             if world.is_main:
-                sys.stderr.write(f"launcher: stopped by {why_stopped()}: no size is told\n")
+                sys.stderr.write(f"launcher: stopped by {why_stopped()}: no size was found\n")
             return EXIT_SAVED
     if world.is_main:
         for line in describe(found, ctx.plan.world_size):
@@ -113,12 +113,12 @@ def describe(found: Found, ranks: int) -> list[str]:
     enough, largest = found.enough, found.speeds[-1].size
     why = {
         "memory": f"{2 * largest:,} do not fit into memory",
-        "images": "more are more than there are training images",
-        "speed": "more are no faster, and there is memory for them",
+        "images": "there are fewer than twice as many training images",
+        "speed": "larger sizes are no faster, though they fit into memory",
     }
     lines.append(f"{largest:,} images at once is the largest tried: {why[found.ended_by]}")
     lines.append(
-        f"from {enough.size:,} on little is gained: data.batch_size={enough.size * ranks} on "
+        f"sizes above {enough.size:,} gain little: data.batch_size={enough.size * ranks} on "
         f"{count(ranks, 'rank')}, or accumulate=N for a global batch of N times that"
     )
     return lines

@@ -125,7 +125,7 @@ def judge(claim: Claim, values: Sequence[float]) -> Judgement:
         return Judgement("undecided", None, f"{name}: {claimed}; no run has ended here")
     here = f"{name}: {claimed}, here {describe(summary(values))}"
     if len(values) < 2:
-        return Judgement("undecided", None, f"{here}: type --seeds 0-4, two seeds at least")
+        return Judgement("undecided", None, f"{here}: type --seeds 0-4, or at least two seeds")
     p = probability(claim, values)
     lower = fmean(values) < claim.value and p < SURE
     return Judgement("does not hold" if lower else "holds", p, f"{here}, p={p:.2g}")

@@ -179,14 +179,14 @@ def describe(curve: RateCurve, own: float) -> list[str]:
         *plot(shown, first, last, min(shown)),
         *(
             [
-                f"falls steepest at {curve.steepest:.2g}, is lowest at {curve.lowest:.2g}",
+                f"steepest fall at {curve.steepest:.2g}, lowest loss at {curve.lowest:.2g}",
                 f"try a rate of {rate:.2g} (the recipe has {own:g}): the steepest, but at most a "
                 "half of the lowest",
-                "one run of one seed: a rate within a factor of three is as good a guess",
+                "one run with one seed: any rate within a factor of three is as plausible",
             ]
             if rate is not None
             else [
-                f"it does not fall in these {len(curve.rates)} steps: type a smaller "
+                f"the loss does not fall in these {len(curve.rates)} steps: type a smaller "
                 "data.batch_size, for more steps in an epoch, or look at the recipe with "
                 "launcher check --overfit"
             ]

@@ -423,13 +423,13 @@ def _about_best(search: Search, rows: Sequence[tuple[Any, RunFiles]], images: st
     lines = [f"best of {len(ended)} that ended: {words}"]
     if images == "test":
         lines.append(
-            f"CHOSEN ON THE TEST IMAGES (--on-test): {best.best_accuracy:.2%} is no result, as it "
-            "is the best of what was looked at"
+            f"CHOSEN ON THE TEST IMAGES (--on-test): {best.best_accuracy:.2%} is biased: it "
+            "is the best of many on these very images"
         )
     elif (tested := best.test_accuracy("best")) is not None:
         lines.append(
             f"chosen by the validation images ({best.best_accuracy:.2%}, the best of many and so "
-            f"too high); the test images, which the search did not look at: {tested:.2%}"
+            f"too high); on the test images, which the search did not look at: {tested:.2%}"
         )
     exact = [*search.fixed, *(f"{name}={value}" for name, value in trial.params.items())]
     others = [word for word in exact if not word.removeprefix("--").startswith("seed=")]

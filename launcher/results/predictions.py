@@ -94,7 +94,7 @@ class Summary:
         yield f"{count(self.seen, 'picture')}{broken}"
         if self.known:
             share = f"{self.right / self.known:.2%}"
-            yield f"accuracy {share} of {self.known:,} whose folder is a class"
+            yield f"accuracy {share} of {self.known:,} in a folder with the name of a class"
             mistakes = [(n, *cell) for cell, n in self.confusion.items() if cell[0] != cell[1]]
             for number, truth, found in sorted(mistakes, reverse=True)[:3]:
                 yield f"  {truth} taken for {found}: {number:,}"
