@@ -1,8 +1,8 @@
-"""What a recipe's own functions refuse is known before training, and before anything is written.
+"""Try a recipe's own functions before the training, and before anything is written.
 
-Augmentations, mixing, loss and views are tried on two images, and at each resolution that the
-training has, network and loss. The loss must be a mean: where the
-micro-batches do not add up to the whole batch, N processes would not equal one.
+Augmentations, mixing, loss and views are tried on two images; network and loss at each resolution
+of the training. The loss must be a mean: where the micro-batches do not add up to the whole batch,
+N processes would not equal one.
 """
 
 import io
