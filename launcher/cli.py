@@ -53,12 +53,12 @@ TO_SPEAK = 2.0  # seconds, for rank 0 to say what is wrong with what was typed
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _REPEAT_USAGE = "launcher repeat RECIPE [RECIPE ...] [name=value ...] --seeds 0-9 [options]"
 _REPEAT_DESCRIPTION = """\
-Train a recipe by several seeds, one after the other, and show their mean and
-standard deviation. What was interrupted goes on, and what has ended is left
-alone, when the same command is typed again. Several recipes are compared."""
+Train a recipe with several seeds, one after the other, and show mean and
+standard deviation. Typed again, the command continues interrupted runs and
+leaves finished ones alone. Several recipes are compared."""
 _DESCRIPTION = """\
-Train a recipe: a Python file that says what to train. How many processes train
-it, and on which devices, is Accelerate's to say:
+Train a recipe: a Python file that says what to train. Tell Accelerate how many
+processes train it, and on which devices:
 
   accelerate launch -m launcher recipes/simplecnn.py
   accelerate launch --multi_gpu --num_processes 4 \\
@@ -146,21 +146,27 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    add("--help", "-h", action="store_true", help="this text, and a named recipe's settings")
-    more = "... and what torch calls internal: foreach, capturable, ..."
+    add("--help", "-h", action="store_true", help="this text, and the settings of a named recipe")
+    more = "the same with torch's internal settings: foreach, capturable, ..."
     add("--help-all", dest="help", action="store_const", const="all", help=more)
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
-    add("--name", help="the name of the run and its folder")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder of runs (default: runs)",
+    )
+    add("--name", help="name of the run and its folder (default: recipe and time)")
     add("--max-steps", type=positive, metavar="N", help="stop after N steps")
     add("--smoke", action="store_true", help="a few batches of embedded images: does it learn?")
     add("--wandb", choices=("online", "offline", "off"), help="default: online if logged in")
-    add("--wandb-model", action="store_true", help="W&B also gets the best weights, at the end")
-    add("--project", help="the project in Weights & Biases")
-    add("--group", help="the group of the run there (of repeats: their name)")
+    add("--wandb-model", action="store_true", help="upload the best weights to W&B at the end")
+    add("--project", help="project in Weights & Biases")
+    add("--group", help="group in Weights & Biases (default with repeat: the name of the runs)")
     add("--log-every", type=positive, metavar="N", help="steps between two readings of the loss")
     add("--resume", action="store_true", help="continue the newest run, or the one of --name")
     add("--init-from", metavar="RUN|FILE", help="begin with the weights of a run or a file")
-    add("--skip", metavar="A,B", help="weights that --init-from leaves as the model makes them")
+    add("--skip", metavar="A,B", help="parameters that --init-from does not load")
     add("--resume-changed", metavar="A,B", help="settings that may differ from the checkpoint's")
     every = "20 steps, 2m minutes, 1e epochs (the default) or never"
     add("--checkpoint-every", default="1e", metavar="N", help=every)
@@ -168,19 +174,19 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
         "--timeout",
         type=seconds,
         metavar="S",
-        help="seconds until a rank that does not answer ends the run",
+        help="seconds until a silent rank ends the run (default: 60 on CPUs, 600 on GPUs)",
     )
     add(
         "--join-timeout",
         type=seconds,
         default=300.0,
         metavar="S",
-        help="... to wait for all ranks",
+        help="seconds to wait for all ranks at the start (default: 300)",
     )
-    before = "save and stop so long before the end of a batch job (default: %(default)s)"
+    before = "time before the end of a batch job to save and stop (default: %(default)s)"
     add("--save-before", type=positive, default=120, metavar="SECONDS", help=before)
     add("--profile", action="store_true", help="train some tens of steps: where does the time go?")
-    leaves_out = "write no page of the run at its end (launcher report does so later)"
+    leaves_out = "do not write the page of the run at its end"
     add("--no-report", dest="report", action="store_false", help=leaves_out)
     add("--dry-run", action="store_true", help="print the resolved recipe and the plan, and stop")
     fold = "validate on fold K of N: short for data.validation=K/N"
@@ -189,10 +195,10 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
         add(
             "--seeds", type=parse_seeds, metavar="A-B,C", help="default: 0-4, or as many as claimed"
         )
-        claims = "measure again what the recipe claims to reach: does it hold on this machine?"
+        claims = "measure again what the recipe claims: does it hold on this machine?"
         add("--claims", action="store_true", help=claims)
-        add("--table", action="store_true", help="train nothing: show the runs that there are")
-        add("--json", action="store_true", help="the table for machines")
+        add("--table", action="store_true", help="train nothing: show the existing runs")
+        add("--json", action="store_true", help="print the table as JSON")
     elif command == "tune":
         add(
             "--lr",
@@ -204,19 +210,20 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
         tries = "try settings: NAME=low..high, NAME=log:low..high or NAME=a|b"
         add("--search", nargs="+", action="extend", metavar="NAME=RANGE", help=tries)
         add("--trials", type=positive, default=20, metavar="N", help="default: %(default)s")
-        add("--jobs", type=positive, default=1, metavar="N", help="processes that try")
+        add("--jobs", type=positive, default=1, metavar="N", help="trials at the same time")
         add(
             "--job",
             type=partial(positive, least=0),
             metavar="N",
-            help="this process is one of several that search together",
+            help="number of this process, of several that make the trials of one search",
         )
-        looks = "let the search look at the test images, as every output then says"
+        looks = "let the search choose by the test images, as every output then says"
         add("--on-test", action="store_true", help=looks)
-        add("--table", action="store_true", help="try nothing: show the trials that there are")
-        most = "of the ramp (default: 400, and at most an epoch)"
+        add("--table", action="store_true", help="try nothing: show the existing trials")
+        most = "with --lr: number of steps (default: 400, and at most an epoch)"
         add("--steps", type=positive, metavar="N", help=most)
-        add("--save", type=Path, metavar="FOLDER", help="write a picture and the numbers there")
+        saves = "with --lr: write a picture and the numbers there"
+        add("--save", type=Path, metavar="FOLDER", help=saves)
     return parser
 
 
@@ -233,7 +240,7 @@ def _check(words: list[str]) -> int:
     if world.size > 1:
         raise UserError(
             f"check on {world.size} processes",
-            expected="1, which plans for others",
+            expected="one process, which predicts for others",
             instead=f"type python -m launcher check RECIPE --world-size {world.size}",
         )
     from launcher.checks.check import command as check
@@ -357,9 +364,9 @@ def _run(words: list[str], world: World) -> int:
         )
         signals.stop_at(job.stops_at, job.stop_reason)
         if arguments.profile and (arguments.smoke or arguments.resume or arguments.resume_changed):
-            parser.error("--profile goes with neither --smoke nor --resume")
+            parser.error("--profile cannot be combined with --smoke or --resume")
         if arguments.smoke and (arguments.resume or arguments.resume_changed):
-            parser.error("--smoke goes without --resume: it keeps nothing")
+            parser.error("--smoke cannot be combined with --resume: it keeps nothing")
         _refuse_useless_skip(arguments, parser)
         recipes = 1
         if command != "train":
@@ -368,7 +375,7 @@ def _run(words: list[str], world: World) -> int:
             recipes = next((n for n, word in enumerate(named) if "=" in word), len(named)) or 1
             _refuse_unrepeatable([*named[recipes:], *unknown], claims=arguments.claims)
             if arguments.claims and (arguments.max_steps or arguments.init_from):
-                parser.error("--claims goes with neither --max-steps nor --init-from")
+                parser.error("--claims cannot be combined with --max-steps or --init-from")
     # argparse puts those with dashes last; of two for one setting the one typed last counts.
     places = {word: place for place, word in enumerate(words)}
     settings = sorted([*named[recipes:], *unknown], key=lambda w: places.get(w, len(words)))
@@ -402,11 +409,11 @@ def _refuse_no_training(
 ) -> None:
     for option in ("smoke", "profile", "dry_run"):
         if getattr(arguments, option):
-            parser.error(f"--{option.replace('_', '-')} goes with one run, not with {command}")
+            parser.error(f"--{option.replace('_', '-')} is for one run, not for {command}")
     if command == "tune" and not arguments.help:
         named = (arguments.lr, arguments.batch, arguments.search)
         if sum(map(bool, named)) != 1:
-            parser.error("one of --lr, --batch and --search says what to tune")
+            parser.error("tune needs exactly one of --lr, --batch and --search")
         if arguments.max_steps and not arguments.search:
             parser.error("--max-steps goes with --search; the ramp of --lr has --steps")
         for what, others in _TUNE_OPTIONS.items():
@@ -433,7 +440,7 @@ def _refuse_other_command(words: Sequence[str], named: Sequence[str], command: s
 
 def _refuse_useless_skip(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.skip and arguments.init_from is None:
-        parser.error("--skip goes with --init-from")
+        parser.error("--skip needs --init-from")
 
 
 def _refuse_unrepeatable(settings: Sequence[str], *, claims: bool) -> None:
@@ -442,13 +449,13 @@ def _refuse_unrepeatable(settings: Sequence[str], *, claims: bool) -> None:
     if seeds:
         raise UserError(
             f"{seeds[0]} with repeat",
-            expected="the seeds of all runs",
+            expected="the seeds of all runs in --seeds",
             instead="type --seeds 0-4, for example",
         )
     if claims and others:
         raise UserError(
             f"{others[0]} with --claims",
-            expected="the recipe as it is: what it claims is not of other settings",
+            expected="the recipe as it is: its claims do not hold for other settings",
             instead="leave it out, or repeat the recipe without --claims",
         )
 

@@ -2,16 +2,16 @@
 
     accelerate launch -m launcher recipes/imagenet_resnet18_16.py data.root=FOLDER
 
-FOLDER has train/CLASS/*.JPEG and val/CLASS/*.JPEG, as ImageNet's archives unpack. Parts of the
-pictures are cut out at 160 x 160 pixels, and at 192 x 192 from epoch 13 on; evaluated is the middle
-of each picture, 7/8 of its shorter side, at 256 x 256, with the mirror image in a second figure.
+FOLDER has train/CLASS/*.JPEG and val/CLASS/*.JPEG, as ImageNet's archives unpack. Training crops
+have 160 x 160 pixels, and 192 x 192 from epoch 13 on. The evaluation takes the middle of each
+picture, 7/8 of its shorter side, at 256 x 256; a second accuracy averages it with its mirror image.
 
 After rn18_configs/rn18_16_epochs.yaml of FFCV (https://github.com/libffcv/ffcv-imagenet; Leclerc et
-al., 2022), whose batch, rate, decay, smoothing and resolutions these are. Other than there: no
-blurring before convolutions with a stride (`use_blurpool`), which is another network; no decay on
-the last layer's biases and on the norms of the shortcuts; the last, smaller batch of an epoch is
-trained; bf16 in place of fp16; and pictures as they are, where FFCV stores smaller ones. Nobody has
-trained this file: it states no accuracy.
+al., 2022): same batch, rate, decay, smoothing and resolutions. Differences: no blurring before
+convolutions with a stride (`use_blurpool`), which is another network; no decay on the last layer's
+biases and on the norms of the shortcuts; the last, smaller batch of an epoch is trained; bf16 in
+place of fp16; and pictures in their original size, where FFCV stores smaller ones. This recipe has
+not been trained to its end: it states no accuracy.
 """
 
 from functools import partial

@@ -2,13 +2,13 @@
 
     accelerate launch -m launcher recipes/imagenet_resnet50.py data.root=FOLDER
 
-FOLDER has train/CLASS/*.JPEG and val/CLASS/*.JPEG, as ImageNet's archives unpack. Pictures are
-decoded for each step, on every rank its own; docs/data.md says how many a second that takes.
+FOLDER has train/CLASS/*.JPEG and val/CLASS/*.JPEG, as ImageNet's archives unpack. Each rank decodes
+its own pictures in each step; docs/data.md says how many per second.
 
 The network is torchvision's; batch, rate, decay and epochs are those of He et al. (2016) as Goyal
 et al. ("Accurate, Large Minibatch SGD", 2017) trained it; with no decay on norms and biases, label
-smoothing, a cosine and an average of the weights. Nobody has trained this file: it states no
-accuracy.
+smoothing, a cosine schedule and an average of the weights. This recipe has not been trained to its
+end: it states no accuracy.
 """
 
 from functools import partial

@@ -1,11 +1,12 @@
-"""A small network for your own pictures: 64x64 pixels, colour, five kinds.
+"""A small network for your own pictures: 64x64 pixels, colour, five classes.
 
-Put the pictures into one folder per kind, `data/pictures/KIND/*.png` (or .jpg), and run
+Put the pictures into one folder per class, `data/pictures/CLASS/*.png` (or .jpg), and run
 
     accelerate launch -m launcher recipes/pictures64.py data.root=data/pictures
 
-Every fifth picture of a kind is kept for testing; with `train/` and `test/` above the kinds, those
-are used instead. Without such a folder the recipe trains on shapes drawn by code, and says so.
+Every fifth picture of a class is kept for testing; with `train/` and `test/` above the class
+folders, those are used instead. Without such a folder the recipe trains on shapes drawn by code,
+and says so.
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ class PicturesCNN(nn.Module):
     """
 
     def __init__(self, classes: int = 5) -> None:
-        """`classes` is the number of kinds of pictures."""
+        """`classes` is the number of classes."""
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(3, 10, kernel_size=5),

@@ -247,7 +247,7 @@ def restore(folder: Path, ctx: TrainContext) -> None:
             load(saved)
         except ValueError as error:
             raise UserError(
-                f"an optimizer of other groups than the checkpoint's ({error})",
+                f"an optimizer with other parameter groups than the checkpoint's ({error})",
                 expected="the optimizer that the run began with",
                 instead="type another --name; --init-from RUN begins with the weights of this one",
             ) from None

@@ -187,7 +187,7 @@ def _refuse_other_batches(
         raise UserError(
             f"{steps_per_epoch} steps per epoch, where the run stands within an epoch of "
             f"{state.steps_per_epoch}",
-            expected="another number of images or of images per batch after a whole epoch only",
+            expected="the same images and the same batch size until the end of that epoch",
             instead="leave data.batch_size as it was until the next checkpoint after an epoch",
         )
     before, now = flatten(state.config), flatten(present)

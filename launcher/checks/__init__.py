@@ -1,1 +1,1 @@
-"""Before a launch: what a training would take."""
+"""Before a launch: checks of the recipe, its promises, the machine and the cost."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of gradients that DDP reduces together
-TREE_SHARE = 0.9  # of the bandwidth that a tree reaches, in NCCL's own model
+TREE_SHARE = 0.9  # fraction of the bandwidth that a tree reaches, in NCCL's own model
 _HEAD = "   ranks  images each  compute ms  waiting ms     step ms    images/s  effic."
 SHOWN_WORLDS = (1, 8, 64, 1024)
 
@@ -53,7 +53,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Step:
-    """A step on `world` ranks; `waiting` is the part of the communication that nothing hides."""
+    """A step on `world` ranks; `waiting` is the communication that no computation hides."""
 
     world: int
     compute: float

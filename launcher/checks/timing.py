@@ -1,4 +1,4 @@
-"""How long this machine computes on a step of a given number of images: for the prediction."""
+"""The compute time of a step on a given number of images on this machine, for the prediction."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -37,14 +37,14 @@ def scaling_lines(
 ) -> list[str]:
     """What `check --world-size` prints: measured compute, assumed links, predicted steps.
 
-    An Accelerator that was made before, in another precision, is of no use afterwards.
+    An Accelerator that was made before, in another precision, cannot be used afterwards.
     """
     wanted, _ = choose_precision(recipe.precision, has_gpu=True)
     precision = wanted if torch.cuda.is_available() else wanted.replace("fp16", "bf16")
     reset_accelerator()
     accelerator = create_accelerator(precision, world)
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
-    recipe = replace(recipe, sync_batch_norm=False)  # which a CPU cannot
+    recipe = replace(recipe, sync_batch_norm=False)  # not possible on a CPU
     ctx = make_context(network, recipe, plan, accelerator, data)
     worlds = sorted({*scaling.SHOWN_WORLDS, plan.world_size})
     possible = [world for world in worlds if world * plan.accumulate <= plan.batch_size]
@@ -69,11 +69,11 @@ def scaling_lines(
 def measure(ctx: TrainContext, most: int = STEPS) -> Compute:
     """The compute of one rank in a full step of `ctx.plan`: the fastest of at most so many steps.
 
-    Not their mean, since whatever else the machine does only adds to it.
+    Not the mean, since other work on the machine only adds time.
     """
     recipe, plan, state, data = ctx.recipe, ctx.plan, ctx.state, ctx.data.train
     size = max(LEAST_IMAGES, -(-plan.batch_size // plan.num_micro_batches))
-    places = torch.arange(size) % len(data)  # of which fewer may stand in for the recipe's own
+    places = torch.arange(size) % len(data)  # the embedded images may be fewer
     pixels = resized(data.pixels(places), plan.largest_resolution)
     labels = data.labels[places]
     # With mixing, a loss is given class probabilities.
@@ -98,7 +98,7 @@ def measure(ctx: TrainContext, most: int = STEPS) -> Compute:
 
         return _seconds(forward), _seconds(backward), _seconds(update)
 
-    step()  # whatever is only done once
+    step()  # warm-up
     forward, backward, update = min(_repeated(step, most), key=sum)
     return Compute(plan.accumulate * (forward + backward) + update, backward)
 
@@ -112,7 +112,7 @@ def _repeated(step: Callable[[], tuple[float, ...]], most: int) -> Iterable[tupl
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Of the work and of what it left to do on the device."""
+    """The seconds of `work`, including what it has queued on the device."""
     synchronize()
     started = time.perf_counter()
     work()

@@ -16,14 +16,14 @@ from launcher.errors import EXIT_USER
 from launcher.utils.arguments import Parser, seconds
 from launcher.utils.redaction import redacted
 
-WIDTH = 100  # of what goes into a file or a pipe
+WIDTH = 100  # characters of a line in a file or a pipe
 Standing = Literal["good", "wrong", "notice", "not asked"]
 _COLOURS = {"good": "green", "wrong": "red", "notice": "yellow", "not asked": "dim"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to one question; `instead` says what to do where all is not well.
+    """The answer to one question; `instead` says what to do about a fault.
 
     `lines` are a picture or a table below it, for people; `figures` are numbers, for machines.
     """
@@ -36,7 +36,7 @@ class Verdict:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no number that is not finite, without what is only looked at."""
+        """For JSON: without `lines`, and with null for numbers that are not finite."""
         whole = asdict(self)
         del whole["lines"]
         for name, value in self.figures.items():
@@ -46,11 +46,11 @@ class Verdict:
 
 
 class TimeUpError(BaseException):
-    """The limit of a command is reached; no `except Exception` of others keeps it from ending."""
+    """The limit of a command is reached; not an Exception, so other code does not catch it."""
 
 
 class Deadline:
-    """The end of a command's time, counted from its making."""
+    """The time limit of a command, counted from the construction of this object."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -70,7 +70,7 @@ class Deadline:
     def enforced(self) -> Iterator[None]:
         """Raise `TimeUpError` in the block at the end of the time.
 
-        For the main thread, and as soon as Python runs there: an operation of torch ends first.
+        In the main thread only, and after a running operation of torch has ended.
         """
 
         def end(number: int, frame: FrameType | None) -> None:
@@ -88,7 +88,7 @@ class Deadline:
 def answers(
     questions: Mapping[str, Callable[[], Iterable[Verdict]]], deadline: Deadline
 ) -> Iterator[Verdict]:
-    """Ask each question in turn; those that the time does not reach are named as not asked."""
+    """Ask each question in turn; those after the end of the time are reported as not asked."""
     for name, ask in questions.items():
         found: list[Verdict] = []
         try:
@@ -96,15 +96,15 @@ def answers(
                 raise TimeUpError
             with deadline.enforced():
                 for verdict in ask():
-                    found.append(verdict)  # noqa: PERF402 -- kept where the time ends
+                    found.append(verdict)  # noqa: PERF402 -- so they are kept when the time ends
         except TimeUpError:
-            more = f"{deadline.seconds:g} s are over; --limit SECONDS gives it more"
+            more = f"{deadline.seconds:g} s are over; type --limit SECONDS for more time"
             found.append(Verdict(name, more, "not asked"))
         yield from found
 
 
 def add_options(parser: Parser, limit: float) -> None:
-    """What all three commands take: `--json`, and `--limit` seconds."""
+    """Add the options of all three commands: `--json`, and `--limit` seconds."""
     parser.add_argument("--json", action="store_true", help="for machines: one JSON object")
     text = "seconds that it may take (default: %(default)g)"
     parser.add_argument("--limit", type=seconds, default=limit, metavar="SECONDS", help=text)
@@ -116,7 +116,7 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 
 def show(verdict: Verdict, console: Console) -> None:
-    """One line, and below it what to do."""
+    """Print the line, and below it what to do."""
     colour = _COLOURS[verdict.standing]
     sign = f"[{colour}]{verdict.standing:<10}[/{colour}]"
     console.print(f"{verdict.question:<12}{sign}", end="")
@@ -128,12 +128,12 @@ def show(verdict: Verdict, console: Console) -> None:
 
 
 def closing_line(deadline: Deadline) -> str:
-    """How long it took, of how long it may take."""
+    """The time that was used, and the limit."""
     return f"in {deadline.spent:.1f} s, of at most {deadline.seconds:g}"
 
 
 def as_json(about: Mapping[str, Any], verdicts: Sequence[Verdict], deadline: Deadline) -> str:
-    """One object for machines: `good`, seconds, the verdicts, and what else there is."""
+    """One JSON object: `good`, seconds, the verdicts, and what `about` adds."""
     outcome = {
         "good": not exit_code(verdicts),
         "seconds": round(deadline.spent, 3),

@@ -1,4 +1,4 @@
-"""A training as a batch system starts it; its scripts and manifests are made from this value."""
+"""A training as a batch system starts it; scripts and manifests are made from this value."""
 
 import re
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL | re.ASCII)
 
 @dataclass(frozen=True)
 class Sweep:
-    """One run per value of one setting."""
+    """One run for each value of one setting."""
 
     setting: str
     values: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what is not one run per value."""
+        """Refuse an invalid setting, and equal or empty values."""
         shown = f"--sweep {self.setting}={','.join(self.values)}"
         example = "type --sweep optimizer.lr=0.01,0.03,0.1, for example"
         if not _SETTING.fullmatch(f"{self.setting}="):
@@ -55,7 +55,7 @@ class BatchJob:
     sweep: Sweep | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no batch system could start."""
+        """Refuse values that no batch system could start."""
         _check_name(self.name)
         for option, least in (("nodes", 1), ("gpus", 0), ("processes", 1), ("cpus", 1)):
             _at_least(option, getattr(self, option), least)
@@ -114,7 +114,7 @@ class BatchJob:
 
 
 def safe_name(text: str) -> str:
-    """The nearest name that folders and batch systems take: `my recipe` -> `my-recipe`."""
+    """A similar name that folders and batch systems accept: `my recipe` -> `my-recipe`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:40] or "run"
 
 
@@ -122,7 +122,7 @@ def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name == JOBS_FOLDER:
         raise UserError(
             f"--name {name!r}",
-            expected="at most 63 letters, digits, points, hyphens and underscores, a letter or "
+            expected="at most 63 letters, digits, dots, hyphens and underscores, a letter or "
             f"digit first, and not {JOBS_FOLDER!r}",
             instead=f"type --name {safe_name(name) if name != JOBS_FOLDER else 'my-run'}",
         )
@@ -138,10 +138,10 @@ def _at_least(option: str, value: int, least: int) -> None:
 
 
 def _check_times(time: timedelta, save_before: timedelta) -> None:
-    """Most of an attempt is for training, also where Slurm's warning comes a minute early."""
+    """Leave time for training in each attempt, even if Slurm's signal comes a minute early."""
     if save_before < timedelta(seconds=1) or time < 2 * save_before + timedelta(minutes=1):
         raise UserError(
             f"--time {time} with --save-before {int(save_before.total_seconds())} seconds",
-            expected="at least a minute and twice the second or more kept for saving",
+            expected="--time of at least a minute and twice --save-before, which is at least 1",
             instead="type --time 4:00:00, for example, or a smaller --save-before",
         )

@@ -35,7 +35,7 @@ _QUANTITY = re.compile(r"[1-9][0-9]*[KMGT]i")
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What a cluster offers to a job: image, claims on storage, the name of the W&B secret."""
+    """What a cluster offers to a job: image, PersistentVolumeClaims, name of the W&B secret."""
 
     image: str
     claim: str
@@ -44,7 +44,7 @@ class Site:
     wandb_secret: str = "wandb"
 
     def __post_init__(self) -> None:
-        """Refuse names that Kubernetes does not take."""
+        """Refuse names that Kubernetes does not accept."""
         claim = "the name of a PersistentVolumeClaim"
         for name, pattern, expected in (
             ("image", _IMAGE, "the name of a container image"),
@@ -88,7 +88,7 @@ def render(job: BatchJob, site: Site, kind: Kind = "job") -> str:
     if job.runs != "runs":
         raise UserError(
             f"--runs {job.runs!r} with --kubernetes",
-            expected="the run folders on the claim of the site's file",
+            expected="run folders on the PersistentVolumeClaim that the site's file names",
             instead="leave --runs out",
         )
     runs = [_Run(job, site, index) for index in range(len(job.run_names))]
@@ -98,7 +98,7 @@ def render(job: BatchJob, site: Site, kind: Kind = "job") -> str:
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
-    """Quotes all text that another reader of YAML could take for a number or a truth value."""
+    """Quotes all text that another YAML parser could read as a number or a boolean."""
 
 
 def _text(dumper: _Dumper, text: str) -> Any:
@@ -110,7 +110,7 @@ _Dumper.add_representer(str, _text)
 
 
 def object_name(run: str) -> str:
-    """A name that Kubernetes takes; runs of different names have different ones."""
+    """A name that Kubernetes accepts; different runs have different names."""
     if _LABEL.fullmatch(run):
         return run
     words = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:27].rstrip("-")
@@ -209,14 +209,14 @@ def _exit_codes(*codes: int) -> Manifest:
 
 def _pod(run: _Run, first_pod: str) -> Manifest:
     return {
-        "restartPolicy": "Never",  # the Job decides, by the exit code
+        "restartPolicy": "Never",  # the Job decides by the exit code
         "terminationGracePeriodSeconds": _save_seconds(run.job) + _GRACE,
         "automountServiceAccountToken": False,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
             "runAsGroup": USER,
-            "fsGroup": USER,  # the volumes are this group's, so that an ordinary user can write
+            "fsGroup": USER,  # the group of the volumes, so that an ordinary user can write
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(run, first_pod)],

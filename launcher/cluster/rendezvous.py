@@ -1,4 +1,4 @@
-"""The nodes of a run find each other, and those that do not come are named.
+"""The nodes of a run find each other, and the missing ones are named.
 
 torchrun, and Accelerate with it, waits for a missing node without a message, and its error names no
 node. They find `handler` by the entry point of this package, and use this rendezvous when they are
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BACKEND = "launcher"
 PORT = 29500  # torchrun's, where none is given
-TIMEOUT = 300.0  # seconds for all nodes to come, where no other time is given
-_REPORT_AFTER = 10.0  # seconds of waiting
+TIMEOUT = 300.0  # seconds to wait for all nodes, by default
+_REPORT_AFTER = 10.0  # seconds of waiting before the missing nodes are named
 
 
 def handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
@@ -34,7 +34,7 @@ def handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
 
 
 def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
-    """Torch's own rendezvous of numbered nodes, once all of them are here."""
+    """Torch's own static rendezvous, once all nodes are here."""
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
     class Rendezvous(StaticTCPRendezvous):
@@ -48,7 +48,7 @@ def _create(parameters: "RendezvousParameters") -> "RendezvousHandler":
         store = wait_for_nodes((address, port), node, nodes, timeout)
     except LauncherError as error:
         print_line(str(error))
-        raise SystemExit(error.exit_code) from None  # an exception would get torchrun's traceback
+        raise SystemExit(error.exit_code) from None  # an exception would show torchrun's traceback
     rendezvous = Rendezvous(address, port, node, nodes, parameters.run_id, int(timeout))
     rendezvous._store = store  # else node 0 would close it, and open another at the same port
     return rendezvous
@@ -67,7 +67,7 @@ def _endpoint_and_node(parameters: "RendezvousParameters") -> tuple[str, int, in
 
 
 def address_and_port(endpoint: str) -> tuple[str, int]:
-    """Of node 0; torchrun's port where none is given."""
+    """The address and port of node 0; torchrun's port by default."""
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     try:
@@ -78,7 +78,7 @@ def address_and_port(endpoint: str) -> tuple[str, int]:
 
 
 def seconds_in(config: Mapping[str, Any], instead: str) -> float:
-    """How long to wait for the other nodes; `instead` is what to type if that is no time."""
+    """The time to wait for the other nodes; `instead` is the advice for an invalid one."""
     given = config.get("timeout", TIMEOUT)
     try:
         if 0 < float(given) < math.inf:
@@ -95,7 +95,7 @@ def seconds_in(config: Mapping[str, Any], instead: str) -> float:
 def wait_for_nodes(endpoint: tuple[str, int], node: int, nodes: int, timeout: float) -> "Store":
     """The store that node 0 hosts at `endpoint`, once all nodes have registered there.
 
-    Raises `RankError` that names those that do not come within so many seconds, or node 0 where it
+    Raises `RankError` that names those that do not come in time, or node 0 where it
     ends meanwhile.
     """
     from launcher.distributed.store import open_store
@@ -136,5 +136,5 @@ def _missing_nodes(store: "Store", nodes: int, missing: list[int]) -> str:
 
 
 def print_line(text: str) -> None:
-    """One line to whoever started the launch."""
+    """Print one line to stderr."""
     sys.stderr.write(f"launcher: {text}\n")

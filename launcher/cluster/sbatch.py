@@ -12,7 +12,7 @@ from datetime import timedelta
 from launcher.cluster.job import JOBS_FOLDER, BatchJob
 from launcher.errors import EXIT_SAVED
 
-_WAIT = 60  # seconds that the other tasks have to end after the first has
+_WAIT = 60  # seconds for the other tasks to end after the first one
 
 _HEAD = """\
 jobs={jobs}
@@ -65,11 +65,11 @@ def render(job: BatchJob, site_lines: str = "") -> str:
         [
             "#!/bin/bash",
             *site_directives,
-            *directives,  # after the site's: the later of two equal options counts
+            *directives,  # after those of the site: the later of two equal options counts
             "",
-            _head(job),  # opens the log, in which what the site's commands print belongs
+            _head(job),  # opens the log, which also takes the output of the site's commands
             *site_commands,
-            _body(job),  # reads variables of the head, whose names no site uses
+            _body(job),  # uses variables of the head
         ]
     )
 
@@ -89,7 +89,7 @@ def _sbatch_options(job: BatchJob) -> list[str]:
         "--requeue",
         "--open-mode=append",
         f"--signal=B:USR1@{signal_before}",
-        "--output=/dev/null",  # the script opens a log for each attempt
+        "--output=/dev/null",  # the script writes a log for each attempt
     ]
 
 

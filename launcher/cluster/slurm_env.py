@@ -22,10 +22,10 @@ from launcher.distributed.world import Launcher, World, refuse_impossible
 from launcher.errors import OtherRankError, RankError, UserError
 from launcher.utils.text import count
 
-# Below the ports that systems hand out by themselves (32768 and up), above those of most services.
+# Below the ephemeral ports (32768 and up), above those of most services.
 FIRST_PORT, PORTS = 12_000, 20_000
 _LAST_MOMENT = 253_370_764_800  # the year 9999, the last that datetime knows
-_SHELL = str(0xFFFFFFFA)  # the step of the shell that salloc opens on a node
+_SHELL = str(0xFFFFFFFA)  # the step number of salloc's interactive shell
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Step:
 
     @property
     def port(self) -> int:
-        """A port of this attempt's own: other jobs, steps and attempts have others."""
+        """A port for this attempt: other jobs, steps and attempts have other ports."""
         return FIRST_PORT + (self.job + 7919 * self.restarts + 3571 * self.step) % PORTS
 
     @property
@@ -56,7 +56,7 @@ class Step:
 
 
 def step_of(environ: Mapping[str, str]) -> Step | None:
-    """The step of srun that this process is a task of; None outside, as in the shell of salloc."""
+    """The srun step of this process; None outside of one, as in the shell of salloc."""
     if environ.get("SLURM_STEP_ID", _SHELL) == _SHELL or "SLURM_PROCID" not in environ:
         return None
     number = partial(number_in, environ)
@@ -105,10 +105,10 @@ def world_of_this_process() -> World:
 
 
 def world_of_task(environ: Mapping[str, str], world: World) -> World:
-    """This process as a task of srun; elsewhere, and under another launcher, the given `world`.
+    """The world of this process if it is a task of srun; else, or under another launcher, `world`.
 
-    Address, port and threads that the user's script has set stay. A step of one task is no
-    distributed run, but has its share of the cores all the same.
+    Address, port and threads set by the user's script are kept. A step of one task is no
+    distributed run, but also gets its share of the cores.
     """
     step = step_of(environ)
     if step is None or world.is_launched:
@@ -130,7 +130,7 @@ def world_of_task(environ: Mapping[str, str], world: World) -> World:
 
 
 def check(environ: Mapping[str, str], world: World) -> None:
-    """Raise `UserError` where what would run is not what was asked of Slurm."""
+    """Raise `UserError` where the processes do not match the job that Slurm gave."""
     step = step_of(environ)
     if world.is_launched:
         _check_launched(environ, step)
@@ -143,7 +143,7 @@ def check(environ: Mapping[str, str], world: World) -> None:
 
 
 def _gpus(environ: Mapping[str, str]) -> int:
-    """How many of the GPUs that Slurm gave can be seen from here; 0 for a job on CPUs."""
+    """How many of the job's GPUs this process can see; 0 for a job on CPUs."""
     if is_true(environ.get("ACCELERATE_USE_CPU", "")):
         return 0
     given = number_in(environ, "SLURM_GPUS_ON_NODE", 0)
@@ -152,7 +152,7 @@ def _gpus(environ: Mapping[str, str]) -> int:
 
 
 def _check_batch(environ: Mapping[str, str]) -> None:
-    """A process that runs in a job, but was not started by srun."""
+    """Check a process of a job that was not started by srun."""
     nodes, gpus = number_in(environ, "SLURM_JOB_NUM_NODES", 1), _gpus(environ)
     if nodes > 1:
         raise UserError(
@@ -186,9 +186,9 @@ def _check_gpus(step: Step, visible: int, on_node: int) -> None:
 
 
 class _LeftoverError(UserError):
-    """RANK and the like are set to something else than what follows from Slurm.
+    """RANK and similar variables contradict Slurm's.
 
-    Rank 0 finds RANK=0 right, so rank 1 is the first that finds it wrong.
+    RANK=0 is correct for rank 0, so rank 1 is the first to report it.
     """
 
     def __init__(self, name: str, value: str, expected: int, step: Step) -> None:
@@ -202,9 +202,9 @@ class _LeftoverError(UserError):
 
 
 def _check_leftovers(environ: Mapping[str, str], step: Step, world: World) -> None:
-    """Ranks may be set by the user's script, but not to something else.
+    """The user's script may set ranks, but only to Slurm's own values.
 
-    With a GPU of its own, a task is a node of its own to torch.
+    To torch, a task that sees only its own GPU is a node of its own.
     """
     is_alone = _gpus(environ) == 1
     ours = {
@@ -220,7 +220,7 @@ def _check_leftovers(environ: Mapping[str, str], step: Step, world: World) -> No
 
 
 def _check_launched(environ: Mapping[str, str], step: Step | None) -> None:
-    """`accelerate launch` or torchrun above: one of them per node, all in one training."""
+    """Check `accelerate launch` or torchrun under srun: one per node, all in one training."""
     groups = number_in(environ, "GROUP_WORLD_SIZE", 1)
     wanted = step.tasks if step else number_in(environ, "SLURM_JOB_NUM_NODES", 1)
     if step and step.tasks_here > 1:
@@ -241,7 +241,7 @@ def _check_launched(environ: Mapping[str, str], step: Step | None) -> None:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a process of a batch job knows of it.
+    """What a process knows about its batch job.
 
     `facts` are for the header. `stops_at`, in seconds since 1970, is when the run is to save and
     stop, and `stop_reason` why.
@@ -254,10 +254,10 @@ class Allocation:
 
 
 def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> Allocation:
-    """Check this process of a job, and ask Slurm what the environment does not say.
+    """Check this process of a job, and ask Slurm for the end of the job.
 
-    The run stops `save_before` the end of the job's time, but not before half of it is over. What
-    is wrong is printed by one task alone: that raises `RankError`, the others `OtherRankError`.
+    The run stops `save_before` the end of the job's time, but not before half of it is over. An
+    error is printed by one task, which raises `RankError`; the others raise `OtherRankError`.
     """
     if "SLURM_JOB_ID" not in environ:
         return Allocation(world)
@@ -265,7 +265,7 @@ def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> A
         check(environ, world)
     except UserError as error:
         first = error.first_rank if isinstance(error, _LeftoverError) else 0
-        # Under accelerate launch, each task has a rank 0; but only one is of the first task.
+        # Under accelerate launch, each task has a rank 0; only that of the first task prints.
         if number_in(environ, "SLURM_PROCID", 0) != first or (world.is_launched and world.rank > 0):
             raise OtherRankError(error.exit_code) from None
         raise RankError(f"{error}", error.exit_code) from None
@@ -282,14 +282,14 @@ def enter(environ: Mapping[str, str], world: World, save_before: timedelta) -> A
 
 
 def with_known_address(environ: Mapping[str, str], world: World) -> World:
-    """The world with an address of rank 0 that this machine knows, where srun only gives a name."""
+    """The world with an address of rank 0 that this machine can resolve."""
     if world.launcher is Launcher.SRUN and world.size > 1 and "MASTER_ADDR" not in environ:
         return replace(world, address=_address(world.address))
     return world
 
 
 def stop_time(now: float, end: float, save_before: timedelta) -> float:
-    """When to save and stop."""
+    """The time at which to save and stop."""
     return end - min(save_before.total_seconds(), (end - now) / 2)
 
 
@@ -298,7 +298,7 @@ def _clock(moment: float) -> str:
 
 
 def _address(host: str) -> str:
-    """The host as this machine finds it: by its name, or by the address that Slurm uses."""
+    """The host by its name, if this machine can resolve it, or by Slurm's address."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:

@@ -1,6 +1,6 @@
 """The state of submitted jobs: from Slurm's queue, and from the run folders.
 
-No accounting database is needed: the queue forgets a job minutes after its end, but its logs, one
+No accounting database is needed: the queue drops a job minutes after its end, but its logs, one
 per attempt, and its run folders stay.
 """
 
@@ -25,14 +25,14 @@ _NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class SubmittedRun:
-    """One run of a job as it was submitted; `number` is Slurm's job number, `17_2` in an array."""
+    """One submitted run; `number` is Slurm's job number, `17_2` in an array."""
 
     run: str
     number: str
     setting: str = ""  # of a sweep, with its value
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what `record` did not write: a record may be damaged."""
+        """Raise ValueError for an invalid record, which may be damaged."""
         if not (_NAME.fullmatch(self.run) and _NAME.fullmatch(self.number)):
             raise ValueError(f"{self.run!r}, {self.number!r}")
 
@@ -102,7 +102,7 @@ def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[s
     done = files.final is not None
     job = run.number.partition("_")[0]
     logs = re.compile(rf"{re.escape(run.run)}-{job}-\d+\.log")
-    found = os.listdir(runs / JOBS_FOLDER)  # a run may be called as another one with its job
+    found = os.listdir(runs / JOBS_FOLDER)  # another run may be called NAME-JOB
     attempts = sum(1 for name in found if logs.fullmatch(name))
     best = files.best_accuracy
     return (
@@ -112,7 +112,7 @@ def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[s
         str(attempts) if attempts else "-",
         f"{files.epochs[-1]['epoch'] if files.epochs else 0}/{files.planned_epochs or '-'}",
         "-" if best is None else f"{best:.2%}",
-        str(run.setting),  # in a damaged record it may be anything
+        str(run.setting),  # a damaged record may hold any type
     )
 
 

@@ -42,8 +42,8 @@ _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of the brackets of a tuple
 def main(words: Sequence[str], check: Check = lambda words: None) -> int:
     """Run the words behind `launcher submit`; returns the exit code.
 
-    `check` raises `UserError` for the words of a run that would not begin; it is asked before a job
-    is queued, and not for what is only printed.
+    `check` raises `UserError` for the words of a run that could not begin; it runs before a job
+    is queued, but not for --dry-run.
     """
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(words)
@@ -137,11 +137,11 @@ def _batch_job(arguments: argparse.Namespace) -> BatchJob:
 
 
 def _manifests(arguments: argparse.Namespace) -> str:
-    """What `kubectl apply -f -` takes: kubectl knows the cluster and the user's rights."""
+    """The input of `kubectl apply -f -`; kubectl has the address of the cluster and the login."""
     if not arguments.dry_run or arguments.time:
         raise UserError(
             f"--kubernetes {'with --time' if arguments.time else 'without --dry-run'}",
-            expected="manifests to print, of a job that has as long as it needs",
+            expected="--dry-run, which prints the manifests, and no --time: the job has no limit",
             instead="type --kubernetes --dry-run | kubectl apply -f -",
         )
     job = _batch_job(arguments)
@@ -189,7 +189,7 @@ def _sweep(text: str) -> Sweep:
 
 
 def _site_lines(path: Path | None) -> str:
-    """The text of the site's file: the named one, or else the usual one if it is there."""
+    """The text of the site's file: the named one, else the default one if it exists."""
     if path is None and not SLURM_SITE.exists():
         return ""
     path = path or SLURM_SITE
@@ -205,7 +205,7 @@ def _site_lines(path: Path | None) -> str:
 
 
 def _submit(job: BatchJob, script: str) -> None:
-    """Hand the script to sbatch, and write down what was submitted."""
+    """Give the script to sbatch, and record the runs."""
     folder = Path(job.runs) / JOBS_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ def _sbatch(script: str) -> str:
             instead=f"change the options, or the site's lines in {SLURM_SITE}",
         )
     answer = done.stdout.decode(errors="replace")
-    numbers = _ANSWER.findall(answer)  # a site's own sbatch may say more, and in Slurm's words
+    numbers = _ANSWER.findall(answer)  # a site's wrapper of sbatch may print more lines
     if not numbers:
         raise UserError(
             f"sbatch answered {answer.strip()[:200]!r}",
@@ -269,9 +269,9 @@ def _sbatch(script: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without what describes the job in which the user submits another one.
+    """The environment without the variables of a job in which the user submits this one.
 
-    Else the new job would inherit it. Outside a job, variables of Slurm are the user's own.
+    Otherwise the new job would inherit them. Outside a job, Slurm's variables are the user's own.
     """
     inside = "SLURM_JOB_ID" in os.environ
     return {

@@ -1,4 +1,4 @@
-"""torchrun that names the nodes that do not come, and ends as the first failed rank did.
+"""torchrun that names missing nodes, and ends with the exit code of the first failed rank.
 
 torchrun itself waits without a message, names no node in its error, and exits with 1 whatever its
 ranks exited with; Kubernetes needs to know whether the state was saved (75), the input was wrong
@@ -58,8 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _rendezvous(arguments: argparse.Namespace) -> "Store | None":
     """Wait for all nodes; raises `RankError` that names those that do not come.
 
-    Only where each node was given its number: a rendezvous that numbers them itself may start with
-    fewer.
+    Only where each node was given its number: an elastic rendezvous may start with fewer.
     """
     from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
@@ -90,7 +89,7 @@ def _rendezvous(arguments: argparse.Namespace) -> "Store | None":
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Until torchrun listens to signals itself; process 1 of a container has no other end."""
+    """Until torchrun handles signals itself: process 1 of a container ignores them by default."""
     sys.exit(128 + number)
 
 

@@ -35,6 +35,6 @@ class Claim:
         if not 0 < self.value <= 1 or self.runs < 1 or not (self.std is None or self.std >= 0):
             raise UserError(
                 f"a claim of {self.value} +- {self.std} in {self.runs} runs",
-                expected="a part of 1, the standard deviation, and a number of runs",
+                expected="a fraction from 0 to 1, its standard deviation, and a number of runs",
                 instead='write Claim("test/accuracy", 0.95, std=0.001, runs=3), for example',
             )

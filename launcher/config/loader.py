@@ -105,7 +105,7 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
         raise UserError(
             f"{path}, line {error.lineno}: {error.msg}",
             expected="valid Python",
-            instead="mend that line",
+            instead="correct that line",
         ) from None
     except UserError as error:
         raise UserError(
@@ -115,7 +115,7 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
         raise UserError(
             f"{path}, line {_line(error, path)}: {type(error).__name__}: {error}",
             expected="a file that runs",
-            instead="mend that line",
+            instead="correct that line",
         ) from error
     finally:
         new = (name for name in [*sys.modules] if name not in before and "." not in name)

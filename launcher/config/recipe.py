@@ -151,14 +151,13 @@ class Images:
             raise UserError(
                 f"data.mean={self.mean}",
                 expected="a number in [0, 1] per channel",
-                instead="use the mean of the pixels in [0, 1]: divide that of bytes by 255",
+                instead="divide the mean of the bytes (0 to 255) by 255",
             )
         if not all(0 < std <= 1 for std in self.std):
             raise UserError(
                 f"data.std={self.std}",
                 expected="a positive number of at most 1 per channel",
-                instead="use the standard deviation of the pixels in [0, 1]: divide that of bytes "
-                "by 255",
+                instead="divide the standard deviation of the bytes (0 to 255) by 255",
             )
 
 
@@ -264,7 +263,7 @@ class Recipe:
         if self.average is not None and self.precision in ("pure_bf16", "pure_fp16"):
             raise UserError(
                 f"average with precision={self.precision}",
-                expected="weights that hold the small steps of an average, which half's do not",
+                expected="fp32 weights: half precision rounds the small steps of an average away",
                 instead=f"type precision={self.precision.removeprefix('pure_')} or average=none",
             )
 
@@ -301,7 +300,7 @@ def _refuse_ill_typed(part: Any, prefix: str = "") -> None:
             expected=expected,
             instead=f"write {own.name}={example}, for example, in the recipe file"
             if example
-            else "mend it in the recipe file",
+            else "correct it in the recipe file",
         )
 
 
@@ -355,7 +354,7 @@ def _refuse_patience(recipe: Recipe) -> None:
     if not 0 <= recipe.min_delta < 1:
         raise UserError(
             f"min_delta={recipe.min_delta}",
-            expected="a part of the images, of at least 0 and below 1",
+            expected="a difference of accuracies, at least 0 and below 1",
             instead="type min_delta=0.001, for example",
         )
 
@@ -366,13 +365,13 @@ def _refuse_uncertain(recipe: Recipe) -> None:
     if not 0 < recipe.uncertain < 1:
         raise UserError(
             f"uncertain={recipe.uncertain}",
-            expected="a part of the images, above 0 and below 1, or none",
+            expected="a fraction of the images, above 0 and below 1, or none",
             instead="type uncertain=0.25, for example",
         )
     if recipe.views is None:
         raise UserError(
             f"uncertain={recipe.uncertain} without views",
-            expected="views for the images that it chooses",
+            expected="views, which are scored for the most uncertain images",
             instead="type uncertain=none, or write views=mirrored in the recipe file",
         )
 

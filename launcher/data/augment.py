@@ -81,7 +81,7 @@ def random_resized_crop(
 ) -> Tensor:
     """Cut out a part of each image and stretch it to the whole size, smoothly.
 
-    `area` is that of the part, of the image's, `ratio` its width over its height: see `Cut`. As the
+    `area` is a fraction of the image's, `ratio` is width over height: see `Cut`. As the
     first augmentation of pictures that are read from disk, it cuts out of the picture as it is
     stored (`cut_of`).
     """
@@ -99,7 +99,7 @@ def is_cut(value: Any) -> bool:
 
 
 def cut_of(value: Any) -> Cut | None:
-    """What `random_resized_crop` with its settings cuts out; None for other augmentations."""
+    """The crop of a `random_resized_crop` with its settings; None for other augmentations."""
     if not is_cut(value):
         return None
     settings = inspect.signature(value).parameters
@@ -109,7 +109,7 @@ def cut_of(value: Any) -> Cut | None:
 def jitter(
     images: Tensor, draws: Draws, *, brightness: float = 0.1, contrast: float = 0.1
 ) -> Tensor:
-    """Change brightness by a part of white and contrast by a factor, up to so much either way.
+    """Add at most `brightness`, as a fraction of white, and scale contrast by up to `contrast`.
 
     Contrast is stretched around the middle grey. Both are drawn for each image; its pixels stay
     whole numbers.
@@ -119,7 +119,7 @@ def jitter(
     signed = draws.fresh[:, :2, None, None, None] * 2 - 1  # (n, 2, 1, 1, 1)
     factor = 1 + signed[:, 1] * contrast
     shift = 127.5 * (1 - factor) + 255 * brightness * signed[:, 0]
-    changed = images.float().mul_(factor).add_(shift + 0.5)  # and rounded by cutting it off
+    changed = images.float().mul_(factor).add_(shift + 0.5)  # 0.5: the cast to uint8 then rounds
     return changed.clamp_(0, 255).to(images.dtype)
 
 
@@ -158,7 +158,7 @@ def resized(images: Tensor, size: int | None) -> Tensor:
     if size is None or tuple(images.shape[1:3]) == (size, size):
         return images
     pixels = images.permute(0, 3, 1, 2)
-    if images.device.type != "cpu":  # where torch does not take whole numbers
+    if images.device.type != "cpu":  # elsewhere torch cannot interpolate uint8
         pixels = pixels.float()
     smooth = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
     if smooth.dtype != torch.uint8:
@@ -167,7 +167,7 @@ def resized(images: Tensor, size: int | None) -> Tensor:
 
 
 def as_augmentation(value: Any) -> Augmentation:
-    """What stands in a recipe as an augmentation: a function as it is, a transform per image."""
+    """An augmentation of a recipe as a function: a transform is applied image by image."""
     function = function_of(value)
     if isinstance(function, type) and issubclass(function, nn.Module):
         return PerImage(value())
@@ -200,7 +200,7 @@ def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
     mirrored = images.flip(-1)
     if images.dtype != torch.uint8:
         return torch.where(chosen[:, None, None, None], mirrored, images)
-    # The same in a third of the time on a CPU: each bit is one's or the other's.
+    # Like torch.where in a third of the time on a CPU: each bit is taken from one of the two.
     bits = (chosen.to(torch.uint8) * 255)[:, None, None, None]
     return mirrored.bitwise_xor_(images).bitwise_and_(bits).bitwise_xor_(images)
 

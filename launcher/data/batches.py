@@ -24,9 +24,9 @@ from launcher.data.images import ImageSet
 from launcher.data.rng import FIXED, FRESH, LAYERS, MIX, ORDER, make_rng
 from launcher.data.storage import Encoded, Reading, Stored
 
-BYTES_AHEAD = 2**26  # of images that are read ahead of the steps, ...
-LEAST_STEPS_AHEAD, MOST_STEPS_AHEAD = 2, 16  # ... which are so many steps
-CHUNK_BYTES = 2**27  # of pictures that a GPU makes at once, unless a single step has more
+BYTES_AHEAD = 2**26  # size of the images that are read ahead of the training, ...
+LEAST_STEPS_AHEAD, MOST_STEPS_AHEAD = 2, 16  # ... limited to so many steps
+CHUNK_BYTES = 2**27  # size of the images that a GPU prepares at once; at least one step
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def balanced_order(seed: int, epoch: int, labels: Tensor) -> Tensor:
-    """The same for classes that come equally often, whatever their sizes: int64 `(n,)`.
+    """The order of an epoch in which all classes come equally often: int64 `(n,)`.
 
     An image of a small class comes several times in an epoch, all of them equally often up to one;
     of a large class each epoch takes others.
@@ -97,13 +97,13 @@ def mix_partners(order: Tensor, batch_size: int) -> Tensor:
 
 
 def cut_when_read(images: ImageSet, data: Images) -> Cut | None:
-    """What is cut out of each picture where it is read, which is the first augmentation then."""
+    """The first augmentation, where it is a crop that can be done while a picture is read."""
     can_cut = isinstance(images.images, Encoded) and data.augment
     return cut_of(data.augment[0]) if can_cut else None
 
 
 def steps_per_chunk(plan: Plan, image_bytes: int, device: torch.device) -> int:
-    """For how many steps pictures are made together, each of `image_bytes`."""
+    """For how many steps images, of `image_bytes` each, are prepared together."""
     step_bytes = image_bytes * (-(-plan.batch_size // plan.world_size))
     return 1 if device.type == "cpu" else max(1, CHUNK_BYTES // step_bytes)
 
@@ -150,15 +150,15 @@ class _Order:
     rows: Tensor
 
     def take(self, positions: Tensor | slice) -> "_Order":
-        """What is visited at these positions of the epoch."""
+        """The part of the order at these positions of the epoch."""
         return self.each(lambda table: table[positions])
 
     def take_spans(self, spans: list[_Span]) -> "_Order":
-        """What is visited in these parts of the epoch, one after the other."""
+        """The parts of the order in these spans, one after the other."""
         return self.each(lambda table: torch.cat([table[s.start : s.stop] for s in spans]))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "_Order":
-        """With both tables changed; once, where places and rows are one."""
+        """Apply `change` to both tables; once, where they are the same tensor."""
         places = change(self.places)
         return _Order(places, places if self.rows is self.places else change(self.rows))
 
@@ -178,13 +178,13 @@ class _Epoch:
 
 @dataclass(frozen=True)
 class _Read:
-    """Images that were read for some steps: `images[i]` is the one of `rows[i]`, ascending."""
+    """Images that were read for some steps: `images[i]` belongs to `rows[i]`, ascending."""
 
     rows: Tensor
     images: Tensor
 
     def take(self, rows: Tensor) -> Tensor:
-        """Those of the rows `(k,)`, each of which was read."""
+        """The images of the rows `(k,)`, all of which were read."""
         return self.images.index_select(0, torch.searchsorted(self.rows, rows))
 
 
@@ -205,7 +205,7 @@ class Batches:
         rank: int,
         class_weights: Tensor | None = None,
     ) -> None:
-        """`images` lie on the device already; `class_weights` `(classes,)` are the loss's."""
+        """`images` are on the device already; `class_weights` `(classes,)` are the loss's."""
         self._images, self._recipe, self._plan = images, recipe, plan
         self._normalize, self._rank = normalize, rank
         self._augmentations = tuple(map(as_augmentation, recipe.data.augment))
@@ -240,14 +240,14 @@ class Batches:
                     self._next_epoch = self._draw(epoch + 1)
                 self._read_ahead(drawn, chunks[number:])
                 yield from self._make(drawn, chunk)
-        except BaseException:  # what ends the epoch early, a generator that is closed as well
+        except BaseException:  # an error, or a generator that is closed early
             for _, reading in self._ahead.values():
                 reading.cancel()
             self._ahead.clear()
             raise
 
     def _chunks(self, steps: range) -> list[range]:
-        """The steps whose pictures are made together."""
+        """Group the steps whose images are prepared together."""
         size = self._steps_per_chunk
         return [steps[start : start + size] for start in range(0, len(steps), size)]
 
@@ -279,7 +279,7 @@ class Batches:
         )
 
     def _drawn(self, random: numpy.random.Generator) -> Tensor | None:
-        """Draws of all images for all augmentations: `(augmentations, images, 4)`, on the host."""
+        """Random draws of all images, on the host: `(augmentations, images, 4)`."""
         kinds = len(self._recipe.data.augment)
         if not kinds:
             return None
@@ -287,13 +287,13 @@ class Batches:
         return torch.from_numpy(random.random(size, dtype=numpy.float32))
 
     def _send(self, table: Tensor) -> Tensor:
-        """To the device, without waiting for what it is doing."""
+        """Copy to the device, without waiting for its present work."""
         if self._device.type == "cuda" and not table.is_pinned():
             table = table.pin_memory()
         return table.to(self._device, non_blocking=True)
 
     def _read_ahead(self, epoch: _Epoch, chunks: list[range]) -> None:
-        """Begin to read what the first of the chunks takes, and what some after it take."""
+        """Begin to read the images of the first chunk, and of some chunks after it."""
         if self._stored is None:
             return
         wanted = [(epoch, chunk) for chunk in chunks]
@@ -305,7 +305,7 @@ class Batches:
             if key not in self._ahead:
                 spans = self._spans_of(chunk, epoch)
                 parts = [order.take_spans(spans) for order in epoch.on_host]
-                # Ascending, and what both orders visit once.
+                # Ascending, and without repetition of what both orders visit.
                 rows, first = numpy.unique(torch.cat([p.rows for p in parts]), return_index=True)
                 places = torch.cat([part.places for part in parts])[first]
                 shares = None
@@ -338,7 +338,7 @@ class Batches:
         return _Read(self._send(rows), self._send(reading.images()))
 
     def _make(self, epoch: _Epoch, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """Make the pictures of `steps` together; yield each step with its micro-batches."""
+        """Prepare the images of `steps` together; yield each step with its micro-batches."""
         spans, read = self._spans_of(steps, epoch), self._read(epoch.number, steps.start)
         batches, partners = self._micro_batches(epoch.order, epoch, spans, read), None
         if epoch.partners is not None:
@@ -355,7 +355,7 @@ class Batches:
         self, order: _Order, epoch: _Epoch, spans: list[_Span], read: _Read | None
     ) -> list[MicroBatch]:
         """The images that `order` names in these spans of the epoch."""
-        if len(spans) == 1:  # to join and to part would be 1 % of a small step on a CPU
+        if len(spans) == 1:  # joining and splitting would take 1 % of a small step on a CPU
             (span,) = spans
             examples = self._examples(order.take(slice(span.start, span.stop)), epoch, read)
             return [MicroBatch(*examples, span.weight)]
@@ -368,7 +368,7 @@ class Batches:
     def _examples(
         self, visited: _Order, epoch: _Epoch, read: _Read | None
     ) -> tuple[Tensor, Tensor]:
-        """The pictures and the labels of these images."""
+        """The prepared images and their targets."""
         labels = self._images.labels.index_select(0, visited.places)
         return self._pictures(visited, epoch, read), labels
 

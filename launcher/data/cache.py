@@ -35,7 +35,7 @@ _NO_COPY = "no copy of the images for this node, so each process reads them: %s"
 def load(data: Images, group: RankGroup, seed: int = 0) -> Data:
     """The images of a recipe, read once for all processes of this node.
 
-    `seed` is the recipe's, by which validation images are held out. Called within
+    `seed` is the recipe's; it decides which validation images are held out. Called within
     `RankGroup.sync_errors`, by which a `UserError` of the one that reads reaches all.
     """
     if group.world.local_size == 1:
@@ -89,7 +89,7 @@ def _written(loaded: Data) -> Iterator[str]:
 
 
 def _map(place: str) -> Data | None:
-    """Map the file; None where /proc shows other processes, in another container of this node."""
+    """Map the file; None where the process is in another container, so /proc does not show it."""
     path, *identity = json.loads(place)
     try:
         if _identity(path) != identity:
@@ -113,7 +113,7 @@ def _map(place: str) -> Data | None:
 
 
 def _as_content(images: Tensor | Stored) -> Any:
-    """What the file holds: the images, or where they are stored."""
+    """The images as the file holds them: the pixels, or where they are stored."""
     if isinstance(images, Tensor):
         return images
     about = {f.name: getattr(images, f.name) for f in fields(images)}

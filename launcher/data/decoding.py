@@ -1,4 +1,4 @@
-"""One picture: from its file, or its bytes, to uint8 pixels of the size that is asked for.
+"""One picture: from its file, or its bytes, to uint8 pixels of a given size.
 
 Pillow decodes, since it knows every format that people have and lets other threads go on; torch
 resamples, three times as fast as Pillow, where a part of the picture is cut out.
@@ -24,7 +24,7 @@ from launcher.errors import BrokenPictureError
 # What Pillow raises for files that are no whole picture, and `_in_colour`.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-# What turns the stored pixels upright, by the orientation that a camera has noted.
+# How to turn the stored pixels upright, by the EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,7 +38,7 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of a picture: its area, of the whole picture's, and its width over its height."""
+    """A part of a picture: its area as a fraction of the whole, and its width over its height."""
 
     area: tuple[float, float]
     ratio: tuple[float, float]
@@ -54,8 +54,8 @@ class Cut:
     def shares(self, draws: Tensor) -> Tensor:
         """Random parts, relative to the picture, from draws `(n, 4)`: `(n, 4)`, float64.
 
-        Height and width over the square root of the picture's area, and then the distances from
-        the top and the left, from 0 to 1 of what is possible. The area and the logarithm of the
+        Height and width relative to the square root of the picture's area, then the distances from
+        the top and the left, from 0 to 1 of the possible range. The area and the logarithm of the
         ratio are drawn evenly. Source: Szegedy et al., "Going Deeper with Convolutions" (2015).
         """
         draws = draws.double()
@@ -77,15 +77,15 @@ def span(share: float, place: float, length: int, area: int) -> tuple[int, int]:
 
 @contextmanager
 def open_picture(file: Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """The picture of a file, or of its bytes; raises `BrokenPictureError` for one that is none."""
+    """Open a picture from a file or its bytes; raises `BrokenPictureError` for a damaged one."""
     try:
         with Image.open(BytesIO(content) if content is not None else file) as picture:
-            # MPO is what some cameras write: the picture, and more of the same moment behind it.
+            # Some cameras write MPO: the picture, followed by others of the same moment.
             if picture.format != "MPO" and (several := getattr(picture, "n_frames", 1)) > 1:
-                raise ValueError(f"it is {several} in one file")
+                raise ValueError(f"the file holds {several} pictures")
             yield picture
     except UnidentifiedImageError:  # whose words name the object that held the bytes
-        raise not_a_picture(file, "its content is that of no known format") from None
+        raise not_a_picture(file, "its content has no known format") from None
     except BROKEN as error:
         raise not_a_picture(file, str(error)) from None
 
@@ -122,17 +122,17 @@ def fitted(
 
 
 def margin_of(size: int, scaled_to: int) -> float:
-    """The part to crop off on each side of what is scaled to more pixels than are kept."""
+    """The fraction to crop off on each side of a picture scaled to `scaled_to` pixels."""
     return (1 - size / scaled_to) / 2
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as the camera has noted; as it is stored, and not a copy of it, where nothing is.
+    """Turn a picture by its EXIF orientation; without one, return it and not a copy.
 
     `ImageOps.exif_transpose` would also write the EXIF anew, and fails where a tag has an odd type.
     """
     try:
-        picture.load()  # before the note is read: of a TIFF, Pillow turns the pixels and removes it
+        picture.load()  # before EXIF is read: Pillow turns a TIFF itself and removes the tag
     except (LookupError, TypeError, struct.error) as error:  # a TIFF's tags, read on the way
         raise ValueError(f"its tags: {error}") from None
     try:
@@ -151,9 +151,9 @@ def _in_colour(picture: Image.Image) -> Image.Image:
 
 
 def not_a_picture(file: Path, why: str) -> BrokenPictureError:
-    """One line about a file that is no picture."""
+    """The error of a file that cannot be read as a picture."""
     return BrokenPictureError(
         f"{file} cannot be read as a picture ({why})",
         expected="only pictures in a class folder",
-        instead="mend the file or move it out of the folder",
+        instead="repair the file or move it out of the folder",
     )

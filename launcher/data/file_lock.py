@@ -1,4 +1,4 @@
-"""A lock on a file, for which a process waits that can still be stopped."""
+"""A lock on a file; a signal ends the wait for it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +11,7 @@ from launcher.distributed import signals
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a lock; a signal ends the wait for it. Raises `OSError` where it cannot be made."""
+    """Hold the lock. Raises `OSError` where its file cannot be made."""
     path.touch()  # where that fails FileLock would wait for ever
     lock = FileLock(path)
     while True:

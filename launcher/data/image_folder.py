@@ -24,7 +24,7 @@ from launcher.utils.terminal import progress
 from launcher.utils.text import count
 
 TEST_EVERY = 5
-# What people call splits; all of the folders have to be called so, since one may be of trains.
+# Usual names of splits. All folders must have one: a single `train` may be a class of trains.
 _HALVES = {
     "train",
     "training",
@@ -84,13 +84,13 @@ class Folder:
 
     @cached_property
     def data(self) -> Any:
-        """All of them, decoded; raises `UserError` for a broken one, or for too many."""
+        """All pictures, decoded; raises `UserError` for a broken one, or for too many."""
         refuse_too_large(self.root, len(self.files), self.encoded.size)
         return read(self.encoded, self.encoded.places).numpy()
 
 
 def margin_of_source(source: Source, size: int) -> float:
-    """The part of a picture that its source crops off on each side: see `scaled_to`."""
+    """The fraction of a picture that its source crops off on each side: see `scaled_to`."""
     scaled_to = source.keywords.get("scaled_to") if isinstance(source, partial) else None
     return margin_of(size, scaled_to or size)
 
@@ -163,16 +163,16 @@ def _names_in(folder: Path) -> list[str]:
     for entry in entries:
         if os.path.splitext(entry.name)[1].lower() not in IMG_EXTENSIONS:
             raise not_a_picture(Path(entry.path), "its name does not end like a picture's")
-        if not entry.is_file() and os.path.exists(entry.path):  # to read it might wait for ever
+        if not entry.is_file() and os.path.exists(entry.path):  # reading a pipe may wait for ever
             raise not_a_picture(Path(entry.path), "it is a pipe or a device")
     return [entry.name for entry in entries]
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """Without what desktops leave behind: `.DS_Store`, `Thumbs.db`, hidden folders.
+    """The entries without `.DS_Store`, `Thumbs.db` and hidden folders, which desktops leave.
 
-    An entry knows its kind without a look at the file, which a server of files takes long to give;
-    a link to nothing counts as a file: reading it says so.
+    An entry knows its kind without reading the file, which is slow on a file server;
+    a broken link counts as a file: reading it reports that.
     """
     with os.scandir(folder) as entries:
         return [e for e in entries if not e.name.startswith(".") and e.name != "Thumbs.db"]
@@ -190,7 +190,7 @@ def _refuse_few(folder: Path, names: dict[str, list[str]]) -> None:
 
 
 def _chosen(names: list[str], split: str) -> list[str]:
-    """Those of a class that are for one split."""
+    """The pictures of a class that belong to one split."""
     every = TEST_EVERY
     return [n for i, n in enumerate(names) if (i % every == every - 1) == (split == "test")]
 

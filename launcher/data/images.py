@@ -18,7 +18,7 @@ EvaluatedOn = Literal["test", "val"]
 class ImageSet:
     """Images as uint8 `(n, height, width, channels)`, labels as int64 `(n,)`, on one device.
 
-    Images that are `Stored` are elsewhere until they are asked for. `files` says where each comes
+    `Stored` images are read only when they are needed. `files` says where each comes
     from, if from a file of its own; `left_out` are broken ones, which are not among them.
     """
 
@@ -59,14 +59,14 @@ class ImageSet:
                 yield part, pixels.to(self.labels.device)
 
     def take(self, places: Tensor) -> "ImageSet":
-        """Those at the places `(n,)`, in that order."""
+        """The images at the places `(n,)`, in that order."""
         files = tuple(self.files[place] for place in places.tolist()) if self.files else ()
         images, labels = self.images, self.labels[places]
         selected = images[places] if isinstance(images, Tensor) else images.at(places)
         return replace(self, images=selected, labels=labels, files=files)
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The same images on another device, but for those that are stored."""
+        """The same images on another device; stored ones are not moved."""
         images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
         return replace(self, images=images, labels=self.labels.to(device))
 
@@ -90,17 +90,17 @@ class Data:
 
     @property
     def evaluated(self) -> ImageSet:
-        """What is evaluated after each epoch, by which the best one is chosen."""
+        """The images that are evaluated after each epoch, and by which the best epoch is chosen."""
         return self.test if self.validation is None else self.validation
 
     @property
     def evaluated_on(self) -> EvaluatedOn:
-        """Which images those are, as figures are named."""
+        """Which images those are: the prefix of the metrics' names."""
         return "test" if self.validation is None else "val"
 
     @property
     def splits(self) -> dict[str, ImageSet]:
-        """All images under the names of what they are for."""
+        """The images by name: training, validation, test."""
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"training": self.train, **validation, "test": self.test}
 
@@ -109,14 +109,14 @@ class Data:
         return self.each(lambda split, name: split.to(device))
 
     def each(self, change: Callable[[ImageSet, str], ImageSet]) -> "Data":
-        """With each split changed; `change` is also given its name in `splits`."""
+        """Apply `change` to each split; it is also given the name in `splits`."""
         changed = {name: change(split, name) for name, split in self.splits.items()}
         train, test = changed["training"], changed["test"]
         return replace(self, train=train, test=test, validation=changed.get("validation"))
 
 
 def digest_of(data: Data, left_out: Iterable[tuple[str, ...]]) -> str:
-    """Of all labels, of images in equal distances, and of which broken pictures are left out.
+    """A digest of all labels, of every n-th image, and of the broken pictures left out.
 
     Of images as their source offers them: those that are decoded here have other bytes than the
     same ones that stay on another machine's disk.
@@ -130,7 +130,7 @@ def digest_of(data: Data, left_out: Iterable[tuple[str, ...]]) -> str:
 
 
 def _sample(split: ImageSet) -> bytes:
-    """Of less than a thousand images, since each may be a file on a server of files."""
+    """The bytes of less than a thousand images, since each may be a file on a file server."""
     some = range(0, len(split), max(1, len(split) // 500))
     if isinstance(split.images, Tensor):
         return split.images[:: some.step].cpu().numpy().tobytes()

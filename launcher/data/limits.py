@@ -1,4 +1,4 @@
-"""Numbers of images that are none, or that no memory holds, are refused before one is made."""
+"""Numbers of images that are below 1, or too large for the memory, are refused at once."""
 
 import math
 
@@ -11,17 +11,17 @@ def at_least_one(name: str, value: int) -> None:
         raise UserError(
             f"{name}={value} for a source of images",
             expected="a whole number of at least 1",
-            instead=f"type data.source.{name}=32, or of a fallback data.fallback.{name}=32",
+            instead=f"type data.source.{name}=32, or for a fallback data.fallback.{name}=32",
         )
 
 
 def refuse_smaller_scale(size: int, scaled_to: int | None) -> None:
-    """Raise `UserError` for pictures from whose middle no `size` pixels square can be taken."""
+    """Raise `UserError` where scaled pictures would be smaller than the crop from their middle."""
     at_least_one("size", size)
     if scaled_to is not None and scaled_to < size:
         raise UserError(
             f"data.source.scaled_to={scaled_to}, of pictures of {size} pixels",
-            expected="at least as many, of which the middle is taken",
+            expected=f"at least {size}, of which the middle is cropped",
             instead=f"type data.source.scaled_to={size * 8 // 7}, for example",
         )
 
@@ -46,6 +46,6 @@ def refuse_too_large(what: str, count: int, size: int, channels: int = 3) -> Non
         raise UserError(
             f"{what}: {count:,} images of {size} x {size} pixels need {needed / 1e9:,.1f} GB",
             expected=f"no more than the {available / 1e9:,.1f} GB of memory that are free here",
-            instead=f"type data.source.size={fits}, or of a fallback data.fallback.size={fits}, or "
+            instead=f"type data.source.size={fits}, for a fallback data.fallback.size={fits}, or "
             "use fewer images",
         )

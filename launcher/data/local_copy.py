@@ -1,8 +1,8 @@
-"""A pack on a server of files, copied once to the node's own disk before it is trained on.
+"""A pack on a file server, copied once to the node's own disk before the training.
 
-It lies below TMPDIR (else /tmp), in a folder that only its user can write to, under the digest of
-its manifest. Later runs on the node use it as long as it is whole; on a cluster TMPDIR usually ends
-with the job.
+It lies below TMPDIR (else /tmp), in a folder that only its user can write to, named by the digest
+of its manifest. Later runs on the node use it as long as it is complete; on a cluster TMPDIR is
+usually deleted with the job.
 """
 
 import os
@@ -28,10 +28,10 @@ _AT_ONCE = 2**24  # bytes
 
 
 def on_this_node(data: Images) -> Images:
-    """With a copy of the pack as its `root`, if that is asked for; it is made if need be.
+    """Copy the pack to this node, if asked to and not done yet, and make the copy its `root`.
 
-    Of the processes of a node one copies, and the others wait. Raises `UserError` where there is no
-    room, where the images are no pack, and where a file is not what its manifest says.
+    One process of a node copies, and the others wait. Raises `UserError` where there is no room,
+    where the images are no pack, and where the digest of a file is wrong.
     """
     if not data.local_copy:
         return data
@@ -66,7 +66,7 @@ def _copied(root: Path, manifest: Manifest) -> Path:
         files = _files(root, manifest)
         wanted = {file.name: file.stat().st_size for file in files}
         if not _is_whole(place, {**wanted, MANIFEST: len(manifest.text().encode())}):
-            # A process that trains from it has mapped its files, and reads on from what is removed.
+            # A process that trains from it has mapped its files, and can still read them.
             shutil.rmtree(place, ignore_errors=True)
             partial_copy = place.with_suffix(".partial")
             shutil.rmtree(partial_copy, ignore_errors=True)  # of one that was killed
@@ -83,7 +83,7 @@ def _copied(root: Path, manifest: Manifest) -> Path:
 
 
 def _is_whole(place: Path, wanted: dict[str, int]) -> bool:
-    """Whether all files are there, of these sizes: who cleans /tmp removes old ones one by one."""
+    """Whether all files are there, of these sizes: a cleaner of /tmp removes old files singly."""
     return wanted.items() <= {file.name: file.stat().st_size for file in place.glob("*")}.items()
 
 
@@ -119,7 +119,7 @@ def _copy(files: dict[Path, str], target: Path, total: int) -> None:
                 raise UserError(
                     f"{file}, whose digest is not that of its {MANIFEST}",
                     expected="the file as it was packed",
-                    instead="type the command again that packed it, which compares all bytes",
+                    instead="type the same launcher pack command again, which compares all bytes",
                 )
 
 

@@ -1,11 +1,11 @@
 """Images in one file, which is mapped: `launcher pack` writes it, `Packed` reads it.
 
-A folder holds for each split `SPLIT.labels`, int64 `(n,)`, and its images. If they have one size,
-`SPLIT.images`, uint8 `(n, h, w, c)` without a header. If they are encoded, `SPLIT.pictures`, the
-bytes of one picture behind those of the other; `SPLIT.offsets`, int64 `(n + 1,)`, where each
-begins; and `SPLIT.names`, that of the file each was, with a zero byte behind it. Numbers are
-little-endian.
-`pack.json` is written last and says what belongs to it: so a pack that was interrupted is none.
+A folder holds for each split `SPLIT.labels`, int64 `(n,)`, and its images. Images of one size are
+in `SPLIT.images`, uint8 `(n, h, w, c)` without a header. Encoded pictures are in `SPLIT.pictures`,
+one after the other; `SPLIT.offsets`, int64 `(n + 1,)`, says where each begins, and `SPLIT.names`
+holds the names of their files, each followed by a zero byte. Numbers are little-endian.
+`pack.json` is written last and lists all parts, so an interrupted pack is not taken for a complete
+one.
 """
 
 import json
@@ -34,8 +34,8 @@ class PackedSplit:
     """What the manifest says of one split.
 
     `images` (of `SPLIT.images` or `SPLIT.pictures`), `labels`, `offsets` and `names` are the
-    digests of its files, and `listed` that of the source's list, by `packing`.
-    `skipped` are the pictures that could not be read, and `bytes` those of the encoded ones.
+    digests of its files, and `listed` is that of the source's images as `packing` computes it.
+    `skipped` are the pictures that could not be read; `bytes` is the size of `SPLIT.pictures`.
     """
 
     count: int
@@ -59,16 +59,16 @@ class Manifest:
     version: int = VERSION
 
     def text(self) -> str:
-        """As it stands in the file."""
+        """The content of the file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class Packed:
     """What `launcher pack` made of another source, in the folder `root`; nothing is copied.
 
-    Images of one size are `data`. Encoded pictures are `encoded`, and come out in `size` pixels
-    square, `scaled_to` others before, as from a `Folder`. Raises `FileNotFoundError` where there
-    is no folder `root`, and `UserError` where it holds no whole pack.
+    Images of one size are `data`. Encoded pictures are `encoded`, and are decoded to `size` pixels
+    square after scaling to `scaled_to`, as by `Folder`. Raises `FileNotFoundError` where there is
+    no folder `root`, and `UserError` where it holds no complete pack.
     """
 
     data: Tensor
@@ -117,13 +117,13 @@ def _refuse_other(
         given = f"scaled_to={scaled_to}" if is_packed else f"size={size}"
         raise UserError(
             f"data.source.{given} of {root}, whose images are packed as {shape[0]} x {shape[1]}",
-            expected="no other size, or a pack of encoded pictures",
+            expected="the packed size, or a pack of encoded pictures",
             instead="leave it out, or pack again with --encoded",
         )
 
 
 def _joined(root: Path, name: str, split: PackedSplit, size: int, scaled_to: int) -> Joined:
-    """Raises `UserError` for offsets that are none of the pictures, and for too few names."""
+    """Raises `UserError` for offsets that do not fit the pictures, and for too few names."""
     path = file_of(root, name, "pictures")
     pictures = map_file(str(path), (split.bytes,))
     offsets = _numbers(file_of(root, name, "offsets"), split.count + 1)
@@ -164,7 +164,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _checked(content: dict[str, Any]) -> Manifest:
-    """Raises what odd content raises."""
+    """From JSON; invalid content raises ValueError, KeyError, TypeError or AttributeError."""
     shape = None
     if content["shape"] is not None:
         height, width, channels = map(_number, content["shape"])
@@ -226,7 +226,7 @@ def _names(path: Path, count: int) -> tuple[str, ...]:
     if len(names) != count or rest:
         raise UserError(
             f"{path}, which has {len(names):,} names" if whole else f"{path}, which is not there",
-            expected=f"{count:,}, as {MANIFEST} says, each with a zero byte behind it",
+            expected=f"{count:,}, as {MANIFEST} says, each followed by a zero byte",
             instead="pack it again into another folder",
         )
     return tuple(names)
@@ -251,5 +251,5 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path}, which cannot be read ({error.strerror})",
         expected="a file of a pack",
-        instead="see to whom it belongs, or pack again into another folder",
+        instead="check its owner and permissions, or pack again into another folder",
     )

@@ -1,4 +1,4 @@
-"""`launcher pack`: images of a source are put once into files that a training maps (`packed`).
+"""`launcher pack`: writes the images of a source once into files that a training maps (`packed`).
 
 Chunk after chunk is read in all cores, and decoded into SPLIT.images; encoded ones are decoded to
 check them, and appended to SPLIT.pictures as they are. After each, pack.partial.json says how far
@@ -54,25 +54,25 @@ from launcher.utils.text import count, sizes, some
 from launcher.utils.user_code import function_of
 
 PARTIAL, LOCK = "pack.partial.json", ".pack.lock"
-CHUNK_IMAGES, CHUNK_BYTES = 1024, 2**26  # what is lost at most when a pack is killed
+CHUNK_IMAGES, CHUNK_BYTES = 1024, 2**26  # at most so much is lost when packing is killed
 _HASHED_AT_ONCE = 2**24  # bytes
 _USAGE = "launcher pack SOURCE OUT [--size N | --encoded] [--root DIR] [--on-broken stop|skip]"
 
 _DESCRIPTION = """\
 Decode all images of a source once, into files from which any number of trainings read them:
-Images(Packed, root=OUT, ...) in a recipe. With --encoded they are put there as they are, and
-Images(partial(Packed, size=224), root=OUT, ...) decodes them as Folder does. What ends early goes
-on, and what is whole is compared with its digests, when the same command is typed again."""
+Images(Packed, root=OUT, ...) in a recipe. With --encoded they stay JPEG, PNG, ..., and
+Images(partial(Packed, size=224), root=OUT, ...) decodes them as Folder does. Typed again, the
+command continues an interrupted pack, and compares a complete one with its digests."""
 
 Advance = Callable[[int], None]
-# A chunk: its places, what is appended to which files, and the places of broken pictures, which are
-# known once all is appended.
+# A chunk: its places, the bytes to append to each file, and the places of broken pictures, which
+# are known once all is appended.
 _Chunk = tuple[range, Iterable[tuple[str, bytes | memoryview]], list[int]]
 
 
 @dataclass(frozen=True)
 class _Done:
-    """How far one split is; `skipped` are the places of broken pictures among those read.
+    """The progress of one split; `skipped` are the places of broken pictures among those read.
 
     `written` are the bytes and the digest of each of its files.
     """
@@ -92,14 +92,14 @@ class _Done:
 class _Job:
     """What is packed into which folder."""
 
-    source: str  # as a reader knows it
+    source: str  # a description for people
     splits: dict[str, ImageSet]
     out: Path
     encoded: bool
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        """Height, width and channels of what is decoded."""
+        """Height, width and channels of the decoded images; None where they stay encoded."""
         return None if self.encoded else self.splits["train"].shape
 
     @property
@@ -121,7 +121,7 @@ class _Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a pack to go on."""
+        """What must be the same for an interrupted pack to continue."""
         classes = list(self.splits["train"].classes)
         shape = list(self.shape) if self.shape else None
         about = {"source": self.source, "shape": shape, "classes": classes}
@@ -136,10 +136,10 @@ def main(words: Sequence[str]) -> int:
     add("source", metavar="SOURCE", help=what)
     add("out", metavar="OUT", type=Path, help="the folder to make, which Packed reads")
     add("--size", type=positive, metavar="N", help="pixels along each side (a folder: 32)")
-    encoded = "put pictures of a folder there as they are, of any sizes"
+    encoded = "copy the pictures of a folder without decoding them, of any sizes"
     add("--encoded", action="store_true", help=encoded)
     add("--root", metavar="DIR", help="where the files of a recipe or a data set are")
-    broken = "whether a picture that cannot be read ends it, or is left out and counted"
+    broken = "what to do with a picture that cannot be read: stop, or leave it out"
     add("--on-broken", choices=("stop", "skip"), default="stop", help=broken)
     arguments = parser.parse_args(words)
     _refuse_no_folder(arguments.out)
@@ -165,7 +165,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _images_of(word: str, size: int | None, root: str | None) -> Images:
-    """What the word SOURCE stands for, with its files in `root` if that is named."""
+    """The images that the word SOURCE names, with their files in `root`, if given."""
     path = Path(word)
     if path.is_dir():
         if root is not None:
@@ -187,7 +187,7 @@ def _images_of(word: str, size: int | None, root: str | None) -> Images:
 def _made_of(source: Source, root: str, size: int | None, validation: str | None) -> Images:
     if size is not None:
         source = _sized(source, size)
-    # mean and std are a training's: what is packed are the pixels.
+    # mean and std do not matter: pixels are packed as they are.
     images = Images(source, 1, mean=(0.5,), std=(0.5,), root=root, validation=validation)
     return replace(images, tier="disk" if _is_folder(source) else "auto")
 
@@ -229,7 +229,7 @@ def _of_torchvision(name: str) -> Source:
         return found
     near = difflib.get_close_matches(name, datasets.__all__, 1)
     raise UserError(
-        f"SOURCE={name!r}, which is not there",
+        f"SOURCE={name!r}, which does not exist",
         expected="a folder of class folders, a recipe file, or a data set of torchvision",
         instead=f"did you mean {near[0]}?" if near else "check the path",
     )
@@ -258,7 +258,7 @@ def _splits(data: Data, validation: float | str | None) -> dict[str, ImageSet]:
 
 
 def _refuse_no_folder(out: Path) -> None:
-    """Refuse what is no folder, and one that holds something other than a pack."""
+    """Refuse a path that is no folder, and a folder that holds something other than a pack."""
     if out.exists() and not out.is_dir():
         raise UserError(f"OUT={out}, a file", expected="a folder", instead="name another one")
     try:
@@ -293,7 +293,7 @@ def _unwritable(out: Path, error: OSError) -> UserError:
 
 
 def _pack(job: _Job, *, skips: bool) -> None:
-    """Begin or go on. Raises `UserError` for a picture that cannot be read, unless it skips."""
+    """Begin or continue. Raises `UserError` for a picture that cannot be read, unless `skips`."""
     done = _begun(job)
     _refuse_no_room(job, done)
     try:
@@ -314,7 +314,7 @@ def _pack(job: _Job, *, skips: bool) -> None:
 
 
 def _begun(job: _Job) -> dict[str, _Done]:
-    """How far each split is. Raises `UserError` where that is a pack of something else."""
+    """The progress of each split. Raises `UserError` for a pack of another source."""
     path = job.out / PARTIAL
     if not path.exists():
         return {name: _Done() for name in job.splits}
@@ -333,14 +333,14 @@ def _begun(job: _Job) -> dict[str, _Done]:
     if not same or any(_listed(job, n, d.read) != d.listed for n, d in done.items() if d.read):
         raise UserError(
             f"OUT={job.out}, where a pack of {found} was begun",
-            expected="the same source, unchanged so far as it is packed, and the same size",
+            expected="the same source and size, and no change in what is already packed",
             instead="name another folder, or delete that one",
         )
     return done
 
 
 def _as_done(about: dict[str, Any]) -> _Done:
-    """Raises what odd content raises."""
+    """From JSON; invalid content raises ValueError, KeyError, TypeError or AttributeError."""
     written = {kind: (int(size), str(digest)) for kind, (size, digest) in about["written"].items()}
     return _Done(**{**about, "written": written, "skipped": tuple(about["skipped"])})
 
@@ -354,7 +354,7 @@ def _listed(job: _Job, name: str, places: int) -> str:
 
 
 def _list(whole: Any, split: ImageSet, part: range) -> None:
-    """Add a chunk: its labels, the names of its files, and what is in the first of them."""
+    """Add a chunk to the digest: labels, names of files, and the content of the first image."""
     whole.update(split.labels[part.start : part.stop].numpy().tobytes())
     whole.update("\0".join(split.files[part.start : part.stop]).encode(errors="surrogateescape"))
     whole.update(as_stored(split.images).contents([part.start]))
@@ -464,7 +464,7 @@ def _finished(job: _Job, name: str, state: _Done) -> PackedSplit:
         raise UserError(
             f"no picture for {name} that can be read in {job.source}",
             expected="at least one",
-            instead="mend them, or name another source",
+            instead="repair them, or name another source",
         )
     kept = torch.ones(len(split), dtype=torch.bool)
     kept[list(state.skipped)] = False
@@ -490,7 +490,7 @@ def _name(split: ImageSet, place: int) -> str:
 
 
 class _Growing:
-    """A file to which is appended, and its digest."""
+    """A file that grows, with its digest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -539,7 +539,7 @@ def _chunks(
 def _encoded_chunks(
     encoded: Encoded, parts: Sequence[range], skips: bool, start: int
 ) -> Iterator[_Chunk]:
-    """Each part with the pictures of it that can be read, as they are; one begins at `start`."""
+    """Each part with those of its pictures that can be read; the first begins at byte `start`."""
     for part in parts:
         offsets, broken = [start], list[int]()
         yield part, _as_they_are(encoded, part, skips, offsets, broken), broken
@@ -549,7 +549,7 @@ def _encoded_chunks(
 def _as_they_are(
     encoded: Encoded, part: range, skips: bool, offsets: list[int], broken: list[int]
 ) -> Iterator[tuple[str, bytes]]:
-    """What is appended; also adds to `offsets` and `broken`."""
+    """Yield the bytes to append; also adds to `offsets` and `broken`."""
     for place, picture in _checked(encoded, part):
         try:
             content = picture.result()
@@ -565,7 +565,7 @@ def _as_they_are(
 
 
 def _checked(encoded: Encoded, part: range) -> Iterator[tuple[int, Future[bytes]]]:
-    """Each place, in order, with its picture, while a few further ones are read."""
+    """Each place, in order, with its picture; a few are read ahead."""
     ahead = deque[tuple[int, Future[bytes]]]()
     try:
         for place in part:
@@ -604,7 +604,7 @@ def _decoded_chunks(split: ImageSet, parts: Sequence[range], skips: bool) -> Ite
 
 
 def _readable(stored: Stored, part: range) -> tuple[Tensor, list[int]]:
-    """Those of a part that can be read, one by one, and the places of the others."""
+    """The images of a part that can be read, and the places of the others."""
     images, broken = [torch.empty((0, *stored.shape[1:]), dtype=torch.uint8)], list[int]()
     for place in part:
         try:
@@ -618,7 +618,7 @@ def _readable(stored: Stored, part: range) -> tuple[Tensor, list[int]]:
 
 
 def _verify(job: _Job) -> None:
-    """Compare a whole pack with its digests, and its source with what it was made of."""
+    """Compare a complete pack with its digests, and its source with the recorded one."""
     manifest = read_manifest(job.out)
     classes = job.splits["train"].classes
     same = (job.source, job.shape, classes) == (manifest.source, manifest.shape, manifest.classes)
@@ -647,7 +647,7 @@ def _verify(job: _Job) -> None:
                 own["names"] = len(names), split.names
             for kind, (size, digest) in own.items():
                 _compare(file_of(job.out, name, kind), size, digest, lambda _: None)
-    with suppress(OSError):  # of one that was killed in its last moment, or on a read-only disk
+    with suppress(OSError):  # left by a process killed at its end, or on a read-only disk
         (job.out / PARTIAL).unlink()
     _tell(f"{job.out} is whole: {_summary(manifest)}, as their digests say")
     _tell_skipped(manifest)
@@ -668,7 +668,7 @@ def _compare(path: Path, size: int, digest: str, advance: Advance) -> None:
     if whole.hexdigest() != digest:
         raise UserError(
             f"{path}, which {found}",
-            expected=f"the file of which {MANIFEST} says the digest",
+            expected=f"the file whose digest is in {MANIFEST}",
             instead=f"delete the folder {path.parent} and pack again",
         )
 

@@ -208,12 +208,12 @@ def known_counts(data: Images) -> tuple[int, int] | None:
 
 
 def of_source(data: Images, source: Source) -> Images:
-    """With other images, without what is said of files that they do not have."""
+    """Take another source, without the settings that concern the files of the first."""
     return replace(data, source=source, tier="auto", on_broken="stop", local_copy=False)
 
 
 def _known(source: Source) -> _Published | None:
-    """What is published of torchvision's class; another one may have its name."""
+    """What is known of torchvision's class; a class of the user's may have the same name."""
     is_torchvisions = function_of(source).__module__.partition(".")[0] == "torchvision"
     return _KNOWN.get(short_name(source)) if is_torchvisions else None
 
@@ -230,7 +230,7 @@ def _known_shape(data: Images) -> dict[str, int]:
 
 
 def _open_splits(data: Images, downloads: bool) -> Data:
-    """All splits, and at once where that is safe, since most of it is reading and hashing of files.
+    """Open all splits, in parallel where that is safe: most of it is reading and hashing files.
 
     A source of the user's may seed a generator that all threads share, and draw from it.
     """
@@ -290,7 +290,7 @@ def _fetch(data: Images, split: str) -> ImageSet:
 
 @contextmanager
 def _downloading(root: str) -> Iterator[None]:
-    """Hold the node's lock on `root`; a network that fails or is silent is `_UnavailableError`."""
+    """Lock `root` on this node; raises `_UnavailableError` where the network fails or is silent."""
     before, is_new = socket.getdefaulttimeout(), not os.path.exists(root)
     try:
         os.makedirs(root, exist_ok=True)
@@ -306,7 +306,7 @@ def _downloading(root: str) -> Iterator[None]:
 
 
 def _lock_of(root: str) -> AbstractContextManager[None]:
-    """That of the folder; none where nothing can be written, and so nothing is downloaded."""
+    """The lock of the folder; none where it cannot be written, so that nothing is downloaded."""
     path = Path(root, LOCK)
     if not os.access(root, os.W_OK):
         return nullcontext()
@@ -318,7 +318,7 @@ def _lock_of(root: str) -> AbstractContextManager[None]:
 
 
 def _remove_empty(root: Path) -> None:
-    """Leave no folder behind in which there is nothing, which a source of pictures would refuse."""
+    """Remove a folder that is still empty: a source of pictures would refuse it later."""
     with suppress(OSError):
         if [path.name for path in root.iterdir()] == [LOCK]:
             (root / LOCK).unlink()
@@ -353,7 +353,7 @@ def _call(source: Source, root: str, split: str, download: bool) -> Any:
             raise UserError(
                 f"data.source={short_name(source)}, which takes neither `train` nor `split`",
                 expected="a source of training images and of other images for testing",
-                instead="write a function with `train` that returns one split or the other",
+                instead="write a function with an argument `train`, for training or test images",
             )
         arguments["split"] = split
     keywords = source.keywords if isinstance(source, partial) else {}
@@ -385,7 +385,7 @@ def _call(source: Source, root: str, split: str, download: bool) -> Any:
             expected="values for all that it has no default for",
             instead=f"write partial({name}, {no_default[0]}=...) in the recipe file",
         )
-    # So that a source that draws which images are for testing leaves those out of the training.
+    # So a source that draws its test images at random draws the same ones for both splits.
     with seeded_draws() if _is_users(source) else nullcontext():
         return source(**{n: value for n, value in arguments.items() if takes_any or n in accepted})
 
@@ -402,7 +402,7 @@ def _refuse_failing(source: Source, error: Exception) -> None:
             f"data.source={name}: {error}",
             expected="one of those values",
             instead=f"write it as partial({name}, ...) in the recipe file, or write a function "
-            "with `train` that returns one split or the other",
+            "with an argument `train`, for training or test images",
         ) from None
     frames = traceback.extract_tb(error.__traceback__)
     line = user_line(error)
@@ -411,7 +411,7 @@ def _refuse_failing(source: Source, error: Exception) -> None:
         raise UserError(
             f"data.source={name} fails: {type(error).__name__}: {error}{user_location(error)}",
             expected="code that makes one split of the images, as `train` or `split` says",
-            instead="mend that line" if line else "compare it with CIFAR10 of torchvision",
+            instead="correct that line" if line else "compare it with CIFAR10 of torchvision",
         ) from error
 
 
@@ -507,7 +507,7 @@ def _as_set(dataset: Any, data: Images) -> ImageSet:
 
 
 def _refuse_transforms(dataset: Any, name: str) -> None:
-    """Refuse what a data set does to an image as it is taken out of it: nothing takes one."""
+    """Refuse transforms of a data set: the launcher takes all its images at once, unchanged."""
     for word in ("target_transform", "transform", "transforms"):
         if (given := getattr(dataset, word, None)) is None:
             continue
@@ -572,7 +572,7 @@ def _difference(dataset: Any, images: Tensor, labels: Tensor) -> str:
 
 
 def _of_pictures(dataset: Any, encoded: Encoded, data: Images) -> ImageSet:
-    """Pictures as they are found, none of them decoded."""
+    """The pictures of a data set, not decoded."""
     labels, classes = torch.as_tensor(dataset.targets), tuple(dataset.classes)
     _check_labels(labels, classes, short_name(data.source))
     files = tuple(encoded.files[place] for place in encoded.places.tolist())
@@ -628,11 +628,11 @@ def _check_labels(labels: Tensor, classes: tuple[str, ...], name: str) -> None:
         raise UserError(
             f"no images in {name}",
             expected="at least one to train with, and one to test with",
-            instead="mend the data set: each split of it has `data` and `targets` of its own",
+            instead="correct the data set: each of its splits has its own `data` and `targets`",
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= len(classes):
-        instead = "mend the data set, or its list `classes`"
+        instead = "correct the data set, or its list `classes`"
         if low == 1 and high == len(classes):
             instead = "give it `targets - 1`: classes count from 0"
         elif low >= 0 and classes is NAMELESS:

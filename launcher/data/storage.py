@@ -1,4 +1,4 @@
-"""Images that stay where they are until a step needs them: in mapped memory, or in files.
+"""Images that are read only when a step needs them: from mapped memory, or from files.
 
 Whoever trains on them asks for the images at some places and gets uint8 `(k, h, w, c)`, as from a
 tensor that holds all of them. Which images are asked for, and in which order, is decided elsewhere
@@ -29,14 +29,14 @@ AT_ONCE = 256  # pictures
 
 @dataclass(frozen=True)
 class Stored(ABC):
-    """Images that are not held as a tensor; `places` `(n,)` are theirs among all stored ones."""
+    """Images that are not held as a tensor; `places` `(n,)` are their indices in the storage."""
 
     places: Tensor
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int, int]:
-        """Images, height, width and channels, as a tensor of all of them would have it."""
+        """The shape of a tensor of all of them: images, height, width and channels."""
 
     @abstractmethod
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
@@ -48,14 +48,14 @@ class Stored(ABC):
 
     @abstractmethod
     def contents(self, places: Sequence[int]) -> bytes:
-        """The stored bytes of the images at the places, of which a digest is made."""
+        """The stored bytes of the images at the places, for a digest."""
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.places)
 
     def at(self, places: Tensor) -> Self:
-        """Those at the places `(k,)`, in that order; nothing is read."""
+        """The images at the places `(k,)`, in that order; nothing is read."""
         return replace(self, places=self.places[places])
 
 
@@ -88,7 +88,7 @@ class Mapped(Stored):
 class Encoded(Stored):
     """Pictures in files, of any sizes, which are decoded to RGB of `size` pixels square.
 
-    `scaled_to` pixels has the shorter side before the middle is taken.
+    The shorter side is scaled to `scaled_to` pixels before the middle is cropped.
     """
 
     root: str
@@ -102,7 +102,7 @@ class Encoded(Stored):
         return len(self), self.size, self.size, 3
 
     def read(self, places: Tensor, out: Tensor, shares: Tensor | None = None) -> None:
-        """Decode them; raises `BrokenPictureError` for one that is no whole picture."""
+        """Decode them; raises `BrokenPictureError` for a damaged one."""
         margin = margin_of(self.size, self.scaled_to)
         for number, place in enumerate(self.places[places].tolist()):
             with self._open(place) as picture:
@@ -112,7 +112,7 @@ class Encoded(Stored):
                     out[number] = cut_out(picture, shares[number], out.shape[1])
 
     def contents(self, places: Sequence[int]) -> bytes:
-        """Their files; nothing of one that cannot be read, since decoding it will report that."""
+        """The bytes of their files, without those that cannot be read: decoding reports them."""
         found = []
         for place in self.places[list(places)].tolist():
             with suppress(OSError):
@@ -120,7 +120,7 @@ class Encoded(Stored):
         return b"".join(found)
 
     def checked(self, place: int) -> bytes:
-        """Its own bytes at a place; raises `BrokenPictureError` where they are no whole picture."""
+        """The bytes of a picture; raises `BrokenPictureError` where they cannot be decoded."""
         stored = int(self.places[place])
         file = Path(self.root, self.files[stored])
         try:
@@ -140,9 +140,9 @@ class Encoded(Stored):
 
 @dataclass(frozen=True)
 class Joined(Encoded):
-    """Pictures one behind the other in one file, `root`, which is mapped.
+    """Pictures one after the other in one mapped file, `root`.
 
-    `array` is uint8 `(bytes,)`; of `offsets`, int64 `(m + 1,)`, two say where a picture lies.
+    `array` is uint8 `(bytes,)`; picture i is between `offsets[i]` and `offsets[i + 1]`, int64.
     """
 
     array: Tensor
@@ -157,22 +157,22 @@ class Joined(Encoded):
             raise BrokenPictureError(
                 error.given,
                 expected="each picture as it was packed",
-                instead="type the command again that packed it, which compares all bytes",
+                instead="type the same launcher pack command again, which compares all bytes",
             ) from None
 
     def _content(self, place: int) -> bytes:
         start, stop = self.offsets[place : place + 2].tolist()
-        # torch copies, since other threads go on while it waits for the disk; numpy holds them up.
+        # torch copies: other threads run while it waits for the disk; numpy would block them.
         return self.array[start:stop].clone().numpy().tobytes()
 
 
 def as_stored(images: Tensor | Stored) -> Stored:
-    """Images in the host's memory, which stay there; stored ones as they are."""
+    """Keep images in the host's memory; stored ones are returned unchanged."""
     return Mapped(torch.arange(len(images)), images) if isinstance(images, Tensor) else images
 
 
 class Reading:
-    """Images that threads read now."""
+    """Images that threads are reading."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Reading:
         shares: Tensor | None = None,
         size: int | None = None,
     ) -> None:
-        """Begin; `pinned` memory is what a GPU copies from while it computes.
+        """Begin to read; with `pinned` memory a GPU copies while it computes.
 
         `size` is that of parts of pictures, in pixels a side, if not that of whole ones.
         """
@@ -199,22 +199,22 @@ class Reading:
             self._futures += [threads.submit(stored.read, places[start:stop], out, own)]
 
     def images(self) -> Tensor:
-        """uint8 `(k, h, w, c)` on the host, once all are read; raises what reading them raised."""
+        """Wait for all: uint8 `(k, h, w, c)` on the host; raises what reading raised."""
         for future in self._futures:
             future.result()
         return self._images
 
     def cancel(self) -> None:
-        """Read no more than what was begun."""
+        """Begin no further reads."""
         for future in self._futures:
             future.cancel()
 
 
 @cache
 def reading_threads() -> ThreadPoolExecutor:
-    """As many as this process computes with, each of which works alone.
+    """A pool of as many threads as this process computes with.
 
-    torch would else divide the work of each of them among further threads, which the loop needs.
+    Each uses one thread of torch: otherwise torch would take the training's threads as well.
     """
     count = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "reading", initializer=torch.set_num_threads, initargs=(1,))
@@ -226,7 +226,7 @@ def reading_threads() -> ThreadPoolExecutor:
 
 
 def broken(encoded: Encoded) -> Iterator[str]:
-    """Tries each picture: what is said of one that cannot be decoded, else nothing."""
+    """Try each picture: yields the error of one that cannot be decoded, else an empty text."""
 
     def try_one(place: int) -> str:
         try:
@@ -240,7 +240,7 @@ def broken(encoded: Encoded) -> Iterator[str]:
 
 
 def parts_of(count: int) -> Iterator[slice]:
-    """Of so many pictures, as many at once as threads decode between two looks at the signals."""
+    """Split `count` pictures into parts between which signals are checked."""
     for start in range(0, count, AT_ONCE):
         yield slice(start, min(start + AT_ONCE, count))
 

@@ -1,7 +1,7 @@
-"""The embedded image set: shapes drawn by code, for smoke tests and where CIFAR-10 is out of reach.
+"""The embedded image set: shapes drawn by code, for smoke tests and where CIFAR-10 is missing.
 
 It needs no file and no network. Each class is one shape in a random place, size and colour on a
-noisy ground of another colour, so a network has to learn the shape. It is not a benchmark: an
+noisy background of another colour, so a network has to learn the shape. No benchmark: an
 accuracy reached on it says nothing about CIFAR-10.
 """
 
@@ -31,11 +31,11 @@ _SHAPES: dict[str, Callable[[Grid, Grid], Any]] = {
 }
 
 
-MOST_OF_A_KIND, MOST_PICTURES = 10_000, 10_000_000  # more is a slip of the finger
+MOST_OF_A_KIND, MOST_PICTURES = 10_000, 10_000_000  # more is taken for a typing mistake
 
 
 class Synthetic:
-    """Pictures of `classes` kinds, `size` pixels square, as uint8 `(n, size, size, channels)`.
+    """Pictures of `classes` classes, `size` pixels square, as uint8 `(n, size, size, channels)`.
 
     With more than ten classes the shapes repeat in other brightnesses. `count` is the number of
     training pictures; there are a fifth as many test pictures. The arguments `root` and
@@ -53,9 +53,9 @@ class Synthetic:
         classes: int = 10,
         count: int = 10_000,
     ) -> None:
-        """Draw the set: the same pictures every time, and no test picture among the training.
+        """Draw the set: the same pictures every time; no test picture is a training picture.
 
-        Raises `UserError` for numbers of which there is no such set, or none that fits into memory.
+        Raises `UserError` for numbers that are too small, or too large for the memory.
         """
         for name, number in (("size", size), ("channels", channels), ("classes", classes)):
             _refuse_beyond(name, number, MOST_OF_A_KIND)

@@ -3,13 +3,13 @@
 Decided twice, in this order:
 
 1. `prepared`, when their files are known. Pictures are decoded now, or for each step: auto leaves
-   them on disk where their pixels would take more than split of the host's free memory, or where
-   `random_resized_crop` cuts out of the pictures as they are stored. Pixels that `data.tier=host`
-   names, and those of a pack unless it says `device`, stay in the host's memory.
+   them on disk where their pixels would take more than half of the host's free memory, or where
+   `random_resized_crop` crops the stored pictures. With `data.tier=host`, and for a pack unless the
+   tier is `device`, the pixels stay in the host's memory.
 2. `on_device`, when the device is known. All other pixels go to its memory; auto leaves them in the
-   host's where they would take more than split of the device's free memory.
+   host's where they would take more than half of the device's free memory.
 
-What fits changes no pixel, so no rank need know what another one has decided.
+The tier changes no pixel, so the ranks need not agree on it.
 """
 
 import logging
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def prepared(data: Data, wanted: Images) -> Data:
-    """Each split without its broken pictures, if that is wanted, and decoded or left on disk.
+    """Leave out broken pictures, if asked to, and decode each split or leave it on disk.
 
     Raises `UserError` where pictures that are to be decoded do not fit into memory.
     """
@@ -52,7 +52,7 @@ def prepared(data: Data, wanted: Images) -> Data:
 
 
 def on_device(data: Data, wanted: Images, device: torch.device) -> Data:
-    """The images on the device, but for those that stay in the host's memory or on disk."""
+    """Move the images to the device, except those that stay in the host's memory or on disk."""
     if wanted.tier == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if bytes_of(data) > free / 2:  # the other half is for the training
@@ -61,7 +61,7 @@ def on_device(data: Data, wanted: Images, device: torch.device) -> Data:
 
 
 def describe(data: Data) -> str:
-    """Where the images are, and which are missing; empty where all are simply on the device."""
+    """Where the images are and how many are left out; empty where all are on the device."""
     left_out = sum(len(split.left_out) for split in data.splits.values())
     missing = f"{count(left_out, 'broken picture')} left out" if left_out else ""
     copied = f"from the copy of the pack in {local_copy.folder()}" if _is_copied(data) else ""
@@ -69,7 +69,7 @@ def describe(data: Data) -> str:
 
 
 def bytes_of(data: Data) -> int:
-    """Of all images that are not encoded."""
+    """The bytes of all images that are not encoded."""
     kept = (split.images for split in data.splits.values() if not isinstance(split.images, Encoded))
     return sum(math.prod(images.shape) for images in kept)
 
@@ -78,7 +78,7 @@ def bytes_of(data: Data) -> int:
 
 
 def _stays_on_disk(split: ImageSet, wanted: Images) -> bool:
-    """Whether pictures are decoded for each step, in place of once for all."""
+    """Whether pictures are decoded for each step, and not once before the training."""
     if wanted.tier != "auto":
         return wanted.tier == "disk"
     cuts_originals = bool(wanted.augment) and is_cut(wanted.augment[0])
@@ -86,12 +86,12 @@ def _stays_on_disk(split: ImageSet, wanted: Images) -> bool:
 
 
 def _in_host(split: ImageSet) -> ImageSet:
-    """Pixels in the host's memory, whence each batch is copied."""
+    """Keep the pixels in the host's memory, from which each batch is copied."""
     return replace(split, images=storage.as_stored(split.images))
 
 
 def _out_of_file(split: ImageSet) -> ImageSet:
-    """The pixels of a mapped pack, copied into memory."""
+    """Copy the pixels of a mapped pack into memory."""
     if not isinstance(split.images, Mapped):
         return split
     return replace(split, images=split.images.array[split.images.places])
@@ -115,7 +115,7 @@ def _without_broken(split: ImageSet, encoded: Encoded, name: str) -> ImageSet:
         raise UserError(
             f"{encoded.root} holds {count(len(broken), f'broken {name} picture')} and no other: "
             f"{some(list(broken.values()), 1)}",
-            expected="pictures, of which some may be broken",
+            expected="at least one picture that can be read",
             instead="name another folder with data.root=FOLDER",
         )
     listed = some(list(broken.values()))
@@ -125,7 +125,7 @@ def _without_broken(split: ImageSet, encoded: Encoded, name: str) -> ImageSet:
 
 
 def _decoded(split: ImageSet, name: str) -> ImageSet:
-    """With the pixels of all pictures: uint8 `(n, size, size, 3)`."""
+    """Decode all pictures: uint8 `(n, size, size, 3)`."""
     encoded = split.images
     assert isinstance(encoded, Encoded)
     refuse_too_large(encoded.root, len(encoded), encoded.size)

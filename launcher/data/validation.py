@@ -32,7 +32,7 @@ def held_out(labels: Tensor, validation: int | float | str, seed: int) -> Tensor
 
 
 def count_held_out(images: int, validation: int | float | str) -> int:
-    """How many of so many training images validate; none where the source has others for it.
+    """How many training images are held out; 0 where the source has its own validation split.
 
     Raises `UserError` where there are too few.
     """
@@ -53,6 +53,6 @@ def count_held_out(images: int, validation: int | float | str) -> int:
 
 
 def _shuffled_by_class(labels: Tensor, seed: int) -> Tensor:
-    """All places, class after class, those of a class in an order that the seed decides."""
+    """All places, class after class; the seed decides the order within a class."""
     random = torch.from_numpy(make_rng(VALIDATION, seed).permutation(len(labels)))
     return random[torch.from_numpy(numpy.argsort(labels[random].numpy(), kind="stable"))]

@@ -1,6 +1,6 @@
 """`launcher tune RECIPE --batch`: how many images a device takes at once, and how fast it is.
 
-By the recipe's own steps, whose state is put back. What is found is the batch of one device and one
+It runs the recipe's own steps and restores the state. The result is the batch of one device and one
 pass: a global batch may be any number of them (`accumulate`).
 """
 
@@ -25,15 +25,15 @@ from launcher.training.accumulation import pass_fits
 from launcher.training.state import TrainContext, put_back
 from launcher.utils.text import count
 
-FIRST = 8  # images; then twice as many, and so on
-ENOUGH = 0.95  # of the highest speed
-SLOWER = 2  # sizes in a row that are no faster, after which a CPU is asked no more
-STEPS = 5  # measured of each size
+FIRST = 8  # images, doubled from size to size
+ENOUGH = 0.95  # fraction of the highest speed
+SLOWER = 2  # sizes in a row that are no faster, after which a CPU tries no larger ones
+STEPS = 5  # measured for each size
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of so many images at once on each device, over all ranks."""
+    """The speed with `images` at once on each device, over all ranks."""
 
     size: int
     images_per_second: float
@@ -48,7 +48,7 @@ class Found:
 
     @property
     def enough(self) -> Speed:
-        """The smallest that is nearly as fast as the fastest."""
+        """The smallest size that is nearly as fast as the fastest."""
         fastest = max(speed.images_per_second for speed in self.speeds)
         return next(s for s in self.speeds if s.images_per_second >= ENOUGH * fastest)
 
@@ -93,7 +93,7 @@ def run(loaded: LoadedRecipe, options: RunOptions, world: World) -> int:
             found = find_sizes(ctx)
         except StoppedError:
             if world.is_main:
-                sys.stderr.write(f"launcher: stopped by {why_stopped()}: no size is told\n")
+                sys.stderr.write(f"launcher: stopped by {why_stopped()}: no size was found\n")
             return EXIT_SAVED
     if world.is_main:
         for line in describe(found, ctx.plan.world_size):
@@ -113,12 +113,12 @@ def describe(found: Found, ranks: int) -> list[str]:
     enough, largest = found.enough, found.speeds[-1].size
     why = {
         "memory": f"{2 * largest:,} do not fit into memory",
-        "images": "more are more than there are training images",
-        "speed": "more are no faster, and there is memory for them",
+        "images": "there are fewer than twice as many training images",
+        "speed": "larger sizes are no faster, though they fit into memory",
     }
     lines.append(f"{largest:,} images at once is the largest tried: {why[found.ended_by]}")
     lines.append(
-        f"from {enough.size:,} on little is gained: data.batch_size={enough.size * ranks} on "
+        f"sizes above {enough.size:,} gain little: data.batch_size={enough.size * ranks} on "
         f"{count(ranks, 'rank')}, or accumulate=N for a global batch of N times that"
     )
     return lines

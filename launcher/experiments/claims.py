@@ -18,9 +18,9 @@ from launcher.experiments.repeat import Repeats
 from launcher.results.quoted import LAST, LAST_TTA, quoted
 from launcher.results.statistics import describe, difference, summary
 
-SEEDS_OF_ONE = 3  # for a claim of a single run
+SEEDS_OF_ONE = 3  # seeds for a claim of a single run
 FIGURES = {"test/accuracy": LAST, "test/accuracy_tta": LAST_TTA}
-SURE = 0.05  # below such a probability, a difference is taken for one
+SURE = 0.05  # below this probability, a difference is significant
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run(
     *,
     table: bool = False,
 ) -> int:
-    """Train as often as each claim says, or by those `seeds`, and judge; returns the exit code.
+    """Train with as many seeds as a claim has, or with `seeds`, and judge; returns the exit code.
 
     It is 2 where a claim does not hold. Claims of the same settings share their runs.
     """
@@ -68,7 +68,7 @@ def run(
 
 
 def objection_to(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> str:
-    """Why nothing follows from the figures of these runs; empty where something does."""
+    """Why nothing follows from the results of these runs; empty where something does."""
     for run in runs:
         if "fallback" in run.about:
             return f"{run.name}: {run.about['fallback']}"
@@ -80,14 +80,14 @@ def objection_to(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> str:
 
 
 def figure_of(run: RunFiles, name: str) -> float | None:
-    """The figure of that name, also where it is that of a part of the images."""
+    """The metric of that name, or its variant with TTA of the uncertain images."""
     return next((v for quote, v in quoted(run).items() if quote.startswith(name)), None)
 
 
 def of_claims(
     loaded: LoadedRecipe, seeds: tuple[int, ...] | None, options: RunOptions
 ) -> dict[tuple[str, ...], Repeats]:
-    """The runs by the settings of the claims."""
+    """The runs for each set of settings among the claims."""
     found: dict[tuple[str, ...], Repeats] = {}
     base = options.name or loaded.name
     for claim in loaded.recipe.claims:
@@ -102,7 +102,7 @@ def of_claims(
 
 
 def _hardware(claim: Claim, runs: Sequence[RunFiles]) -> str:
-    """Where it was claimed and where it was measured, with the seconds."""
+    """The hardware of the claim and of the measurement, with the seconds."""
     there = claim.hardware or "unknown hardware"
     if claim.seconds is not None:
         there += f" in {claim.seconds:g} s"
@@ -114,10 +114,10 @@ def _hardware(claim: Claim, runs: Sequence[RunFiles]) -> str:
 
 
 def judge(claim: Claim, values: Sequence[float]) -> Judgement:
-    """Of the same figure, measured here by different seeds.
+    """Judge a claim by the same metric, measured here with different seeds.
 
-    By Welch's t-test, or against the claimed number itself where it is of one run. A claim does
-    not hold where the figure here is lower, and not by chance; a higher one is no objection.
+    By Welch's t-test, or against the claimed value itself if it is of one run. A claim does
+    not hold where the result here is significantly lower; a higher one is no objection.
     """
     name = FIGURES[claim.metric]
     claimed = f"claimed {claim.value:.2%}"
@@ -128,14 +128,14 @@ def judge(claim: Claim, values: Sequence[float]) -> Judgement:
         return Judgement("undecided", None, f"{name}: {claimed}; no run has ended here")
     here = f"{name}: {claimed}, here {describe(summary(values))}"
     if len(values) < 2:
-        return Judgement("undecided", None, f"{here}: type --seeds 0-4, two seeds at least")
+        return Judgement("undecided", None, f"{here}: type --seeds 0-4, or at least two seeds")
     p = probability(claim, values)
     lower = fmean(values) < claim.value and p < SURE
     return Judgement("does not hold" if lower else "holds", p, f"{here}, p={p:.2g}")
 
 
 def probability(claim: Claim, values: Sequence[float]) -> float:
-    """Of a difference as large as this one, where there is none; two-sided."""
+    """The two-sided probability of a difference at least this large, if there is none."""
     means = [(stdev(values) ** 2 / len(values), len(values))]
     if claim.std and claim.runs > 1:
         means.append((claim.std**2 / claim.runs, claim.runs))

@@ -1,6 +1,6 @@
-"""`launcher tune RECIPE --lr`: the loss while the learning rate rises, and the rate to begin with.
+"""`launcher tune RECIPE --lr`: the loss while the learning rate rises, and a suggested rate.
 
-The recipe's own training, by the code that trains, but for its schedule: from one step to the next
+The recipe is trained as usual, except for its schedule: from one step to the next
 the rate rises by the same factor, over at most one epoch (Smith, "Cyclical Learning Rates for
 Training Neural Networks", 2017). Nothing is evaluated, and nothing is kept.
 """
@@ -31,13 +31,13 @@ from launcher.utils import atomic_write
 from launcher.utils.terminal import plot
 from launcher.utils.text import spread
 
-STEPS = 400  # at most, and at most those of an epoch
+STEPS = 400  # at most, and at most one epoch
 LOW, HIGH = 1e-3, 1e3  # times the recipe's own rate
 SMOOTHING = 0.9  # of the running mean of the losses
-# The ramp ends at so many times the lowest smoothed loss, or the highest one of its beginning.
+# The ramp ends when the smoothed loss is so many times its lowest value, or its highest at first.
 DIVERGED, WORSE = 2.0, 1.2
-FEWEST = 20  # steps, to say anything
-FALLEN = 0.97  # of the loss at the beginning
+FEWEST = 20  # steps, for a suggestion
+FALLEN = 0.97  # fraction of the first loss that the lowest must be below
 COLUMNS = 64
 _SIZE, _MARGIN = (800, 400), 50  # pixels of the picture
 
@@ -51,7 +51,7 @@ class RateCurve:
 
     @property
     def smoothed(self) -> tuple[float, ...]:
-        """A running mean that forgets, corrected for its beginning."""
+        """The exponential moving average, corrected for its beginning."""
         mean, values = 0.0, []
         for number, loss in enumerate(self.losses, start=1):
             mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
@@ -60,7 +60,7 @@ class RateCurve:
 
     @property
     def lowest(self) -> float:
-        """The rate of the lowest smoothed loss: from there on, it does harm."""
+        """The rate of the lowest smoothed loss: higher rates do harm."""
         values = self.smoothed
         return self.rates[values.index(min(values))]
 
@@ -75,7 +75,7 @@ class RateCurve:
 
     @property
     def suggestion(self) -> float | None:
-        """The steepest, at most half of the lowest; None where the loss did not fall."""
+        """The steepest rate, at most half of the lowest; None where the loss did not fall."""
         values = self.smoothed
         if min(values) > FALLEN * max(values[:FEWEST]):
             return None
@@ -83,12 +83,12 @@ class RateCurve:
 
 
 def ramp(progress: float, *, until: float) -> float:
-    """From LOW to HIGH over a fraction `until` of the training, by equal factors."""
+    """Rise from LOW to HIGH over a fraction `until` of the training, by equal factors."""
     return LOW * (HIGH / LOW) ** (progress / until)
 
 
 def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
-    """Train with a rising rate until the loss does, and put everything back.
+    """Train with a rising rate until the loss rises, and restore the state.
 
     Every rank calls this; the losses are those of all ranks, so that all end with the same step.
     Raises `StoppedError` where a signal came to any of them.
@@ -100,7 +100,7 @@ def find_rate(ctx: TrainContext, steps: int = STEPS) -> RateCurve:
     rates: list[float] = []
     losses: list[float] = []
     with put_back(ctx):
-        # Each group's rate rises, also that of one with a schedule of its own.
+        # The rates of all groups rise, also of those with their own schedules.
         ctx.state.group_schedules = (None,) * len(ctx.state.group_schedules)
         events = fit(replace(ctx, plan=plan, recipe=recipe), poll_requests=RequestPoll(NEVER))
         try:
@@ -127,7 +127,7 @@ def run(
     steps: int | None = None,
     folder: Path | None = None,
 ) -> int:
-    """Show the curve and what follows from it; every rank calls this. Returns the exit code."""
+    """Show the curve and the suggestion; every rank calls this. Returns the exit code."""
     with ranks_together(world, options.timeouts) as group:
         training = training_of(loaded, options, group)
         _refuse_few_steps(training.ctx.plan, steps or STEPS)
@@ -144,7 +144,7 @@ def run(
         return 0
     if len(curve.rates) < FEWEST:
         raise TrainingError(
-            f"the loss was no number after {len(curve.rates)} steps, at a rate of "
+            f"the loss was not finite after {len(curve.rates)} steps, at a rate of "
             f"{max(curve.rates, default=own * LOW):.2g}: there is no curve to read"
         )
     for line in describe(curve, own):
@@ -187,14 +187,14 @@ def describe(curve: RateCurve, own: float) -> list[str]:
         *plot(shown, first, last, min(shown)),
         *(
             [
-                f"falls steepest at {curve.steepest:.2g}, is lowest at {curve.lowest:.2g}",
+                f"steepest fall at {curve.steepest:.2g}, lowest loss at {curve.lowest:.2g}",
                 f"try a rate of {rate:.2g} (the recipe has {own:g}): the steepest, but at most a "
                 "half of the lowest",
-                "one run of one seed: a rate within a factor of three is as good a guess",
+                "one run with one seed: any rate within a factor of three is as plausible",
             ]
             if rate is not None
             else [
-                f"it does not fall in these {len(curve.rates)} steps: type a smaller "
+                f"the loss does not fall in these {len(curve.rates)} steps: type a smaller "
                 "data.batch_size, for more steps in an epoch, or look at the recipe with "
                 "launcher check --overfit"
             ]
@@ -203,7 +203,7 @@ def describe(curve: RateCurve, own: float) -> list[str]:
 
 
 def save(curve: RateCurve, folder: Path) -> None:
-    """A picture and the numbers."""
+    """Write a picture and the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "rates": curve.rates,

@@ -1,7 +1,7 @@
-"""`launcher repeat RECIPE --seeds 0-9`: the same training by several seeds, and what they say.
+"""`launcher repeat RECIPE --seeds 0-9`: the same training with several seeds, and their mean.
 
-Each is an ordinary run, `NAME-seed0` and so on, which the same command continues where it was
-interrupted, and leaves alone where it has ended.
+Each is an ordinary run, `NAME-seed0` and so on. The same command continues one that was
+interrupted, and leaves alone one that has ended.
 """
 
 import json
@@ -33,13 +33,13 @@ from launcher.utils.terminal import make_console
 from launcher.utils.text import duration, printable, run_of_seed, some
 
 FILE = "the recipe file"
-# Settings that leave a choice to the run, which writes down what it has chosen.
+# Settings that leave a choice to the run, which records its choice.
 _LEFT_OPEN = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """A recipe and the seeds by which it is trained; `base` begins the names of its runs."""
+    """A recipe and its seeds; the names of its runs begin with `base`."""
 
     loaded: LoadedRecipe
     seeds: tuple[int, ...]
@@ -53,7 +53,7 @@ class Repeats:
 def plan(
     recipes: Sequence[LoadedRecipe], seeds: tuple[int, ...], options: RunOptions
 ) -> list[Repeats]:
-    """Which runs there will be. Raises `UserError` for recipes of one name."""
+    """The runs to be made. Raises `UserError` for recipes of the same name."""
     repeats = []
     for loaded in recipes:
         base = loaded.name
@@ -65,8 +65,8 @@ def plan(
     if len({one.base for one in repeats}) < len(repeats):
         raise UserError(
             f"two recipes that are called {repeats[0].base}",
-            expected="recipe files with names of their own, by which their runs are called",
-            instead="type cp for one of them, or repeat them one after the other with --name",
+            expected="recipe files with different names, after which their runs are named",
+            instead="copy one of them to another name, or repeat each alone with its own --name",
         )
     return repeats
 
@@ -79,7 +79,7 @@ def run(
     table: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Train what is left to train, unless only the `table` is wanted, and show what came of it.
+    """Train the runs that have not ended, unless only the `table` is wanted, and show the results.
 
     Every rank calls this; returns the exit code.
     """
@@ -90,7 +90,7 @@ def run(
 
 
 def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
-    """Train what is left to train; returns the exit code.
+    """Train the runs that have not ended; returns the exit code.
 
     A run that fails ends the others on several ranks; alone, the others follow, and the exit code
     says that one failed.
@@ -128,7 +128,7 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
 
 
 def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
-    """Whether a run of just this recipe, and of its images, has nothing left to train."""
+    """Whether a run of this very recipe, and of its images, has ended."""
     before, now = flatten(run.config), flatten(json.loads(json.dumps(loaded.config)))
     now = {n: v for n, v in now.items() if n not in _LEFT_OPEN or v != _LEFT_OPEN[n]}
     is_this = now == {n: v for n, v in before.items() if n in now or n not in _LEFT_OPEN}
@@ -155,7 +155,7 @@ def began_so(run: RunFiles, options: RunOptions) -> bool:
 
 
 def _could_have_its_images(run: RunFiles, recipe: Recipe) -> bool:
-    """Whether others stood in for the images that are on this disk by now."""
+    """Whether the run used a fallback, while the recipe's images are now on this disk."""
     return "fallback" in run.about and open_on_disk(recipe.data, recipe.seed) is not None
 
 
@@ -163,13 +163,13 @@ def _could_have_its_images(run: RunFiles, recipe: Recipe) -> bool:
 
 
 def runs_of(repeats: Repeats, options: RunOptions) -> list[RunFiles]:
-    """Those that have begun."""
+    """The runs that have begun."""
     places = (options.runs / run_of_seed(repeats.base, seed) for seed in repeats.seeds)
     return [RunFiles(path) for path in places if (path / "run.json").is_file()]
 
 
 def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
-    """Of one recipe, for JSON."""
+    """The repeats of one recipe, for JSON."""
     runs = runs_of(repeats, options)
     rows = [
         {
@@ -191,14 +191,14 @@ def as_dict(repeats: Repeats, options: RunOptions) -> dict[str, object]:
 
 
 def seconds_of(run: RunFiles) -> float:
-    """Of training and evaluating its epochs."""
+    """The seconds of training and evaluating all epochs."""
     return sum(number(row.get("seconds")) or 0.0 for row in run.epochs)
 
 
 def differences(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> list[str]:
-    """In what the runs that have ended differ beside their seed: then they have no mean.
+    """How the runs that have ended differ, apart from the seed: then they have no mean.
 
-    What the recipe leaves open, each run may choose for itself.
+    Choices that the recipe leaves to the run may differ.
     """
     now = flatten(loaded.config)
     names = differing([experiment(run) for run in runs if run.state == "done"])
@@ -206,7 +206,7 @@ def differences(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> list[str]:
 
 
 def summaries(runs: Sequence[RunFiles]) -> dict[str, Spread]:
-    """Of each figure, over the runs that have ended."""
+    """The summary of each metric, over the runs that have ended."""
     rows = [quoted(run) for run in runs if run.state == "done"]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: summary([row[name] for row in rows if name in row]) for name in names}
@@ -249,7 +249,7 @@ def _changed_since(repeats: Repeats, runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _extremes(runs: Sequence[RunFiles]) -> str:
-    """The best and the worst seed, by the figure that is quoted."""
+    """The best and the worst seed, by the quoted metric."""
     name = headline(runs[0])
     values = {run: quoted(run)[name] for run in runs if run.state == "done" and name in quoted(run)}
     if len(values) < 2:

@@ -1,8 +1,8 @@
 """`launcher tune RECIPE --search NAME=RANGE ...`: settings that make a recipe better.
 
 Optuna proposes; each trial is an ordinary run, judged by its validation images and ended early
-where it lags behind. The journal of the search is a file beside the runs, which several processes
-and machines may share; what was interrupted goes on.
+where it is worse than others. The journal of the search is a file beside the runs, which several
+processes and machines may share; an interrupted search can be continued.
 """
 
 import os
@@ -51,7 +51,7 @@ _EXAMPLE = "type --search 'optimizer.lr=log:1e-4..1e-1', for example"
 
 @dataclass(frozen=True)
 class Range:
-    """What a setting may be: from `low` to `high`, or one of some words."""
+    """The values of a setting to try: from `low` to `high`, or one of `words`."""
 
     name: str
     low: float = 0.0
@@ -67,7 +67,7 @@ class Range:
         return f"{'log:' * self.is_log}{_typed(self.low, self)}..{_typed(self.high, self)}"
 
     def distribution(self) -> "optuna.distributions.BaseDistribution":
-        """The same in Optuna's words."""
+        """The same as an Optuna distribution."""
         from optuna import distributions as d
 
         if self.words:
@@ -79,7 +79,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, how often, and under which name; `fixed` are the words of all trials."""
+    """The ranges, the number of trials and the name; `fixed` are the settings of all trials."""
 
     loaded: LoadedRecipe
     ranges: tuple[Range, ...]
@@ -89,28 +89,28 @@ class Search:
 
     @property
     def base(self) -> str:
-        """How the names of the trials begin."""
+        """The beginning of the trials' names."""
         return self.options.name or f"{self.loaded.name}-search"
 
     @property
     def folder(self) -> Path:
-        """By its files, processes and machines know of each other's trials."""
+        """The folder of the journal and the locks, which all processes and machines share."""
         return self.options.runs / f"{self.base}.files"
 
     @property
     def journal(self) -> Path:
-        """Optuna's, of all trials."""
+        """Optuna's journal of all trials."""
         return self.folder / "journal"
 
     def run_name(self, number: int) -> str:
-        """Of one trial."""
+        """The name of the run of one trial."""
         return f"{self.base}-trial{number}"
 
 
 def parse_range(text: str) -> Range | None:
     """`optimizer.lr=log:1e-4..1e-1`, `epochs=1..5` or `model.width=16|32`; None for one value.
 
-    Raises `UserError` for what is no range.
+    Raises `UserError` for an invalid range.
     """
     name, equals, value = text.removeprefix("--").partition("=")
     if not equals or not name:
@@ -118,7 +118,7 @@ def parse_range(text: str) -> Range | None:
     if "|" in value:
         words = tuple(value.split("|"))
         if not all(words) or len(set(words)) < len(words):
-            raise UserError(f"--search {text}", expected="words that differ", instead=_EXAMPLE)
+            raise UserError(f"--search {text}", expected="different values", instead=_EXAMPLE)
         return Range(name, words=words)
     if ".." not in value:
         return None
@@ -144,9 +144,9 @@ def prepare(
     on_test: bool,
     settings: Sequence[str] = (),
 ) -> Search:
-    """`settings` are the words that `loaded` has been changed by.
+    """Check what is typed; `settings` are the words by which `loaded` was changed.
 
-    Raises `UserError` for words that are no ranges of the recipe's settings, among others.
+    Raises `UserError`, among others, for words that are no ranges of the recipe's settings.
     """
     found = [(word, parse_range(word)) for word in words]
     fixed = [word for word, searched in found if searched is None]
@@ -169,7 +169,7 @@ def prepare(
 
 
 def import_optuna() -> Any:
-    """Optuna without its own lines. Raises `UserError` where it is not installed."""
+    """Import Optuna and silence its log. Raises `UserError` where it is not installed."""
     try:
         import optuna
     except ModuleNotFoundError:
@@ -187,9 +187,9 @@ def _typed(value: Any, searched: Range) -> str:
 
 
 def run(search: Search, world: World, *, jobs: int, words: Sequence[str]) -> int:
-    """Make the trials that are missing, in so many processes, and show them; the exit code.
+    """Make the missing trials in `jobs` processes and show all; returns the exit code.
 
-    `words` are those of the command line, for the other processes.
+    `words` is the command line, for the other processes.
     """
     if world.size > 1:
         raise UserError(
@@ -204,7 +204,7 @@ def run(search: Search, world: World, *, jobs: int, words: Sequence[str]) -> int
 
 
 def _in_processes(jobs: int, words: Sequence[str]) -> int:
-    """The same command as often; a signal to this process is passed on to them."""
+    """Start the same command `jobs` times, and pass signals on to the processes."""
     command = [sys.executable, "-m", "launcher", *words]
     processes = [
         subprocess.Popen([*command, "--job", str(job)], env=os.environ | share_of(job, jobs))
@@ -224,7 +224,7 @@ def _in_processes(jobs: int, words: Sequence[str]) -> int:
 
 
 def share_of(job: int, jobs: int) -> dict[str, str]:
-    """The cores and the GPU of one of so many processes, as variables of its environment."""
+    """The cores and the GPU of one of the processes, as environment variables."""
     threads = max(1, usable_cores() // jobs)
     share = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -238,9 +238,9 @@ def share_of(job: int, jobs: int) -> dict[str, str]:
 
 
 def work(search: Search, job: int = 0) -> int:
-    """Make one trial after the other until there are enough; the exit code.
+    """Make one trial after the other until there are enough; returns the exit code.
 
-    First those that an earlier process left unfinished, unless another one trains them now.
+    It begins with trials that an ended process left unfinished.
     """
     study = _study(search, job)
     while claimed := _claim(search, study):
@@ -254,10 +254,10 @@ def work(search: Search, job: int = 0) -> int:
 
 
 def _claim(search: Search, study: Any) -> "tuple[Any, FileLock] | None":
-    """A trial that no other process has, and its lock, which is held; None when all are made.
+    """A trial that no other process works on, with its lock held; None when all are made.
 
-    One process at a time looks for one: else two would take up the same. A lock ends with its
-    process, however that ends.
+    One process at a time chooses one, or two might choose the same. A lock ends with its
+    process, however it ends.
     """
     optuna = import_optuna()
     with FileLock(search.folder / "claim.lock"):
@@ -269,7 +269,7 @@ def _claim(search: Search, study: Any) -> "tuple[Any, FileLock] | None":
                     lock.acquire()
                     if all(searched.name in frozen.params for searched in search.ranges):
                         return optuna.trial.Trial(study, frozen._trial_id), lock
-                    # Its process ended while Optuna proposed.
+                    # Its process ended before Optuna had proposed settings.
                     study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
                     lock.release()
         if len(trials) >= search.trials:
@@ -285,7 +285,7 @@ def _files(search: Search, number: int) -> RunFiles:
 
 
 def _study(search: Search, job: int = 0) -> "optuna.Study":
-    """Of the journal. Raises `UserError` where its trials are of another search."""
+    """Load the study from the journal. Raises `UserError` where it is of another search."""
     optuna = import_optuna()
     try:
         search.folder.mkdir(parents=True, exist_ok=True)
@@ -316,14 +316,14 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
         _refuse_other_search(search, study.user_attrs.get("searched", {}), searched)
     else:
         study.set_user_attr("searched", searched)
-    # Of its own in each process, and anew where a search goes on: else the same is proposed again.
+    # Another seed in each process and each call: otherwise the same settings are proposed again.
     numbers = numpy.random.SeedSequence([search.loaded.recipe.seed, job, trials])
     study.sampler = optuna.samplers.TPESampler(seed=int(numbers.generate_state(1)[0]))
     return study
 
 
 def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
-    """Accuracies of other images, or with other settings, say nothing about these."""
+    """Accuracies on other images, or with other settings, cannot be compared with these."""
     parts = [
         described_changes(saved.get(part, {}), present[part])
         for part in ("recipe", "ranges", "options")
@@ -346,16 +346,16 @@ def _trials(study: "optuna.Study") -> list[Any]:
 
 
 class Judge(Logger):
-    """Tells Optuna the accuracy of each epoch, and asks the run to stop where others are better."""
+    """Reports the accuracy of each epoch to Optuna, and stops the run where others are better."""
 
     def __init__(self, trial: "optuna.Trial") -> None:
-        """Of one trial."""
+        """Judge one trial."""
         self._trial, self.is_pruned = trial, False
         stored = trial.study._storage.get_trial(trial._trial_id)
         self._told = set(stored.intermediate_values)
 
     def epoch(self, report: EpochReport, plan: Plan, best: Best | None) -> None:
-        """Of the images that are evaluated after each epoch; a resumed one may be known."""
+        """Report the accuracy of an epoch, unless a run before the resume has done so."""
         if report.epoch not in self._told:
             self._trial.report(report.evaluation.accuracy, report.epoch)
         if not report.ends_training and self._trial.should_prune():
@@ -364,9 +364,9 @@ class Judge(Logger):
 
 
 def _make(search: Search, study: Any, trial: Any) -> bool:
-    """One trial from where it stands to its end; whether a signal stopped it before.
+    """Make or continue one trial; returns whether a signal stopped it before its end.
 
-    A combination that the recipe refuses, or that diverges, is a trial that failed.
+    Settings that the recipe refuses, or that diverge, make a failed trial.
     """
     states = import_optuna().trial.TrialState
     name, judge = search.run_name(trial.number), Judge(trial)
@@ -378,9 +378,9 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
         loaded = replace(search.loaded, recipe=override(search.loaded.recipe, words))
         result = train_loaded(loaded, options, ALONE, also=(judge,))
     except StoppedBeforeTrainingError:
-        raise  # it goes on
+        raise  # the trial can be continued
     except Exception as error:
-        study.tell(trial, state=states.FAIL)  # else the next command would make it again
+        study.tell(trial, state=states.FAIL)  # otherwise the next command would repeat it
         if not isinstance(error, TrainingError | UserError):
             raise
         sys.stderr.write(redacted(f"launcher: {name}: {error}\n"))
@@ -400,7 +400,7 @@ def _make(search: Search, study: Any, trial: Any) -> bool:
 
 
 def show(search: Search) -> None:
-    """A line for each trial, the best first; and what may be said of the best one."""
+    """Print a line for each trial, the best first, and how to measure the best one."""
     console = make_console()
     if not search.journal.is_file():
         console.print(f"no trial of {search.base} in {search.options.runs}", markup=False)
@@ -444,13 +444,13 @@ def _about_best(search: Search, rows: Sequence[tuple[Any, RunFiles]], images: st
     lines = [f"best of {len(ended)} that ended: {words}"]
     if images == "test":
         lines.append(
-            f"CHOSEN ON THE TEST IMAGES (--on-test): {best.best_accuracy:.2%} is no result, as it "
-            "is the best of what was looked at"
+            f"CHOSEN ON THE TEST IMAGES (--on-test): {best.best_accuracy:.2%} is biased: it "
+            "is the best of many on these very images"
         )
     elif (tested := best.test_accuracy("best")) is not None:
         lines.append(
             f"chosen by the validation images ({best.best_accuracy:.2%}, the best of many and so "
-            f"too high); the test images, which the search did not look at: {tested:.2%}"
+            f"too high); on the test images, which the search did not look at: {tested:.2%}"
         )
     exact = [*search.fixed, *(f"{name}={value}" for name, value in trial.params.items())]
     others = [word for word in exact if not word.removeprefix("--").startswith("seed=")]

@@ -1,11 +1,11 @@
-"""What a logger hears of a run; to add one, write a class and name it in `make_loggers`."""
+"""The events of a run that a logger is given; to add one, name its class in `make_loggers`."""
 
 from launcher.config.plan import Plan
 from launcher.training.metrics import Best, EpochReport, FinalReport, StepReport
 
 
 class Logger:
-    """Hears what a run measures, on rank 0; what it does not override, it does not want to know.
+    """Is given what a run measures, on rank 0. A subclass overrides the events that it needs.
 
     `name`, `mode` and `where` are its row in the header, and `notice` a line below it.
     """

@@ -1,4 +1,4 @@
-"""A model card, filled from what the run wrote down."""
+"""A model card, filled from the files of the run."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ probabilities are not calibrated by anything.
 def model_card(files: RunFiles, weights: str, proof: str) -> str:
     """The text of a README.md for the Hugging Face Hub, with its metadata in front.
 
-    `weights` are the best or the final ones. What is quoted is what the run wrote down of its test
+    `weights` are the best or the final ones. The card quotes what the run recorded of its test
     images, and never the accuracy of the proof, whose images may be others.
     """
     from huggingface_hub import EvalResult, ModelCardData
@@ -99,7 +99,7 @@ def model_card(files: RunFiles, weights: str, proof: str) -> str:
 
 
 def _tested(files: RunFiles, weights: str) -> dict[str, Any]:
-    """The figures of the test images by these weights; empty where there are none."""
+    """The metrics of these weights on the test images; empty where there are none."""
     if files.evaluated_on == "val":
         return files.tested.get("best" if weights == "best" else "last", {})
     kept = files.best if weights == "best" else files.last
@@ -112,6 +112,6 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that is neither a table's border nor a tag of HTML."""
+    """Escape text, so that it is neither a border of the table nor an HTML tag."""
     text = " ".join(str(value).split())
     return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,7 +1,7 @@
-"""`launcher compare A B ...`: what differs between runs, and whether their figures do.
+"""`launcher compare A B ...`: what differs between runs, and whether their accuracy does.
 
-Runs that differ in nothing but their seed are repeats of one experiment: they are one column of
-the figures, with mean and standard deviation.
+Runs that differ only in their seed are repeats of one experiment: they share one column, with mean
+and standard deviation.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from launcher.utils.text import count, printable
 
 _USAGE = "launcher compare RUN RUN [RUN ...] [--html FILE] [--json]"
 _OTHER_PAGE = "type --html comparison.html, for example"
-_OF_A_RUN = ("seed", "data.root")  # settings in which repeats of one experiment differ
+_OF_A_RUN = ("seed", "data.root")  # settings in which repeats of one experiment may differ
 _ALSO = {"last training loss": "train/loss", "images/s": "train/images_per_second"}
 _CURVES = {  # of a page: title, figure, and plotly's settings of its axis
     "Loss of the test images": ("test/loss", {"hoverformat": ".4f"}),
@@ -51,7 +51,7 @@ _CURVES = {  # of a page: title, figure, and plotly's settings of its axis
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one experiment, and its figures: a value for each run that has one."""
+    """Runs of one experiment, and its metrics: a value for each run that has one."""
 
     runs: tuple[RunFiles, ...]
     figures: Mapping[str, tuple[float, ...]]
@@ -71,7 +71,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether two experiments differ: a two-sided t-test of one of their figures.
+    """Whether two experiments differ: a two-sided t-test of one metric.
 
     `effect` is the difference in units of their pooled standard deviation (Cohen's d).
     """
@@ -90,12 +90,12 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(prog="launcher compare", usage=_USAGE, description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="a run folder, or the name of a run")
-    add("--runs", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help="of names")
+    add("--runs", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help="runs folder")
     add("--html", type=Path, metavar="FILE", help="write a page with the curves, for a browser")
     add("--json", action="store_true", help="for machines: one object")
     arguments = parser.parse_args(words)
     if len(arguments.runs) < 2:
-        parser.error("a comparison needs two runs at least")
+        parser.error("a comparison needs at least two runs")
     runs = [find(word, arguments.folder) for word in arguments.runs]
     if len({run.path.resolve() for run in runs}) < len(runs):
         parser.error("a run is named twice")
@@ -127,7 +127,7 @@ def environment(run: RunFiles) -> dict[str, Any]:
 
 
 def source_difference(first: RunFiles, second: RunFiles) -> list[str]:
-    """A unified diff of the recipe files; empty where they are equal."""
+    """The unified diff of the recipe files; empty where they are equal."""
     before, after = (run.source.splitlines() for run in (first, second))
     one, two = (str(run.path / "recipe.py") for run in (first, second))
     return list(difflib.unified_diff(before, after, one, two, lineterm="", n=2))
@@ -137,7 +137,7 @@ def source_difference(first: RunFiles, second: RunFiles) -> list[str]:
 
 
 def grouped(runs: Sequence[RunFiles]) -> list[Group]:
-    """Repeats of one experiment together, in the order of the first of each."""
+    """Group the repeats of each experiment, in the order of their first runs."""
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
         groups.setdefault(json.dumps(experiment(run), sort_keys=True), []).append(run)
@@ -145,9 +145,9 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def experiment(run: RunFiles) -> dict[str, Any]:
-    """Of a run what its repeats have as well: settings, recipe file, images, beginning and length.
+    """What all repeats of a run share: settings, recipe file, images, first weights and length.
 
-    A run that has not ended is like those alone that stand in the same epoch.
+    A run that has not ended is only like those that stand in the same epoch.
     """
     settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
     images = [run.about.get(name) for name in ("data_digest", "fallback")]
@@ -157,7 +157,7 @@ def experiment(run: RunFiles) -> dict[str, Any]:
 
 
 def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:
-    """A value of each run that has the figure, and of other runs nothing."""
+    """The metric's value of each run that has it."""
     found: dict[str, list[float]] = {}
     for run in runs:
         last = run.epochs[-1] if run.epochs else {}
@@ -170,10 +170,10 @@ def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:
 
 
 def compared(first: Group, second: Group) -> Comparison | None:
-    """Paired where both have the same seeds, else Welch's; None with less than two runs each.
+    """A paired test for the same seeds, else Welch's; None with less than two runs each.
 
-    Of the figure that was not chosen on its images; of the last epoch, where they have not the
-    same one.
+    The metric is the one that was not chosen on its own images or, where the two groups differ in
+    that, the one of the last epoch.
     """
     figures = {headline(group.runs[0]) for group in (first, second)}
     figure = figures.pop() if len(figures) == 1 else LAST
@@ -199,7 +199,7 @@ def compared(first: Group, second: Group) -> Comparison | None:
 
 
 def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]:
-    """All of it, for JSON."""
+    """The whole comparison, for JSON."""
     tests = [
         {"first": a.name, "second": b.name, **_in_json(test)}
         for a, b in pairwise(groups)
@@ -216,7 +216,7 @@ def as_dict(runs: Sequence[RunFiles], groups: Sequence[Group]) -> dict[str, Any]
 
 
 def _tables(runs: Sequence[RunFiles]) -> dict[str, dict[str, list[str]]]:
-    """Of settings and of the environment, what differs: a cell for each run."""
+    """What differs in settings and environment: a cell for each run."""
     values = {
         "settings": [flatten(run.config) for run in runs],
         "environment": [environment(run) for run in runs],
@@ -228,7 +228,7 @@ def _tables(runs: Sequence[RunFiles]) -> dict[str, dict[str, list[str]]]:
 
 
 def _differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Of the code; all runs of a group have the same."""
+    """The differences of the recipe files; all runs of a group have the same one."""
     first = groups[0].runs[0]
     differences = {g.name: source_difference(first, g.runs[0]) for g in groups[1:]}
     return {name: list(map(redacted, lines)) for name, lines in differences.items() if lines}
@@ -241,13 +241,13 @@ def _rows_of_figures(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _in_json(test: Comparison) -> dict[str, Any]:
-    """JSON has no infinity: of runs that are all equal."""
+    """JSON has no infinity, which a test of equal runs may give."""
     values = vars(test).items()
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values}
 
 
 def _sentences(groups: Sequence[Group]) -> list[str]:
-    """What the tests say of each two groups that stand beside each other."""
+    """The results of the tests of each two neighbouring groups, in words."""
     pairs = ((a, b, compared(a, b)) for a, b in pairwise(groups))
     return [sentence(first, second, test) for first, second, test in pairs if test]
 
@@ -270,7 +270,7 @@ def _show(runs: Sequence[RunFiles], groups: Sequence[Group]) -> None:
 
 
 def page_of(runs: Sequence[RunFiles], groups: Sequence[Group]) -> bytes:
-    """All of it for a browser, with the curves over each other."""
+    """The comparison as a page, with the curves of all runs in one chart."""
     charts = [
         {"title": title, "axis": axis, "lines": list(_lines(groups, key))}
         for title, (key, axis) in _CURVES.items()
@@ -294,7 +294,7 @@ def page_of(runs: Sequence[RunFiles], groups: Sequence[Group]) -> bytes:
 
 
 def _lines(groups: Sequence[Group], key: str) -> Iterator[dict[str, Any]]:
-    """A curve of each run that has values; runs of one group have one colour."""
+    """A curve for each run that has values; runs of one group have one colour."""
     for place, group in enumerate(groups):
         for run in group.runs:
             values = [number(row.get(key)) for row in run.epochs]
@@ -327,7 +327,7 @@ def _mean(values: Sequence[float], name: str) -> str:
 
 
 def sentence(first: Group, second: Group, test: Comparison) -> str:
-    """What a test says, in words."""
+    """The result of a test, in words."""
     differ = "differ" if test.p < 0.05 else "do not differ for certain"
     n = " and ".join(str(len(group.figures[test.figure])) for group in (first, second))
     return (

@@ -1,9 +1,8 @@
 """`launcher export RUN --to FORM FOLDER`: the trained network as a file that runs elsewhere.
 
-An export proves itself: the evaluated images go through the exported form once more, and its
-scores are compared with those of the run's own network, and its answers with those that the run
-wrote down.
-Otherwise it is refused, and nothing is left behind.
+Each export is tested: the evaluated images go through the exported form, and its scores are
+compared with those of the run's network, and its answers with those that the run recorded.
+Where they differ, the export is refused, and nothing is left behind.
 """
 
 import io
@@ -36,21 +35,21 @@ from launcher.utils.arguments import Parser, refuse_no_folder
 from launcher.utils.text import count, sizes
 
 FORMS = ("torch", "onnx", "safetensors", "hub")
-_OF_WEIGHTS = ("safetensors", "hub")  # with the recipe that builds the network
-# Of a score, relative to the largest one: float32 is summed in another order by other programs.
+_OF_WEIGHTS = ("safetensors", "hub")  # forms that need the recipe to build the network
+# Largest difference of a score, relative to the largest score: other programs sum in other orders.
 TOLERANCE = 1e-4
-# Of the probability that a run wrote down: exactly so in fp32, rounded in half precision.
+# Largest difference of a recorded probability: for runs in fp32, and in half precision.
 RECORDED, RECORDED_HALF = 1e-3, 0.1
 BATCH = 200
 _USAGE = (
     "launcher export RUN --to torch|onnx|safetensors|hub FOLDER [--from-pixels] [--push OWNER/NAME]"
 )
 
-Answer = Callable[[Tensor], Tensor]  # what the exported form makes of a batch
+Answer = Callable[[Tensor], Tensor]  # the exported form: a batch -> scores or probabilities
 
 
 class Deployed(nn.Module):
-    """The network in evaluation mode; with `from_pixels`, normalization before and softmax behind.
+    """The network in evaluation mode; with `from_pixels`, also normalization and a softmax.
 
     So it takes normalized images `(n, c, h, w)` and returns scores, or uint8 ones and returns
     probabilities.
@@ -77,7 +76,7 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared: of so many evaluated images, the largest gap of an output.
+    """What was compared: the number of evaluated images, and the largest difference of an output.
 
     `probabilities` `(images,)` are those that the trained network gives the true classes.
     """
@@ -86,7 +85,7 @@ class Proof:
     gap: float
     accuracy: float
     probabilities: NDArray[Any]
-    whole: bool = True  # all images that the run evaluated, and not those that it kept
+    whole: bool = True  # all images that the run evaluated, not only the pictures that it kept
     kind: str = "test"  # or validation
 
     def agreement(self) -> str:
@@ -100,7 +99,7 @@ class Proof:
         )
 
     def sentence(self) -> str:
-        """For the terminal; on a card, it would be taken for the accuracy of test images."""
+        """In words, for the terminal; a model card quotes the run's own accuracy instead."""
         return f"{self.agreement()}; accuracy {self.accuracy:.2%}"
 
 
@@ -113,7 +112,7 @@ def main(words: Sequence[str]) -> int:
     add("--to", choices=FORMS, default="torch", help="default: torch (torch.export)")
     add("--from-pixels", action="store_true", help="uint8 pictures in, probabilities out")
     add("--weights", choices=("best", "final"), default="best", help="default: best")
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs of names are")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs")
     add("--data", metavar="ROOT", help="where the images are, if no longer in data.root")
     pushes = "upload a proved folder of --to hub, to a private repository if it is a new one"
     add("--push", metavar="OWNER/NAME", help=pushes)
@@ -124,7 +123,7 @@ def main(words: Sequence[str]) -> int:
         parser.error(f"--from-pixels goes with --to torch or onnx, not with {arguments.to}")
     if arguments.push is not None:
         if arguments.to != "hub":
-            parser.error("--push goes with --to hub")
+            parser.error("--push needs --to hub")
         refuse_unready(arguments.push)
     _refuse_taken(arguments.folder)
     files = find(arguments.run, arguments.runs)
@@ -167,7 +166,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def proved(recipe: Recipe, weights: Path, test: ImageSet, folder: Path) -> str:
-    """Export a recipe's network with these weights as torch does it; returns how near it is.
+    """Export a recipe's network with these weights by torch.export; returns the agreement in words.
 
     Raises `NotExportableError` where it cannot be exported, and `UserError` where its outputs are
     others.
@@ -191,7 +190,7 @@ def _refuse_taken(folder: Path) -> None:
 
 
 def evaluated_images(files: RunFiles, run: TrainedRun, root: str | None) -> tuple[ImageSet, bool]:
-    """The images that the run evaluated, and True; else those that it kept, and False.
+    """The images that the run evaluated, and True; else the pictures that it kept, and False.
 
     Raises `UserError` where there are neither.
     """
@@ -220,7 +219,7 @@ def evaluated_images(files: RunFiles, run: TrainedRun, root: str | None) -> tupl
 def write(
     run: TrainedRun, facts: dict[str, Any], form: str, folder: Path, *, from_pixels: bool
 ) -> Answer:
-    """Write one form, `facts` beside it; returns what reads it back and answers by it.
+    """Write one form and its `facts`; returns a function that reads it back and computes with it.
 
     Raises `NotExportableError` where the network cannot be exported, and `UserError` where what is
     needed is not installed.
@@ -303,7 +302,7 @@ def _write_weights(run: TrainedRun, facts: dict[str, Any], folder: Path) -> Answ
 def about(
     run: TrainedRun, config: Mapping[str, Any], versions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What somebody needs to use the network: its classes, its input, where it comes from."""
+    """What a user of the network needs: its classes, its input, its origin."""
     height, width, channels = run.image_shape
     return {
         "classes": list(run.classes),
@@ -354,9 +353,9 @@ def prove(run: TrainedRun, answer: Answer, images: ImageSet, *, from_pixels: boo
 
 
 def refuse_other_answers(proof: Proof, recorded: NDArray[Any], files: RunFiles) -> None:
-    """Raise `UserError` where the network does not say what the run wrote down of each image.
+    """Raise `UserError` where the network's answers are not those that the run recorded.
 
-    So weights that were changed since, or another recipe file, are found.
+    This finds weights that were changed since, and other recipe files.
     """
     if len(recorded) != proof.images:
         return

@@ -1,6 +1,6 @@
-"""What a report shows of the test images, as numbers: the matrix, calibration, the first filters.
+"""The numbers of a report: confusion matrix, calibration, the first filters.
 
-What others may have written is taken only where it fits together; numpy does it without torch.
+Files may have been changed by others, so only consistent values are used. No torch is needed.
 """
 
 import math
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.checkpoint.outcomes import Cells, Outcomes, class_accuracies, images_of_classes
 
-MATRIX_CLASSES = 2000  # more than that are no picture: their largest confusions are a list
+MATRIX_CLASSES = 2000  # with more, a list of the largest confusions replaces the picture
 MOST_CONFUSIONS = 10
 MOST_ROWS = 1000  # classes in the list of accuracies
 BINS = 15  # of the reliability diagram
@@ -25,7 +25,7 @@ MOST_FILTERS = 128
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose probability lies between two values: how many, its mean, how many were right."""
+    """Images whose probability lies in an interval: their number, its mean, how many were right."""
 
     images: int
     probability: float
@@ -57,7 +57,7 @@ class Filters:
 
 
 def first_filters(path: Path, channels: int | None) -> Filters | None:
-    """Of the first weight of a convolution of `channels` (else 1 or 3) in a file of weights.
+    """The filters of the first convolution on `channels` (else 1 or 3) in a file of weights.
 
     None where there is no such weight or the file cannot be read.
     """
@@ -77,7 +77,7 @@ def first_filters(path: Path, channels: int | None) -> Filters | None:
             if not named:
                 return None
             weight = file.get_tensor(named[0])[:MOST_FILTERS].astype(numpy.float32)
-    except (OSError, ValueError, TypeError, SafetensorError):  # a type that numpy has not, too
+    except (OSError, ValueError, TypeError, SafetensorError):  # or a type that numpy lacks
         return None
     weight = numpy.nan_to_num(weight, posinf=0.0, neginf=0.0).transpose(0, 2, 3, 1)
     low = weight.min(axis=(1, 2, 3), keepdims=True)
@@ -96,7 +96,7 @@ class ClassRow:
 
 
 def class_rows(cells: Cells, classes: Sequence[str]) -> list[ClassRow]:
-    """The accuracy of each class; of very many, the lowest."""
+    """The accuracy of each class; with very many classes, only the lowest."""
     if not cells:
         return []
     known = class_accuracies(cells)
@@ -122,7 +122,7 @@ def largest_confusions(cells: Cells, classes: Sequence[str]) -> list[dict[str, s
 
 
 def number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else, which JSON may have in its place."""
+    """A finite number as a float; None for any other value from JSON."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

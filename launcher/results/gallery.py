@@ -1,4 +1,4 @@
-"""The page of `launcher predict --html`: pictures, and what a run says of them."""
+"""The page of `launcher predict --html`: pictures, and the classes that a run predicts."""
 
 import heapq
 from collections import Counter
@@ -24,9 +24,9 @@ MOST = 250  # pictures of mistakes, and of others, that a page shows
 
 
 class Gallery:
-    """Takes each prediction, and keeps those that a page shows.
+    """Takes each prediction, and keeps those that the page shows.
 
-    These are the surest mistakes, and of all others those that are the least sure.
+    These are the most certain mistakes, and the least certain of all others.
     """
 
     def __init__(self, files: RunFiles, run: TrainedRun) -> None:
@@ -41,7 +41,7 @@ class Gallery:
         self._seen = 0
 
     def row(self, prediction: Prediction) -> None:
-        """Keep it, unless others are worth more."""
+        """Keep it if it ranks high enough."""
         self._seen += 1
         self._answers[prediction.classes[0]] += 1
         share = prediction.probabilities[0]
@@ -76,33 +76,33 @@ class Gallery:
 
     @cached_property
     def mistakes(self) -> list[Prediction]:
-        """Those that are kept, the surest first."""
+        """The mistakes that are kept, the most certain first."""
         return [entry[2] for entry in sorted(self._mistakes, reverse=True)]
 
     @cached_property
     def others(self) -> list[Prediction]:
-        """Right ones and those whose class nobody knows, the least sure first."""
+        """Right answers and those of unknown truth, the least certain first."""
         return [entry[2] for entry in sorted(self._others, reverse=True)]
 
     @property
     def shown(self) -> list[Prediction]:
-        """All that are kept, as they lie in the sheet."""
+        """All predictions that are kept, in the order of the sheet."""
         return [*self.mistakes, *self.others]
 
     @property
     def answers(self) -> list[ClassRow]:
-        """How often each class was the answer, the most frequent first."""
+        """How often each class was predicted, the most frequent first."""
         rows = self._answers.most_common(figures.MOST_ROWS)
         return [ClassRow(name, n / self._seen, n) for name, n in rows]
 
     def cells(self, summary: Summary) -> list[tuple[int, int, int]]:
-        """Of the confusion matrix."""
+        """The cells of the confusion matrix."""
         numbers = self._numbers
         return [(numbers[t], numbers[found], n) for (t, found), n in summary.confusion.items()]
 
     @cached_property
     def sheet(self) -> Sheet | None:
-        """The pictures that are shown, cut as the network takes them."""
+        """The pictures that are shown, cropped as for the network."""
         if not self.shown:
             return None
         scale = SHOWN / max(self._size)

@@ -19,20 +19,20 @@ from launcher.errors import UserError
 from launcher.results.export import evaluated_images
 from launcher.results.load import TrainedRun, load_run
 
-STRONGEST = 0.75  # share of the colour where the map is highest
+STRONGEST = 0.75  # opacity of the colour where the map is highest
 COLOUR = (255.0, 70.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Pictures under the maps of the layer that is named, in the order of the worst mistakes."""
+    """Pictures overlaid with the maps of one layer, in the order of the worst mistakes."""
 
     layer: str
     pictures: NDArray[Any]  # uint8 (k, h, w, 3)
 
 
 def of_mistakes(files: RunFiles) -> Looks | None:
-    """For the class that each of the worst mistakes was taken for; None where there are none.
+    """Grad-CAM of each of the worst mistakes, for its predicted class; None where there are none.
 
     Raises `UserError` for a network without a convolution, or one that is not there.
     """
@@ -48,8 +48,8 @@ def of_mistakes(files: RunFiles) -> Looks | None:
 
 
 def looked_at(network: nn.Module, images: Tensor, classes: Tensor) -> tuple[str, Tensor]:
-    """Of the last convolution to run whose output has several pixels: its name, and maps from 0
-    to 1 `(n, h, w)` of what speaks for these classes.
+    """The name of the last convolution whose output has several pixels, and its maps from 0
+    to 1 `(n, h, w)` for these classes.
     """
     outputs: list[tuple[str, Tensor]] = []
 
@@ -70,7 +70,7 @@ def looked_at(network: nn.Module, images: Tensor, classes: Tensor) -> tuple[str,
             if not found:
                 raise UserError(
                     f"--gradcam of {type(network).__name__}",
-                    expected="a network with a convolution of several pixels",
+                    expected="a network with a convolution whose output has several pixels",
                     instead="leave out --gradcam",
                 )
             name, output = found[-1]
@@ -95,7 +95,7 @@ def overlaid(pixels: NDArray[Any], maps: NDArray[Any]) -> NDArray[Any]:
 
 
 def _pixels(files: RunFiles, run: TrainedRun, best: Outcomes, places: NDArray[Any]) -> Tensor:
-    """As the network takes them: those that the run kept, unless they were made smaller."""
+    """Pictures in the network's size: those that the run kept, unless they were scaled down."""
     kept = {place: number for number, place in enumerate(best.pictured.tolist())}
     if best.pictures.shape[1:] == run.image_shape and all(p in kept for p in places.tolist()):
         return torch.from_numpy(best.pictures[[kept[place] for place in places.tolist()]])

@@ -1,4 +1,4 @@
-"""What all pages have in common: how one is made of its template, and where it may be written."""
+"""What all pages have in common: rendering from a template, and where a page may be written."""
 
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from launcher.errors import UserError
 from launcher.utils import atomic_write
 
 SCRIPT = "plotly.min.js"
-GENERATOR = "launcher report"  # how a page says that it may be replaced
+GENERATOR = "launcher report"  # marks pages that may be replaced
 _TEMPLATES = Path(__file__).parent / "templates"
 _OWN_TEXTS = {"style": "report.css", "program": "report.js"}
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page of text that Jinja2 escapes, and of the launcher's own style and script."""
+    """Render a template; Jinja2 escapes all text, except the launcher's own style and script."""
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"percent": percent}
@@ -31,7 +31,7 @@ def render(template: str, **values: Any) -> bytes:
 
 
 def percent(share: float | None) -> str:
-    """`61.5 %` on one line; a share just below one is not said to be one."""
+    """`61.5 %` with a no-break space; a share just below 1 is not rounded to 100 %."""
     if share is None or share != share:
         return "unknown"
     if 0.9995 <= share < 1:
@@ -43,7 +43,7 @@ def percent(share: float | None) -> str:
 
 
 def write(path: Path, content: bytes, *, instead: str) -> None:
-    """Raises `UserError` where that is not possible, or the place is not the launcher's."""
+    """Write a page; raises `UserError` where it cannot, or where it would replace another file."""
     refuse_taken(path, instead=instead)
     try:
         atomic_write.replace(path, content, is_kept=False)
@@ -52,21 +52,21 @@ def write(path: Path, content: bytes, *, instead: str) -> None:
 
 
 def refuse_taken(path: Path, *, instead: str) -> None:
-    """Raise `UserError` where a page would replace something that is not one."""
+    """Raise `UserError` where a page would replace something else."""
     try:
         is_free = not path.parent.is_symlink() and _is_own(path)
     except OSError as error:
         raise _unwritable(path, error, instead) from None
     if not is_free:
         raise UserError(
-            f"{path}, which is not a page of launcher report, or behind a link",
-            expected="a place that is free, or has an earlier report",
+            f"{path}, which is not a page of launcher report, or lies behind a link",
+            expected="a path that does not exist yet, or an earlier report",
             instead=instead,
         )
 
 
 def write_script(folder: Path, *, instead: str) -> None:
-    """Plotly's own, beside the pages that use it."""
+    """Write Plotly's script beside the pages that use it."""
     from plotly.offline import get_plotlyjs
 
     script, path = get_plotlyjs().encode(), folder / SCRIPT
@@ -86,7 +86,7 @@ def _unwritable(path: Path, error: OSError, instead: str) -> UserError:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether nothing of others would be lost."""
+    """Whether the path is free or holds a page of the launcher."""
     if not path.exists():
         return True
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""An export on the Hugging Face Hub: only where somebody has typed so and is logged in."""
+"""An export on the Hugging Face Hub, on request and with a login only."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ def refuse_unready(repository: str) -> None:
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(
             f"--push {repository[:60]}",
-            expected="whose repository there, and its name",
+            expected="the owner of a repository and its name",
             instead="type --push OWNER/NAME",
         )
 
@@ -31,7 +31,7 @@ def refuse_unready(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Upload a folder in one commit; returns its address.
 
-    A new repository is private: to show it to others is another decision. Raises `UserError` where
+    A new repository is private; publishing it is left to the user. Raises `UserError` where
     the Hub does not take it; the folder is still there.
     """
     from huggingface_hub import HfApi, get_token

@@ -1,4 +1,4 @@
-"""A finished run as a model to use: its network with its weights, its classes, its input."""
+"""A finished run as a model: its network with its weights, its classes, its input."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from launcher.utils import json_text
 from launcher.utils.json_text import flatten
 
 Picture = str | Path | Image.Image | Tensor
-# The settings of the network, and those by which the images are found again that were evaluated.
+# Settings of the network, and those that are needed to find the evaluated images again.
 _OF_THE_MODEL = ("model", "data", "seed")
 
 
@@ -43,7 +43,7 @@ class TrainedRun:
     image_shape: tuple[int, int, int]  # height, width, channels
 
     def prepare(self, pictures: Picture | list[Picture] | tuple[Picture, ...]) -> Tensor:
-        """What the model takes: pictures to normalized images `(n, c, h, w)`.
+        """From pictures to the model's input: normalized images `(n, c, h, w)`.
 
         A picture is a path, a PIL image, or a uint8 tensor `(c, h, w)`. Paths and PIL images are
         scaled and cropped as the run's own were. Raises `UserError` for tensors of another shape,
@@ -57,7 +57,7 @@ class TrainedRun:
         return self.normalize(torch.stack([self.pixels(picture) for picture in several]))
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 `(n, h, w, c)` to what the model takes, on its device."""
+        """From uint8 `(n, h, w, c)` to the model's input, on its device."""
         like, shape = first_parameter(self.model), torch.Size(self.image_shape)
         return Normalize(self.recipe.data, shape, like, contiguous=True)(pixels.to(like.device))
 
@@ -129,7 +129,7 @@ def run_of(recipe: Recipe, weights: Path, images: ImageSet) -> TrainedRun:
 
 
 def blank_images(shape: tuple[int, int, int], classes: tuple[str, ...]) -> ImageSet:
-    """One black image, which says what shape there is."""
+    """One black image of the run's shape."""
     return ImageSet(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1).long(), classes)
 
 
@@ -143,11 +143,11 @@ def _recipe_of(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) 
             instead="write load_run(FOLDER, recipe=THE_RECIPE)",
         )
     loaded = _loaded(source, Path(str(about.get("recipe_folder") or path)))
-    # Of the training alone, and refused of a run that had no validation images.
+    # Only for training, and refused without validation images.
     recipe = replace(loaded.recipe, patience=None)
     before, now = (_typed(own) for own in (config, json.loads(json.dumps(loaded.config))))
     names = {part.name for part in walk(recipe)}
-    # Whatever differs was typed once, and so it can be typed again; other values need not be so.
+    # Values that differ from the recipe were typed, so they can be parsed; others need not be.
     changed = {n: word for n, word in before.items() if n in names and word != now.get(n)}
     return override(
         recipe,
@@ -155,13 +155,13 @@ def _recipe_of(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) 
             f"{name}={word}"
             for name, word in changed.items()
             if name.partition(".")[0] in _OF_THE_MODEL
-            and " at 0x" not in word  # an address, by which each process writes another text
+            and " at 0x" not in word  # an address in memory, different in each process
         ],
     )
 
 
 def _loaded(source: Path, folder: Path) -> LoadedRecipe:
-    """The recipe of a run, whose neighbours were not copied from the folder where it was."""
+    """Load the recipe of a run; the modules beside it are still in its original folder."""
     try:
         return loader.load(source, folder if folder.is_dir() else None)
     except UserError as error:
@@ -177,7 +177,7 @@ def _loaded(source: Path, folder: Path) -> LoadedRecipe:
 
 
 def _typed(config: Any) -> dict[str, str]:
-    """The values of a config as they are typed, under the names by which they are."""
+    """The values of a config as on the command line, by name."""
     return {name: _as_word(value) for name, value in flatten(_by_name(config)).items()}
 
 
@@ -192,7 +192,7 @@ def _by_name(value: Any) -> Any:
 
 
 def _as_word(value: Any) -> str:
-    is_dict = isinstance(value, str) and value.startswith("{")  # which is written down as its text
+    is_dict = isinstance(value, str) and value.startswith("{")  # a dict is recorded as text
     return value if is_dict else repr(value)
 
 
@@ -214,7 +214,7 @@ def _weights_of(path: Path, which: str) -> Path:
 
 
 def _read(path: Path, **parts: Any) -> dict[str, Any]:
-    """What a JSON file says, which has at least these parts of these types."""
+    """Read a JSON file that has at least these keys with values of these types."""
     try:
         content = json_text.read(path)
         for name, annotation in parts.items():

@@ -1,4 +1,4 @@
-"""The page of one run: what its folder says, arranged for the templates.
+"""The page of one run: the content of its folder, arranged for the templates.
 
 Everything that is shown is text to Jinja2, which escapes it; what a script reads is JSON whose
 `<`, `>` and `&` are escaped as well, so no name ends the element it stands in.
@@ -25,7 +25,7 @@ from launcher.utils.text import count, duration, of_uncertain, some, spread
 if TYPE_CHECKING:  # torch
     from launcher.results.gradcam import Looks
 
-MOST_EPOCHS = 100  # through which the slider of the samples goes
+MOST_EPOCHS = 100  # positions of the slider of the samples
 FILTER_PIXELS = 48
 _CURVES = {
     "train_loss": "train/loss",
@@ -44,7 +44,7 @@ _NOT_FACTS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """One test image and what the network said; `picture` is its place in the sheet, if kept."""
+    """One test image and its prediction; `picture` is its place in the sheet, if kept."""
 
     name: str
     truth: str
@@ -57,15 +57,15 @@ class Answer:
 
 
 class Page:
-    """Of one run, read once."""
+    """The page of one run; each file is read once."""
 
     def __init__(self, run: RunFiles, looks: "Looks | None" = None) -> None:
-        """Nothing is read yet; `looks` are where the network looked, if that is known."""
+        """Nothing is read yet; `looks` are the Grad-CAM maps, if there are some."""
         self.run, self.looks = run, looks
 
     @property
     def notes(self) -> list[str]:
-        """What is missing, and why, as far as that can be told."""
+        """What is missing, and why, as far as that is known."""
         run, notes = self.run, []
         if not run.about:
             notes.append("run.json cannot be read: what was trained, and on what, is unknown.")
@@ -89,7 +89,7 @@ class Page:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What it is, in words; `run.json` has them in a good order."""
+        """The facts of the run, in the order of `run.json`."""
         run, about = self.run, self.run.about
         facts = {"run": run.name, "recipe": str(about.get("recipe", run.recipe))}
         facts |= {
@@ -115,12 +115,12 @@ class Page:
 
     @property
     def warning(self) -> str:
-        """That other images than the recipe's were used."""
+        """A line where other images than the recipe's were used."""
         return redacted(str(self.run.about.get("fallback", "")))
 
     @property
     def outcomes(self) -> Outcomes | None:
-        """Whose mistakes, pictures and calibration are shown."""
+        """The outcomes of the epoch whose mistakes, pictures and calibration are shown."""
         return self.run.outcomes
 
     @cached_property
@@ -132,7 +132,7 @@ class Page:
 
     @property
     def best_row(self) -> dict[str, Any] | None:
-        """The figures of the epoch whose outcomes are shown, or of the best one."""
+        """The metrics of the epoch whose outcomes are shown, or of the best one."""
         rows = self.run.epochs
         if self.outcomes is not None:
             for row in rows:
@@ -154,7 +154,7 @@ class Page:
 
     @property
     def confusions(self) -> list[dict[str, str]]:
-        """The largest, as words."""
+        """The largest confusions, in words."""
         return figures.largest_confusions(self.cells, self.classes)
 
     @property
@@ -226,7 +226,7 @@ class Page:
 
     @cached_property
     def samples(self) -> dict[str, Any]:
-        """What was said of the fixed test images in each epoch, thousandths for probabilities."""
+        """The predictions for the fixed test images in each epoch; probabilities in thousandths."""
         indices = self.run.about.get("samples")
         places = [n for n in indices if isinstance(n, int)] if isinstance(indices, list) else []
         rows = {row["epoch"]: row["samples"] for row in self.run.details if _has_samples(row)}
@@ -245,7 +245,7 @@ class Page:
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """What the charts are drawn from; no value in it is NaN, which JSON has not."""
+        """The data of the charts, without NaN, which JSON does not have."""
         curves = {
             name: [number(row.get(key.format(self.run.evaluated_on))) for row in self.run.epochs]
             for name, key in _CURVES.items()
@@ -279,14 +279,14 @@ class Page:
 
     @property
     def shown_epoch(self) -> int | None:
-        """Whose answers are shown."""
+        """The epoch whose answers are shown."""
         if self.outcomes is not None:
             return self.outcomes.epoch
         return self.best_row["epoch"] if self.best_row else None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All, under dotted names."""
+        """All settings under dotted names."""
         settings: dict[str, Any] = cleaned(flatten(self.run.config)) if self.run.config else {}
         return settings
 
@@ -301,14 +301,14 @@ class Page:
 
     @property
     def calibration_error(self) -> float | None:
-        """Of the epoch whose answers are shown."""
+        """The expected calibration error of the epoch whose answers are shown."""
         return self._reliability[1]
 
 
 def render(
     run: RunFiles, script: str, reload_seconds: int = 0, looks: "Looks | None" = None
 ) -> bytes:
-    """The page; `script` is where plotly's is, seen from it. It reloads itself where asked to."""
+    """Render the page; `script` is the relative path of plotly's. 0 seconds: no reload."""
     page = Page(run, looks)
     return html.render(
         "report.html",
@@ -343,7 +343,7 @@ def _has_samples(row: Mapping[str, Any]) -> bool:
 
 
 def _scores(scores: list[Any]) -> list[list[int]]:
-    """The best classes of an image, in thousandths; what is no class and share is left out."""
+    """The best classes of an image, in thousandths; invalid entries are left out."""
     pairs = (pair for pair in scores if isinstance(pair, list) and len(pair) == 2)
     return [
         [place, round(1000 * share)]

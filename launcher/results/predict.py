@@ -1,6 +1,6 @@
-"""`launcher predict RUN PICTURE ...`: what a trained run says of pictures that it has not seen.
+"""`launcher predict RUN PICTURE ...`: the classes that a trained run predicts for other pictures.
 
-A row is written as soon as it is known.
+Each row is written as soon as it is known.
 """
 
 import csv
@@ -43,11 +43,11 @@ def main(words: Sequence[str]) -> int:
     add = parser.add_argument
     add("run", nargs="?", help="a run folder, or the name of a run")
     add("pictures", nargs="*", metavar="PICTURE", help="files, folders, or patterns in quotes")
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs of names are")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs")
     add("--weights", choices=("best", "final"), default="best", help="default: best")
     add("--csv", type=Path, metavar="FILE", help="write a row for each picture")
     add("--html", type=Path, metavar="FILE", help="write a page with pictures, for a browser")
-    add("--json", action="store_true", help="for machines: an object for each picture, a line each")
+    add("--json", action="store_true", help="print a JSON object for each picture, one a line")
     arguments = parser.parse_intermixed_args(words)
     if arguments.run is None or not arguments.pictures:
         parser.error("no run or no picture is named")
@@ -137,7 +137,7 @@ class _JsonLines:
 
 
 class _Lines:
-    """A line for each, and the first pictures where the terminal can show them."""
+    """Prints a line for each picture, and the first pictures where the terminal can show them."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -171,7 +171,7 @@ class _Csv:
 
 
 def _progress(pictures: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Nothing is shown where the rows go to a terminal."""
+    """A progress bar, except where the rows go to the terminal."""
     if sys.stdout.isatty():
         return nullcontext(lambda more: None)
     return terminal.progress("predicting", pictures, "picture")

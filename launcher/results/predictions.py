@@ -1,7 +1,7 @@
-"""What a trained run says of pictures that it has not seen, in any number.
+"""The predictions of a trained run for any number of other pictures.
 
-Pictures are read in threads and go through the network in batches; each is known before the next
-batch begins, so that a hundred thousand take no more memory than a hundred.
+Pictures are read in threads and go through the network in batches. Each batch is done before the
+next one begins, so a hundred thousand pictures take no more memory than a hundred.
 """
 
 import glob
@@ -25,14 +25,14 @@ from launcher.utils.text import count, printable
 
 BATCH = 128  # pictures
 TOP = 5
-# Of files in folders; what is named is tried whatever it is called.
+# Suffixes of pictures in folders; files that are named themselves may have any.
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".tga")
 MOST_NAMED = 100  # broken files that a page lists
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one picture: its best classes with their probabilities, the best first."""
+    """The best classes of one picture with their probabilities, the best first."""
 
     file: Path
     classes: tuple[str, ...]
@@ -42,7 +42,7 @@ class Prediction:
 
     @property
     def is_mistake(self) -> bool:
-        """Whether its class is known to be another one."""
+        """Whether the true class is known, and another one."""
         return self.truth is not None and self.truth != self.classes[0]
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Prediction:
 
 @dataclass
 class Summary:
-    """What there is to say when all pictures have been seen."""
+    """Counts over all pictures."""
 
     seen: int = 0
     broken: int = 0
@@ -72,7 +72,7 @@ class Summary:
             self.confusion[cell] = self.confusion.get(cell, 0) + 1
 
     def add_broken(self, path: Path, line: str) -> None:
-        """Count one that cannot be read, and say the line about it."""
+        """Count a picture that cannot be read, and write the line to stderr."""
         self.broken += 1
         if len(self.named) < MOST_NAMED:
             self.named.append(str(path))
@@ -80,12 +80,12 @@ class Summary:
 
     @property
     def known(self) -> int:
-        """How many pictures' classes are known."""
+        """How many pictures have a known class."""
         return sum(self.confusion.values())
 
     @property
     def right(self) -> int:
-        """... and recognized."""
+        """How many of these were predicted correctly."""
         return sum(n for (truth, found), n in self.confusion.items() if truth == found)
 
     def lines(self) -> Iterator[str]:
@@ -94,7 +94,7 @@ class Summary:
         yield f"{count(self.seen, 'picture')}{broken}"
         if self.known:
             share = f"{self.right / self.known:.2%}"
-            yield f"accuracy {share} of {self.known:,} whose folder is a class"
+            yield f"accuracy {share} of {self.known:,} in a folder with the name of a class"
             mistakes = [(n, *cell) for cell, n in self.confusion.items() if cell[0] != cell[1]]
             for number, truth, found in sorted(mistakes, reverse=True)[:3]:
                 yield f"  {truth} taken for {found}: {number:,}"
@@ -141,14 +141,14 @@ def _ending(file: str) -> str:
 def predictions(
     run: TrainedRun, files: Sequence[tuple[str, bool]], summary: Summary
 ) -> Iterator[Prediction]:
-    """One for each picture that can be read, in their order; others are named on stderr.
+    """A prediction for each picture that can be read, in order; others are named on stderr.
 
     Raises `UserError` for scores that are no numbers.
     """
     rest = iter(files)
 
     def read(path: Path) -> Tensor:
-        if not path.is_file():  # to read a pipe might be to wait for ever
+        if not path.is_file():  # reading a pipe might wait for ever
             raise not_a_picture(path, "it is no file")
         return run.pixels(path)
 
@@ -184,7 +184,7 @@ def _of_batch(
     if not (is_finite := shares.isfinite().all(1)).all():
         path, _ = files[is_finite.tolist().index(False)]
         raise UserError(
-            f"{path}, of which the run's network says nothing (its scores are not finite)",
+            f"{path}, for which the network's scores are not finite",
             expected="weights of a training whose loss was finite",
             instead="see where it went wrong: launcher report RUN",
         )

@@ -1,4 +1,4 @@
-"""The figures of a run under the names by which they are quoted, which say how they were chosen."""
+"""The metrics of a run under names that say how the epoch was chosen."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ VALIDATION = "validation accuracy, best epoch"
 
 
 def quoted(run: RunFiles) -> dict[str, float]:
-    """What it reached; absent is what it has not measured, such as test images before its end."""
+    """The metrics that the run has measured; test images, for example, only at its end."""
     figures, with_tta = {}, LAST_TTA + of_uncertain(run.uncertain)
     if run.evaluated_on == "val":
         figures[VALIDATION] = run.best_accuracy
@@ -28,7 +28,7 @@ def quoted(run: RunFiles) -> dict[str, float]:
 
 
 def headline(run: RunFiles) -> str:
-    """The figure that was not chosen by looking at the images that it is of."""
+    """The metric whose epoch was not chosen on the same images."""
     return BY_VALIDATION if run.evaluated_on == "val" else LAST
 
 

@@ -1,6 +1,6 @@
 """`launcher report RUN ...`: a page of each run, for a browser, from the run folder alone.
 
-A page asks nothing of any other machine. Beside it lies plotly's script, which draws the curves.
+A page loads nothing from the network: plotly's script, which draws the curves, lies beside it.
 """
 
 import sys
@@ -22,7 +22,7 @@ from launcher.utils.text import printable
 if TYPE_CHECKING:
     from launcher.results.gradcam import Looks
 
-SECONDS = 5  # between two looks of --watch
+SECONDS = 5  # between two checks of --watch
 _USAGE = "launcher report RUN [RUN ...] [--output DIR] [--open] [--watch] [--gradcam]"
 _INSTEAD = "type --output FOLDER"
 _State = tuple[object, ...]
@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(prog="launcher report", usage=_USAGE, description=__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="RUN", help="a run folder, or the name of a run")
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs of names are")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs")
     add("--output", type=Path, metavar="DIR", help="where to write; default: report/ in the run")
     add("--open", action="store_true", help="show it in the browser")
     watches = "write it again whenever there is something new, until the run has ended"
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     if not arguments.names:
         parser.error("no run is named")
     if arguments.gradcam and arguments.watch:
-        parser.error("--gradcam goes without --watch")
+        parser.error("--gradcam cannot be combined with --watch")
     runs = [find(name, arguments.runs) for name in arguments.names]
     pages = places(runs, arguments.output)
     before = [_state(run) for run in runs]  # an epoch may end while the pages are written
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.watch:
         try:
             _watch(runs, pages, arguments.output, before)
-        except KeyboardInterrupt:  # it is how one ends it
+        except KeyboardInterrupt:  # the usual way to end it
             return 0
     return 0
 
@@ -129,7 +129,7 @@ def _watch(
 
 
 def _state(run: RunFiles) -> _State:
-    """What differs after an epoch, and after the end."""
+    """A value that changes after each epoch, and at the end."""
     stats = []
     for name in _WATCHED:
         try:

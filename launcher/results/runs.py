@@ -1,4 +1,4 @@
-"""`launcher runs`: a line for each run of a folder, with its state and its best figure."""
+"""`launcher runs`: a line for each run of a folder, with its state and its best accuracy."""
 
 import fnmatch
 import json
@@ -25,7 +25,7 @@ _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
 
 @dataclass(frozen=True)
 class Row:
-    """What a line says; `age` in seconds since the last attempt began, `size` in bytes."""
+    """The values of a line; `age` in seconds since the last attempt began, `size` in bytes."""
 
     name: str
     recipe: str
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     add("--sort", choices=_COLUMNS, default="age", help="default: the newest first")
     matches = "only such runs, as recipe=simplecnn or name=first-*; again for more"
     add("--filter", action="append", default=[], metavar="COLUMN=VALUE", help=matches)
-    add("--json", action="store_true", help="for machines: a list of objects")
+    add("--json", action="store_true", help="print a JSON list")
     arguments = parser.parse_args(words)
     rows = [row_of(run) for run in all_runs(arguments.folder)]
     if not rows:
@@ -86,14 +86,14 @@ def _matches(row: Row, text: str) -> bool:
     if not equals or column not in ("name", "recipe", "state"):
         raise UserError(
             f"--filter {text}",
-            expected="name, recipe or state, = and what it is to be",
+            expected="name=VALUE, recipe=VALUE or state=VALUE",
             instead="type --filter recipe=simplecnn, for example",
         )
     return fnmatch.fnmatchcase(str(getattr(row, column)), value)
 
 
 def _sort_key(column: str) -> Callable[[Row], Any]:
-    """Words forwards, numbers from the highest down, ages from the newest on; the unknown last."""
+    """Text ascending, numbers descending, the newest first; unknown values last."""
 
     def key(row: Row) -> Any:
         value = getattr(row, column)

@@ -1,4 +1,4 @@
-"""Many small pictures in one, as a data URI: a page of hundreds of them is one file."""
+"""Many small pictures as one image in a data URI, so that a page with hundreds is one file."""
 
 import base64
 import io
@@ -12,9 +12,9 @@ from PIL import Image
 
 from launcher.checkpoint.outcomes import as_picture
 
-MOST_BYTES = 1_200_000  # of a sheet without loss; more is a photograph's, which shows no loss
+MOST_BYTES = 1_200_000  # of a lossless sheet; larger ones are photographs, and become lossy
 QUALITY = 90  # of WebP, in per cent
-SHOWN = 96  # pixels on the page of a picture's longer side
+SHOWN = 96  # longer side of a picture on the page, in pixels
 
 
 @dataclass(frozen=True)

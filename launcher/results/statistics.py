@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 
 def two_sided(t: float, freedom: float) -> float:
-    """The probability of a value as far from zero as `t` in Student's distribution.
+    """The probability that a value of Student's distribution is at least as far from zero as `t`.
 
     By Simpson's rule over the angle, in which the density is a power of the cosine.
     """
@@ -21,7 +21,7 @@ def two_sided(t: float, freedom: float) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a difference is from zero: Student's t, degrees of freedom, two-sided probability."""
+    """A t-test of a difference: Student's t, degrees of freedom, two-sided probability."""
 
     t: float
     freedom: float
@@ -29,13 +29,13 @@ class Difference:
 
 
 def difference(gap: float, means: Sequence[tuple[float, int]]) -> Difference:
-    """Of a gap whose variance is the sum of those of some means, each of n values.
+    """Test a difference of means, whose variance is the sum of theirs, each of n values.
 
     By Welch and Satterthwaite; of a single mean that is Student's test, with n - 1 degrees.
     """
     total = sum(variance for variance, _ in means)
     squares = sum(variance**2 / (n - 1) for variance, n in means if variance)
-    if not squares:  # all values of each are equal
+    if not squares:  # all values of each group are equal
         freedom = means[0][1] - 1.0 if len(means) == 1 else 1.0
         return Difference(math.inf, freedom, 0.0) if gap else Difference(0.0, freedom, 1.0)
     t, freedom = gap / math.sqrt(total), total**2 / squares
@@ -44,7 +44,7 @@ def difference(gap: float, means: Sequence[tuple[float, int]]) -> Difference:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of n values: their mean and standard deviation, and the 95 % interval of the mean.
+    """Mean, standard deviation and 95 % confidence interval of the mean of n values.
 
     `std` and the interval are None for a single value.
     """
@@ -57,7 +57,7 @@ class Spread:
 
 
 def summary(values: Sequence[float]) -> Spread:
-    """By Student's distribution with n - 1 degrees of freedom."""
+    """Summarize values, by Student's distribution with n - 1 degrees of freedom."""
     n, mean = len(values), fmean(values)
     if n < 2:
         return Spread(n, mean, None, None, None)

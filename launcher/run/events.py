@@ -222,7 +222,7 @@ def early_stop_line(recipe: Recipe, report: EpochReport) -> str:
 
 
 def is_better(report: EpochReport, best: Best | None) -> bool:
-    """Whether an epoch is the best so far; never where its test loss is not a number."""
+    """Whether an epoch is the best so far: by accuracy, and never with a loss that is NaN."""
     has_more = best is None or report.evaluation.accuracy > best.accuracy
     return has_more and not math.isnan(report.evaluation.loss)
 

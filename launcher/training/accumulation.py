@@ -16,9 +16,9 @@ from launcher.utils.text import count
 
 
 def choose_passes(ctx: TrainContext) -> TrainContext:
-    """Find it by trying, on all ranks alike; the state is put back.
+    """Find the number by trying; all ranks find the same, and the state is restored.
 
-    Doubled until it fits, and then halved in between. This assumes that if n passes fit, more do.
+    It is doubled until it fits, and then bisected. This assumes that if n passes fit, more do.
     Raises `UserError` where not even single images fit.
     """
     most = ctx.plan.batch_size // ctx.plan.world_size

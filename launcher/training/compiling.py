@@ -1,6 +1,6 @@
-"""`compile=true` on a CPU: compiled or eager, whichever takes a step in less time there.
+"""`compile=true` on a CPU: compiled or eager, whichever makes a step faster on this machine.
 
-torch's compiler can make a small network slower on a CPU, and nothing but the clock tells.
+torch's compiler can make a small network slower on a CPU, which only a measurement shows.
 """
 
 import time
@@ -22,15 +22,15 @@ _STANCES: tuple[Literal["force_eager", "default"], ...] = ("force_eager", "defau
 
 
 def is_to_be_tried(ctx: TrainContext) -> bool:
-    """Whether it is open what is faster: a GPU and any other word for `compile` settle it."""
+    """Whether to measure what is faster: only for `compile=true`, and only on a CPU."""
     return ctx.recipe.compile is True and ctx.accelerator.device.type == "cpu"
 
 
 def choose_compiling(ctx: TrainContext) -> tuple[TrainContext, str]:
-    """Time steps of both, which take turns, on all ranks alike; the state is put back.
+    """Time compiled and eager steps in turns; all ranks choose alike, and the state is restored.
 
-    Returns the training that goes on, compiled or not, and which it is in a line. Its
-    `recipe.compile` is then false or force, so that a resumed run keeps to it.
+    Returns the training to continue with and a line about the choice. Its `recipe.compile` is then
+    false or force, so that a resumed run keeps the choice.
     """
     step = _step(ctx)
     failure = ""

@@ -86,12 +86,12 @@ def score_uncertain(
     uncertain: float,
     stop_sync: StopSync | None = None,
 ) -> Scored:
-    """The same, where the views are scored of that part of all images which is least certain.
+    """Like `score_all`, but with views for the least certain fraction of the images only.
 
-    How certain a prediction is, is the margin between its two largest probabilities. A part of a
-    fixed size, and no margin as a limit, so that the shapes are known beforehand: the chosen images
-    are shared out over the ranks anew and filled up to batches of the size that the first pass had,
-    and nothing has to be compiled again. Of equal margins, the images that come first are taken.
+    Certainty is the margin between the two largest probabilities. A fixed fraction, and not a
+    threshold of the margin, makes the shapes known: the chosen images are divided anew among the
+    ranks and padded to batches of the first pass's size, so nothing is compiled again. Of equal
+    margins, the images that come first are chosen.
     """
     count, device = len(images), ctx.accelerator.device
     kind = upcast(first_parameter(ctx.state.eval_model)).dtype
@@ -116,9 +116,9 @@ def score_uncertain(
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Between the largest and the second largest probability, `(n, classes)` -> float32 `(n,)`.
+    """The largest minus the second largest probability: `(n, classes)` -> float32 `(n,)`.
 
-    Of a single class, which is as certain as can be, 1.
+    With a single class, 1.
     """
     largest = logits.float().softmax(dim=1).topk(min(2, logits.shape[1])).values
     return largest[:, 0] - largest[:, 1:].sum(dim=1)

@@ -263,7 +263,7 @@ def refuse_unfrozen(ctx: TrainContext) -> None:
     if unfrozen := [p for p in ctx.state.frozen if p.requires_grad]:
         names = names_of(ctx.state.network, unfrozen)
         raise UserError(
-            f"{code_name(ctx.recipe.model)}, which was to train {some(names)} from later on",
+            f"{code_name(ctx.recipe.model)}, which begins to train {some(names)} later",
             expected="the same parameters in all of the training: the optimizer has no others",
             instead="leave out requires_grad_(False), and give them a group of the optimizer "
             "whose own schedule is 0 at first, as launcher/training/optimizers.py shows",

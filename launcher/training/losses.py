@@ -129,8 +129,8 @@ def _refuse_class(function: Any) -> None:
     kind = function_of(function)
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         raise UserError(
-            f"loss={kind.__name__}, a class that is not built",
-            expected="a function of scores and targets, or a loss of torch as it is built",
+            f"loss={kind.__name__}, the class and not an object of it",
+            expected="a function of scores and targets, or an object of a loss class of torch",
             instead=f"write loss=nn.{kind.__name__}(...), with its settings in the brackets",
         )
 

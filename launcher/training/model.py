@@ -66,7 +66,7 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
         raise UserError(
             f"{name} {found}",
             expected="a class or a function that makes an nn.Module from these settings",
-            instead="mend that line, or see launcher RECIPE --help for the settings of the model",
+            instead="correct that line, or see launcher RECIPE --help for the model's settings",
         )
     before, images = _values(network), two_images(network, recipe, data, "contiguous")
     shape, after = _try_first_pass(network, images, recipe)
@@ -218,7 +218,7 @@ def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: tor
             raise UserError(
                 f"{code_name(recipe.initialize)} fails: {what}",
                 expected=f"a function of the network and of images {tuple(first.shape)}",
-                instead="mend that line, or type initialize=none",
+                instead="correct that line, or type initialize=none",
             ) from error
 
 

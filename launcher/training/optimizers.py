@@ -254,7 +254,7 @@ def _refused_settings(recipe: Recipe, error: Exception) -> UserError:
         return UserError(
             f"{name} fails: {type(error).__name__}: {error}{where}",
             expected="a function of pairs (name, parameter) that returns an optimizer",
-            instead="mend it in the recipe file",
+            instead="correct it in the recipe file",
         )
     return UserError(
         f"{name} refuses its settings: {error}{where}",
@@ -299,7 +299,7 @@ def _refuse_misspelt(optimizer: Optimizer) -> None:
         if close and name not in known:
             raise UserError(
                 f"a group of {type(optimizer).__name__} with {name!r}",
-                expected="options that this optimizer has, which passes over all others",
+                expected="options of this optimizer, which ignores all others",
                 instead=f"write {close[0]!r} in the recipe file",
             )
 

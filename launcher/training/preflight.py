@@ -1,8 +1,8 @@
-"""What a recipe's own functions refuse is known before training, and before anything is written.
+"""Try a recipe's own functions before the training, and before anything is written.
 
-Augmentations, mixing, loss and views are tried on two images, and at each resolution that the
-training has, network and loss. The loss must be a mean: where the
-micro-batches do not add up to the whole batch, N processes would not equal one.
+Augmentations, mixing, loss and views are tried on two images; network and loss at each resolution
+of the training. The loss must be a mean: where the micro-batches do not add up to the whole batch,
+N processes would not equal one.
 """
 
 import io
@@ -168,7 +168,7 @@ def _try_step(recipe: Recipe, network: nn.Module) -> None:
         raise UserError(
             f"{code_name(recipe.optimizer)}, whose step changes {some(lost)}, which no checkpoint "
             "holds",
-            expected="in `state` and in the groups what lasts from step to step, as a resumed run "
+            expected="what lasts from step to step in `state` or in the groups, as a resumed run "
             "needs it",
             instead=f"write self.state[parameter]['{lost[0]}'], or group['{lost[0]}'], for "
             f"self.{lost[0]}",
@@ -202,7 +202,7 @@ def _refuse_no_rate(ctx: TrainContext) -> None:
     if not any(float(torch.tensor(rate, dtype=torch.float32)) for rate in rates):
         raise UserError(
             "a learning rate of 0 in all of the training",
-            expected="one above 0 somewhere in it, by which the network is changed",
+            expected="a rate above 0 in at least one step, so that the network changes",
             instead="type optimizer.lr=0.001, for example, or another schedule",
         )
 

@@ -192,7 +192,7 @@ def make_context(
 
 
 def make_state(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> TrainState:
-    """The optimizer and what wraps a network that lies on the device already."""
+    """Make the optimizer, and wrap the network, which is on the device already, in DDP."""
     ema_model = _make_average(recipe, network)
     frozen = tuple(p for p in network.parameters() if not p.requires_grad)
     optimizer = make_optimizer(recipe, network)

@@ -1,1 +1,1 @@
-"""What any room may use: files that are whole or not there, no secrets, words for numbers."""
+"""What every package may use: atomic file writes, hidden secrets, numbers in words."""

@@ -216,7 +216,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_a_notice(
     output = ranks.wait()
     assert ranks.codes() == [0, 0], output
     line = line_of(output, "disk", "notice")
-    assert "another one for rank 1 on node2 than for rank 0" in line
+    assert "rank 1 on node2 and rank 0 see different folders of runs" in line
     assert "--resume" in line
     assert list(runs.iterdir()) == []
 

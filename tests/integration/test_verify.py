@@ -55,7 +55,7 @@ SAID: dict[str, tuple[dict[str, str], str]] = {
     "dropout_in_forward": ({"ranks": "notice"}, "by the random numbers of Network alone"),
     "centres_the_batch": (
         {"ranks": "wrong", "other ranks": "wrong"},
-        "middle.1 (Centred) makes something else of an image",
+        "the output of middle.1 (Centred) for an image depends on the others",
     ),
     "drops_always": (
         dict.fromkeys(("ranks", "other ranks", "evaluation", "export"), "wrong"),
@@ -63,7 +63,7 @@ SAID: dict[str, tuple[dict[str, str], str]] = {
     ),
     "tied_to_float32": (
         {"ranks": "not asked", "other ranks": "not asked"},
-        "asked in float64, in which training fails",
+        "tested in float64, in which training fails",
     ),
 }
 
@@ -168,9 +168,9 @@ def test_the_time_is_kept(tmp_path: Path) -> None:
         timeout=100,
     )
     assert time.monotonic() - begin < 70
-    where = "a run on 2 ranks, rank 1 in step 1 (forward) since "
+    where = "a run on 2 ranks, rank 1 in step 1 (forward) for "
     assert f"recipe      wrong     did not end within the 35 s: {where}" in done.stdout
-    assert "it waits for ever there" in done.stdout
+    assert "the run hangs there" in done.stdout
     assert done.returncode == 2
     assert not list(tmp_path.glob("launcher-*"))
 

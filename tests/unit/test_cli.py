@@ -370,6 +370,7 @@ def test_without_an_output_a_training_goes_on(monkeypatch: pytest.MonkeyPatch) -
     """As Python has none where the shell has closed it."""
     monkeypatch.setattr(sys, "stdout", None)
     assert main([SIMPLECNN, *TINY, "--max-steps", "2", "--name", "on", "--no-report"]) == 0
+    sys.stdout.close()
     assert Path("runs/on/final.safetensors").is_file()
 
 
@@ -424,7 +425,7 @@ def test_of_two_for_one_setting_the_one_that_is_typed_last_counts(
     ("words", "part"),
     [
         (("--fold", "1/2", "data.validation=0.5"), "--fold 1/2 beside data.validation"),
-        (("--smoke", "--resume"), "--smoke goes without --resume"),
+        (("--smoke", "--resume"), "--smoke cannot be combined with --resume"),
         (("other.py",), "name a recipe before all settings"),
         (("--dry-run", "--init-from", "nowhere"), "--init-from nowhere"),
     ],

@@ -1,1 +1,1 @@
-"""`launcher check`: what can be known of a recipe in seconds."""
+"""`launcher check`: finds mistakes of a recipe, and what it costs, in seconds."""

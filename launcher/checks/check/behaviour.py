@@ -1,4 +1,4 @@
-"""What a network does that its layers do not show: random evaluation, lost gradients, softmax."""
+"""Mistakes that the layers do not show: random evaluation, lost gradients, softmax."""
 
 import traceback
 from collections.abc import Iterator, Mapping
@@ -24,8 +24,8 @@ NAME = "network"
 
 
 def find_behaviour(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
-    """What is wrong with a network that takes the images and makes a score for each class."""
-    if created := list(_created(walked)):  # which draws its weights in each evaluation
+    """Find mistakes of a network that takes the images and returns a score for each class."""
+    if created := list(_created(walked)):  # their weights are random in each evaluation
         yield from created
         return
     yield from _random_evaluation(walked)
@@ -35,20 +35,20 @@ def find_behaviour(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
 
 
 def small_batches(network: nn.Module, plan: Plan) -> Iterator[Verdict]:
-    """BatchNorm over a single image has no other images to compare it with."""
+    """BatchNorm over a single image subtracts the image from itself."""
     norms = [n for n, module in network.named_modules() if isinstance(module, _BatchNorm)]
     images = plan.batch_size // plan.num_micro_batches
     if norms and images < 2:
         yield Verdict(
             NAME,
             f"BatchNorm ({some(norms)}) over 1 image: {plan.describe_batch()}",
-            "notice",  # it trains, as long as the image has several pixels there
+            "notice",  # it trains, if the layer's input has several pixels
             f"type data.batch_size={8 * plan.num_micro_batches}, for example, or use GroupNorm",
         )
 
 
 def _created(walked: Walk) -> Iterator[Verdict]:
-    """Layers with weights that are no part of the network, so that nobody trains them.
+    """Layers with weights that are not part of the network, so they are not trained.
 
     Not those in a plain list, which were there before: the header's note names them.
     """
@@ -76,7 +76,7 @@ def _created(walked: Walk) -> Iterator[Verdict]:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the user's line of the first operation that draws random numbers."""
+    """Records the user's line of the first operation that draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ def _random_evaluation(walked: Walk) -> Iterator[Verdict]:
 
 
 def _probabilities(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
-    """A softmax where the loss has its own, or none where it needs one: by the output alone."""
+    """Judge by the output: a softmax where the loss has its own, or none where it needs one."""
     scores = upcast(walked.output)
     takes_scores = _is_loss(recipe.loss, cross_entropy, nn.CrossEntropyLoss)
     takes_logs = _is_loss(recipe.loss, nll_loss, nn.NLLLoss)
@@ -118,13 +118,13 @@ def _probabilities(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
     if takes_scores and are_shares:
         yield Verdict(
             NAME,
-            f"its scores are probabilities (each row sums to 1){last}, of which cross_entropy "
-            "takes the softmax once more: it trains slowly and never becomes sure",
+            f"its scores are probabilities (each row sums to 1){last}, and cross_entropy applies "
+            "a second softmax: training is slow, and all predictions stay uncertain",
             "wrong",
             "return the scores before the softmax",
         )
     elif takes_scores and are_logs:
-        more = "which cross_entropy takes once more, to no effect"
+        more = "and cross_entropy applies log_softmax again, without effect"
         yield Verdict(
             NAME,
             f"its scores are log-probabilities{last}, {more}",
@@ -153,7 +153,7 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
             NAME,
             f"{count(len(frozen), 'parameter')} frozen by requires_grad=False: {some(frozen)}",
             "notice",
-            "leave it so if they are to stay as they are",
+            "change nothing if they are not to be trained",
         )
     lost = _without_gradient(walked, trained) if recipe.unused_parameters == "refuse" else []
     called = {layer.name for layer in walked.layers}
@@ -163,10 +163,10 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
         layer = passed[-1].rpartition(".")[0]
         yield Verdict(
             NAME,
-            f"no gradient comes to {some(passed)}: the way from there to the scores is cut behind "
+            f"no gradient reaches {some(passed)}: the computation of the scores is cut after "
             f"{layer}{declared(network, layer)}",
             "wrong",
-            "leave out detach(), .data, .item(), numpy and torch.no_grad() behind it, or call "
+            "leave out detach(), .data, .item(), numpy and torch.no_grad() after it, or call "
             "requires_grad_(False) on what is not to be trained",
         )
     elif unused:
@@ -195,7 +195,7 @@ def _without_gradient(walked: Walk, trained: Mapping[str, nn.Parameter]) -> list
 
 
 def _shared(network: nn.Module) -> Iterator[Verdict]:
-    """One layer at two places: often `[nn.Conv2d(...)] * 3`."""
+    """One layer in several places: often `[nn.Conv2d(...)] * 3`."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if any(True for _ in module.parameters(recurse=False)):
@@ -207,7 +207,7 @@ def _shared(network: nn.Module) -> Iterator[Verdict]:
                 f"{some(places)} are one {type(module).__name__}, with the same weights"
                 f"{declared(network, places[0])}",
                 "notice",
-                "leave it so if they are to share them; else write a new layer for each: "
+                "change nothing if they are to share them; else write a new layer for each: "
                 "[nn.Linear(...) for _ in range(n)], not [nn.Linear(...)] * n",
             )
 

@@ -1,7 +1,7 @@
-"""`launcher check RECIPE`: what can be known of a recipe in seconds, before it is trained.
+"""`launcher check RECIPE`: mistakes of a recipe, and what it costs, before it is trained.
 
 One verdict line for each question; exit code 0, or 2 where one of them is answered by a mistake.
-Nothing is fetched; where the images are not on the disk, embedded ones of their shape stand in.
+Nothing is downloaded; where the images are not on the disk, embedded ones of their shape are used.
 """
 
 import argparse
@@ -47,15 +47,15 @@ from launcher.utils.text import count, sizes
 IMAGES = 256  # embedded ones, in place of the recipe's own
 LIMIT = 60.0  # seconds
 _USAGE = "launcher check RECIPE [name=value ...] [options]"
-_DESCRIPTION = "What can be known of a recipe in seconds, before it is trained."
+_DESCRIPTION = "Find mistakes of a recipe, and what it costs, in seconds and before it is trained."
 
 
 @dataclass
 class Subject:
     """What is checked, and what the questions have found of it so far.
 
-    `data` are the recipe's own images or, where `stands_in`, embedded ones of their shape; `walked`
-    is what they met in its network; `ctx` is a training that has passed the preflight.
+    `data` are the recipe's own images or, with `stands_in`, embedded ones of their shape; `walked`
+    are the layers that they passed; `ctx` is a training that has passed the preflight.
     """
 
     loaded: LoadedRecipe
@@ -68,11 +68,11 @@ class Subject:
 
     @property
     def layers(self) -> list[Layer]:
-        """Those through which images went."""
+        """The layers through which images went."""
         return self.walked.layers if self.walked else []
 
     def plan(self, data: Data) -> Plan:
-        """The steps of a training on so many ranks, of all images if their number is known."""
+        """The plan of a training on `world_size` ranks, on all images if their number is known."""
         numbers, images = (len(data.train), len(data.evaluated)), self.loaded.recipe.data
         if self.stands_in:
             numbers = sources.known_counts(images) or numbers
@@ -99,7 +99,7 @@ def main(words: Sequence[str], load: Load) -> int:
     console = make_console(WIDTH)
     console.record = bool(arguments.save)
     if arguments.json:
-        console.file = io.StringIO()  # and not quiet, which would record nothing
+        console.file = io.StringIO()  # `quiet` would record nothing
     console.print(f"launcher check: {loaded.name}", markup=False)
     verdicts: list[Verdict] = []
     with subject.exit_stack:
@@ -124,7 +124,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     ranks = "plan for N ranks, and predict what a step takes on them"
     add("--world-size", type=positive, metavar="N", help=ranks)
     add("--overfit", action="store_true", help="train 32 images for 100 steps: can it learn them?")
-    add("--near", action="store_true", help="look for test images that nearly are training images")
+    add("--near", action="store_true", help="look for test images nearly equal to training images")
     add("--save", type=Path, metavar="FOLDER", help="write check.txt and samples.png there")
     runs = "where run folders would go: is there room? (default: %(default)s)"
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help=runs)
@@ -140,7 +140,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 def _questions(
     subject: Subject, arguments: argparse.Namespace
 ) -> dict[str, Callable[[], Iterator[Verdict]]]:
-    """In the order in which one needs what another has found."""
+    """In order: later questions need the results of earlier ones."""
     questions: dict[str, Callable[[], Iterator[Verdict]]] = {
         "data": partial(_data, subject, near=arguments.near),
         "network": partial(_network, subject),
@@ -163,8 +163,8 @@ def _data(subject: Subject, *, near: bool) -> Iterator[Verdict]:
     except UserError as error:
         found = [_refused("data", error)]
     else:
-        missing = f"the images are not in {wanted.root!r}: embedded ones of their shape stand in"
-        advice = "type data.root=FOLDER, or train once, which fetches them"
+        missing = f"the images are not in {wanted.root!r}: embedded ones of their shape are used"
+        advice = "type data.root=FOLDER, or train once, which downloads them"
         found = [Verdict("data", missing, "not asked", advice)]
     if subject.data:
         yield from images.describe_images(subject.data, wanted, near=near)
@@ -187,7 +187,7 @@ def _network(subject: Subject) -> Iterator[Verdict]:
         network = recipe.model()
         walked = walk(network, two_images(network, recipe, data.train, "contiguous"))
     except Exception:
-        walked = None  # which building it again puts into words
+        walked = None  # build_network below raises the error in words
     found = []
     if walked:
         subject.walked = walked
@@ -215,7 +215,7 @@ def _network(subject: Subject) -> Iterator[Verdict]:
 
 def _functions(subject: Subject) -> Iterator[Verdict]:
     if subject.ctx:
-        yield Verdict("functions", "optimizer, schedule, augmentation and loss take what they get")
+        yield Verdict("functions", "optimizer, schedule, augmentation and loss take their inputs")
 
 
 def _learning(subject: Subject) -> Iterator[Verdict]:
@@ -230,7 +230,7 @@ def _overfit(subject: Subject) -> Iterator[Verdict]:
 
 
 def _schedule(subject: Subject) -> Iterator[Verdict]:
-    """The learning rate of the first group over the training."""
+    """Describe the learning rate of the first group over the training."""
     ctx = subject.ctx
     if ctx is None:
         return
@@ -253,7 +253,7 @@ def _schedule(subject: Subject) -> Iterator[Verdict]:
 def _cost(subject: Subject, runs: Path) -> Iterator[Verdict]:
     if subject.ctx:
         ctx, recipe = subject.ctx, subject.loaded.recipe
-        yield cost.describe_time(ctx)  # a step of which makes the optimizer's state
+        yield cost.describe_time(ctx)  # its steps create the optimizer's state
         yield memory.describe_memory(ctx, recipe)
         yield cost.describe_disk(ctx, runs)
 
@@ -303,7 +303,7 @@ def _table(layers: list[Layer]) -> Table:
 
 
 def _save(subject: Subject, folder: Path, console: Console) -> None:
-    """The text as it stands on the screen, and what the network will see."""
+    """Save the text of the screen, and samples of the training images."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "check.txt").write_text(console.export_text(clear=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a training will take of the disk and of time."""
+"""The disk space and the time of a training."""
 
 import shutil
 import time
@@ -17,15 +17,15 @@ from launcher.training.state import TrainContext, evaluating
 from launcher.utils.arguments import nearest_folder, refuse_no_folder
 from launcher.utils.text import duration, sizes
 
-_MEASURED = 5  # steps at most, of which the fastest counts
-_LONG_STEP = 0.3  # seconds, at which a step is long enough to be measured
+_MEASURED = 5  # steps at most; the fastest counts
+_LONG_STEP = 0.3  # seconds: a step of fewer images that takes so long is measured instead
 
 
 # On the disk
 
 
 def describe_disk(ctx: TrainContext, runs: Path) -> Verdict:
-    """The checkpoints that are kept at once, and the one being written, against the free room."""
+    """The size of the checkpoints kept at once, and of one being written; the free space."""
     network, state = ctx.state.network, ctx.state
     weights = bytes_of(network.state_dict().values())
     average = weights if state.ema_model is not None else 0
@@ -50,7 +50,7 @@ def describe_disk(ctx: TrainContext, runs: Path) -> Verdict:
 
 
 def describe_time(ctx: TrainContext) -> Verdict:
-    """An epoch on this machine alone, from a few steps and a pass of evaluation."""
+    """The time of an epoch on this machine, from a few steps and one batch of evaluation."""
     plan = ctx.plan
     size, seconds = _measured_step(ctx)
     steps = plan.train_images / size * seconds
@@ -66,7 +66,7 @@ def describe_time(ctx: TrainContext) -> Verdict:
 
 
 def _measured_step(ctx: TrainContext) -> tuple[int, float]:
-    """So many images, and the seconds of a step on them; fewer than a batch where that is long."""
+    """A number of images, up to the batch size, and the seconds of a step on them."""
     plan: Plan = replace(ctx.plan, world_size=1)
     size = min(8, plan.batch_size)
     while True:
@@ -80,7 +80,7 @@ def _measured_step(ctx: TrainContext) -> tuple[int, float]:
 def _evaluation_of_one(ctx: TrainContext) -> float:
     images, taken = ctx.data.train.pixels(slice(64)), []
     with evaluating(ctx.state.eval_model) as score:
-        for _ in range(3):  # the first prepares what others use again
+        for _ in range(3):  # the first is a warm-up
             begin = time.perf_counter()
             score(ctx.normalize(images)).sum().item()
             taken.append(time.perf_counter() - begin)
@@ -88,6 +88,6 @@ def _evaluation_of_one(ctx: TrainContext) -> float:
 
 
 def describe_ranks(ctx: TrainContext, recipe: Recipe) -> Verdict:
-    """What docs/scaling.md predicts for the plan's number of ranks."""
+    """The prediction of docs/scaling.md for the plan's number of ranks."""
     lines = timing.scaling_lines(recipe, ctx.plan, ctx.state.network, ctx.data)
     return Verdict("ranks", ctx.plan.describe_batch(), lines=tuple(lines))

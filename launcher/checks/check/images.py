@@ -1,4 +1,4 @@
-"""The images of a recipe: how many of each class, which stand twice, what they look like."""
+"""The images of a recipe: number per class, duplicates, mean and std, samples."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,15 +19,15 @@ from launcher.data.images import Data, ImageSet
 from launcher.utils.text import count, some
 
 NAME = "data"
-MEASURED = 10_000  # images, of which mean and std are told
-IMBALANCED = 3  # times as many images of one class as of another
-SAMPLES, EPOCHS = 8, 5  # pictures of the strip beside each other, and below each other
-NEAR = 4  # bits of 64 in which two pictures may differ that are nearly the same
-_NEAR_PIXELS = 16.0  # ... and by so much, of 255, on average
-_PART = 5000  # images that are looked at together
+MEASURED = 10_000  # images, from which mean and std are computed
+IMBALANCED = 3  # ratio of the largest class to the smallest from which weights are proposed
+SAMPLES, EPOCHS = 8, 5  # columns and rows of the picture of samples
+NEAR = 4  # bits of 64 in which the hashes of nearly equal pictures may differ
+_NEAR_PIXELS = 16.0  # mean difference of their pixels, of 255
+_PART = 5000  # images that are read together
 _CHUNK = 2**22  # comparisons at once
 _SHOWN = 3
-_SHORT = {"training": "train"}  # of the figures
+_SHORT = {"training": "train"}  # names in the JSON
 
 
 def describe_images(data: Data, images: Images, *, near: bool) -> Iterator[Verdict]:
@@ -63,12 +63,12 @@ def _classes(data: Data) -> Verdict:
 
 
 def _advice(each: Tensor) -> str:
-    """Weights by which all classes count alike, where there are few enough to write down."""
+    """Class weights that balance the classes, where there are few enough to write down."""
     weights = each.sum() / (len(each) * each.clamp(min=1))
     written = ", ".join(f"{weight:.3g}" for weight in weights.tolist())
     example = f"({written})" if len(each) <= 20 else "images / (classes * images of the class)"
     return (
-        "accuracy then says little of the rare classes; to weigh all alike, write loss=partial("
+        "accuracy then says little about rare classes; to balance them, write loss=partial("
         f"cross_entropy, weight=torch.tensor({example}))"
     )
 
@@ -90,7 +90,7 @@ def _counts(images: ImageSet) -> Tensor:
 
 
 def _twice(data: Data) -> Verdict:
-    """Images that are the same to the byte: within the training set, and in both sets."""
+    """Images that are equal to the byte: within the training set, and in both sets."""
     first: dict[bytes, int] = {}
     again, other_label = 0, 0
     for index, digest in enumerate(_digests(data.train)):
@@ -116,7 +116,7 @@ def _twice(data: Data) -> Verdict:
         answer += f"; {count(again, 'training image')} there more than once"
         answer += f", {other_label:,} of them with two labels" if other_label else ""
     if pairs or other_label:
-        advice = "take them out of one of the sets: their accuracy is remembered, not learnt"
+        advice = "remove them from one of the sets: the network may know them by heart"
         if not pairs:
             advice = "decide on one label for each"
         return Verdict(NAME, answer, "notice", advice, figures=figures)
@@ -139,11 +139,11 @@ def _nearly_twice(data: Data) -> Verdict:
     pairs = near_pairs(data.test, data.train)
     figures = {"near": len(pairs)}
     if not pairs:
-        return Verdict(NAME, "no test image nearly is a training image", figures=figures)
+        return Verdict(NAME, "no test image is nearly equal to a training image", figures=figures)
     shown = ", ".join(f"{test} ~ {train}" for test, train in pairs[:_SHOWN])
     return Verdict(
         NAME,
-        f"{count(len(pairs), 'test image')} of {len(data.test):,} nearly in training as well: "
+        f"{count(len(pairs), 'test image')} of {len(data.test):,} nearly equal to training images: "
         f"{shown}{', ...' * (len(pairs) > _SHOWN)}",
         "notice",
         "look at them: photographs of one moment belong in the same split",
@@ -152,10 +152,10 @@ def _nearly_twice(data: Data) -> Verdict:
 
 
 def near_pairs(some: ImageSet, others: ImageSet) -> list[tuple[int, int]]:
-    """For each image of `some` that nearly is one of `others`, both places.
+    """The places of each image of `some` that is nearly equal to one of `others`, and of that one.
 
     By a hash of 64 bits, whether each of 8 x 8 fields is darker than the next (Krawetz, "Kind of
-    Like That", 2013), and then by the pixels: plain grounds have like hashes.
+    Like That", 2013), and then by the pixels: plain backgrounds have similar hashes.
     """
     hashes = _hashes(some), _hashes(others)
     pairs = []
@@ -182,11 +182,11 @@ def _hashes(images: ImageSet) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.ui
 
 
 def _statistics(train: ImageSet, images: Images) -> Verdict:
-    """The recipe's mean and std beside those of the images."""
+    """Compare the recipe's mean and std with those of the images."""
     step = -(-len(train) // MEASURED)
     pixels = train.pixels(slice(None, None, step)).cpu()
     channels = pixels.unbind(-1)
-    # How often each value occurs: a fifth of the time of sums over floats, and exact.
+    # A histogram takes a fifth of the time of sums over floats, and is exact.
     counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in channels]).double()
     shares, values = counts / channels[0].numel(), torch.arange(256).double() / 255
     mean = shares @ values
@@ -199,7 +199,7 @@ def _statistics(train: ImageSet, images: Images) -> Verdict:
     is_normal = bool((shift <= 1).all() and (scale >= 1 / 3).all() and (scale <= 3).all())
     if is_normal:
         return Verdict(NAME, answer, figures=figures)
-    found = f"the recipe makes of them a mean up to {shift.max():.1f} and a std down to "
+    found = f"the recipe normalizes them to a mean up to {shift.max():.1f} and a std down to "
     return Verdict(
         NAME, f"{answer}; {found}{scale.min():.2f}", "notice", f"write {measured}", figures=figures
     )
@@ -213,7 +213,7 @@ def _numbers(values: Tensor) -> str:
 
 
 def samples(recipe: Recipe, train: ImageSet) -> Tensor:
-    """Pictures of several classes as they are, and below each as some epochs train on it.
+    """Pictures of several classes, and below each its augmented versions of some epochs.
 
     uint8 `(1 + epochs, pictures, h, w, c)`, by the code that trains: augmentation and mixing.
     """
@@ -232,7 +232,7 @@ def samples(recipe: Recipe, train: ImageSet) -> Tensor:
         # A batch comes in the order of its epoch.
         order = epoch_order(recipe.seed, epoch, len(few)).argsort()
         pictures = ((batch.images * std + mean) * 255).round().clamp(0, 255).byte()
-        if pictures.shape[2:] != own.shape[1:3]:  # of a smaller resolution: its pixels enlarged
+        if pictures.shape[2:] != own.shape[1:3]:  # a smaller resolution: enlarge its pixels
             pictures = interpolate(pictures, size=own.shape[1:3], mode="nearest")
         rows.append(pictures[order].permute(0, 2, 3, 1))
     return torch.stack(rows)
@@ -247,7 +247,7 @@ def _of_each_class(train: ImageSet) -> list[int]:
 
 
 def write_samples(pictures: Tensor, path: Path) -> None:
-    """As one PNG, each pixel enlarged so that people can see it."""
+    """Write one PNG, with pixels enlarged so that people can see them."""
     rows = joined(pictures)
     times = max(1, 64 // pictures.shape[2])
     image = Image.fromarray(rows.numpy())

@@ -1,4 +1,4 @@
-"""A network layer by layer, as two images go through it: shapes, parameters, work, memory."""
+"""A network layer by layer, as two images go through it: shapes, parameters, flops, memory."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ class Layer:
     made: tuple[int, ...]
     parameters: int
     flops: int  # of the forward pass of one image
-    activations: int  # bytes that one image's output takes
+    activations: int  # bytes of the output for one image
 
     @property
     def kind(self) -> str:
@@ -33,7 +33,7 @@ class Layer:
         return type(self.module).__name__
 
     def describe_shapes(self) -> tuple[str, str]:
-        """What it gets of one image and what it makes of it: `16 x 32 x 32`."""
+        """The shapes of input and output for one image: `16 x 32 x 32`."""
         given, made = (" x ".join(map(str, shape[1:])) for shape in (self.given, self.made))
         return given, made
 
@@ -46,14 +46,14 @@ class Layer:
 
 @dataclass
 class Walk:
-    """What was seen on the way: the layers passed, and the one that stopped it."""
+    """The layers that the images passed, and the one that raised an error."""
 
     network: nn.Module
     images: Tensor
     layers: list[Layer] = field(default_factory=list)
     output: Any = None
     error: Exception | None = None
-    refused: tuple[str, nn.Module, tuple[int, ...]] | None = None  # and what it was given
+    refused: tuple[str, nn.Module, tuple[int, ...]] | None = None  # and the shape of its input
     flops: int = 0  # of the forward pass of one image, in layers and between them
 
 
@@ -82,7 +82,7 @@ def walk(network: nn.Module, images: Tensor) -> Walk:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Of products and a softmax, since torch counts the work of these alone on every device."""
+    """Attention as products and a softmax, whose flops torch can count on every device."""
     was_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -94,7 +94,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode) -> Iterator[None]:
-    """Note each call of a module that has no submodules, while it is open."""
+    """Record each call of a module without submodules inside this context."""
     images, done_before = len(found.images), 0
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -122,7 +122,7 @@ def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode)
 
 
 def _shape(values: tuple[Any, ...]) -> tuple[int, ...]:
-    """Of the first tensor; lazy layers and modules of other things have none."""
+    """The shape of the first tensor; () where there is none."""
     return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
 
 

@@ -1,4 +1,4 @@
-"""Does the network learn at all: its first loss, and whether it can learn 32 images by heart."""
+"""Whether the network learns: its first loss, and whether it can learn 32 images by heart."""
 
 import math
 from dataclasses import replace
@@ -18,14 +18,14 @@ from launcher.utils.terminal import COLUMNS, plot
 from launcher.utils.text import spread
 
 NAME = "learning"
-IMAGES, STEPS = 32, 100  # that --overfit trains, and for how long
-FIRST = 64  # images of the first loss
-_LEARNT = 0.1  # of the first loss
+IMAGES, STEPS = 32, 100  # of --overfit
+FIRST = 64  # images for the first loss
+_LEARNT = 0.1  # fraction of the first loss
 _HIGH = 2.0  # times log(classes)
 
 
 def first_loss(ctx: TrainContext) -> Verdict:
-    """The loss before training, which for equal scores of all classes is their logarithm."""
+    """The loss before training; for equal scores of n classes it is log(n)."""
     network, train = ctx.state.network, ctx.data.train
     chosen = torch.arange(0, len(train), max(1, len(train) // FIRST))[:FIRST]
     images = ctx.normalize(train.pixels(chosen))
@@ -97,7 +97,7 @@ def overfit(ctx: TrainContext, network: nn.Module) -> Verdict:
 
 
 def _few(train: ImageSet) -> ImageSet:
-    """Of all classes alike, as far as there are enough."""
+    """Some images of each class, equally many where possible."""
     order = torch.argsort(train.labels.cpu(), stable=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(IMAGES, len(order))).long()]
     return ImageSet(train.pixels(chosen), train.labels[chosen], train.classes)

@@ -1,4 +1,4 @@
-"""What a training will take of a device's memory, predicted for each rank."""
+"""The memory that a training will take on each rank's device, predicted."""
 
 import math
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from launcher.training.state import TrainContext
 from launcher.utils.text import sizes
 
 NAME = "cost"
-_SMALL, _LARGER = 2, 4  # images of the two passes between whose memory the images' own is told
+_SMALL, _LARGER = 2, 4  # images of two passes; the difference gives the memory of one image
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PURE = {"pure_bf16", "pure_fp16"}
 
@@ -34,17 +34,17 @@ class Memory:
     weights: int
     optimizer: int
     average: int
-    passes: int  # activations and gradients, whose sum goes up and down within a step
-    images: int  # the data set, and the pictures of the next steps
+    passes: int  # activations and gradients at the moment when their sum is largest
+    images: int  # the data set, and the prepared images of the next steps
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
 def describe_memory(ctx: TrainContext, recipe: Recipe) -> Verdict:
-    """The peak on each rank, predicted for the precision that the recipe names."""
+    """Describe the peak on each rank, predicted for the precision that the recipe names."""
     memory = predict_memory(ctx, recipe)
     parts = {name: size for name, size in vars(memory).items() if size}
     words = {"passes": "activations and gradients"}
@@ -70,7 +70,7 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
     chunk = steps_per_chunk(plan, ctx.normalize.image_bytes, torch.device("cuda"))
     pictures = chunk * step_images * ctx.normalize.image_bytes // halves
     draws = len(recipe.data.augment) * plan.train_images * DRAWS_PER_AUGMENTATION * 4
-    is_stored = isinstance(train.images, Stored)  # which only the host holds, or the disk
+    is_stored = isinstance(train.images, Stored)  # not on the device
     of_one = (0 if is_stored else math.prod(train.shape)) + train.labels[0].nbytes
     _, test = known_counts(recipe.data) or (0, len(ctx.data.test))
     others = plan.evaluated_images + (test if recipe.data.validation is not None else 0)
@@ -85,16 +85,16 @@ def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes that there are when the backward pass comes to a layer."""
+    """The bytes in use when the backward pass reaches a layer."""
 
-    of_images: int  # kept by autograd up to this layer; gradients of what it was given and made
-    gradients: int  # of the parameters of this layer and those behind it
+    of_images: int  # kept by autograd up to this layer; gradients of its input and output
+    gradients: int  # of the parameters of this layer and the later ones
 
 
 def _peak(ctx: TrainContext, recipe: Recipe, images: int) -> int:
-    """Bytes of activations and gradients at the moment when both together are most.
+    """The largest sum of the bytes of activations and gradients within a step.
 
-    What is kept and flows grows with the images by a straight line, which two passes tell. The
+    The activations grow linearly with the number of images; two passes give the line. The
     gradients of an earlier pass stay, and so do the buckets in which DDP keeps them.
     """
     halves = 2 if recipe.precision in _PURE else 1
@@ -147,11 +147,11 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
 
 
 def optimizer_bytes(ctx: TrainContext) -> int:
-    """What the optimizer keeps of the parameters after a step."""
+    """The bytes of the optimizer's state after a step."""
     values = [v for state in ctx.state.optimizer.state.values() for v in state.values()]
     return bytes_of(value for value in values if isinstance(value, Tensor))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What they take, all together."""
+    """The bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What is wrong with a network: in the words of the layer that shows it, with what to write."""
+"""Mistakes of a network, named by the layer that fails, with what to write instead."""
 
 from dataclasses import dataclass
 from math import prod
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from launcher.checks.check.layers import Walk, declared, walk
 from launcher.utils.user_code import place_of, user_line, user_location
 
-_SIZES = (28, 32, 64, 96, 128, 224)  # pixels, for which networks are written
+_SIZES = (28, 32, 64, 96, 128, 224)  # pixels: usual sizes of images
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Of torch's words for a layer whose weights are of another type than what it gets.
+# In torch's message where a layer's weights have another type than its input.
 _OTHER_TYPE = ("must have the same dtype", "should be the same", "expected scalar type")
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What was found, with the place in the user's file where it can be told; what to write."""
+    """A mistake, with the place in the user's file if it is known; and what to write."""
 
     what: str
     instead: str
 
 
 def find_mistake(walked: Walk, classes: int) -> Mistake | None:
-    """The first mistake that showed when images went through a network, if any."""
+    """The first mistake that appeared when images went through a network, if any."""
     if walked.error is None:
         return _of_output(walked, classes)
     if walked.refused is None:
@@ -63,7 +63,7 @@ def _of_output(walked: Walk, classes: int) -> Mistake | None:
 
 
 def _of_forward(walked: Walk) -> Mistake:
-    """Of the code between the layers."""
+    """A mistake in the code between the layers."""
     error, images = walked.error, walked.images
     before = walked.layers[-1].made if walked.layers else tuple(images.shape)
     assert error is not None
@@ -83,7 +83,7 @@ def _of_forward(walked: Walk) -> Mistake:
         )
     if "view size is not compatible" in str(error):
         return Mistake(what, "write x.flatten(1) or x.reshape(...) there")
-    return Mistake(what, "mend that line")
+    return Mistake(what, "correct that line")
 
 
 def _of_layer(walked: Walk) -> Mistake:
@@ -155,7 +155,7 @@ def _of_channels(
 
 
 def _arguments(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: int, out: int) -> str:
-    """`3, 16, 5, padding=2`: with all that the layer has beside its channels, if it fits them."""
+    """`3, 16, 5, padding=2`: the channels, and the layer's other arguments if they fit."""
     written = [f"{given}, {out}, {_short(layer.kernel_size)}"]
     for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)):
         value = _short(getattr(layer, name))
@@ -170,7 +170,7 @@ def _short(value: Any) -> Any:
 
 
 def _fitting_size(walked: Walk) -> int | None:
-    """Of the usual sizes, the one that the network takes as it is."""
+    """The usual size of images that the network can take unchanged."""
     channels, like = walked.images.shape[1], walked.images
     for size in _SIZES:
         if walk(walked.network, like.new_zeros(2, channels, size, size)).error is None:

@@ -1,6 +1,6 @@
-"""What the ranks of `doctor` write for each other, and never wait for longer than they say.
+"""Where the ranks of `doctor` write for each other; each wait has a time limit.
 
-It lies in the key-value store, which outlives a failed collective. Each request runs in a thread of
+It uses the key-value store, which outlives a failed collective. Each request runs in a thread of
 its own: where the link is down, or the process of the store is stopped, the store never answers,
 and a thread within torch cannot be interrupted. After the first such request no other one is tried.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ANSWER = 4.0  # seconds for a store that reads or writes, which takes milliseconds
-_LOOK = 0.25  # seconds between two looks at all keys that are missing
+_LOOK = 0.25  # seconds between two requests for the missing keys
 
 
 class Board:
@@ -29,15 +29,15 @@ class Board:
         self.is_lost = False  # the store does not answer any more
 
     def put(self, key: str, value: Any) -> None:
-        """Write a value, where the store still answers."""
+        """Write a value, if the store still answers."""
         self._ask(lambda: self.store.set(key, json.dumps(value)), None)
 
     def count(self, key: str, by: int = 1) -> int:
-        """Count up a key; returns its count, or 0 where the store does not answer."""
+        """Increment a key; returns its value, or 0 where the store does not answer."""
         return self._ask(lambda: self.store.add(key, by), 0)
 
     def wait_for_count(self, key: str, least: int, seconds: float) -> None:
-        """Wait until a key is counted up so often, or the time is over."""
+        """Wait until a key has reached a count, or the time is over."""
         until = time.monotonic() + seconds
         while self.count(key, 0) < least and not self.is_lost and time.monotonic() < until:
             time.sleep(0.01)
@@ -47,7 +47,7 @@ class Board:
         return self.collect([key], seconds).get(key)
 
     def collect(self, keys: Iterable[str], seconds: float) -> dict[str, Any]:
-        """The values that are there in time; returns as soon as all are."""
+        """The values that arrive in time; returns as soon as all have."""
         missing, found = list(keys), dict[str, Any]()
         until = time.monotonic() + seconds
         while missing and not self.is_lost:
@@ -59,7 +59,7 @@ class Board:
         return found
 
     def _present(self, keys: list[str], seconds: float) -> dict[str, Any]:
-        """The values that are there, after a wait for the first of them."""
+        """The values that have arrived, after a wait for the first of them."""
 
         def look() -> dict[str, Any]:
             is_set(self.store, keys[0], seconds)

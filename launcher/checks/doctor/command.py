@@ -54,12 +54,12 @@ _LOCAL, _JOIN, _FINDINGS, _COLLECTIVE, _END = 0.45, 0.5, 0.7, 0.92, 0.97
 _REDUCING = 12.0  # seconds of all-reduce at most
 _MEASURING = 3.0  # seconds for it at least, however late it is
 _LEAVING = 2.0  # seconds that rank 0 keeps its store for the others
-_CLOCKS = 5.0  # seconds for the clocks of all nodes
+_CLOCKS = 5.0  # seconds to ask the clocks of all nodes
 _TRACKING = 10.0  # seconds for W&B, which takes 6 at most without a network
 _MARK = 3.0  # seconds until a network's file system shows a new file to all
-_MEMORY_SHARE = 16  # the part of the free memory that an all-reduce may take: gloo copies
+_MEMORY_SHARE = 16  # an all-reduce may take 1/16 of the free memory, as gloo makes copies
 _USAGE = "launcher doctor [--runs DIR] [--json] [--limit SECONDS]"
-_DESCRIPTION = "Look at this machine; behind torchrun or srun, at all machines of a run."
+_DESCRIPTION = "Examine this machine or, started by torchrun or srun, all machines of a run."
 
 
 def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
@@ -73,7 +73,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
     add("--help", "-h", action="store_true", help="this text")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go")
     add_options(parser, LIMIT)
-    join = "... of which so many to wait for all ranks (default, and most: half of them)"
+    join = "part of --limit to wait for all ranks (default and maximum: half of it)"
     add("--join-timeout", type=seconds, default=LIMIT, metavar="SECONDS", help=join)
     arguments = parser.parse_args(words)
     if arguments.help:
@@ -101,7 +101,7 @@ def main(words: list[str], world: World, refuse: Callable[[], None]) -> int:
 
 @dataclass(frozen=True)
 class Own:
-    """This rank: its place in the world, the folder of runs, and what refuses the world."""
+    """This rank: its place in the world, the folder of runs, and the check of the world."""
 
     world: World
     runs: Path
@@ -109,7 +109,7 @@ class Own:
 
 
 class Patient:
-    """Waits for what may never end, and for no longer than it may."""
+    """Waits, with a time limit, for work that may never end."""
 
     def __init__(self, deadline: Deadline, join: float) -> None:
         """`join` is how many of the seconds the ranks may take to meet."""
@@ -128,7 +128,7 @@ class Patient:
         return max(0.0, part * self.deadline.seconds - self.deadline.spent)
 
     def result(self, future: "Future[T]", seconds: float) -> T:
-        """What a thread returns or raises; `TimeoutError` where it is left behind."""
+        """The result of a thread, or its exception; `TimeoutError` where it is left behind."""
         try:
             return future.result(seconds)
         except TimeoutError:
@@ -160,7 +160,7 @@ def ask_machine(own: Own, patient: Patient) -> Facts:
     for name, future in asked.items():
         try:
             answers[name] = patient.result(future, patient.left(_LOCAL))
-        except Exception as error:  # whatever it is, the other questions have their answers
+        except Exception as error:  # any: the other questions still have their answers
             unanswered[name] = _in_words(error)
     of_torch = answers.pop("torch", {})
     answers["versions"] |= of_torch.pop("versions", {})
@@ -182,7 +182,7 @@ def _ask_torch(world: World) -> dict[str, Any]:
 
 
 def _mistakes(own: Own, torch: "Future[Any]") -> tuple[Mistake, ...]:
-    """For what a run of this world would be refused."""
+    """The reasons for which a run of this world would be refused."""
     wait([torch])  # Accelerate imports it too
     found = []
     for check in (
@@ -198,7 +198,7 @@ def _mistakes(own: Own, torch: "Future[Any]") -> tuple[Mistake, ...]:
 
 
 def _in_words(error: Exception) -> str:
-    """The first line of an error, with its kind; a time-out of ours says all itself."""
+    """The first line of an error, with its class unless it is our own time-out."""
     kind = "" if isinstance(error, TimeoutError) else f"{type(error).__name__}: "
     return f"{kind}{error}".split("\n")[0]
 
@@ -237,7 +237,7 @@ def _meet(world: World, patient: Patient) -> Board:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who takes part: ranks; of each node the first, and where that one listens; rank 0's mark."""
+    """The ranks that take part; the first of each node and where it listens; rank 0's mark."""
 
     ranks: list[int]
     firsts: list[int]
@@ -246,7 +246,7 @@ class Plan:
 
 
 def _find(world: World, plan: Plan, patient: Patient) -> Findings:
-    """Compute, and look for the other nodes."""
+    """Measure this rank's device, and its links to the other nodes."""
     product, reached, sees_mark = Product(), dict[str, Link](), None
     most = max(_MEASURING, patient.left(_FINDINGS))
     try:
@@ -275,7 +275,7 @@ def _reduce(world: World, group: Group, board: Board, patient: Patient) -> Colle
         return Collective(fault=_in_words(error))
 
 
-# Rank 0, which leads, and the others, which follow
+# Rank 0, which leads, and the others
 
 
 def _first_rank(own: Own, patient: Patient, shown: "Shown") -> int:
@@ -290,7 +290,7 @@ def _first_rank(own: Own, patient: Patient, shown: "Shown") -> int:
 
 
 def _examined(own: Own, patient: Patient) -> tuple[Report, Board | None]:
-    """All that can be found out, and the board, where the others wait for the exit code."""
+    """The whole report, and the board on which the others wait for the exit code."""
     world = own.world
     report = Report(world, {0: ask_machine(own, patient)})
     try:
@@ -374,7 +374,7 @@ def _plan(facts: Mapping[int, Facts]) -> Plan:
 
 
 def addresses_of(firsts: Sequence[Facts]) -> list[tuple[str, int] | None]:
-    """Where the nodes listen; None where another host would find itself at that address."""
+    """Where the nodes listen; None for an address that is only valid on its own host."""
     several = len({facts.host for facts in firsts}) > 1
     return [
         None
@@ -392,7 +392,7 @@ def _remove(mark: str | None) -> None:
 
 
 def _group(facts: Mapping[int, Facts], findings: Mapping[int, Findings], patient: Patient) -> Group:
-    """Who reduces: all that have answered; nobody where nodes do not reach each other."""
+    """The ranks of the all-reduce: all that answered; none where nodes do not reach each other."""
     ranks = sorted(findings)
     apart = any(link.fault for found in findings.values() for link in found.links.values())
     if len(ranks) < 2 or apart:

@@ -1,4 +1,4 @@
-"""What the facts of all ranks say together: a verdict for each question, outliers by name.
+"""From the facts of all ranks to a verdict for each question, with outliers by name.
 
 Pure: from values alone, so it is the same for one rank and for a thousand.
 """
@@ -13,19 +13,19 @@ from launcher.checks.doctor.report import Report, in_bits, listed, short
 from launcher.checks.verdicts import Verdict
 from launcher.utils.text import count, sizes
 
-SLOW = 0.7  # of the median of its peers: an outlier
-_SLOW_LINK = 0.3  # of what its interface promises; protocols and other users take their part
-_SKEW = 1.0  # seconds between two clocks
-_NEAR = 5e-3  # seconds to another node: more is another building
-_LITTLE = 2**30  # bytes free for runs, or of memory
+SLOW = 0.7  # fraction of the median of its peers below which a rank is an outlier
+_SLOW_LINK = 0.3  # fraction of the interface's speed; protocols and other users take some
+_SKEW = 1.0  # seconds between two clocks that are too much
+_NEAR = 5e-3  # seconds to another node; more means that it is far away
+_LITTLE = 2**30  # bytes of disk or memory that are too few
 _LITTLE_SHARED = 2**29  # of /dev/shm, where NCCL needs it
-_FEW_FILES = 1024  # open ones
-_REFUSED = ("Python", "torch", "torchvision", "accelerate", "launcher")  # where they differ
+_FEW_FILES = 1024  # open files
+_REFUSED = ("Python", "torch", "torchvision", "accelerate", "launcher")  # if versions differ
 _MISSING = "killed, stopped, not started or cut off: look for it on its machine"
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """An answer to each question."""
+    """The verdicts of all questions."""
     return [verdict for question in _QUESTIONS for verdict in question(report)]
 
 
@@ -59,17 +59,17 @@ def _launch(report: Report) -> Iterator[Verdict]:
 
 
 def _why_apart(report: Report) -> Iterator[Verdict]:
-    """Why the ranks did not meet, where no other line says it."""
+    """Say why the ranks did not meet, unless another line does."""
     first = report.facts[0]
     if "torch" in first.unanswered or (first.port and first.port.state == "taken"):
         return
     own = first.place.address if first.place else "its address"
-    instead = f"MASTER_ADDR is to lead to the machine of rank 0 ({own}) from every machine"
+    instead = f"set MASTER_ADDR to an address of rank 0 ({own}) that every machine can reach"
     yield Verdict("launch", report.apart, "wrong", instead)
 
 
 def _unanswered(report: Report) -> Iterator[tuple[str, str]]:
-    """Questions without an answer, with those who did not give one."""
+    """The questions without an answer, with the ranks that gave none."""
     found: dict[tuple[str, str], list[str]] = {}
     for facts in report.facts.values():
         for question, why in facts.unanswered.items():
@@ -126,10 +126,10 @@ def _gpus(report: Report) -> Iterator[Verdict]:
         for number, gpu in enumerate(gpus):
             if gpu.ecc_errors:
                 what = f"{count(gpu.ecc_errors, 'memory error')} (ECC) of GPU {number} for {name}"
-                yield Verdict("GPUs", what, "wrong", "give the node back and have it looked at")
+                yield Verdict("GPUs", what, "wrong", "give the node back and report the fault")
             if gpu.throttled:
                 what = f"GPU {number} for {name} is slowed down by {gpu.throttled}"
-                yield Verdict("GPUs", what, "notice", "have the cooling and the power looked at")
+                yield Verdict("GPUs", what, "notice", "have the cooling and the power checked")
 
 
 def _models(names: Sequence[str]) -> str:
@@ -213,7 +213,7 @@ def _disk(report: Report) -> Iterator[Verdict]:
             instead = "make room or name another folder with --runs: nothing could be saved"
             yield Verdict("disk", refused, "wrong", instead)
         elif disk.fault:
-            instead = "a run there could not go on if this became machine 0"
+            instead = "a run could not go on there if this machine became machine 0"
             yield Verdict("disk", refused, "notice", instead)
         elif disk.free < _LITTLE:
             yield Verdict("disk", f"{where} has {room}", "notice", "make room for checkpoints")
@@ -223,8 +223,8 @@ def _disk(report: Report) -> Iterator[Verdict]:
     blind = [rank for rank, found in report.findings.items() if found.sees_mark is False]
     if blind:
         names = listed(map(report.name, sorted(blind)))
-        what = f"the folder of runs is another one for {names} than for rank 0"
-        instead = "--resume goes on only while the same machine is machine 0; else share it"
+        what = f"{names} and rank 0 see different folders of runs"
+        instead = "share the folder; else --resume needs the same machine as machine 0"
         yield Verdict("disk", what, "notice", instead)
     elif any(found.sees_mark for found in report.findings.values()):
         yield Verdict("disk", "all nodes see the same folder of runs")
@@ -291,7 +291,7 @@ def _network(report: Report) -> Iterator[Verdict]:
             reason = place.fault or f"{place.origin} resolves to {place.address}"
             what = f"{reason}: other machines cannot reach it ({facts.name})"
             instead = f"type export GLOO_SOCKET_IFNAME={device} NCCL_SOCKET_IFNAME={device} there"
-            works = report.group and not _faulty(report)  # by luck: who connects to whom
+            works = report.group and not _faulty(report)  # which depends on who connects to whom
             yield Verdict("host name", what, "notice" if works else "wrong", instead)
             bad = True
         elif place.fault:
@@ -310,7 +310,7 @@ def _links(report: Report) -> Iterator[Verdict]:
         (rank, int(other), link)
         for rank, found in report.findings.items()
         for other, link in found.links.items()
-        if int(other) not in report.lost  # of which it is said already
+        if int(other) not in report.lost  # which another line names already
     ]
     faults = [
         f"from {report.name(rank)} to {report.name(other)}: {link.fault}"
@@ -323,7 +323,7 @@ def _links(report: Report) -> Iterator[Verdict]:
     good = [item for item in links if not item[2].fault]
     if not good:
         return
-    if slow := _slow_links(report, good):  # and late for that reason, perhaps
+    if slow := _slow_links(report, good):  # perhaps the reason for a late answer
         instead = "look at cable, switch and driver there, or whether others use the network"
         yield Verdict("links", listed(slow), "notice", instead)
         return
@@ -331,7 +331,7 @@ def _links(report: Report) -> Iterator[Verdict]:
     most, rank, other = latencies[-1]
     if most > _NEAR:
         what = f"{most * 1e3:.1f} ms between {report.name(rank)} and {report.name(other)}"
-        yield Verdict("links", what, "notice", "ask for nodes beside each other")
+        yield Verdict("links", what, "notice", "ask for nodes that are close to each other")
         return
     text = f"{latencies[0][0] * 1e3:.2f} to {most * 1e3:.2f} ms"
     if measured := [link.bandwidth for _, _, link in good if link.bandwidth]:
@@ -342,7 +342,7 @@ def _links(report: Report) -> Iterator[Verdict]:
 
 
 def _slow_links(report: Report, links: Sequence[tuple[int, int, Link]]) -> list[str]:
-    """Those slower than their peers, or than the network card promises; from where to where."""
+    """Links slower than their peers, or than the card's nominal speed; from where to where."""
     measured = [item for item in links if item[2].bandwidth]
     usual = median(link.bandwidth for _, _, link in measured) if measured else 0.0
     slow = []
@@ -356,7 +356,7 @@ def _slow_links(report: Report, links: Sequence[tuple[int, int, Link]]) -> list[
 
 
 def _promised(report: Report, rank: int) -> float:
-    """Bytes per second of the interface; 0: not known."""
+    """The nominal speed of the interface in bytes per second; 0: not known."""
     facts = report.facts.get(rank)
     return facts.place.speed * 1e6 / 8 if facts and facts.place else 0.0
 
@@ -374,7 +374,7 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
         names = listed(map(report.name, lost))
         yield Verdict("all-reduce", f"no answer any more from {names}", "wrong", _MISSING)
     elif faults:
-        instead = "see the lines above; else ask the network's people about these machines"
+        instead = "see the lines above, or ask the network's administrators about these machines"
         yield Verdict("all-reduce", f"not over in time: {listed(faults)}", "wrong", instead)
     if lost or faults:
         return
@@ -382,7 +382,7 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
     size = len(report.group)
     parts = [f"{sizes(int(n))} in {short(s * 1e3)} ms" for n, s in found.seconds.items()]
     largest, took = max((int(n), s) for n, s in found.seconds.items())
-    speed = 2 * (size - 1) / size * largest / took  # what a ring sends through each link
+    speed = 2 * (size - 1) / size * largest / took  # a ring sends so much through each link
     text = f"{found.backend}, {count(size, 'rank')}: {', '.join(parts)}; {in_bits(speed)} per link"
     promised = min((_promised(report, facts.rank) for facts in report.firsts), default=0.0)
     if len(report.firsts) > 1 and promised:
@@ -395,7 +395,7 @@ def _all_reduce(report: Report) -> Iterator[Verdict]:
 
 
 def _faulty(report: Report) -> list[str]:
-    """What those say whose all-reduce came to no end."""
+    """The messages of the ranks whose all-reduce did not end."""
     return [f"{report.name(r)}: {c.fault}" for r, c in report.collectives.items() if c.fault]
 
 
@@ -406,7 +406,7 @@ def _products(report: Report) -> Iterator[Verdict]:
     products = {rank: found.product for rank, found in report.findings.items()}
     faults = [f"{p.fault} ({report.name(rank)})" for rank, p in products.items() if p.fault]
     if faults:
-        yield Verdict("product", listed(faults), "wrong", "do not train on it: have it looked at")
+        yield Verdict("product", listed(faults), "wrong", "do not train on it: report the fault")
     for device in dict.fromkeys(p.device for p in products.values() if p.device):
         peers = {rank: p.speed for rank, p in products.items() if p.device == device}
         usual = median(peers.values())
@@ -420,7 +420,7 @@ def _products(report: Report) -> Iterator[Verdict]:
             instead = "look for other work there, a quota or heat: all ranks wait for the slowest"
             yield Verdict("product", f"{text}; {listed(slow)}", "notice", instead)
         else:
-            yield Verdict("product", f"{text}, and right")
+            yield Verdict("product", f"{text}, and correct")
 
 
 def _tracking(report: Report) -> Iterator[Verdict]:

@@ -1,7 +1,7 @@
 """What one rank knows of its machine: values that travel between ranks as JSON.
 
-A rank with another version of the launcher may send others: what is missing has a default, and what
-is unknown is left out.
+A rank with another version of the launcher may send other fields: missing ones have a default,
+unknown ones are ignored.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cores:
-    """What this process may compute with: cores, of which a quota grants a part."""
+    """The cores of this process, and the quota of them that it may use."""
 
     usable: int = 1
     quota: float | None = None
-    threads: int = 0  # that torch takes; 0: torch could not be asked
-    chosen: str = ""  # OMP_NUM_THREADS of the user's own
+    threads: int = 0  # of torch; 0: torch could not be asked
+    chosen: str = ""  # OMP_NUM_THREADS as the user has set it
 
     @property
     def granted(self) -> int:
@@ -28,7 +28,7 @@ class Cores:
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes; what this process may still take is the smaller of `available` and `limit`."""
+    """In bytes; this process may take the smaller of `available` and `limit`."""
 
     total: int = 0
     available: int = 0
@@ -50,18 +50,18 @@ class Gpu:
     memory: int = 0
     clock: int = 0  # MHz
     most_clock: int = 0
-    ecc_errors: int = 0  # that could not be corrected, since the driver was loaded
-    throttled: str = ""  # why, where heat or power holds it back
+    ecc_errors: int = 0  # uncorrected ones, since the driver was loaded
+    throttled: str = ""  # the reason, such as heat or power
 
 
 @dataclass(frozen=True)
 class Disk:
-    """The folder of runs, or the nearest folder above it that is there."""
+    """The folder of runs, or the nearest existing folder above it."""
 
     folder: str = ""
     free: int = 0
     total: int = 0
-    speed: float = 0.0  # bytes per second, written and flushed
+    speed: float = 0.0  # of writing and flushing, in bytes per second
     fault: str = ""  # why it cannot be written
 
 
@@ -73,8 +73,8 @@ class Place:
     address: str = ""
     interface: str = ""
     speed: int = 0  # Mb/s of the interface; 0: not known
-    origin: str = ""  # what the address follows from
-    towards_first: str = ""  # the interface whose route leads to MASTER_ADDR
+    origin: str = ""  # where the address comes from
+    towards_first: str = ""  # the interface through which MASTER_ADDR is reached
     fault: str = ""
 
     @property
@@ -99,7 +99,7 @@ class Cache:
     folder: str = ""
     free: int = 0
     fault: str = ""
-    shared: str = ""  # with whom
+    shared: str = ""  # why it may be shared with other users
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Mistake:
-    """For what a run would be refused, and what to do instead."""
+    """The reason for which a run would be refused, and what to do instead."""
 
     what: str = ""
     instead: str = ""
@@ -138,7 +138,7 @@ class Facts:
     place: Place | None = None
     port: Port | None = None
     cache: Cache | None = None
-    listens: int = 0  # the port at which other nodes may try to reach this process
+    listens: int = 0  # the port at which other nodes can test the connection
     mistakes: tuple[Mistake, ...] = ()
     unanswered: Mapping[str, str] = field(default_factory=dict)
 

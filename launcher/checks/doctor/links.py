@@ -1,7 +1,7 @@
 """The network between nodes: clocks, connections, and all-reduce as a run does it.
 
-Connections are tried with sockets of our own, at the address that gloo would announce: where they
-fail, it is said between which nodes, and in seconds; gloo names nobody.
+Connections are tested with our own sockets, at the address that gloo would announce: a failure
+is reported within seconds and with both nodes; gloo names none.
 """
 
 import socket
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 SIZES = (10**3, 64 * 10**3, 10**6, 16 * 10**6, 256 * 10**6)  # bytes of an all-reduce
-FEW_NODES = 16  # up to which every node tries to reach every other one
-_TURNS = 3  # of a measurement whose fastest counts
+FEW_NODES = 16  # with at most so many, every node tests its link to every other one
+_TURNS = 3  # of a measurement; the fastest counts
 _CONNECT = 3.0  # seconds for a connection: a second packet is sent after one
 _STREAM = 0.7  # seconds of the measurement of a link's bandwidth
 _CHUNK = bytes(2**18)
@@ -45,14 +45,14 @@ class Offset:
 class Link:
     """From another node to this one."""
 
-    latency: float = 0.0  # seconds for a connection: there and back
+    latency: float = 0.0  # seconds of a connect: there and back
     bandwidth: float = 0.0  # bytes per second; 0: not measured
     fault: str = ""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """What one rank saw of the all-reduce: seconds by bytes."""
+    """The all-reduce as one rank measured it: seconds by bytes."""
 
     backend: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Collective:
 
 
 def ask_clocks(board: Board, ranks: Sequence[int], seconds: float) -> dict[int, Offset]:
-    """The offsets of so many clocks to this one's; a rank without an answer has none."""
+    """The offsets of the other ranks' clocks to this one's; a rank without an answer has none."""
     offsets = {}
     until = time.monotonic() + seconds
     for rank in ranks:
@@ -94,10 +94,10 @@ def tell_clock(board: Board, rank: int, seconds: float) -> None:
 
 
 class Listener:
-    """Sends zeros to whoever connects, until he has enough."""
+    """Sends zeros to each connection until the other side closes it."""
 
     def __init__(self, address: str) -> None:
-        """Listen at any free port of an address; raises `OSError` where it is not this host's."""
+        """Listen at any free port of an address; raises `OSError` if this host does not have it."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.create_server((address, 0), family=family, backlog=128)
         self.port = int(self._socket.getsockname()[1])
@@ -188,7 +188,7 @@ def all_reduce(world: World, group: Group, store: "Store") -> Collective:
     device = device_of(world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # At its time-out NCCL ends the process. Gloo raises, which is a good end of the thread.
+    # At its time-out NCCL ends the process; gloo raises, which only ends the thread.
     patience = group.seconds if device.type == "cpu" else _NEVER
     own = replace(world, rank=group.ranks.index(world.rank), size=len(group.ranks))
     began = time.perf_counter()
@@ -220,7 +220,7 @@ def _reduce(values: "torch.Tensor") -> float:
 
 
 def _slowest(seconds: float, device: "torch.device") -> float:
-    """The most that any rank says, on all ranks."""
+    """The largest value of all ranks, on all ranks."""
     import torch
     from torch import distributed
 

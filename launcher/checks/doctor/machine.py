@@ -1,4 +1,4 @@
-"""What one process sees of its machine: each question is answered without the others."""
+"""The facts of one machine; each question is answered independently of the others."""
 
 import getpass
 import os
@@ -23,7 +23,7 @@ from launcher.utils.arguments import nearest_folder, refuse_no_folder
 
 CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 2**60  # bytes: version 1 of cgroups writes a number near 2**63 for "no limit"
-_WRITTEN = 4 * 2**20  # bytes of the file that is written to a run folder
+_WRITTEN = 4 * 2**20  # bytes of the test file in the folder of runs
 _MARK = ".launcher-doctor"
 _DEFAULT_PORT = 29500  # that of torchrun and Accelerate
 
@@ -32,7 +32,7 @@ _DEFAULT_PORT = 29500  # that of torchrun and Accelerate
 
 
 def versions() -> dict[str, str]:
-    """What is installed, from files alone: torch takes seconds to import, or does not import."""
+    """The installed versions, read from files: importing torch takes seconds, or fails."""
     found = {"Python": platform.python_version(), "launcher": __version__}
     for name in ("torch", "torchvision", "accelerate", "wandb"):
         try:
@@ -52,7 +52,7 @@ def driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 
 def versions_of_torch() -> dict[str, str]:
-    """What torch was built with."""
+    """The versions that torch was built with."""
     import torch
 
     found = {"torch": torch.__version__, "CUDA": torch.version.cuda or "none", "NCCL": "none"}
@@ -74,7 +74,7 @@ def cores(world: World, environ: Mapping[str, str] = os.environ) -> Cores:
 
 
 def memory() -> Memory:
-    """Memory, its limit, and what else runs out."""
+    """Memory, its limit, /dev/shm and open files."""
     import resource
 
     import psutil
@@ -88,7 +88,7 @@ def memory() -> Memory:
 
 
 def cpu_quota(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The cores that the control groups of this process grant it; None: no limit."""
+    """The quota of cores of this process's control groups; None: no limit."""
     limits = []
     for folder in _groups(root, own, "cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError):
@@ -103,7 +103,7 @@ def cpu_quota(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> fl
 
 
 def memory_limit(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The bytes that the control groups of this process grant it; None: no limit."""
+    """The memory limit of this process's control groups in bytes; None: no limit."""
     limits = []
     for folder in _groups(root, own, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -183,7 +183,7 @@ def _with_driver(nvml: Any, handle: Any, gpu: Gpu) -> Gpu:
 def disk(runs: Path) -> Disk:
     """Write a file as a checkpoint is written; leaves nothing behind.
 
-    A folder that is not there yet is not made, since other ranks may be looking at the same moment.
+    A missing folder is not made, since other ranks may be looking at the same moment.
     """
     import psutil
 
@@ -215,7 +215,7 @@ def disk(runs: Path) -> Disk:
 
 
 def leave_mark(folder: str, mark: str) -> str | None:
-    """A file for the other nodes to look for; None where the folder cannot be written."""
+    """Write a file for the other nodes to look for; None where the folder cannot be written."""
     path = Path(folder, f"{_MARK}-{mark}")
     try:
         path.touch()
@@ -225,11 +225,11 @@ def leave_mark(folder: str, mark: str) -> str | None:
 
 
 def sees(path: str, seconds: float) -> bool:
-    """Whether a file of another node is there, as soon as a network's file system shows it."""
+    """Whether a file of another node is visible here; waits, as network file systems are slow."""
     until = time.monotonic() + seconds
     while True:
         with suppress(OSError):
-            if Path(path).name in os.listdir(Path(path).parent):  # which asks the server anew
+            if Path(path).name in os.listdir(Path(path).parent):  # which is not cached
                 return True
         if time.monotonic() > until:
             return False
@@ -318,7 +318,7 @@ def _is_own(address: str) -> bool:
 
 
 def _source_address(target: str) -> str:
-    """The own address from which packets to `target` leave; nothing is sent."""
+    """The local address from which packets to `target` would leave; nothing is sent."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((target, _DEFAULT_PORT))
         return str(probe.getsockname()[0])
@@ -333,7 +333,7 @@ def interface_speed(interface: str, root: Path = Path("/sys/class/net")) -> int:
 
 
 def port(world: World) -> Port:
-    """The port at which this world meets, before it does; a process alone asks for the default."""
+    """The state of the port at which this world will meet; alone, of the default port."""
 
     number = world.port or _DEFAULT_PORT
     if world.agent_hosts_store:

@@ -1,4 +1,4 @@
-"""A matrix product on the device of each rank: how fast, and whether it is right."""
+"""A matrix product on the device of each rank: its speed, and whether it is correct."""
 
 import time
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from statistics import median
 from launcher.distributed.accelerator import device_of, synchronize
 from launcher.distributed.world import World
 
-_ROUNDS, _SECONDS = 5, 0.2  # longer than the 0.1 s in which a control group grants its quota
+_ROUNDS, _SECONDS = 5, 0.2  # longer than the 0.1 s period of a control group's quota
 _SIZE, _SIZE_ON_CPU = 4096, 512
 
 
 @dataclass(frozen=True)
 class Product:
-    """What the device made of it: the median of a few rounds."""
+    """The result of the product: the median speed of a few rounds, and a fault."""
 
     device: str = ""
     speed: float = 0.0  # floating-point operations per second
@@ -22,7 +22,7 @@ class Product:
 
 
 def multiply(world: World) -> Product:
-    """Multiply whole numbers, of which every product and sum is exact in every precision."""
+    """Multiply whole numbers whose products and sums are exact in every precision."""
     import torch
 
     device = device_of(world)
@@ -35,7 +35,7 @@ def multiply(world: World) -> Product:
         torch.randint(-4, 5, (size, size), generator=generator).float().to(device) for _ in range(2)
     )
     product = (left @ right).cpu()
-    ones = torch.ones(size, dtype=torch.float64)  # which not every device has
+    ones = torch.ones(size, dtype=torch.float64)  # on the CPU: not every device has float64
     expected = left.cpu().double() @ (right.cpu().double() @ ones)
     fault = ""
     if not torch.isfinite(product).all():

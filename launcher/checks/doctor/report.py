@@ -1,4 +1,4 @@
-"""What rank 0 knows of all ranks, as values, as a table of the nodes, and in words."""
+"""The knowledge of rank 0 about all ranks: as values, as a table of nodes, and in words."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ _ROWS = 32  # of the table
 
 @dataclass(frozen=True)
 class Findings:
-    """What one rank found together with the others; `links` go by the first rank of a node."""
+    """What one rank measured with the others; the keys of `links` are the first ranks of nodes."""
 
     product: Product
     links: Mapping[str, Link] = field(default_factory=dict)
@@ -25,20 +25,20 @@ class Findings:
 
 @dataclass(frozen=True)
 class Report:
-    """All that rank 0 knows; a rank that did not answer is in none of the mappings."""
+    """All that rank 0 knows; a rank that did not answer is missing in the mappings."""
 
     world: World
     facts: dict[int, Facts]
     offsets: Mapping[int, Offset] = field(default_factory=dict)
     findings: Mapping[int, Findings] = field(default_factory=dict)
     collectives: Mapping[int, Collective] = field(default_factory=dict)
-    group: Sequence[int] = ()  # the ranks that were to reduce together
+    group: Sequence[int] = ()  # the ranks of the all-reduce
     tracking: Tracking | None = None
     apart: str = ""  # why the ranks did not meet
 
     @property
     def firsts(self) -> list[Facts]:
-        """The first rank of each node that answered, which speaks for it."""
+        """The first rank of each node that answered, which represents the node."""
         by_node: dict[int, Facts] = {}
         for rank in sorted(self.facts):
             by_node.setdefault(self.facts[rank].node, self.facts[rank])
@@ -46,11 +46,11 @@ class Report:
 
     @property
     def lost(self) -> list[int]:
-        """Ranks that answered at first, and then no more."""
+        """Ranks that answered at first, but not later."""
         return [] if self.apart else [rank for rank in self.facts if rank not in self.findings]
 
     def name(self, rank: int) -> str:
-        """Host and rank; the host of one that said nothing is that of its node, if it has one."""
+        """Host and rank; for a silent rank, the host of its node if known."""
         if rank in self.facts:
             return self.facts[rank].name
         node = rank // self.world.local_size
@@ -65,7 +65,7 @@ def read_findings(values: Mapping[str, Any]) -> Findings:
 
 
 def as_values(report: Report) -> dict[str, Any]:
-    """The report for machines: what each rank said."""
+    """The report as JSON values: the facts of each rank."""
     ranks = []
     for rank in range(report.world.size):
         if rank not in report.facts:
@@ -119,14 +119,14 @@ def node_table(report: Report) -> list[str]:
 
 
 def listed(parts: Iterable[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first few items, and the number of the others."""
     found = list(parts)
     more = len(found) - _NAMED
     return "; ".join(found[:_NAMED]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def in_bits(bytes_per_second: float) -> str:
-    """`9.4 Gb/s`, as links are sold."""
+    """Bits per second, as for network links: `9.4 Gb/s`."""
     megabits = bytes_per_second * 8 / 1e6
     return f"{short(megabits / 1e3)} Gb/s" if megabits >= 1e3 else f"{short(megabits)} Mb/s"
 

@@ -1,1 +1,1 @@
-"""`launcher verify`: does a recipe keep the promises, on this machine?"""
+"""`launcher verify`: tests the project's promises for one recipe on this machine."""

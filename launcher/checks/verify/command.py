@@ -31,8 +31,8 @@ LEAST_STEPS = 6  # for three epochs of two steps
 LEAST_RANKS = 2
 _USAGE = "launcher verify RECIPE [name=value ...] [--ranks 2] [--steps 20] [--json]"
 _DESCRIPTION = """\
-Train a few steps of a recipe in several ways that must come to the same: on one
-rank and on several, killed and resumed, twice, evaluated and compiled."""
+Train a few steps of a recipe in several ways that must give the same result: on
+one rank and on several, killed and resumed, twice, exported and compiled."""
 
 
 def main(words: Sequence[str], load: Load, export: Export, folder: Path) -> int:
@@ -55,7 +55,7 @@ def main(words: Sequence[str], load: Load, export: Export, folder: Path) -> int:
         if not arguments.json:
             show(verdict, console)
         if verdict.question == "recipe" and verdict.standing == "wrong":
-            break  # what does not train keeps no promise
+            break  # without a training there is nothing to test
     if arguments.json:
         about = {"recipe": loaded.name, "ranks": arguments.ranks}
         sys.stdout.write(as_json(about, verdicts, deadline) + "\n")

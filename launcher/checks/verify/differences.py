@@ -1,4 +1,4 @@
-"""Where two runs part: the number, the step, the layer, and what that says of the cause."""
+"""Where two runs begin to differ: the step, the layer, and the probable cause."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ from launcher.data.images import ImageSet
 from launcher.utils.text import count
 from launcher.utils.user_code import global_states, place_of
 
-EXACT = 1e-8  # in float64, of numbers around 1: rounding stays far below, a fault far above
+EXACT = 1e-8  # in float64, for numbers around 1: rounding is far below, a fault far above
 ROUNDING = 1e-12  # of a loss in float64
-AT_ONCE = 100.0  # times: what a difference does not grow by in one step
-OF_WEIGHTS = 1e3  # times the difference of a loss
+AT_ONCE = 100.0  # times: a difference from rounding grows by less in one step
+OF_WEIGHTS = 1e3  # times: a difference of the weights over that of the loss
 CALLS = 40  # of an augmentation, with the same images and draws
 
 
@@ -38,17 +38,17 @@ class Parting:
     layer: str = ""
 
     def describe(self) -> str:
-        """In words."""
+        """The difference in words."""
         return {
             "images": f"step {self.step} sees other images",
-            "layer": f"they part in step {self.step}, in {self.layer}",
-            "loss": f"they part in step {self.step}, in the loss",
-            "weights": f"they part in step {self.step}, in the optimizer's update",
+            "layer": f"they differ from step {self.step} on, in {self.layer}",
+            "loss": f"they differ from step {self.step} on, in the loss",
+            "weights": f"they differ from step {self.step} on, in the optimizer's update",
         }[self.what]
 
 
 def first_different_bit(one: Sequence[Sighting], two: Sequence[Sighting]) -> Parting | None:
-    """Of two runs on as many ranks, over the steps that both have seen."""
+    """The first difference of two runs on as many ranks, in the steps that both have made."""
     for step in sorted(set(one[0].steps) & set(two[0].steps)):
         pairs = [
             (mine.steps[step], other.steps[step]) for mine, other in zip(one, two, strict=True)
@@ -73,7 +73,7 @@ def layer_name(name: str, kinds: dict[str, str]) -> str:
 
 
 def first_other_images(one: Sequence[Sighting], many: Sequence[Sighting]) -> int | None:
-    """The first step in which so many ranks together do not see the images that others see.
+    """The first step in which the ranks of two runs together see different images.
 
     As sets: a rank without an image of its own in a small batch sees one of another rank's.
     """
@@ -102,12 +102,12 @@ class Deviation:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether no more than the order of additions differs."""
+        """Whether only the order of additions differs."""
         return self.weights <= max(EXACT, OF_WEIGHTS * self.loss) and self.step is None
 
 
 def deviation_of(one: Sighting, two: Sighting, weights: float) -> Deviation:
-    """From the losses that both have seen, and the difference of the weights at the end."""
+    """From the losses of the common steps, and the difference of the weights at the end."""
     largest = 0.0
     for step in sorted(set(one.steps) & set(two.steps)):
         mine, other = one.steps[step].loss, two.steps[step].loss
@@ -119,7 +119,7 @@ def deviation_of(one: Sighting, two: Sighting, weights: float) -> Deviation:
 
 
 def first_mixing_layer(one: Sequence[Sighting], many: Sequence[Sighting]) -> str:
-    """The first layer that makes something else of an image when others are beside it."""
+    """The first layer whose output for an image depends on the other images of the batch."""
     (alone, *_), kinds = one, one[0].kinds
     for rank in many:
         for (name, mine), (_, others) in zip(alone.each_image, rank.each_image, strict=False):
@@ -130,7 +130,7 @@ def first_mixing_layer(one: Sequence[Sighting], many: Sequence[Sighting]) -> str
 
 
 def largest_difference(one: Path, two: Path) -> float:
-    """Of two files of weights; over the largest weight of a tensor, where that is above 1."""
+    """The largest difference of two files of weights; relative, where a tensor exceeds 1."""
     mine, other = load_file(one), load_file(two)
     worst = 0.0
     for name, tensor in mine.items():
@@ -158,7 +158,7 @@ def same_state(one: Any, two: Any) -> bool:
 
 @dataclass(frozen=True)
 class OwnLayers:
-    """Layers that are each rank's own affair in training."""
+    """Layers that differ between ranks in training."""
 
     batch_norms: tuple[str, ...]
     random: tuple[str, ...]
@@ -177,7 +177,7 @@ class OwnLayers:
         return " and ".join(parts)
 
     def describe_remedy(self) -> str:
-        """What makes them the same on any number of ranks."""
+        """How they are made equal on any number of ranks."""
         remedies = ["with BatchNorm synchronized"] if self.batch_norms else []
         remedies += ["without random numbers"] if self.random else []
         return " and ".join(remedies)
@@ -193,7 +193,7 @@ def own_layers(network: nn.Module, images: Tensor) -> OwnLayers:
         return own + torch.cuda.get_rng_state().numpy().tobytes() if images.is_cuda else own
 
     def before(module: nn.Module, given: Any) -> None:
-        if stack and stack[-1][0] != state():  # drawn by the one around it, between its children
+        if stack and stack[-1][0] != state():  # drawn by the parent module, between its children
             stack[-1] = (state(), True)
         stack.append((state(), False))
 
@@ -226,7 +226,7 @@ def own_layers(network: nn.Module, images: Tensor) -> OwnLayers:
 
 
 def unsteady_functions(recipe: Recipe, images: ImageSet) -> list[str]:
-    """The functions of `data` that make another thing of the same images and draws, and why."""
+    """The functions of `data` that are not deterministic for the same images and draws, and why."""
     pixels = images.pixels(slice(8)).permute(0, 3, 1, 2)
     random = numpy.random.default_rng(0)
     draws = torch.from_numpy(random.random((len(pixels), DRAWS_PER_AUGMENTATION), "float32"))

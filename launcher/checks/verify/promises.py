@@ -1,4 +1,4 @@
-"""What the launcher promises of every recipe, as questions that runs answer."""
+"""The launcher's promises for every recipe, as questions that runs answer."""
 
 import os
 import random
@@ -32,16 +32,16 @@ from launcher.errors import NotExportableError, UserError
 from launcher.training.model import build_network, two_images
 from launcher.utils.text import count
 
-PART_OF_LIMIT, PART_TO_COMPILE = 0.3, 0.2  # of the time, for the steps alone
-ROUNDED = 1e-5  # where float64 is out of reach
+PART_OF_LIMIT, PART_TO_COMPILE = 0.3, 0.2  # fraction of the time for the steps alone
+ROUNDED = 1e-5  # where float64 cannot be used
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 MOST_NAMED = 3  # attributes
 _COMPILER = "clang++" if sys.platform == "darwin" else "g++"
-_OF_DRAWS = "let it depend on images, draws.fresh and draws.fixed alone"
+_OF_DRAWS = "compute it from images, draws.fresh and draws.fixed alone"
 _IN_BUFFERS = "keep in buffers (register_buffer) what lasts from step to step"
 _NO_DRAWS = "write F.dropout(x, p, self.training), so that an evaluation draws none"
 _SYNC = "type sync_batch_norm=true, which torch has for GPUs"
-_NO_END = "--limit SECONDS gives it more; where that changes nothing, it waits for ever there"
+_NO_END = "type --limit SECONDS for more time; if that does not help, the run hangs there"
 
 # Exports a recipe's network with the weights of a file to a folder; says how near it is to itself
 # on some images, or raises `NotExportableError`, or `UserError` where it is not near.
@@ -79,7 +79,7 @@ class Promises:
         return {name: self._failing_well(name, question) for name, question in asked.items()}
 
     def recipe(self) -> Iterator[Verdict]:
-        """Does it train at all, on so many ranks?"""
+        """Does it train at all, on all ranks?"""
         part = PART_TO_COMPILE if self._recipe.compile else PART_OF_LIMIT
         seconds = part * self._deadline.left
         data = self._data = self._trials.prepare(self._recipe, seconds)
@@ -102,10 +102,10 @@ class Promises:
             yield Verdict("recipe", trained)
 
     def ranks(self) -> Iterator[Verdict]:
-        """N ranks equal one: in float64, where rounding explains no difference."""
+        """N ranks equal one: in float64, where rounding cannot explain a difference."""
         name, many = "ranks", f"{self._size} ranks"
         if refusal := self._refuses_double():
-            what = f"asked in float64, in which training fails ({refusal})"
+            what = f"tested in float64, in which training fails ({refusal})"
             yield Verdict(name, f"{what}; {self._in_own_precision()}", "not asked")
             return
         one, other = self._trials.run(self._one), self._trials.run(self._many)
@@ -131,12 +131,12 @@ class Promises:
         self._ranks_differ = True
         layer = first_mixing_layer(one, other)
         cause = f", first in step {deviation.step}" if deviation.step else ""
-        instead = "compare the loss and the layers: each image must count for itself"
+        instead = "check the loss and the layers: each image must be computed by itself"
         if drawing := self._drawing_in_evaluation:
             cause += f"; random numbers are drawn in {self._names(drawing)}"
             instead = _NO_DRAWS
         elif layer:
-            cause += f": {layer} makes something else of an image when others are beside it"
+            cause += f": the output of {layer} for an image depends on the others of the batch"
             instead = "compute each image by itself in that layer"
         yield Verdict(name, f"{many} train otherwise than 1: {apart}{cause}", "wrong", instead)
 
@@ -162,10 +162,10 @@ class Promises:
         yield self._of_state("resume", what) or Verdict("resume", what, "wrong", _IN_BUFFERS)
 
     def other_ranks(self) -> Iterator[Verdict]:
-        """A run goes on with another number of ranks on the same way."""
+        """A run that is resumed on another number of ranks gives the same weights."""
         name = "other ranks"
         if self._refuses_double():
-            yield Verdict(name, "asked in float64, as above", "not asked")
+            yield Verdict(name, "tested in float64, as above", "not asked")
             return
         found = [
             self._rescaled(self._many, 1, "fewer"),
@@ -181,11 +181,11 @@ class Promises:
             return
         where, apart = next(one for one in found if not one[1].is_rounding)
         what = f"begun on {where}: {apart.weights:.1e} in the weights, first in step {apart.step}"
-        instead = "mend what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
+        instead = "correct what the line `ranks` names" if self._ranks_differ else _IN_BUFFERS
         yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def _rescaled(self, begun: Trial, ranks: int, name: str) -> tuple[str, Deviation]:
-        """A run, and how far from it one is that was resumed from its middle on other ranks."""
+        """The deviation between a run and one that was resumed from its middle on other ranks."""
         begun = self._steady(begun)
         self._trials.run(begun)
         resumed = replace(begun, name=name, ranks=ranks, resumes=True)
@@ -196,7 +196,7 @@ class Promises:
         return where, self._deviation(begun, resumed)
 
     def repeat(self) -> Iterator[Verdict]:
-        """Two equal runs, started anew, are equal."""
+        """Two equal runs in new processes have the same bits."""
         name = "repeat"
         again = Trial("again", self._size, is_new=True)
         own, other = self._trials.run(self._own), self._trials.run(again)
@@ -205,8 +205,8 @@ class Promises:
             source = short_name(self._recipe.data.source)
             yield Verdict(
                 name,
-                f"{source} gives other images, or the same in another order, at each opening: so "
-                "would other machines see, and a resumed run",
+                f"{source} gives other images, or another order, each time it is opened: other "
+                "machines, and a resumed run, would train on other images",
                 "wrong",
                 "sort what it lists, as in sorted(folder.iterdir()), and draw from a generator "
                 "with a seed of its own",
@@ -221,12 +221,12 @@ class Promises:
             runs = f"two runs of {self._trials.steps} steps on {self._size} ranks"
             yield Verdict(name, f"{runs}: bit for bit the same")
             return
-        what = f"two equal runs: {parting.describe() if parting else 'they end otherwise'}"
+        what = f"two equal runs: {parting.describe() if parting else 'they end differently'}"
         instead = "look there for a clock, a generator without a seed, or the order of a set"
         yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def evaluation(self) -> Iterator[Verdict]:
-        """N ranks count what one counts."""
+        """N ranks evaluate to the same counts as one."""
         name, double = "evaluation", not self._refuses_double()
         one = self._one if double else replace(self._one, name="alone", double=False)
         self._trials.run(one)
@@ -254,12 +254,12 @@ class Promises:
         yield self._of_state(name, what) or Verdict(name, what, "wrong", instead)
 
     def compile(self) -> Iterator[Verdict]:
-        """What is compiled trains as what is not."""
+        """The compiled network trains like the eager one."""
         name, mode = "compile", self._recipe.compile
         if not mode:
             yield Verdict(name, "the recipe does not compile", "not asked")
         elif self._refuses_double():
-            yield Verdict(name, "asked in float64, as above", "not asked")
+            yield Verdict(name, "tested in float64, as above", "not asked")
         elif not shutil.which(_compiler()):
             missing = f"torch.compile needs a C++ compiler, and there is no {_compiler()}"
             instead = f"install {_COMPILER}, type export CXX=COMPILER, or type compile=false"
@@ -272,7 +272,7 @@ class Promises:
             yield self._compiled(name, setting)
 
     def _compiled(self, name: str, setting: str) -> Verdict:
-        eager = self._steady(self._one)  # when compiled, they draw other numbers
+        eager = self._steady(self._one)  # compiled random layers draw other numbers
         compiled = replace(eager, name="compiled", compiled=True)
         self._trials.run(eager)
         self._trials.run(compiled)
@@ -283,7 +283,7 @@ class Promises:
         return Verdict(name, f"{setting}: {apart}", "wrong", "type compile=false")
 
     def export(self) -> Iterator[Verdict]:
-        """The exported network answers as the trained one does."""
+        """The exported network gives the outputs of the trained one."""
         assert self._data is not None
         self._trials.run(self._own)
         weights, test = self._trials.final_weights(self._own), self._data.test
@@ -300,12 +300,12 @@ class Promises:
         else:
             yield Verdict("export", f"as torch.export: {proof}")
 
-    # What several of them ask
+    # Used by several questions
 
     def _failing_well(
         self, name: str, question: Callable[[], Iterator[Verdict]]
     ) -> Callable[[], Iterator[Verdict]]:
-        """A question whose runs fail, or do not end in time, is answered by why they do."""
+        """Answer a question whose runs fail, or do not end in time, with the reason."""
 
         def ask() -> Iterator[Verdict]:
             try:
@@ -345,14 +345,14 @@ class Promises:
         return apart if deviation.weights <= EXACT else f"{apart}, grown from rounding"
 
     def _in_own_precision(self) -> str:
-        """How far the ranks are from one where additions are rounded as they are in training."""
+        """The difference between N ranks and one in the recipe's own precision, in words."""
         alone = Trial("alone", 1)
         self._trials.run(alone)
         apart = self._deviation(self._own, alone).weights
         return f"{self._trials.precision or 'fp32'}: {apart:.1e}"
 
     def _steady(self, made: Trial) -> Trial:
-        """The same run without what is each rank's own affair, if there is such a thing."""
+        """The same run without the layers that differ between ranks, if there are some."""
         layers = self._layers
         synchronized = bool(layers.batch_norms) and made.ranks > 1
         if not synchronized and not layers.random:
@@ -371,10 +371,10 @@ class Promises:
         layers = self._layers
         reasons, instead = [], ""
         if layers.batch_norms:
-            reasons.append("each rank normalizes by its own images, as DDP everywhere")
+            reasons.append("each rank normalizes by its own images, as always with DDP")
             instead = _SYNC
         if layers.random:
-            reasons.append("each rank draws its own random numbers, as is meant")
+            reasons.append("each rank draws its own random numbers, as it should")
         text = (
             f"{self._size} ranks differ from 1 by {layers.describe()} alone ({apart}): "
             f"{', and '.join(reasons)}; {layers.describe_remedy()}, {self._agreement(without)}"
@@ -382,7 +382,7 @@ class Promises:
         return Verdict(question, text, "notice", instead)
 
     def _of_state(self, question: str, what: str) -> Verdict | None:
-        """Where a function, or a layer, keeps what no checkpoint holds."""
+        """A function or a layer that keeps state which no checkpoint holds."""
         if verdict := self._of_functions(question, what):
             return verdict
         changed = self._trials.run(self._own)[0].changed
@@ -394,7 +394,7 @@ class Promises:
         return Verdict(question, what, "wrong", instead)
 
     def _of_functions(self, question: str, what: str) -> Verdict | None:
-        """Where an augmentation, or the mixing, makes another thing of the same images."""
+        """An augmentation or mixing that is not deterministic."""
         assert self._data is not None
         if self._unsteady is None:
             self._unsteady = unsteady_functions(self._recipe, self._data.train)
@@ -404,5 +404,5 @@ class Promises:
 
 
 def _compiler() -> str:
-    """What inductor calls on a CPU."""
+    """The C++ compiler that inductor calls on a CPU."""
     return os.environ.get("CXX", _COMPILER)

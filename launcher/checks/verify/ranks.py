@@ -32,7 +32,7 @@ _LONGEST_FOLDER = 60  # bytes
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process begins with: folder, variables, and the file that takes what it prints."""
+    """The start of a process: working folder, environment variables, and the file of its output."""
 
     folder: Path
     variables: Mapping[str, str]
@@ -41,9 +41,9 @@ class Surroundings:
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A temporary folder, and a process that begins to import torch for the ranks to come.
+    """A temporary folder, and a process that imports torch, from which the ranks are forked.
 
-    At the end, on SIGTERM as on Ctrl-C, neither is left.
+    Both are gone at the end, also after SIGTERM and Ctrl-C.
     """
     from multiprocessing import forkserver, resource_tracker
 
@@ -52,9 +52,9 @@ def workplace() -> Iterator[Path]:
         _terminated_like_interrupted(),
         # torch makes a folder there when it is imported, and compiles into it.
         _variable("TORCHINDUCTOR_CACHE_DIR", str(Path(name, "compiled"))),
-        _variable("TORCHINDUCTOR_COMPILE_THREADS", "1"),  # in no processes of its own
+        _variable("TORCHINDUCTOR_COMPILE_THREADS", "1"),  # without further processes
     ):
-        # It would name what ranks have left that are killed, which they are for good reasons.
+        # It would warn about resources of ranks that were killed on purpose.
         quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
         others = os.environ.get("PYTHONWARNINGS")
         with _variable("PYTHONWARNINGS", ",".join(filter(None, (others, quiet)))):
@@ -97,7 +97,7 @@ def _short_temporary_folder() -> Iterator[None]:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on either signal, whatever it is that the signal broke off."""
+    """Raise `KeyboardInterrupt` on either signal, whatever it has interrupted."""
     received = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -117,7 +117,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _end_server() -> None:
-    """At once, as it may still be importing; with a rank whose start a signal has broken off."""
+    """Kill it at once, as it may still be importing; also a rank whose start was interrupted."""
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if "multiprocessing.forkserver" in " ".join(child.cmdline()):
@@ -127,7 +127,7 @@ def _end_server() -> None:
                     with suppress(psutil.Error):
                         process.kill()
                 psutil.wait_procs(ranks, timeout=10)
-                # Not reaped here: multiprocessing does that where it is asked for another one.
+                # Not waited for here: multiprocessing does that when it starts another one.
                 os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
 
@@ -138,7 +138,7 @@ class Ranks:
     processes: Sequence[BaseProcess] = field(default_factory=list)
 
     def wait(self) -> list[int]:
-        """The exit codes. Where one rank is killed, so are the others, which would wait for it."""
+        """The exit codes. If one rank is killed, so are the others, which would wait for it."""
         running = list(self.processes)
         while running:
             connection.wait([process.sentinel for process in running])
@@ -148,7 +148,7 @@ class Ranks:
         return [process.exitcode or 0 for process in self.processes]
 
     def kill(self) -> None:
-        """End all of them at once, and what they have started."""
+        """Kill all ranks at once, and the processes that they have started."""
         for process in self.processes:
             if process.pid is not None and process.is_alive():
                 with suppress(ProcessLookupError):
@@ -184,12 +184,12 @@ def start(
 
 
 def without_place(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a process that is no rank."""
+    """The environment of a process that is no rank."""
     return {name: value for name, value in variables.items() if name not in PLACE}
 
 
 def _place(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a rank is told by its environment, as torchrun's are; nothing where it is alone."""
+    """The variables that torchrun would set for a rank; none for a single one."""
     if size == 1:
         return {}
     values = (rank, rank, size, size, "127.0.0.1", port)
@@ -216,7 +216,7 @@ def _begin(
     surroundings: Surroundings, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     os.setpgid(0, 0)  # so that it can be killed together with what it starts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent kills it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent kills this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(surroundings.folder)
     os.environ.clear()

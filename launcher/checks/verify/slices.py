@@ -21,7 +21,7 @@ MOST_EACH, LEAST_EACH = 8, 3  # images of one micro-batch, about
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many images, in batches that neither ranks nor epochs divide evenly."""
+    """Numbers of images, in batches that divide evenly neither by ranks nor into epochs."""
 
     train: int
     test: int
@@ -44,9 +44,9 @@ def choose_sizes(recipe: Recipe, ranks: int, steps: int, each: int = MOST_EACH) 
 
 
 def own_images(recipe: Recipe, sizes: Sizes) -> Data:
-    """The recipe's images where they are on disk, else what stands in for them.
+    """The recipe's images where they are on disk, else embedded ones of their shape.
 
-    Raises `UserError` where nothing is known that could.
+    Raises `UserError` where their shape is not known.
     """
     images = replace(recipe.data, validation=None)
     with suppress(UserError):  # of images whose shape is not known: the declared fallback stays
@@ -56,7 +56,7 @@ def own_images(recipe: Recipe, sizes: Sizes) -> Data:
 
 
 def take(data: Data, sizes: Sizes) -> Data:
-    """Some of each split, in its order, and not the first: those may be of one class."""
+    """Some images of each split, in order but not the first ones, which may be of one class."""
     return replace(data, train=_take(data.train, sizes.train), test=_take(data.test, sizes.test))
 
 
@@ -77,7 +77,7 @@ def fingerprint(data: Data) -> int:
 
 
 def save(data: Data, path: Path) -> None:
-    """Write them where `Slice` finds them."""
+    """Write the images where `Slice` finds them."""
     splits = {
         name: (split.tensor, split.labels)
         for name, split in (("train", data.train), ("test", data.test))
@@ -96,6 +96,6 @@ class Slice:
 
 
 def sliced(images: Images, path: Path, batch: int) -> Images:
-    """A recipe's images with the file in place of their source."""
+    """A recipe's `Images` with the file as their source."""
     images = sources.of_source(images, partial(Slice, path=str(path)))
     return replace(images, fallback=None, batch_size=batch, validation=None)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 def synchronize_batch_norm() -> None:
     """From now on, BatchNorm of this process normalizes by the images of all ranks in training."""
-    functional.batch_norm = _over_ranks(functional.batch_norm)  # which every such layer calls
+    functional.batch_norm = _over_ranks(functional.batch_norm)  # every BatchNorm layer calls it
 
 
 def _over_ranks(alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -42,7 +42,7 @@ def _over_ranks(alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean and variance of each channel over the images of all ranks, and of how many numbers."""
+    """Mean and variance of each channel over all ranks, and the number of values."""
     dimensions = [0, *range(2, images.ndim)]
     own = images.new_tensor([images.numel() / images.shape[1]])
     count = float(_Sum.apply(own))
@@ -53,7 +53,7 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks; what it adds to each rank's loss flows back to all."""
+    """The sum over the ranks, with a gradient that is summed over them as well."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""One rank of a run that `verify` starts: the training as it is, with somebody watching it.
+"""One rank of a run that `verify` starts: an ordinary training with a watcher in it.
 
-What is seen are checksums and numbers, a few for each step: enough to say in which step, and in
-which layer of it, two runs part.
+The watcher records checksums and numbers, a few for each step: enough to say in which step, and in
+which layer of it, two runs begin to differ.
 """
 
 import json
@@ -46,18 +46,18 @@ _WRITING = 60.0  # seconds for a checkpoint
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified: where the recipe comes from, and the images in place of its own."""
+    """The recipe that is verified: its file, its settings, and the images in place of its own."""
 
     load: Load
     words: tuple[str, ...]
     images: Path
-    opened: Sizes  # for how many images the recipe's own are opened
+    opened: Sizes  # sizes for opening the recipe's own images
     sizes: Sizes
     steps: int
     runs: Path
     on_cpu: bool
     threads: int  # of each rank, the same in all runs
-    precision: Precision | None  # of what is not in float64
+    precision: Precision | None  # of the runs that are not in float64
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Kill:
 class Trial:
     """One run of the subject.
 
-    `synchronized`: BatchNorm normalizes by the images of all ranks. `steady` are layers that do in
-    training what they do in an evaluation.
+    `synchronized`: BatchNorm normalizes by the images of all ranks. `steady` are layers that run in
+    evaluation mode during the training.
     """
 
     name: str
@@ -87,18 +87,18 @@ class Trial:
     kill: Kill | None = None
     init_from: str | None = None
     max_steps: int | None = None
-    is_new: bool = False  # new Pythons, which open the recipe's own images once more
+    is_new: bool = False  # new Python processes, which open the recipe's own images again
 
     @property
     def kind(self) -> str:
-        """In words, for the progress."""
+        """The kind of run in words, for the progress line."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         return f"{ranks}{' in float64' * self.double}{', compiled' * self.compiled}"
 
 
 @dataclass
 class StepTrace:
-    """One step on one rank: checksums of each image, of what each layer made, of the weights."""
+    """One step on one rank: checksums of each image, of each layer's output, of the weights."""
 
     images: list[int] = field(default_factory=list)
     layers: list[tuple[str, int]] = field(default_factory=list)
@@ -108,21 +108,21 @@ class StepTrace:
 
 @dataclass
 class Sighting:
-    """What one rank has seen. `each_image` are the layers' outputs in the first step, per image."""
+    """The record of one rank. `each_image` are the layers' outputs in the first step, per image."""
 
     steps: dict[int, StepTrace] = field(default_factory=dict)
     each_image: list[tuple[str, dict[int, float]]] = field(default_factory=list)
     begins_with: int = 0  # checksum of the weights
     kinds: dict[str, str] = field(default_factory=dict)  # of the layers, by their names
-    changed: tuple[str, ...] = ()  # Python attributes of layers
+    changed: tuple[str, ...] = ()  # Python attributes of layers that training has changed
     evaluated: Evaluation | None = None  # before the training
-    own_images: int | None = None  # fingerprint of a second opening
-    refusal: tuple[str, str, str] | None = None  # of the user's
+    own_images: int | None = None  # fingerprint of the images when opened again
+    refusal: tuple[str, str, str] | None = None  # the parts of a UserError
     failure: str = ""
 
 
 class Watcher:
-    """Puts marks into a training, and keeps what they see."""
+    """Hooks into a training, and records what it observes."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Watcher:
         place: Path | None = None,
         checkpoints: Path | None = None,
     ) -> None:
-        """`place` is a file that says where the rank is, `checkpoints` the folder of the run's."""
+        """`place` is the file for the rank's position, `checkpoints` the run's folder of those."""
         self._trial, self._rank, self._place, self._begun = trial, rank, place, 0
         self._checkpoints = checkpoints
         self.seen = Sighting()
@@ -140,7 +140,7 @@ class Watcher:
         self._images: list[int] = []
 
     def watch(self, ctx: TrainContext) -> TrainContext:
-        """Before the training: what stays steady, an evaluation where one is asked for, marks."""
+        """Before the training: set the steady layers, evaluate if asked to, install hooks."""
         self._ctx = ctx
         network = ctx.state.network
         keep_steady(network, self._trial.steady)
@@ -151,7 +151,7 @@ class Watcher:
         self.seen.begins_with = checksum(network.state_dict())
         self._attributes = _attributes(network)
         self.seen.kinds = {name: type(m).__name__ for name, m in network.named_modules()}
-        if not self._trial.compiled:  # a hook would be a part of what is compiled
+        if not self._trial.compiled:  # hooks would be compiled as well
             network.register_forward_pre_hook(self._before, prepend=True)
             for name, module in network.named_modules():
                 module.register_forward_hook(self._hook(name))
@@ -186,7 +186,7 @@ class Watcher:
             self._trace(step).weights = checksum(dict(self._ctx.state.network.named_parameters()))
 
     def _wait_for_checkpoint(self) -> None:
-        """One is being written beside the training: else nothing could be resumed."""
+        """Wait for the checkpoint written in the background: otherwise nothing could be resumed."""
         until = time.monotonic() + _WRITING
         while self._checkpoints is not None and time.monotonic() < until:
             if any(self._checkpoints.glob("step-*")):
@@ -217,7 +217,7 @@ class Watcher:
 
 
 def keep_steady(network: nn.Module, names: tuple[str, ...]) -> None:
-    """Let these layers do in training what they do in an evaluation, not so their children."""
+    """Keep these layers, but not their children, in evaluation mode during the training."""
     for name, module in network.named_modules():
         if name in names:
             module.training = False
@@ -243,7 +243,7 @@ def _attributes(network: nn.Module) -> dict[str, Any]:
 
 
 def checksum(value: Tensor | Mapping[str, Tensor]) -> int:
-    """Of the bits of one tensor, or of several."""
+    """A checksum of the bits of one tensor, or of several."""
     if not isinstance(value, Tensor):
         total = 0
         for tensor in value.values():
@@ -257,7 +257,7 @@ def checksum(value: Tensor | Mapping[str, Tensor]) -> int:
 
 
 def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
-    """The recipe with a few images and for a few epochs, as the trial wants it."""
+    """The recipe with a few images and a few epochs, for one trial."""
     images = slices.sliced(recipe.data, subject.images, subject.sizes.batch)
     recipe = replace(recipe, data=images, epochs=slices.EPOCHS, patience=None)
     compiles = trial.compiled and compile_mode(recipe.compile, subject.on_cpu)
@@ -268,7 +268,7 @@ def version_of(recipe: Recipe, subject: Subject, trial: Trial) -> Recipe:
 
 
 def compile_mode(mode: bool | CompileMode, on_cpu: bool) -> bool | CompileMode:
-    """A CPU takes the ordinary one, even if it is slower: so that something is compiled.
+    """On a CPU `force`, so that the network is compiled even if that is slower.
 
     The others are about CUDA graphs, or try kernels for hours.
     """
@@ -276,7 +276,7 @@ def compile_mode(mode: bool | CompileMode, on_cpu: bool) -> bool | CompileMode:
 
 
 def options_of(subject: Subject, trial: Trial) -> RunOptions:
-    """Of a run that reads the loss in each step, and saves now and then."""
+    """The options of a run that reads the loss in each step, and saves now and then."""
     return RunOptions(
         runs=subject.runs,
         name=trial.name,
@@ -296,17 +296,17 @@ def save_interval(steps: int) -> int:
 
 
 def result_path(subject: Subject, trial: Trial, rank: int) -> Path:
-    """The file in which a rank leaves what it has seen."""
+    """The file for the record of a rank."""
     return subject.runs / f"{trial.name}{'-resumed' * trial.resumes}-{rank}.pickle"
 
 
 def place_path(subject: Subject, trial: Trial, rank: int) -> Path:
-    """The file in which a rank says how many phases it has begun, and in words where it is."""
+    """The file in which a rank writes the number of phases begun, and its position in words."""
     return result_path(subject, trial, rank).with_suffix(".place")
 
 
 def work(subject: Subject, trial: Trial) -> None:
-    """Train as one rank, and leave what was seen in a file."""
+    """Train as one rank, and write the record to a file."""
     if trial.double:
         torch.set_default_dtype(torch.float64)
     world = World.from_env(os.environ)
@@ -326,7 +326,7 @@ def work(subject: Subject, trial: Trial) -> None:
     except UserError as error:
         seen.refusal = (error.given, error.expected, error.instead)
     except OtherRankError:
-        pass  # which says why
+        pass  # the file says why
     except LauncherError as error:
         seen.failure = str(error)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The runs that `verify` compares: each is made once, in a folder of its own, and then read."""
+"""The runs that `verify` compares: each is made once, in its own folder, and then read."""
 
 import json
 import os
@@ -30,14 +30,14 @@ from launcher.distributed.environment import is_true
 from launcher.errors import UserError
 from launcher.training.model import build_network, two_images, upcast
 
-PASSES = 4  # of which the time is taken
-# That are made, about, where BatchNorm and `compile` each ask for one more.
+PASSES = 4  # that are timed
+# The approximate number of runs, with one more for BatchNorm and one for `compile`.
 OWN_RUNS, DOUBLE_RUNS = 4.5, 5.5
-MOST_STEPS, LEAST_STEPS = 20, 6  # where none are asked for
-SLOW = 1.5  # times: as much faster float32 must be to stand in for half precision
+MOST_STEPS, LEAST_STEPS = 20, 6  # without --steps
+SLOW = 1.5  # times: float32 replaces half precision if it is so much faster
 _HALVES = ("bf16", "pure_bf16")
 _ON_A_CPU: dict[str, Precision] = {"fp16": "bf16", "pure_fp16": "pure_bf16"}
-_OUTPUT = "output.txt"  # what all ranks print
+_OUTPUT = "output.txt"  # of all ranks
 
 
 class TrialError(Exception):
@@ -46,7 +46,7 @@ class TrialError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What was typed, and the temporary folder."""
+    """The options of the command, and the temporary folder."""
 
     words: tuple[str, ...]
     load: Load
@@ -56,7 +56,7 @@ class Settings:
 
 
 class Trials:
-    """Makes the runs, and remembers what was seen of each."""
+    """Makes the runs, and keeps the records of each."""
 
     def __init__(
         self, settings: Settings, progress: Callable[[str], AbstractContextManager[Any]]
@@ -75,7 +75,7 @@ class Trials:
         return self._subject
 
     def prepare(self, recipe: Recipe, seconds: float) -> Data:
-        """Write the images that all runs see; few, where `seconds` are little for the network."""
+        """Write the images for all runs; fewer, if the network is slow for these `seconds`."""
         settings = self.settings
         gpus = 0 if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) else torch.cuda.device_count()
         threads = max(1, usable_cores() // settings.ranks)
@@ -108,22 +108,22 @@ class Trials:
 
     @property
     def place(self) -> str:
-        """Where and on what the runs are made, in words."""
+        """The ranks and the device of the runs, in words."""
         subject = self._ready
         device = "CPU" if subject.on_cpu else "GPUs, with deterministic=true"
         return f"batches of {subject.sizes.batch} on {device}"
 
     @property
     def precision(self) -> Precision | None:
-        """Of the runs that are not in float64."""
+        """The precision of the runs that are not in float64."""
         return self._ready.precision
 
     def compile_mode(self, mode: bool | CompileMode) -> bool | CompileMode:
-        """What stands in for `mode` here."""
+        """The compile mode that replaces `mode` on this machine."""
         return compile_mode(mode, self._ready.on_cpu)
 
     def run(self, wanted: Trial) -> list[Sighting]:
-        """What each rank of a run has seen; of one that is killed, nothing.
+        """The records of all ranks of a run; none of a killed one.
 
         Raises `UserError` for what the run refuses, and `TrialError` where it fails.
         """
@@ -172,17 +172,17 @@ class Trials:
         return [sighting for sighting in found if sighting]
 
     def _standstill(self, wanted: Trial) -> str:
-        """Where the rank is for which the others wait: the one that is behind."""
+        """The position of the rank that is furthest behind, for which the others wait."""
         paths = [trial.place_path(self._ready, wanted, rank) for rank in range(wanted.ranks)]
         begun = [path for path in paths if path.is_file()]
         if len(begun) < len(paths):
             return ", before its first step"
         stand = [(*json.loads(path.read_text()), path.stat().st_mtime) for path in begun]
         _, place, since = min(stand, key=lambda one: (one[0], one[2]))
-        return f", {place} since {time.time() - since:.0f} s"
+        return f", {place} for {time.time() - since:.0f} s"
 
     def copy(self, one: Trial, two: Trial) -> int:
-        """Give `two` what `one` had left when its oldest kept checkpoint was written.
+        """Copy the run folder of `one` to `two`, as it was at the oldest kept checkpoint.
 
         Returns that checkpoint's step.
         """
@@ -200,17 +200,17 @@ class Trials:
         return {**files, "final": self._folder(made) / "final.safetensors"}
 
     def final_weights(self, made: Trial) -> Path:
-        """What was evaluated last."""
+        """The weights that were evaluated last."""
         return self.weights(made)["final"]
 
     def state(self, made: Trial) -> dict[str, Any]:
-        """All that a run leaves at its end, in memory."""
+        """The complete state of a run at its end."""
         optimizer = torch.load(self._newest(made) / "optimizer.pt", weights_only=True)
         weights = {name: load_file(path) for name, path in self.weights(made).items()}
         return {"weights": weights, "optimizer": optimizer}
 
     def evaluations(self, made: Trial) -> list[dict[str, Any]]:
-        """What was measured of the test images after each epoch."""
+        """The metrics of the test images after each epoch."""
         rows = RunFiles(self._folder(made)).epochs
         return [{k: v for k, v in row.items() if k.startswith("test/")} for row in rows]
 
@@ -225,7 +225,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Effort:
-    """What fits into the time: images of a micro-batch, steps, and the precision of the runs."""
+    """The work that fits into the time: images of a micro-batch, steps, and precision."""
 
     each: int
     steps: int
@@ -235,7 +235,7 @@ class Effort:
 def effort_in_time(
     recipe: Recipe, data: Data, settings: Settings, seconds: float, *, on_cpu: bool
 ) -> Effort:
-    """As much as all runs can be made with in so many seconds, at a guess.
+    """Estimate the work with which all runs end within `seconds`.
 
     A CPU may have units for bfloat16 and none for float64, or the reverse: each is measured. It
     has none for float16.
@@ -265,7 +265,7 @@ def effort_in_time(
 def _seconds_of_image(
     recipe: Recipe, data: Data, numbers: Literal["half", "single", "double"]
 ) -> float:
-    """Forward and backward, on average; 0 where the network refuses float64."""
+    """The mean time of forward and backward; 0 where the network refuses float64."""
     network = build_network(recipe, data.train).train()
     images = two_images(network, recipe, data.train, "contiguous")
     if numbers == "double":

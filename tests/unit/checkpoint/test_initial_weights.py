@@ -75,4 +75,4 @@ def test_a_file_without_weights_alone_is_refused(content: Any, tmp_path: Path) -
 
 def test_skip_says_what_it_goes_with(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes/simplecnn.py", "--skip", "fc"]) == 2
-    assert "--skip goes with --init-from" in capsys.readouterr().err
+    assert "--skip needs --init-from" in capsys.readouterr().err

@@ -233,7 +233,7 @@ def test_an_optimizer_whose_groups_have_changed_is_refused(
     assert run("epochs=1", recipe=with_groups(tmp_path / "one", "named")) == 0
     two = with_groups(tmp_path / "two", "[{'params': named[:2]}, {'params': named[2:]}]")
     line = refused(capsys, "epochs=2", "--resume-changed", "epochs", recipe=two)
-    assert "an optimizer of other groups than the checkpoint's" in line
+    assert "an optimizer with other parameter groups than the checkpoint's" in line
 
 
 def with_groups(folder: Path, groups: str) -> Path:

@@ -38,8 +38,8 @@ WRONG = [
     (RELU, "x = nn.Dropout()(self.fc1(x))", "wrong", "random numbers are drawn", "Dropout"),
     (RELU, "x = self.fc1(x) + torch.rand(50)", "wrong", "random numbers are drawn", "rand"),
     (RELU, "x = nn.Linear(50, 50)(self.fc1(x))", "wrong", "is made in forward", "Linear(50, 50"),
-    (RELU, "x = F.relu(self.fc1(x)).detach()", "wrong", "no gradient comes to", "self.fc1 ="),
-    (FC2, "x = self.fc2(x.data)", "wrong", "no gradient comes to", "self.fc1 ="),
+    (RELU, "x = F.relu(self.fc1(x)).detach()", "wrong", "no gradient reaches", "self.fc1 ="),
+    (FC2, "x = self.fc2(x.data)", "wrong", "no gradient reaches", "self.fc1 ="),
     (NORM, NORM + "; self.fc3 = nn.Linear(2, 2)", "wrong", "does not use fc3.weight", "fc3"),
     (
         "return x",

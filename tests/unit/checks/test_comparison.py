@@ -177,7 +177,7 @@ CASES: dict[str, tuple[Callable[[], Report], str, str, list[str]]] = {
     ),
     "another folder": (
         lambda: with_findings(24, sees_mark=False),
-        *("disk", "notice", ["another one for rank 24 on gpu3", "--resume"]),
+        *("disk", "notice", ["rank 24 on gpu3 and rank 0 see different folders", "--resume"]),
     ),
     "a cache without access": (
         lambda: with_facts(5, cache=Cache("/tmp/x", GB, fault="/tmp cannot be written")),

@@ -68,7 +68,7 @@ WRONG = [
     ("return x", "return x.view(-1, 5)", 32, "4 rows of scores of 2 images", "x.flatten(1)"),
     (FLATTEN, "x = x.flatten(1).double()", 32, "numbers of another type", "leave out what"),
     ("self.conv2(x)", "self.conv2(x.double())", 32, "conv2 = Conv2d", "leave out what"),
-    ("self.fc2(x)", "self.fc3(x)", 32, "has no attribute 'fc3'", "mend that line"),
+    ("self.fc2(x)", "self.fc3(x)", 32, "has no attribute 'fc3'", "correct that line"),
 ]
 
 

@@ -254,9 +254,9 @@ def test_the_first_difference_is_named() -> None:
         step.layers[2] = ("layers.2", 0)
 
     assert parting(lambda step: step.images.reverse()) == "step 7 sees other images"
-    assert parting(set_layer) == "they part in step 7, in layers.2 (Linear)"
-    assert parting(lambda s: setattr(s, "loss", 1.0)) == "they part in step 7, in the loss"
-    update = "they part in step 7, in the optimizer's update"
+    assert parting(set_layer) == "they differ from step 7 on, in layers.2 (Linear)"
+    assert parting(lambda s: setattr(s, "loss", 1.0)) == "they differ from step 7 on, in the loss"
+    update = "they differ from step 7 on, in the optimizer's update"
     assert parting(lambda s: setattr(s, "weights", 1)) == update
 
 

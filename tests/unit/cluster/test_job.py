@@ -61,7 +61,7 @@ def test_a_process_per_gpu_and_on_cpus_as_many_as_asked_for() -> None:
         ({"gpus": 0, "processes": 0}, "--processes 0"),
         ({"cpus": 0}, "--cpus 0"),
         ({"gpus": 4, "processes": 2}, "one process per GPU"),
-        ({"time": timedelta(minutes=4)}, "twice the second or more"),
+        ({"time": timedelta(minutes=4)}, "twice --save-before"),
         ({"save_before": timedelta(seconds=1), "time": timedelta(seconds=61)}, "at least a minute"),
         ({"save_before": timedelta(0)}, "--save-before 0"),
         ({"recipe": "--help"}, "the recipe '--help'"),

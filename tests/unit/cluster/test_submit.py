@@ -57,7 +57,7 @@ def test_weights_to_skip_of_no_others_are_refused_before_a_job_waits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     said = complaint(capsys, "submit", str(RECIPES / "simplecnn.py"), "--skip", "layers.7")
-    assert "--skip goes with --init-from" in said
+    assert "--skip needs --init-from" in said
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -54,7 +54,7 @@ def test_a_standard_deviation_that_is_not_positive_is_refused(std: tuple[float, 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, 125.3, -0.5])
 def test_a_mean_that_is_none_of_pixels_is_refused(value: float) -> None:
-    with refused("data.mean=", "in [0, 1]", "divide that of bytes by 255"):
+    with refused("data.mean=", "in [0, 1]", "of the bytes (0 to 255) by 255"):
         tiny_recipe(data={"mean": (0.5, 0.5, value)})
 
 

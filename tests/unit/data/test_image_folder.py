@@ -320,7 +320,7 @@ def tiff() -> bytes:
 def test_a_damaged_picture_is_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:
     fill(tmp_path, {"cat": 5})
     (tmp_path / "cat" / name).write_bytes(content)
-    with refused(str(tmp_path / "cat" / name), "cannot be read as a picture", "mend"):
+    with refused(str(tmp_path / "cat" / name), "cannot be read as a picture", "repair"):
         decoded(tmp_path)
 
 
@@ -328,7 +328,7 @@ def test_a_damaged_picture_is_refused_by_name(tmp_path: Path, name: str, content
 def test_a_picture_without_a_known_white_is_refused(tmp_path: Path, mode: str) -> None:
     fill(tmp_path, {"cat": 5})
     draw(tmp_path / "cat" / "deep.tif", 1, mode=mode)
-    with refused(str(tmp_path / "cat" / "deep.tif"), f"mode {mode}", "mend"):
+    with refused(str(tmp_path / "cat" / "deep.tif"), f"mode {mode}", "repair"):
         decoded(tmp_path)
 
 
@@ -401,7 +401,7 @@ def test_several_pictures_in_one_file_are_refused(tmp_path: Path, ending: str) -
     (tmp_path / "train" / "cat").mkdir(parents=True)
     file = tmp_path / "train" / "cat" / f"a.{ending}"
     first.save(file, save_all=True, append_images=[second])
-    with refused(f"{file} cannot be read as a picture (it is 2 in one file)", "move it out"):
+    with refused(f"{file} cannot be read as a picture (the file holds 2 pictures)", "move it out"):
         _ = Folder(str(tmp_path), size=8).data
 
 

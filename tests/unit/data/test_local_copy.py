@@ -124,7 +124,7 @@ def test_a_signal_ends_it_and_leaves_no_part(place: Path) -> None:
 def test_a_file_that_has_changed_is_refused(place: Path) -> None:
     pixels = Path("pack/train.images")
     pixels.write_bytes(bytes(len(pixels.read_bytes())))
-    with refused("pack/train.images, whose digest is not", "the command again that packed it"):
+    with refused("pack/train.images, whose digest is not", "the same launcher pack command"):
         on_this_node(IMAGES)
     assert [path.suffix for path in place.iterdir()] == [".lock"]
 

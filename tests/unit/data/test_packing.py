@@ -295,7 +295,7 @@ def test_a_file_that_is_gone_or_no_file_is_found(
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["nowhere", "out"], ["'nowhere', which is not there"]),
+        (["nowhere", "out"], ["'nowhere', which does not exist"]),
         (["nowhere.py", "out"], ["nowhere.py", "no such file"]),
         (["CIFAR11", "out"], ["did you mean CIFAR10?"]),
         (["CIFAR10", "out", "--root", "file"], ["file", "--root"]),

@@ -371,7 +371,7 @@ def test_a_picture_that_breaks_during_the_training_is_named(folder: Path, tmp_pa
     recipe = replace(tiny_recipe(), data=images_of(root, tier="disk"))
     data = sources.load(recipe.data)
     (root / "train" / "bee" / "07.png").write_bytes(b"no picture any more")
-    with refused("train/bee/07.png cannot be read as a picture", "mend"):
+    with refused("train/bee/07.png cannot be read as a picture", "repair"):
         list(batches_of(recipe, data).epoch(1))
 
 

@@ -54,7 +54,7 @@ def test_a_signal_ends_it(
     finally:  # after a stop they are ignored
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert "launcher: stopped by SIGTERM: no size is told" in capsys.readouterr().err
+    assert "launcher: stopped by SIGTERM: no size was found" in capsys.readouterr().err
 
 
 def test_the_smallest_that_is_fast_enough_is_named() -> None:

@@ -137,7 +137,7 @@ def test_the_command_shows_and_saves_the_curve(
     ("words", "part"),
     [
         ((), "one of --lr, --batch and --search"),
-        (("--lr", "--smoke"), "--smoke goes with one run, not with tune"),
+        (("--lr", "--smoke"), "--smoke is for one run, not for tune"),
         (("--lr", "--steps", "0"), "--steps"),
         (("--lr", "--steps", "19"), "at least 20 steps"),
         (("--lr", "data.batch_size=20"), "the 5 steps of an epoch"),

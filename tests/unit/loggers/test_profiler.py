@@ -92,8 +92,8 @@ def test_a_profiled_run_trains_as_a_short_one_does(tmp_path: Path) -> None:
     [
         (["--profile", "--max-steps", "20"], "--profile of a training of 20 steps"),
         (["--profile", "epochs=1"], "type epochs=2, without --max-steps"),
-        (["--profile", "--smoke"], "--profile goes with neither --smoke nor --resume"),
-        (["--profile", "--resume"], "--profile goes with neither --smoke nor --resume"),
+        (["--profile", "--smoke"], "--profile cannot be combined with --smoke or --resume"),
+        (["--profile", "--resume"], "--profile cannot be combined with --smoke or --resume"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused_in_one_line(

@@ -206,7 +206,7 @@ def test_a_page_replaces_nothing_of_others(capsys: pytest.CaptureFixture[str]) -
 
 def test_one_run_is_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "one"]) == 2
-    assert "two runs at least" in capsys.readouterr().err
+    assert "at least two runs" in capsys.readouterr().err
 
 
 def test_a_run_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,7 +364,7 @@ def test_a_push_that_is_refused_is_one_line_and_keeps_the_folder(
     [
         (["--to", "hub", "--push", "a/b"], "", "no token of the Hugging Face Hub"),
         (["--to", "hub", "--push", "a/b/c"], TOKEN, "type --push OWNER/NAME"),
-        (["--push", "a/b"], TOKEN, "--push goes with --to hub"),
+        (["--push", "a/b"], TOKEN, "--push needs --to hub"),
     ],
 )
 def test_a_push_that_cannot_begin_is_one_line_before_the_export(

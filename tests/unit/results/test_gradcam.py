@@ -83,7 +83,7 @@ def test_a_network_without_a_convolution_is_refused() -> None:
 
 def test_it_goes_without_watching(capsys: pytest.CaptureFixture[str]) -> None:
     error = complaint(capsys, "report", "own", "--gradcam", "--watch")
-    assert "--gradcam goes without --watch" in error
+    assert "--gradcam cannot be combined with --watch" in error
 
 
 def test_a_page_shows_it_for_each_of_the_worst_mistakes() -> None:

@@ -87,7 +87,7 @@ def test_a_folder_is_read_whole_and_its_names_are_the_truth(
         f"photos/{name}/{number}.png" for name in sorted(CLASSES) for number in range(3)
     ]
     right = sum(row["truth"] == row["class1"] for row in rows)
-    assert f"accuracy {right / 15:.2%} of 15 whose folder is a class" in lines
+    assert f"accuracy {right / 15:.2%} of 15 in a folder with the name of a class" in lines
     assert all(row["truth"] == Path(row["file"]).parent.name for row in rows)
 
 
@@ -161,7 +161,7 @@ def test_a_page_shows_the_pictures_with_their_best_classes(
     page = page_of("photos")
     summary = capsys.readouterr().out.splitlines()[-4:]
     right = round(float(re.findall(r"accuracy (.*)%", " ".join(summary))[0]) * 15 / 100)
-    assert f"{right / 15:.1%}".replace("%", " %") + " accuracy, of 15 whose folder" in page.words
+    assert f"{right / 15:.1%}".replace("%", " %") + " accuracy, of 15 in a folder" in page.words
     assert "1 could not be read" in page.words
     assert "photos/disk/broken.png" in page.words
     assert sum(images for _, _, images in page.data["matrix"]) == 15

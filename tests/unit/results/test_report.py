@@ -67,7 +67,7 @@ def test_the_page_says_what_was_trained_and_what_came_of_it(
         "Accuracy of each class",
         "The same images over the epochs",
         "Calibration",
-        "The surest right answers",
+        "The most certain right answers",
         "The weights of layers.2.weight",
         "optimizer.call torch.optim:<SGD>",
         '"""<i>The first line</i>."""',

@@ -63,7 +63,7 @@ def test_what_begins_to_be_trained_too_late_is_refused() -> None:
     """The optimizer does not have it, so it would stay as it is, and nobody would know."""
     ctx = context_of(tiny_recipe(model=partial(Unfreezing, after=15), epochs=3))
     events, reports = fit(ctx), []
-    with refused("Unfreezing, which was to train layers.2.weight, layers.2.bias from later on"):
+    with refused("Unfreezing, which begins to train layers.2.weight, layers.2.bias later"):
         for event in events:
             reports += [event.epoch] if isinstance(event, EpochReport) else []
     assert reports == [1]
