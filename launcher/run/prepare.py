@@ -72,6 +72,8 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
         preflight(ctx)  # of the smaller passes
     if is_tried:
         ctx, facts["compile"] = choose_compiling(ctx)
+    if is_tried or recipe.accumulate == "auto":
+        forget_passes(ctx)
     facts |= {
         "memory": ctx.recipe.memory_format,
         "devices": f"{ctx.plan.world_size} x {device_name(accelerator)}",

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from launcher.config.plan import START, Progress
@@ -19,7 +20,7 @@ from launcher.errors import NotFiniteError, UserError
 from launcher.training.evaluation import evaluate, score_samples
 from launcher.training.metrics import EpochReport, LossTracker, StepReport
 from launcher.training.model import explain_torch_error, names_of, upcast
-from launcher.training.state import TrainContext, average_buffers
+from launcher.training.state import TrainContext, average_buffers, put_back
 from launcher.training.step import seed_layers, train_step
 from launcher.utils.text import some
 
@@ -187,6 +188,19 @@ def warm_up_ddp(ctx: TrainContext) -> None:
         logits = upcast(ctx.state.ddp_model(images))
         ctx.loss(logits, targets, images).backward()  # type: ignore[no-untyped-call]
         ctx.state.optimizer.zero_grad()
+
+
+def forget_passes(ctx: TrainContext) -> None:
+    """Make DDP forget passes without communication, which were tried before the training.
+
+    Where parameters may be unused, it notes which of them any pass has used, until gradients travel
+    next. That would be in the first step, which may use others, and be refused for it.
+    """
+    if ctx.plan.world_size > 1 and ctx.recipe.unused_parameters == "allow":
+        with put_back(ctx):
+            for parameter in ctx.state.network.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            warm_up_ddp(ctx)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from launcher import growing, train
 from launcher.training.accumulation import choose_passes, is_out_of_memory, pass_fits, smallest
 from tests.support.helpers import Tiny, context_of, refused, tiny_recipe
-from tests.support.processes import Run
+from tests.support.processes import Run, fingerprint
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
 
@@ -151,3 +151,39 @@ def test_a_rank_with_less_memory_decides_for_all(tmp_path: Path) -> None:
     assert run.end() == 0, run.text()
     assert "10 = 2 ranks x 1-2 images x 3 passes" in run.text()
     assert run.text().count("accumulate=auto: 3 forward passes") == 1
+
+
+SOMETIMES = """
+from dataclasses import replace
+from torch import nn
+from tests.unit.training.test_accumulation import AUTO
+from tests.support.helpers import Tiny
+
+class Sometimes(Tiny):
+    \"\"\"Trains a layer on three images, which a tried pass has, and not on two.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(10, 10)
+
+    def forward(self, images):
+        scores = super().forward(images)
+        return scores + self.extra(scores) if len(images) > 2 else scores
+
+data = replace(AUTO.data, batch_size=5)
+recipe = replace(AUTO, model=Sometimes, data=data, unused_parameters="allow")
+"""
+
+
+@pytest.mark.slow
+def test_the_first_step_may_leave_unused_what_a_tried_pass_has_used(tmp_path: Path) -> None:
+    """DDP takes passes without communication for parts of the step in which gradients travel."""
+    recipe = tmp_path / "sometimes.py"
+    recipe.write_text(SOMETIMES)
+    weights = []
+    for words in ((), ("accumulate=1",)):
+        name = f"with{len(words)}"
+        run = Run(2, tmp_path, "--name", name, *words, recipe=recipe)
+        assert run.end() == 0, run.text()
+        weights.append(fingerprint(tmp_path / "runs" / name))
+    assert weights[0] == weights[1]
