@@ -412,7 +412,8 @@ def goes_on(recipe: Recipe, network: nn.Module) -> bool:
             group["lr"] /= 2
         _step(optimizer)
     pairs = zip(parameters, others, strict=True)
-    return all(torch.equal(one.nan_to_num(), two.nan_to_num()) for (_, one), (_, two) in pairs)
+    with torch.no_grad():
+        return all(torch.equal(one.nan_to_num(), two.nan_to_num()) for (_, one), (_, two) in pairs)
 
 
 def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -359,6 +359,19 @@ def test_an_optimizer_whose_state_is_saved_is_not(optimizer: Any) -> None:
     preflight(context_of(tiny_recipe(optimizer=optimizer)))
 
 
+class Complex(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1, dtype=torch.complex64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.factor.abs()
+
+
+def test_an_optimizer_of_complex_parameters_is_not() -> None:
+    preflight(context_of(tiny_recipe(model=Complex)))
+
+
 class Unprepared(SGD):
     def __init__(self, params: Any, lr: float) -> None:
         self.param_groups = SGD(params, lr).param_groups
