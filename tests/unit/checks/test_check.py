@@ -311,3 +311,17 @@ def test_wrong_words_are_one_line(
     words: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert part in complaint(capsys, "check", *words)
+
+
+def test_a_network_that_the_recipe_compiles_is_asked_without(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The hooks that look at its layers ended in the compiler's own words."""
+    compiled = """
+import torch
+def compiled():
+    return torch.compile(SimpleCNN(), backend="eager")
+recipe = replace(recipe, model=compiled)
+"""
+    report = report_of(capsys, write_recipe(compiled))
+    assert verdict_on("network", report)["standing"] == "good"
