@@ -462,12 +462,20 @@ def _refusing_what_is_lost(network: nn.Module, recipe: Recipe) -> Iterator[None]
 def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Put back parameters, buffers, gradients and random numbers at the end.
 
-    What a lazy layer makes of its own in its first pass stays.
+    What a lazy layer makes of its own in its first pass stays, and so do buffers that nobody saves:
+    what a network computes once and keeps there.
     """
-    tensors = (*network.parameters(), *network.buffers())
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
     # A pass may put other buffers in their place, of another shape or where there was none.
-    places = [(module._buffers, dict(module._buffers)) for module in network.modules()]
+    places = [
+        (module._buffers, {n: b for n, b in module._buffers.items() if n not in unsaved})
+        for module in network.modules()
+        for unsaved in (getattr(module, "_non_persistent_buffers_set", ()),)
+    ]
+    tensors = [
+        *network.parameters(),
+        *(b for _, own in places for b in own.values() if b is not None),
+    ]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield

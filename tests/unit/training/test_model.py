@@ -326,6 +326,27 @@ def test_what_a_network_observes_begins_with_the_training() -> None:
     assert ctx.notes == ()
 
 
+class Caching(Tiny):
+    """Makes a mask of the size of its images, where there is none or another one."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.mask.shape != images.shape[2:]:
+            self.mask = torch.ones(images.shape[2:])
+        return super().forward(images * self.mask)
+
+
+def test_what_a_network_computes_once_may_be_kept_in_a_buffer() -> None:
+    ctx = context_of(tiny_recipe(model=Caching))
+    assert ctx.notes == ()
+    assert ctx.state.network.get_buffer("mask").shape == (32, 32)
+
+
 class Keeping(Tiny):
     def forward(self, images: Tensor) -> Tensor:
         self.seen = super().forward(images)
