@@ -186,7 +186,9 @@ def test_a_claim_is_not_judged_by_runs_of_other_settings(
     monkeypatch.chdir(tmp_path)
     words = ("repeat", "mine.py", "--claims", "--wandb", "off", "--no-report")
     Path("mine.py").write_text(RECIPE.format(value=0.02))
-    assert "neither --max-steps nor --init-from" in complaint(capsys, *words, "--max-steps", "3")
+    assert "combined with --max-steps or --init-from" in complaint(
+        capsys, *words, "--max-steps", "3"
+    )
     assert main(words) == 0
     Path("mine.py").write_text(RECIPE.format(value=0.02).replace("epochs=1", "epochs=3"))
     capsys.readouterr()
