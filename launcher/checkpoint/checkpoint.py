@@ -43,7 +43,7 @@ from launcher.config.plan import Progress
 from launcher.distributed.accelerator import count_over_ranks, run_on_main
 from launcher.errors import UserError
 from launcher.training.metrics import Best
-from launcher.training.optimizers import bring_steps, load_state, try_step
+from launcher.training.optimizer_setup import bring_steps, load_state, try_step
 from launcher.training.state import TrainContext, TrainState, as_bytes, from_bytes
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted

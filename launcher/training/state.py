@@ -30,7 +30,7 @@ from launcher.data.tiers import on_device
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
 from launcher.training.model import first_parameter, place_network, restored_afterwards
-from launcher.training.optimizers import (
+from launcher.training.optimizer_setup import (
     compile_steps,
     freeze_left_out,
     load_state,

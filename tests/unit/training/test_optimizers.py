@@ -18,7 +18,8 @@ from launcher import ChainedOptimizer, Muon, NamedParameters, no_decay
 from launcher.config.overrides import override
 from launcher.config.serialize import resolve
 from launcher.training.loop import fit
-from launcher.training.optimizers import bring_steps, fuse, load_state, orthogonalize
+from launcher.training.optimizer_setup import bring_steps, fuse, load_state
+from launcher.training.optimizers import orthogonalize
 from launcher.training.state import TrainState, make_state
 from tests.support.helpers import context_of, refused, tiny_recipe
 from tests.support.world_worker import Small, Small64, divided, late, plain
