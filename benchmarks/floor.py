@@ -29,14 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import first_steps, machine, opened
-from benchmarks.trainer import (
-    Figures,
-    Trainer,
-    fresh_accelerator,
-    matmul_rate,
-    timed,
-    work_of_step,
-)
+from benchmarks.trainer import Figures, Trainer, fresh_accelerator, matmul_rate, timed, work_of_step
 from launcher.training.loop import make_batches, train_epoch
 
 FOLDER = Path(__file__).resolve().parent

@@ -67,14 +67,7 @@ from benchmarks.checks import CHECKS
 from benchmarks.competitors import Bare, Launched
 from benchmarks.epoch import first_steps, machine
 from benchmarks.record import Peer
-from benchmarks.trainer import (
-    Trainer,
-    fresh_accelerator,
-    profiled,
-    spread,
-    timed,
-    use_of_device,
-)
+from benchmarks.trainer import Trainer, fresh_accelerator, profiled, spread, timed, use_of_device
 from benchmarks.turns import ratio, rotated, whole_epochs
 from launcher import Recipe, Synthetic
 from launcher.config import loader

@@ -21,7 +21,8 @@ from launcher.distributed.world import World
 from launcher.training.evaluation import evaluate
 from launcher.training.loop import make_batches, train_epoch
 from launcher.training.metrics import StepReport
-from launcher.training.model import build_network, initialize, upcast
+from launcher.training.model import build_network, initialize
+from launcher.training.network import upcast
 from launcher.training.state import TrainContext, make_context
 
 Figures = dict[str, Any]

@@ -30,14 +30,7 @@ from launcher.errors import (
     RankError,
     UserError,
 )
-from launcher.utils.arguments import (
-    Parser,
-    Shown,
-    parse_seeds,
-    positive,
-    refuse_no_folder,
-    seconds,
-)
+from launcher.utils.arguments import Parser, Shown, parse_seeds, positive, refuse_no_folder, seconds
 from launcher.utils.redaction import redacted
 from launcher.utils.text import drop_stdout
 

@@ -24,7 +24,7 @@ from launcher.distributed.accelerator import (
     synchronize,
 )
 from launcher.distributed.world import ALONE, World
-from launcher.training.model import upcast
+from launcher.training.network import upcast
 from launcher.training.state import TrainContext, make_context
 
 STEPS, SECONDS = 20, 2.0  # measured at most, for each number of images

@@ -37,14 +37,7 @@ from launcher.config.slots import Source
 from launcher.data import sources
 from launcher.data.image_folder import Folder
 from launcher.data.images import Data, ImageSet
-from launcher.data.packed import (
-    MANIFEST,
-    VERSION,
-    Manifest,
-    PackedSplit,
-    file_of,
-    read_manifest,
-)
+from launcher.data.packed import MANIFEST, VERSION, Manifest, PackedSplit, file_of, read_manifest
 from launcher.data.storage import Encoded, Reading, Stored, as_stored, read, reading_threads
 from launcher.errors import BrokenPictureError, UserError
 from launcher.utils import atomic_write, json_text

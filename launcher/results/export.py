@@ -30,7 +30,7 @@ from launcher.errors import NotExportableError, UserError
 from launcher.results.card import model_card
 from launcher.results.hub import push, refuse_unready
 from launcher.results.load import TrainedRun, blank_images, load_run, run_of
-from launcher.training.model import upcast
+from launcher.training.network import upcast
 from launcher.utils.arguments import Parser, refuse_no_folder
 from launcher.utils.text import count, sizes
 

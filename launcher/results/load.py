@@ -24,7 +24,8 @@ from launcher.data.decoding import fitted, open_picture
 from launcher.data.image_folder import margin_of_source
 from launcher.data.images import ImageSet
 from launcher.errors import UserError
-from launcher.training.model import build_network, first_parameter
+from launcher.training.model import build_network
+from launcher.training.network import first_parameter
 from launcher.utils import json_text
 from launcher.utils.json_text import flatten
 

@@ -36,7 +36,8 @@ from launcher.distributed.process_group import RankGroup
 from launcher.training.accumulation import choose_passes
 from launcher.training.compiling import choose_compiling, is_to_be_tried
 from launcher.training.loop import forget_passes
-from launcher.training.model import build_network, count_parameters, initialize
+from launcher.training.model import build_network, initialize
+from launcher.training.network import count_parameters
 from launcher.training.preflight import preflight
 from launcher.training.smoke import smoke_version
 from launcher.training.state import TrainContext, make_context

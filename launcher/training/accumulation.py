@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from launcher.data.augment import resized
 from launcher.distributed.accelerator import count_over_ranks
 from launcher.errors import UserError
-from launcher.training.model import upcast
+from launcher.training.network import upcast
 from launcher.training.state import TrainContext, put_back
 from launcher.utils.text import count
 

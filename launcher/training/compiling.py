@@ -13,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from launcher.distributed.accelerator import count_over_ranks
 from launcher.training.loop import make_batches
-from launcher.training.model import upcast
+from launcher.training.network import upcast
 from launcher.training.state import TrainContext, compile_state, put_back
 
 WARM_UP = 3  # steps of each: the compiler may look at the second one again

@@ -13,7 +13,7 @@ from launcher.data.batches import layer_seeds, shard_bounds
 from launcher.data.images import ImageSet
 from launcher.distributed.stop_sync import StoppedError, StopSync
 from launcher.training.metrics import ConfusionAccumulator, Evaluation, OutcomeTable, sample_indices
-from launcher.training.model import first_parameter, upcast
+from launcher.training.network import first_parameter, upcast
 from launcher.training.state import TrainContext, evaluating
 from launcher.training.step import seed_layers
 

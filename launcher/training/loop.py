@@ -19,9 +19,10 @@ from launcher.distributed.stop_sync import PollRequests, StoppedError, StopSync,
 from launcher.errors import NotFiniteError, UserError
 from launcher.training.evaluation import evaluate, score_samples
 from launcher.training.metrics import EpochReport, LossTracker, StepReport
-from launcher.training.model import explain_torch_error, names_of, upcast
+from launcher.training.network import names_of, upcast
 from launcher.training.state import TrainContext, average_buffers, put_back
 from launcher.training.step import seed_layers, train_step
+from launcher.training.trial_passes import explain_torch_error
 from launcher.utils.text import some
 
 MOST_SKIPPED = 20  # steps in a row without an update, before the run stops

@@ -27,13 +27,7 @@ from launcher.config.slots import NamedParameters
 from launcher.errors import UserError
 from launcher.training.optimizers import ChainedOptimizer, Muon
 from launcher.utils.text import count, some
-from launcher.utils.user_code import (
-    comparable,
-    function_of,
-    is_users,
-    place_of,
-    user_location,
-)
+from launcher.utils.user_code import comparable, function_of, is_users, place_of, user_location
 
 MOST_RATE = 1e35  # of learning: with more, what Adam makes of it is no float32
 

@@ -30,7 +30,7 @@ from launcher.data.augment import as_augmentation, resized
 from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.model import restored_afterwards, upcast
+from launcher.training.network import restored_afterwards, upcast
 from launcher.training.optimizer_setup import goes_on, try_step
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count, some

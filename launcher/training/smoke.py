@@ -30,7 +30,8 @@ from launcher.distributed.process_group import RankGroup
 from launcher.distributed.world import World
 from launcher.errors import TrainingError
 from launcher.training.loop import fit
-from launcher.training.model import build_network, first_parameter, restored_afterwards, upcast
+from launcher.training.model import build_network
+from launcher.training.network import first_parameter, restored_afterwards, upcast
 from launcher.training.state import TrainContext, evaluating, make_context
 
 STEPS = 16

@@ -29,7 +29,8 @@ from launcher.data.images import Data
 from launcher.data.tiers import on_device
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
-from launcher.training.model import first_parameter, place_network, restored_afterwards
+from launcher.training.model import place_network
+from launcher.training.network import first_parameter, restored_afterwards
 from launcher.training.optimizer_setup import (
     compile_steps,
     freeze_left_out,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from launcher.data.batches import MicroBatch
 from launcher.training.metrics import LossTracker
-from launcher.training.model import names_of, unused_parameters, upcast
+from launcher.training.model import unused_parameters
+from launcher.training.network import names_of, upcast
 from launcher.training.state import TrainContext
 from launcher.utils.text import some
 

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.processes import (
-    PATIENCE,
-    RESUMABLE,
-    ROOT,
-    TORCHRUN,
-    Run,
-    fingerprint,
-    free_port,
-)
+from tests.support.processes import PATIENCE, RESUMABLE, ROOT, TORCHRUN, Run, fingerprint, free_port
 
 FAILING = ROOT / "tests" / "support" / "failing.py"
 SHORT = ("epochs=4", "--name", "run", "--checkpoint-every", "7")

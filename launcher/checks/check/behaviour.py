@@ -16,7 +16,7 @@ from launcher.checks.check.layers import Walk, declared
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
-from launcher.training.model import layers_in_lists, restored_afterwards, upcast
+from launcher.training.network import layers_in_lists, restored_afterwards, upcast
 from launcher.utils.text import count, some
 from launcher.utils.user_code import describe_line, function_of, innermost_user_line
 

@@ -39,8 +39,9 @@ from launcher.data.images import Data
 from launcher.data.validation import count_held_out
 from launcher.errors import UserError
 from launcher.run.prepare import dry_context
-from launcher.training.model import build_network, two_images
+from launcher.training.model import build_network
 from launcher.training.state import TrainContext
+from launcher.training.trial_passes import two_images
 from launcher.utils.arguments import Parser, positive, refuse_no_folder
 from launcher.utils.terminal import COLUMNS, half_blocks, make_console, plot
 from launcher.utils.text import count, sizes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.training.model import restored_afterwards
+from launcher.training.network import restored_afterwards
 
 
 @dataclass(frozen=True)

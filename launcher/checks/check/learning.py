@@ -12,7 +12,8 @@ from launcher.data.images import Data, ImageSet
 from launcher.errors import NotFiniteError
 from launcher.training.loop import fit
 from launcher.training.metrics import EpochReport, StepReport
-from launcher.training.model import initialize, restored_afterwards, upcast
+from launcher.training.model import initialize
+from launcher.training.network import restored_afterwards, upcast
 from launcher.training.state import TrainContext, make_context
 from launcher.utils.terminal import COLUMNS, plot
 from launcher.utils.text import spread

@@ -17,7 +17,7 @@ from launcher.data.augment import resized
 from launcher.data.batches import steps_per_chunk
 from launcher.data.sources import known_counts
 from launcher.data.storage import Stored
-from launcher.training.model import restored_afterwards, upcast
+from launcher.training.network import restored_afterwards, upcast
 from launcher.training.state import TrainContext
 from launcher.utils.text import sizes
 

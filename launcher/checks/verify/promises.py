@@ -29,7 +29,8 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import short_name
 from launcher.data.images import Data, ImageSet
 from launcher.errors import NotExportableError, UserError
-from launcher.training.model import build_network, two_images
+from launcher.training.model import build_network
+from launcher.training.trial_passes import two_images
 from launcher.utils.text import count
 
 PART_OF_LIMIT, PART_TO_COMPILE = 0.3, 0.2  # fraction of the time for the steps alone

@@ -28,7 +28,9 @@ from launcher.data.images import Data
 from launcher.distributed.accelerator import usable_cores
 from launcher.distributed.environment import is_true
 from launcher.errors import UserError
-from launcher.training.model import build_network, two_images, upcast
+from launcher.training.model import build_network
+from launcher.training.network import upcast
+from launcher.training.trial_passes import two_images
 
 PASSES = 4  # that are timed
 # The approximate number of runs, with one more for BatchNorm and one for `compile`.

@@ -13,7 +13,7 @@ from launcher import Recipe
 from launcher.config import loader, overrides
 from launcher.config.serialize import code_name, short_name
 from launcher.errors import UserError
-from launcher.training.model import count_parameters
+from launcher.training.network import count_parameters
 from tests.support.helpers import RECIPES, refused
 
 GOOD = '''\

@@ -10,16 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from launcher import (
-    Draws,
-    Images,
-    Recipe,
-    Synthetic,
-    cutmix,
-    flip,
-    jitter,
-    random_resized_crop,
-)
+from launcher import Draws, Images, Recipe, Synthetic, cutmix, flip, jitter, random_resized_crop
 from launcher.data import sources
 from launcher.distributed.process_group import RankGroup
 from launcher.distributed.world import ALONE, World

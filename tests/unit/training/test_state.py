@@ -14,7 +14,8 @@ from launcher.data import sources
 from launcher.data.images import ImageSet
 from launcher.distributed.accelerator import create_accelerator
 from launcher.errors import UserError
-from launcher.training.model import build_network, count_parameters
+from launcher.training.model import build_network
+from launcher.training.network import count_parameters
 from launcher.training.state import TrainState, average_buffers, evaluating, make_state
 from tests.support.helpers import context_of, tiny_recipe
 from tests.support.world_worker import Small, Small64
