@@ -72,7 +72,7 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     from rich.console import Console as RichConsole
 
     from launcher import cli
-    from launcher.checkpoint import checkpoint
+    from launcher.checkpoint import saver
     from launcher.checkpoint.run_dir import RunDir
     from launcher.checkpoint.saver import Saver
     from launcher.loggers.console import Console, LiveConsole
@@ -87,7 +87,7 @@ def child(output: Path, mode: str, words: list[str]) -> None:
     timer.around(WandbLogger, "W&B steps", "step")
     timer.around(WandbLogger, "W&B epochs", "epoch")
     timer.around(RunDir, "files", "record")
-    timer.around(checkpoint, "files", "save_weights")
+    timer.around(saver, "files", "save_weights")
     timer.around(Saver, "checkpoints", "checkpoint")
     whole.around(training, "training", "run_loop")
     code = cli.main([str(SELF.parent.parent / "recipes" / "simplecnn.py"), *words, *MODES[mode]])

@@ -21,8 +21,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +34,10 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from launcher.checkpoint.held_folder import HeldFolder
+from launcher.checkpoint.weights import UNREADABLE, Tensors, load_weights, on_host
 from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.distributed.accelerator import count_over_ranks, run_on_main
@@ -47,17 +47,11 @@ from launcher.training.optimizer_setup import bring_steps, load_state, try_step
 from launcher.training.state import TrainContext, TrainState, as_bytes, from_bytes
 from launcher.utils import atomic_write, json_text
 from launcher.utils.redaction import redacted
-from launcher.utils.text import count, is_named
 
 KEPT = 3  # checkpoints; the best weights are kept apart
-Tensors = dict[str, Tensor]
-_UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError)
 Kind = TypeVar("Kind")
 _NEEDED = frozenset(("weights.safetensors", "optimizer.pt", "state.json"))
 _FILES = _NEEDED | {"average.safetensors", "buffers.safetensors"}
-MOST_SKIPPED_PARTS = 3  # that a message tells to skip: with more, it is another model
-# What DistributedDataParallel and torch.compile put before the names.
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _NAME = re.compile(r"step-\d{9,}(\.old)?")
 
 
@@ -94,113 +88,6 @@ class CheckpointError(Exception):
     """A checkpoint is damaged: says which file and how."""
 
 
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Write weights and buffers as safetensors under `path`, replacing what was there at once."""
-    atomic_write.replace(path, save(_on_host(network.state_dict())))
-
-
-def load_weights(network: nn.Module, path: Path) -> bool:
-    """Put saved weights into a network; raises `UserError` unless they fit it.
-
-    Returns whether they have the types of the network's own, so that no number was rounded.
-    """
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
-    own = network.state_dict()
-    _refuse_differing(path, own, saved)
-    network.load_state_dict(_with_versions(saved, network))
-    return all(saved[name].dtype == tensor.dtype for name, tensor in own.items())
-
-
-def _with_versions(tensors: Tensors, network: nn.Module) -> Tensors:
-    """With what modules may ask of a state_dict and no file keeps: the version of their format.
-
-    What is loaded has passed for a state of this very network, so the versions are its own.
-    """
-    dressed = OrderedDict(tensors)
-    dressed._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
-    return dressed
-
-
-def load_initial_weights(network: nn.Module, path: Path, skip: Sequence[str] = ()) -> list[str]:
-    """Put weights of the launcher, torchvision or timm into a network; returns what is skipped.
-
-    Names that are in `skip`, or lie below one of these, keep what the network began with. Raises
-    `UserError` unless the others fit, and for a word of `skip` that names nothing.
-    """
-    own, saved = network.state_dict(), _read_weights(path)
-    names = {**own, **saved}
-    if unknown := [word for word in skip if not any(is_named(name, [word]) for name in names)]:
-        parts = sorted({name.split(".")[0] for name in names})
-        raise UserError(
-            f"--skip {unknown[0]}, which names nothing in {path} or the model",
-            expected="names of parameters, or their beginnings up to a dot",
-            instead=f"type --skip {','.join(parts[-1:])}, for example; there are "
-            + ", ".join(parts),
-        )
-    skipped = sorted(name for name in names if is_named(name, skip))
-    kept = {name: tensor for name, tensor in saved.items() if name not in skipped}
-    missing = {name: tensor for name, tensor in own.items() if name in skipped}
-    _refuse_differing(path, own, {**kept, **missing}, "type --skip {}, or ")
-    network.load_state_dict(_with_versions(kept, network), strict=False)
-    return skipped
-
-
-def _read_weights(path: Path) -> Tensors:
-    """The tensors of a file, under the names that the network gave them before it was wrapped."""
-    try:
-        if path.suffix in (".pth", ".pt"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            saved = load_file(path)
-    except pickle.UnpicklingError:  # whose message tells the reader to switch the check off
-        raise _unreadable(path, "torch.load(FILE, weights_only=True) refuses it") from None
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-    for key in ("state_dict", "model"):
-        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
-            saved = saved[key]
-    if not isinstance(saved, Mapping) or not all(
-        isinstance(name, str) and torch.is_tensor(value) for name, value in saved.items()
-    ):
-        raise _unreadable(path, f"it holds a {type(saved).__name__} that is no state_dict()")
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in saved.items()}
-
-
-def _unreadable(path: Path, error: object) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(
-        f"weights in {path} that cannot be read ({reason})",
-        expected="a file in the safetensors format, or .pth or .pt with nothing but tensors",
-        instead="name a run, or the final.safetensors of one, or write the file with "
-        "torch.save(model.state_dict(), FILE)",
-    )
-
-
-def _refuse_differing(
-    path: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], skipping: str = ""
-) -> None:
-    """Raise `UserError` for other names or shapes; `skipping` says how these could be left out."""
-    differing = [n for n in {**own, **saved} if _shape(own, n) != _shape(saved, n)]
-    if differing:
-        name = differing[0]
-        parts = dict.fromkeys(name.rpartition(".")[0] or name for name in differing)
-        short = skipping.format(",".join(parts)) if len(parts) <= MOST_SKIPPED_PARTS else ""
-        raise UserError(
-            f"{path} has {name} {_shape(saved, name)}, the model {_shape(own, name)}"
-            f" ({count(len(differing), 'such difference')})",
-            expected="weights of the same model",
-            instead=f"{short}name a run of this model, or change the model's settings to fit",
-        )
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    """`(16, 3, 3, 3)`, or `nothing`."""
-    return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
-
-
 def gather_buffers(ctx: TrainContext) -> Tensors:
     """Each running statistic of all ranks, `(ranks, ...)`; empty on 1 rank. Every rank calls it."""
     if ctx.accelerator.num_processes == 1:
@@ -214,9 +101,9 @@ def gather_buffers(ctx: TrainContext) -> Tensors:
 def capture(ctx: TrainContext, details: dict[str, Any], buffers: Tensors | None = None) -> Snapshot:
     """Copy the state to the host, with `details` for `state.json` and what was gathered."""
     state, accelerator = ctx.state, ctx.accelerator
-    tensors = {"weights": _on_host(state.network.state_dict())}
+    tensors = {"weights": on_host(state.network.state_dict())}
     if state.ema_model is not None:
-        tensors["average"] = _on_host(state.ema_model.state_dict())
+        tensors["average"] = on_host(state.ema_model.state_dict())
     if buffers:
         tensors["buffers"] = buffers
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -357,7 +244,7 @@ def _read_optimizer(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
         numbers = [number for group in groups for number in group["params"]]
         is_whole &= {number for number in state if isinstance(number, int)} <= set(numbers)
         is_whole &= all(isinstance(number, int) for number in numbers)
-    except (*_UNREADABLE, pickle.UnpicklingError, TypeError, AttributeError):
+    except (*UNREADABLE, pickle.UnpicklingError, TypeError, AttributeError):
         is_whole = False  # torch's own message tells the reader to switch the check off
     if not is_whole:
         raise CheckpointError("optimizer.pt is no state of an optimizer, or holds more than that")
@@ -502,11 +389,6 @@ def _digest(path: Path) -> str:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Copies in the ordinary memory layout: safetensors refuses strided and shared tensors."""
-    return {name: _copy(value).contiguous() for name, value in tensors.items()}
 
 
 def _copied(value: Any) -> Any:

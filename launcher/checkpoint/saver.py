@@ -10,6 +10,7 @@ from launcher.checkpoint.checkpoint import Snapshot, Writer
 from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.held_folder import HeldFolder
 from launcher.checkpoint.run_dir import RunDir
+from launcher.checkpoint.weights import save_weights
 from launcher.data.images import ImageSet
 from launcher.training.metrics import EpochReport, FinalReport
 from launcher.training.state import TrainContext
@@ -56,7 +57,7 @@ class Saver:
 
         def save(folder: RunDir) -> None:
             path = folder.best if which == "best" else folder.final
-            checkpoint.save_weights(network, path)
+            save_weights(network, path)
 
         return self._attempt(f"the {which} weights", save)
 

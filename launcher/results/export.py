@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from launcher.checkpoint.checkpoint import save_weights
 from launcher.checkpoint.run_files import RunFiles, find
+from launcher.checkpoint.weights import save_weights
 from launcher.config.recipe import Recipe
 from launcher.data import sources
 from launcher.data.images import ImageSet

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from launcher.checkpoint.checkpoint import load_weights
 from launcher.checkpoint.run_files import RunFiles
+from launcher.checkpoint.weights import load_weights
 from launcher.config import annotations, loader
 from launcher.config.loader import LoadedRecipe
 from launcher.config.overrides import override

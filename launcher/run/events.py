@@ -16,6 +16,7 @@ from launcher.checkpoint import checkpoint, outcomes, run_dir
 from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.weights import load_weights
 from launcher.config.loader import LoadedRecipe
 from launcher.config.plan import NEVER, START, Progress, SaveInterval
 from launcher.config.recipe import Recipe
@@ -168,7 +169,7 @@ def evaluate_test_images(run: ActiveRun) -> FinalReport:
     if run.last and best.epoch == run.last.epoch:
         return FinalReport(last, last_tta, last)
     network, path = ctx.state.eval_model, run.folder.best
-    run_on_main(ctx.accelerator, lambda: checkpoint.load_weights(network, path))
+    run_on_main(ctx.accelerator, lambda: load_weights(network, path))
     broadcast_state(network, ctx.accelerator)
     return FinalReport(last, last_tta, evaluate(ctx, test))
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.resume import initial_weights
+from launcher.checkpoint.weights import load_initial_weights
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import Plan, make_plan
@@ -205,7 +206,7 @@ def begin_with_given(
     weights = given_weights(loaded, options)
     if weights is None:
         return {}
-    skipped = checkpoint.load_initial_weights(network, weights, options.skip)
+    skipped = load_initial_weights(network, weights, options.skip)
     without = f", without {', '.join(skipped)}" if skipped else ""
     return {"weights": f"from {weights}{without}"}
 

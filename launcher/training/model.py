@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
+from launcher.data.data_sets import NAMELESS
 from launcher.data.images import ImageSet
-from launcher.data.sources import NAMELESS
 from launcher.distributed.accelerator import count_over_ranks
 from launcher.errors import UserError
 from launcher.training.network import (

@@ -20,9 +20,10 @@ from torch.optim import Adam
 
 from launcher import cli
 from launcher.checkpoint import resume, run_dir
-from launcher.checkpoint.checkpoint import load_weights, newest, save_weights
+from launcher.checkpoint.checkpoint import newest
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.weights import load_weights, save_weights
 from launcher.config.loader import LoadedRecipe
 from launcher.config.plan import Plan, SaveInterval
 from launcher.distributed import signals

@@ -18,6 +18,7 @@ from launcher.checkpoint import checkpoint, resume
 from launcher.checkpoint.checkpoint import CheckpointError, Writer, capture, newest, restore, write
 from launcher.checkpoint.held_folder import HeldFolder
 from launcher.checkpoint.run_dir import RunDir
+from launcher.checkpoint.weights import load_initial_weights, load_weights
 from launcher.config import overrides
 from launcher.config.plan import Progress
 from launcher.config.recipe import Recipe
@@ -303,8 +304,8 @@ def test_a_network_that_asks_for_the_version_of_its_format_is_loaded(tmp_path: P
     path = tmp_path / "weights.safetensors"
     old, new = mnasnet0_5(num_classes=10), mnasnet0_5(num_classes=10)
     save_file(old.state_dict(), path)
-    checkpoint.load_weights(new, path)
+    load_weights(new, path)
     assert torch.equal(new.classifier[1].weight, old.classifier[1].weight)
     other = mnasnet0_5(num_classes=7)
-    assert checkpoint.load_initial_weights(other, path, ["classifier"])
+    assert load_initial_weights(other, path, ["classifier"])
     assert torch.equal(other.layers[0].weight, old.layers[0].weight)

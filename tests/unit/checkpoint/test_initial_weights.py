@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from launcher import cli
-from launcher.checkpoint.checkpoint import load_initial_weights
 from launcher.checkpoint.resume import initial_weights
+from launcher.checkpoint.weights import load_initial_weights
 from tests.support.helpers import Tiny, refused
 
 State = dict[str, Tensor]

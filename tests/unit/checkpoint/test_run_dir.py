@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from launcher.checkpoint import run_dir
-from launcher.checkpoint.checkpoint import save_weights
+from launcher.checkpoint.weights import save_weights
 from launcher.errors import UserError
 from tests.support.helpers import refused
 

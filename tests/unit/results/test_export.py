@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launcher import load_run
-from launcher.checkpoint.checkpoint import save_weights
 from launcher.checkpoint.run_files import RunFiles, find
+from launcher.checkpoint.weights import save_weights
 from launcher.cli import main
 from launcher.data import sources
 from launcher.errors import EXIT_INTERRUPTED
