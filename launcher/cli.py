@@ -302,9 +302,9 @@ def _export_proved(recipe: "Recipe", weights: Path, test: "ImageSet", folder: Pa
 
 
 def _pack(words: list[str]) -> int:
-    from launcher.data import packing
+    from launcher.data import pack_command
 
-    return packing.main(words)
+    return pack_command.main(words)
 
 
 def _look_at_runs(command: str, words: list[str]) -> int:

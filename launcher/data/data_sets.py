@@ -29,10 +29,12 @@ _CHANNELS = (1, 2, 3, 4)  # of images, which are larger
 
 
 def is_users_source(source: Source) -> bool:
+    """Whether it is neither of the launcher nor of torchvision."""
     return function_of(source).__module__.partition(".")[0] not in ("launcher", "torchvision")
 
 
 def as_image_set(dataset: Any, data: Images) -> ImageSet:
+    """All of its images; raises `UserError` for what is no image set, naming what to write."""
     name = short_name(data.source)
     _refuse_transforms(dataset, name)
     labels_name = "targets" if hasattr(dataset, "targets") else "labels"

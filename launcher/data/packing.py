@@ -6,12 +6,9 @@ it is: so a pack that ends early, however it ends, goes on from there when the s
 again. Typed again for one that is whole, it compares the files with their digests.
 """
 
-import difflib
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections import deque
@@ -19,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -30,33 +26,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from launcher.config import loader
-from launcher.config.recipe import Images, parse_fold
-from launcher.config.serialize import short_name
-from launcher.config.slots import Source
-from launcher.data import sources
-from launcher.data.image_folder import Folder
-from launcher.data.images import Data, ImageSet
+from launcher.data.images import ImageSet
 from launcher.data.packed import MANIFEST, VERSION, Manifest, PackedSplit, file_of, read_manifest
 from launcher.data.storage import Encoded, Reading, Stored, as_stored, read, reading_threads
 from launcher.errors import BrokenPictureError, UserError
 from launcher.utils import atomic_write, json_text
-from launcher.utils.arguments import Parser, positive
 from launcher.utils.terminal import progress
 from launcher.utils.text import count, sizes, some
-from launcher.utils.user_code import function_of
 
 PARTIAL, LOCK = "pack.partial.json", ".pack.lock"
 CHUNK_IMAGES, CHUNK_BYTES = 1024, 2**26  # at most so much is lost when packing is killed
 _HASHED_AT_ONCE = 2**24  # bytes
-_USAGE = "launcher pack SOURCE OUT [--size N | --encoded] [--root DIR] [--on-broken stop|skip]"
-
-_DESCRIPTION = """\
-Decode all images of a source once, into files from which any number of trainings read them:
-Images(Packed, root=OUT, ...) in a recipe. With --encoded they stay JPEG, PNG, ..., and
-Images(partial(Packed, size=224), root=OUT, ...) decodes them as Folder does. Typed again, the
-command continues an interrupted pack, and compares a complete one with its digests."""
-
 Advance = Callable[[int], None]
 # A chunk: its places, the bytes to append to each file, and the places of broken pictures, which
 # are known once all is appended.
@@ -82,7 +62,7 @@ class _Done:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What is packed into which folder."""
 
     source: str  # a description for people
@@ -121,160 +101,8 @@ class _Job:
         return {"version": VERSION, **about, "chunk": self.chunk}
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the words behind `launcher pack`."""
-    parser = Parser(prog="launcher pack", usage=_USAGE, description=_DESCRIPTION)
-    add = parser.add_argument
-    what = "a folder of class folders, a recipe file, or the name of a data set of torchvision"
-    add("source", metavar="SOURCE", help=what)
-    add("out", metavar="OUT", type=Path, help="the folder to make, which Packed reads")
-    add("--size", type=positive, metavar="N", help="pixels along each side (a folder: 32)")
-    encoded = "copy the pictures of a folder without decoding them, of any sizes"
-    add("--encoded", action="store_true", help=encoded)
-    add("--root", metavar="DIR", help="where the files of a recipe or a data set are")
-    broken = "what to do with a picture that cannot be read: stop, or leave it out"
-    add("--on-broken", choices=("stop", "skip"), default="stop", help=broken)
-    arguments = parser.parse_args(words)
-    _refuse_no_folder(arguments.out)
-    chosen = _images_of(arguments.source, arguments.size, arguments.root)
-    if arguments.encoded:
-        _refuse_encoded(chosen.source, arguments.size)
-    root = Path(os.path.expanduser(chosen.root))
-    if _is_folder(chosen.source) and arguments.out.resolve().is_relative_to(root.resolve()):
-        raise UserError(
-            f"OUT={arguments.out}, inside of {root}",
-            expected="a folder that is not among the pictures",
-            instead="name one beside it",
-        )
-    splits = _splits(_opened(chosen), chosen.validation)
-    # Encoded pictures are the same whatever size a recipe has them decoded to.
-    source = function_of(chosen.source) if arguments.encoded else chosen.source
-    job = _Job(_described(source, root), splits, arguments.out, arguments.encoded)
-    if (job.out / MANIFEST).exists():
-        _verify(job)
-    else:
-        _pack(job, skips=arguments.on_broken == "skip")
-    return 0
-
-
-def _images_of(word: str, size: int | None, root: str | None) -> Images:
-    """The images that the word SOURCE names, with their files in `root`, if given."""
-    path = Path(word)
-    if path.is_dir():
-        if root is not None:
-            raise UserError(
-                f"--root {root} with the folder {word}",
-                expected="the pictures in the folder that is named first",
-                instead="leave out --root",
-            )
-        has_own = all((path / split).is_dir() for split in ("train", "val", "test"))
-        return _made_of(Folder, word, size, "val" if has_own else None)
-    if path.suffix == ".py" or path.exists():
-        data = loader.load(path).recipe.data
-        named = data.validation if isinstance(data.validation, str) else ""
-        split = None if not named or parse_fold(named) else named
-        return _made_of(data.source, root or data.root, size, split)
-    return _made_of(_of_torchvision(word), root or "data", size, None)
-
-
-def _made_of(source: Source, root: str, size: int | None, validation: str | None) -> Images:
-    if size is not None:
-        source = _sized(source, size)
-    # mean and std do not matter: pixels are packed as they are.
-    images = Images(source, 1, mean=(0.5,), std=(0.5,), root=root, validation=validation)
-    return replace(images, tier="disk" if _is_folder(source) else "auto")
-
-
-def _refuse_encoded(source: Source, size: int | None) -> None:
-    if size is not None:
-        raise UserError(
-            f"--size {size} with --encoded",
-            expected="one of them: encoded pictures keep their sizes",
-            instead=f"leave it out, and write partial(Packed, size={size}) in the recipe",
-        )
-    if not _is_folder(source):
-        raise UserError(
-            f"--encoded of {short_name(source)}, whose images are not files of their own",
-            expected="pictures in class folders, as Folder reads them",
-            instead="leave out --encoded",
-        )
-
-
-def _is_folder(source: Source) -> bool:
-    return function_of(source) is Folder
-
-
-def _sized(source: Source, size: int) -> Source:
-    if "size" not in inspect.signature(source).parameters:
-        raise UserError(
-            f"--size {size} of {short_name(source)}, whose images have a size",
-            expected="--size for pictures in folders, which have any",
-            instead="leave out --size",
-        )
-    return partial(source, size=size)
-
-
-def _of_torchvision(name: str) -> Source:
-    from torchvision import datasets
-
-    found = getattr(datasets, name, None) if name in datasets.__all__ else None
-    if isinstance(found, type):
-        return found
-    near = difflib.get_close_matches(name, datasets.__all__, 1)
-    raise UserError(
-        f"SOURCE={name!r}, which does not exist",
-        expected="a folder of class folders, a recipe file, or a data set of torchvision",
-        instead=f"did you mean {near[0]}?" if near else "check the path",
-    )
-
-
-def _described(source: Source, root: Path) -> str:
-    keywords = source.keywords if isinstance(source, partial) else {}
-    settings = ", ".join(f"{name}={value}" for name, value in keywords.items())
-    return f"{short_name(source)}({settings}) in {root.resolve()}"
-
-
-def _opened(images: Images) -> Data:
-    try:
-        return sources.open_or_download(images)
-    except UserError as error:  # which names the settings of a recipe
-        instead = error.instead.replace("data.source.size=", "--size ")
-        instead = re.sub(r"data\.root=(\S+), or declare .*", r"--root \1", instead)
-        instead = instead.replace("data.root=", "--root ")
-        raise UserError(error.given, expected=error.expected, instead=instead) from None
-
-
-def _splits(data: Data, validation: float | str | None) -> dict[str, ImageSet]:
-    sources.check_splits(data, data.name)
-    splits = {"train": data.train, "test": data.test}
-    return splits if data.validation is None else {**splits, str(validation): data.validation}
-
-
-def _refuse_no_folder(out: Path) -> None:
-    """Refuse a path that is no folder, and a folder that holds something other than a pack."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"OUT={out}, a file", expected="a folder", instead="name another one")
-    try:
-        others = [] if _is_begun(out) or not out.exists() else _visible(out)
-    except OSError as error:
-        raise _unwritable(out, error) from None
-    if others:
-        raise UserError(
-            f"OUT={out}, a folder with {some(others)} in it",
-            expected="an empty folder, or one that launcher pack has begun",
-            instead="name another folder",
-        )
-
-
-def _is_begun(out: Path) -> bool:
-    return any((out / name).exists() for name in (MANIFEST, PARTIAL))
-
-
-def _visible(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-
-
-def _unwritable(out: Path, error: OSError) -> UserError:
+def unwritable(out: Path, error: OSError) -> UserError:
+    """For a folder in which the pack cannot be written."""
     return UserError(
         f"OUT={out} ({error.strerror})",
         expected="a folder that can be written, with room for the images",
@@ -282,10 +110,7 @@ def _unwritable(out: Path, error: OSError) -> UserError:
     )
 
 
-# Packing
-
-
-def _pack(job: _Job, *, skips: bool) -> None:
+def pack(job: Job, *, skips: bool) -> None:
     """Begin or continue. Raises `UserError` for a picture that cannot be read, unless `skips`."""
     done = _begun(job)
     _refuse_no_room(job, done)
@@ -301,12 +126,12 @@ def _pack(job: _Job, *, skips: bool) -> None:
                 (job.out / name).unlink(missing_ok=True)
             atomic_write.flush_folder(job.out)
     except OSError as error:
-        raise _unwritable(job.out, error) from None
+        raise unwritable(job.out, error) from None
     _tell(f"packed {_summary(manifest)} into {job.out}")
     _tell_skipped(manifest)
 
 
-def _begun(job: _Job) -> dict[str, _Done]:
+def _begun(job: Job) -> dict[str, _Done]:
     """The progress of each split. Raises `UserError` for a pack of another source."""
     path = job.out / PARTIAL
     if not path.exists():
@@ -338,7 +163,7 @@ def _as_done(about: dict[str, Any]) -> _Done:
     return _Done(**{**about, "written": written, "skipped": tuple(about["skipped"])})
 
 
-def _listed(job: _Job, name: str, places: int) -> str:
+def _listed(job: Job, name: str, places: int) -> str:
     """The digest of the first images of a split as the source lists them."""
     whole, split = blake2b(digest_size=16), job.splits[name]
     for part in _parts(0, places, job.chunk):
@@ -357,7 +182,7 @@ def _parts(start: int, stop: int, chunk: int) -> list[range]:
     return [range(first, last) for first, last in pairwise([*range(start, stop, chunk), stop])]
 
 
-def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
+def _refuse_no_room(job: Job, done: dict[str, _Done]) -> None:
     needed = sum(_bytes_left(job, split, done[name].read) for name, split in job.splits.items())
     place = next(
         path for path in (job.out.absolute(), *job.out.absolute().parents) if path.is_dir()
@@ -373,7 +198,7 @@ def _refuse_no_room(job: _Job, done: dict[str, _Done]) -> None:
         )
 
 
-def _bytes_left(job: _Job, split: ImageSet, read: int) -> int:
+def _bytes_left(job: Job, split: ImageSet, read: int) -> int:
     """How many bytes of a split are still to be written."""
     if not isinstance(split.images, Encoded) or not job.encoded:
         return (len(split) - read) * job.image_bytes + 8 * len(split)
@@ -403,7 +228,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _packed(
-    job: _Job, name: str, done: dict[str, _Done], skips: bool, advance: Advance
+    job: Job, name: str, done: dict[str, _Done], skips: bool, advance: Advance
 ) -> PackedSplit:
     """Write what is left of a split, and note each chunk in `done` and on disk."""
     split = job.splits[name]
@@ -450,7 +275,7 @@ def _packed(
     return _finished(job, name, state)
 
 
-def _finished(job: _Job, name: str, state: _Done) -> PackedSplit:
+def _finished(job: Job, name: str, state: _Done) -> PackedSplit:
     """Write the labels, and the names, of a split of which all images are written."""
     split = job.splits[name]
     if not state.count:
@@ -522,7 +347,7 @@ class _Growing:
 
 
 def _chunks(
-    job: _Job, split: ImageSet, parts: Sequence[range], skips: bool, files: dict[str, _Growing]
+    job: Job, split: ImageSet, parts: Sequence[range], skips: bool, files: dict[str, _Growing]
 ) -> Iterator[_Chunk]:
     if isinstance(split.images, Encoded) and job.encoded:
         return _encoded_chunks(split.images, parts, skips, files["pictures"].written[0])
@@ -607,10 +432,7 @@ def _readable(stored: Stored, part: range) -> tuple[Tensor, list[int]]:
     return torch.cat(images), broken
 
 
-# Verifying
-
-
-def _verify(job: _Job) -> None:
+def verify(job: Job) -> None:
     """Compare a complete pack with its digests, and its source with the recorded one."""
     manifest = read_manifest(job.out)
     classes = job.splits["train"].classes
