@@ -22,7 +22,7 @@ from launcher.data.augment import as_augmentation, cut_of, resized
 from launcher.data.decoding import Cut
 from launcher.data.images import ImageSet
 from launcher.data.rng import FIXED, FRESH, LAYERS, MIX, ORDER, make_rng
-from launcher.data.storage import Encoded, Reading, Stored
+from launcher.data.storage import Encoded, Mapped, Reading, Stored
 
 BYTES_AHEAD = 2**26  # size of the images that are read ahead of the training, ...
 LEAST_STEPS_AHEAD, MOST_STEPS_AHEAD = 2, 16  # ... limited to so many steps
@@ -238,7 +238,7 @@ class Batches:
                 is_soon = number + 1 + self._chunks_ahead >= len(chunks)
                 if is_soon and self._next_epoch is None and epoch < self._plan.last_epoch:
                     self._next_epoch = self._draw(epoch + 1)
-                self._read_ahead(drawn, chunks[number:])
+                self._read_ahead(drawn, chunks[number : number + 1 + self._chunks_ahead])
                 yield from self._make(drawn, chunk)
         except BaseException:  # an error, or a generator that is closed early
             for _, reading in self._ahead.values():
@@ -293,14 +293,19 @@ class Batches:
         return table.to(self._device, non_blocking=True)
 
     def _read_ahead(self, epoch: _Epoch, chunks: list[range]) -> None:
-        """Begin to read the images of the first chunk, and of some chunks after it."""
+        """Begin to read the images of the first chunk, and of those after it, as far as may be."""
         if self._stored is None:
             return
+        most = 1 + self._chunks_ahead
+        # To wake a thread disturbs the training more than to copy images: so for many at once.
+        is_begun = (epoch.number, chunks[0].start) in self._ahead
+        if is_begun and isinstance(self._stored, Mapped) and len(self._ahead) > most // 2:
+            return
         wanted = [(epoch, chunk) for chunk in chunks]
-        if following := self._next_epoch:
-            steps = self._plan.epoch_steps(following.number)
-            wanted += [(following, chunk) for chunk in self._chunks(steps)]
-        for epoch, chunk in wanted[: 1 + self._chunks_ahead]:
+        if (following := self._next_epoch) and len(wanted) < most:
+            chunks = self._chunks(self._plan.epoch_steps(following.number))
+            wanted += [(following, chunk) for chunk in chunks[: most - len(wanted)]]
+        for epoch, chunk in wanted:
             key = (epoch.number, chunk.start)
             if key not in self._ahead:
                 spans = self._spans_of(chunk, epoch)

@@ -217,12 +217,18 @@ def reading_threads() -> ThreadPoolExecutor:
     Each uses one thread of torch: otherwise torch would take the training's threads as well.
     """
     count = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "reading", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(count, "reading", initializer=_compute_alone)
     all_there = Barrier(count)
     for future in [pool.submit(all_there.wait) for _ in range(count)]:
         future.result()
     torch.set_num_threads(count)  # for all other threads
     return pool
+
+
+def _compute_alone() -> None:
+    """Let torch use one thread for what this one computes."""
+    torch.get_num_threads()  # what it does at the first use in a thread: it takes the process's own
+    torch.set_num_threads(1)
 
 
 def broken(encoded: Encoded) -> Iterator[str]:

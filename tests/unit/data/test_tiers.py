@@ -355,6 +355,7 @@ def test_the_threads_that_read_leave_the_others_their_own(folder: Path) -> None:
             return threading.current_thread().name
 
         assert len(set(pool.map(lambda _: names(), range(2)))) == 2
+        assert pool.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 2
         pool.shutdown()
     finally:
