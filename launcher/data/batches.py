@@ -320,6 +320,7 @@ class Batches:
                     self._stored,
                     places,
                     pinned=self._device.type == "cuda",
+                    while_training=True,
                     shares=shares,
                     size=None if shares is None else self._plan.resolution(epoch.number),
                 )

@@ -180,6 +180,7 @@ class Reading:
         places: Tensor,
         *,
         pinned: bool = False,
+        while_training: bool = False,
         shares: Tensor | None = None,
         size: int | None = None,
     ) -> None:
@@ -190,7 +191,8 @@ class Reading:
         _, height, width, channels = stored.shape
         shape = (len(places), size or height, size or width, channels)
         self._images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        threads, parts = reading_threads(), min(len(places), torch.get_num_threads())
+        threads = reading_threads(need_cores=while_training and isinstance(stored, Encoded))
+        parts = min(len(places), torch.get_num_threads())
         bounds = [len(places) * part // parts for part in range(parts + 1)] if parts else []
         self._futures: list[Future[None]] = []
         for start, stop in pairwise(bounds):
@@ -211,13 +213,14 @@ class Reading:
 
 
 @cache
-def reading_threads() -> ThreadPoolExecutor:
-    """A pool of as many threads as this process computes with.
+def reading_threads(*, need_cores: bool = False) -> ThreadPoolExecutor:
+    """As many threads as this process computes with; they may need its cores while it trains.
 
     Each uses one thread of torch: otherwise torch would take the training's threads as well.
     """
     count = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "reading", initializer=_compute_alone)
+    begin = _compute_on_cores if need_cores else _compute_alone
+    pool = ThreadPoolExecutor(count, "reading", initializer=begin)
     all_there = Barrier(count)
     for future in [pool.submit(all_there.wait) for _ in range(count)]:
         future.result()
@@ -228,6 +231,19 @@ def reading_threads() -> ThreadPoolExecutor:
 def _compute_alone() -> None:
     """Let torch use one thread for what this one computes."""
     torch.get_num_threads()  # what it does at the first use in a thread: it takes the process's own
+    torch.set_num_threads(1)
+
+
+def _compute_on_cores() -> None:
+    """The same, and let the threads of the training sleep between two operations.
+
+    libgomp, with which torch computes, has them wait busily for milliseconds, unless it knows of
+    more threads than cores: so it is shown one more for each thread here. Where images are only
+    copied, which takes next to no time, that would slow the training.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.zeros(2**20).add_(1)
     torch.set_num_threads(1)
 
 
