@@ -7,7 +7,7 @@ tensor that holds all of them. Which images are asked for, and in which order, i
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -191,7 +191,9 @@ class Reading:
         _, height, width, channels = stored.shape
         shape = (len(places), size or height, size or width, channels)
         self._images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        threads = reading_threads(need_cores=while_training and isinstance(stored, Encoded))
+        threads = reading_threads()
+        if while_training and isinstance(stored, Encoded):
+            give_cores_to_reading()
         parts = min(len(places), torch.get_num_threads())
         bounds = [len(places) * part // parts for part in range(parts + 1)] if parts else []
         self._futures: list[Future[None]] = []
@@ -213,19 +215,40 @@ class Reading:
 
 
 @cache
-def reading_threads(*, need_cores: bool = False) -> ThreadPoolExecutor:
-    """As many threads as this process computes with; they may need its cores while it trains.
+def reading_threads() -> ThreadPoolExecutor:
+    """As many as this process computes with.
 
     Each uses one thread of torch: otherwise torch would take the training's threads as well.
     """
     count = torch.get_num_threads()
-    begin = _compute_on_cores if need_cores else _compute_alone
-    pool = ThreadPoolExecutor(count, "reading", initializer=begin)
-    all_there = Barrier(count)
-    for future in [pool.submit(all_there.wait) for _ in range(count)]:
-        future.result()
+    pool = ThreadPoolExecutor(count, "reading")
+    _in_each(pool, count, _compute_alone)
     torch.set_num_threads(count)  # for all other threads
     return pool
+
+
+@cache
+def give_cores_to_reading() -> None:
+    """Let the threads of the training sleep between two operations, while others decode pictures.
+
+    libgomp, with which torch computes, has them wait busily for milliseconds, unless it knows of
+    more threads than cores: so it is shown one more for each thread that reads. Where images are
+    only copied, which takes next to no time, that would slow the training.
+    """
+    count = torch.get_num_threads()
+    _in_each(reading_threads(), count, _compute_with_another)
+    torch.set_num_threads(count)
+
+
+def _in_each(pool: ThreadPoolExecutor, count: int, function: Callable[[], None]) -> None:
+    all_there = Barrier(count)
+
+    def call() -> None:
+        all_there.wait()
+        function()
+
+    for future in [pool.submit(call) for _ in range(count)]:
+        future.result()
 
 
 def _compute_alone() -> None:
@@ -234,14 +257,8 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)
 
 
-def _compute_on_cores() -> None:
-    """The same, and let the threads of the training sleep between two operations.
-
-    libgomp, with which torch computes, has them wait busily for milliseconds, unless it knows of
-    more threads than cores: so it is shown one more for each thread here. Where images are only
-    copied, which takes next to no time, that would slow the training.
-    """
-    torch.get_num_threads()
+def _compute_with_another() -> None:
+    """Once, with a second thread that waits from then on."""
     torch.set_num_threads(2)
     torch.zeros(2**20).add_(1)
     torch.set_num_threads(1)
