@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from launcher.checkpoint.held_folder import HeldFolder
-from launcher.checkpoint.weights import UNREADABLE, Tensors, load_weights, on_host
+from launcher.checkpoint.weights import UNREADABLE, Tensors, copy_to_host, load_weights, on_host
 from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.distributed.accelerator import count_over_ranks, run_on_main
@@ -93,7 +93,7 @@ def gather_buffers(ctx: TrainContext) -> Tensors:
     if ctx.accelerator.num_processes == 1:
         return {}
     return {
-        name: from_bytes(_copy(ctx.accelerator.gather(as_bytes(buffer)[None])), buffer)
+        name: from_bytes(copy_to_host(ctx.accelerator.gather(as_bytes(buffer)[None])), buffer)
         for name, buffer in _buffers(ctx.state).items()
     }
 
@@ -394,16 +394,12 @@ def _json(value: Any) -> bytes:
 def _copied(value: Any) -> Any:
     """A nested state without secrets, its tensors copied to the host in their own memory layout."""
     if isinstance(value, Tensor):
-        return _copy(value)
+        return copy_to_host(value)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
     return redacted(value) if isinstance(value, str) else value
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _buffers(state: TrainState) -> dict[str, Tensor]:

@@ -134,6 +134,9 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
 
 def on_host(tensors: Mapping[str, Tensor]) -> Tensors:
     """Copies in the ordinary memory layout: safetensors refuses strided and shared tensors."""
-    return {
-        name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()
-    }
+    return {name: copy_to_host(value).contiguous() for name, value in tensors.items()}
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy in the tensor's own memory layout, also of what lies on the host already."""
+    return tensor.detach().to("cpu", copy=True)
