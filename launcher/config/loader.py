@@ -9,6 +9,7 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ class LoadedRecipe:
     def config(self) -> dict[str, Any]:
         """The resolved recipe in its JSON form, without secrets."""
         return cleaned(resolve(self.recipe))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's text."""
+        return sha256(self.source.encode(errors="replace")).hexdigest()
 
 
 Load = Callable[[str, list[str]], LoadedRecipe]  # a path and overrides to the recipe

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,7 +309,7 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
         "recipe": search.loaded.config,
         "ranges": {r.name: str(r) for r in search.ranges},
         "options": options | {"--skip": list(search.options.skip)},
-        "file": _digest(search),
+        "file": search.loaded.digest,
     }
     if trials:
         _refuse_other_search(search, study.user_attrs.get("searched", {}), searched)
@@ -335,10 +334,6 @@ def _refuse_other_search(search: Search, saved: Any, present: Any) -> None:
             expected="the settings and ranges that its trials have been made with",
             instead="type another --name",
         )
-
-
-def _digest(search: Search) -> str:
-    return sha256(search.loaded.source.encode(errors="replace")).hexdigest()
 
 
 def _trials(study: "optuna.Study") -> list[Any]:
@@ -425,7 +420,7 @@ def show(search: Search) -> None:
         )
         table.add_row(*(Text(printable(redacted(cell))) for cell in cells))
     console.print(table)
-    if study.user_attrs["searched"].get("file", _digest(search)) != _digest(search):
+    if study.user_attrs["searched"].get("file", search.loaded.digest) != search.loaded.digest:
         console.print("the recipe file has changed since the search began: trials may be of both")
     for line in _about_best(search, rows, images):
         console.print(redacted(line), markup=False, soft_wrap=True, highlight=False)

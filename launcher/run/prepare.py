@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,10 +147,9 @@ def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
         "--profile": options.profile,
         "--skip": options.skip,
     }
-    source = sha256(loaded.source.encode(errors="replace")).hexdigest()[:12]
     return {
         **{name: str(value) for name, value in settings.items()},
-        "the recipe file (SHA-256)": source,
+        "the recipe file (SHA-256)": loaded.digest[:12],
         **run_dir.versions(),
     }
 
