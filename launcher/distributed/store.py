@@ -30,17 +30,17 @@ def open_store(address: str, port: int, seconds: float, name: str, host: str | N
     try:
         if host is not None:
             _wait_until_open(address, port, seconds, name)
-        opening: Future[Store] = in_thread(
-            lambda: TCPStore(
-                address,
-                port,
-                is_master=host is None,
-                timeout=timedelta(seconds=seconds),
-                wait_for_workers=False,
-                multi_tenant=True,
+        with _silent_torch():  # before the thread begins, which may fail at once
+            opening: Future[Store] = in_thread(
+                lambda: TCPStore(
+                    address,
+                    port,
+                    is_master=host is None,
+                    timeout=timedelta(seconds=seconds),
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
             )
-        )
-        with _silent_torch():
             return _result(opening, seconds, name)
     except (OSError, RuntimeError, UnicodeError) as error:  # UnicodeError: no name of a host
         reason = " ".join(str(error).split("\n")[0].split())

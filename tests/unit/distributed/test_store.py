@@ -5,15 +5,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 import pytest
 
-from launcher.distributed import signals
-from launcher.distributed.store import open_store
+from launcher.distributed import signals, store
+from launcher.distributed.store import in_thread, open_store
 from launcher.errors import RankError, StoppedBeforeTrainingError
 
 HERE = "127.0.0.1"
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -55,7 +58,15 @@ def test_a_host_that_is_none_is_one_line(host: str) -> None:
         open_store(host, 29500, 0.1, "rank 1", host="rank 0")
 
 
-def test_another_server_is_one_line(stranger: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_server_is_one_line(
+    stranger: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def thread_that_is_ahead(action: Callable[[], T]) -> "Future[T]":
+        future = in_thread(action)
+        time.sleep(0.2)  # as on a busy machine, where it fails before its caller goes on
+        return future
+
+    monkeypatch.setattr(store, "in_thread", thread_that_is_ahead)
     with pytest.raises(RankError, match="cannot reach rank 0") as caught:
         open_store(HERE, stranger, 1.0, "rank 1", host="rank 0")
     assert len(str(caught.value).splitlines()) == 1
