@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,7 +247,9 @@ def write(
     content = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(program, content, extra_files={"about.json": json.dumps(facts)})
     path.write_bytes(content.getbuffer())
-    module = torch.export.load(path).module()
+    with warnings.catch_warnings():  # torch before 2.14 reads from a buffer that is not writable
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        module = torch.export.load(path).module()
     return lambda images: module(images)
 
 

@@ -244,4 +244,12 @@ def explain_torch_error(error: Exception, moment: str) -> UserError | None:
             instead="leave out what the loss does not need, call requires_grad_(False) on it, or "
             "type unused_parameters=allow",
         )
+    missing, is_sparse, _ = str(error).partition(" with arguments from the 'Sparse")
+    if is_sparse:  # as the norm of sparse gradients before torch 2.14
+        missing = missing.replace("Could", "could")
+        return UserError(
+            f"torch {torch.__version__}, {moment}: {missing} on a sparse tensor",
+            expected="operations that this version of torch has for sparse gradients",
+            instead="write sparse=False in nn.Embedding, or update torch",
+        )
     return None

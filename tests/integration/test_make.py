@@ -6,6 +6,7 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,17 @@ def test_github_runs_what_decides_here() -> None:
     commands = [step.get("run", "") for step in workflow["jobs"]["ci"]["steps"]]
     assert commands[-1] == "bash .ci/run"
     assert (ROOT / ".ci" / "run").is_file()
+
+
+def test_github_tries_the_oldest_versions_that_are_allowed(tmp_path: Path) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (command,) = [
+        step["run"]
+        for step in workflow["jobs"]["versions"]["steps"]
+        if "oldest versions" in step.get("name", "")
+    ]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = [words.replace(">=", "==") for words in project["dependencies"]]
+    assert (tmp_path / "oldest.txt").read_text().splitlines() == oldest

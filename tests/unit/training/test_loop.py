@@ -20,6 +20,17 @@ def without_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets) + (logits - logits).abs().sum().sqrt()
 
 
+def with_sparse_tensors(logits: Tensor, targets: Tensor) -> Tensor:
+    """Calls what torch has for dense tensors only."""
+    torch.eye(2).to_sparse().sigmoid()
+    return cross_entropy(logits, targets)
+
+
+def test_what_torch_cannot_compute_of_sparse_tensors_is_one_line() -> None:
+    with refused("in step 1: could not run 'aten::sigmoid' on a sparse tensor", "sparse=False"):
+        list(fit(context_of(tiny_recipe(loss=with_sparse_tensors))))
+
+
 def test_steps_without_an_update_are_counted_over_epochs() -> None:
     recipe = tiny_recipe(loss=without_gradient, on_nan="skip", epochs=9)
     assert MOST_SKIPPED > 10  # steps of an epoch
