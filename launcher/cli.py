@@ -32,7 +32,7 @@ from launcher.errors import (
 )
 from launcher.utils.arguments import Parser, Shown, parse_seeds, positive, refuse_no_folder, seconds
 from launcher.utils.redaction import redacted
-from launcher.utils.text import drop_stdout
+from launcher.utils.text import drop
 
 if TYPE_CHECKING:
     from launcher.config.loader import LoadedRecipe
@@ -89,42 +89,62 @@ def main(words: Sequence[str] | None = None) -> int:
         if getattr(sys, stream) is None:  # the descriptor was closed: >&-
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     logging.basicConfig(format="launcher: %(message)s")
-    words = sys.argv[1:] if words is None else list(words)
+    typed = sys.argv[1:] if words is None else list(words)
     sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B keeps the command line with the run
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each wait of seconds is a warning
+    code = _guarded(typed)
+    return EXIT_FAULT if _output_is_lost() and code == 0 else code
+
+
+def _guarded(words: list[str]) -> int:
     world = ALONE  # until it is known; a process that cannot read it prints why
     try:
         if words[:1] and words[0] in _COMMANDS:  # which a signal ends at once: they lose nothing
-            code = _COMMANDS[words[0]](words[1:])
-        else:
-            with signals.listening():  # before torch is imported: that takes seconds
-                world = slurm_env.world_of_this_process()
-                if world.is_launched:
-                    signals.watch_launcher()
-                code = _run(words, world)
-        sys.stdout.flush()
-        return code
+            return _COMMANDS[words[0]](words[1:])
+        with signals.listening():  # before torch is imported: that takes seconds
+            world = slurm_env.world_of_this_process()
+            if world.is_launched:
+                signals.watch_launcher()
+            return _run(words, world)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OtherRankError as error:
         return error.exit_code
     except LauncherError as error:
         if world.is_main or isinstance(error, RankError):  # all ranks raise any other one
-            sys.stderr.write(redacted(f"launcher: {error}\n"))
+            _complain(f"launcher: {error}\n")
         return error.exit_code
-    except BrokenPipeError:
-        drop_stdout()
-        return EXIT_FAULT
     except Shown:
         return 0
     except SystemExit as error:  # not argparse's: `Parser.error` raises
-        if isinstance(error.__context__, BrokenPipeError):  # rich's, which drops stdout itself
-            return EXIT_FAULT
-        sys.stderr.write(redacted(f"launcher: the recipe's code called sys.exit({error.code})\n"))
+        if not isinstance(error.__context__, BrokenPipeError):  # rich's, which drops stdout itself
+            _complain(f"launcher: the recipe's code called sys.exit({error.code})\n")
         return EXIT_FAULT
-    except Exception:
-        sys.stderr.write(redacted(traceback.format_exc()))
+    except Exception as error:
+        # The buffer of stdout may be empty though writing failed: only writing again tells.
+        if not isinstance(error, OSError) or not _output_is_lost("\n"):
+            _complain(traceback.format_exc())
         return EXIT_FAULT
+
+
+def _output_is_lost(more: str = "") -> bool:
+    """Whether stdout cannot be written, as on a full disk: one line, or none for a closed pipe."""
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        drop(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"launcher: the output cannot be written ({error.strerror})\n")
+        return True
+    return False
+
+
+def _complain(text: str) -> None:
+    try:
+        sys.stderr.write(redacted(text))
+    except OSError:  # it is on the full disk as well: the exit code still counts
+        drop(sys.stderr)
 
 
 def _parser(command: str = "train") -> argparse.ArgumentParser:

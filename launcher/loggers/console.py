@@ -28,7 +28,7 @@ from launcher.loggers.logger import Logger
 from launcher.training.metrics import Best, EpochReport, StepReport
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import half_blocks
-from launcher.utils.text import count, drop_stdout, of_uncertain, printable
+from launcher.utils.text import count, drop, of_uncertain, printable
 
 PICTURES, PIXELS = 6, 20  # of the worst mistakes, and their longer side
 CAPTION = 24  # characters: three pictures beside each other in a terminal of 80
@@ -50,7 +50,7 @@ class Console(Logger):
                 self._stream.flush()
             except OSError as error:
                 self._stream = None
-                drop_stdout()
+                drop(sys.stdout)
                 if not isinstance(error, BrokenPipeError):  # the disk is full, say
                     lost = f"the output cannot be written ({error.strerror}); training goes on"
                     with suppress(OSError):

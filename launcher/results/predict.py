@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -90,20 +90,7 @@ def _outputs(as_json: bool, csv_file: Path | None, stack: ExitStack) -> Iterator
     else:
         yield _Lines()
     if csv_file is not None:
-        yield _Csv(stack.enter_context(_table(csv_file)))
-
-
-@contextmanager
-def _table(path: Path) -> Iterator[TextIO]:
-    """A file whose every line is written at once; names of pictures may be no UTF-8."""
-    options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    try:
-        with path.open("w", buffering=1, **options) as file:
-            yield file
-    except BrokenPipeError:  # of stdout
-        raise
-    except OSError as error:
-        raise _unwritable(path, error) from None
+        yield _Csv(csv_file, stack)
 
 
 def _refuse_no_table(path: Path) -> None:
@@ -158,16 +145,38 @@ class _Lines:
 
 
 class _Csv:
-    def __init__(self, file: Any) -> None:
-        self._writer = csv.writer(file)
+    """A table whose every line is written at once; names of pictures may be no UTF-8."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._path = path
+        options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        with self._explained():
+            self._file = path.open("w", buffering=1, **options)
+        stack.callback(self._close)
+        self._writer = csv.writer(self._file)
         numbers = range(1, TOP + 1)
         heads = [part for n in numbers for part in (f"class{n}", f"probability{n}")]
-        self._writer.writerow(["file", "truth", *heads])
+        self._write(["file", "truth", *heads])
 
     def row(self, prediction: Prediction) -> None:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         cells = [part for name, p in pairs for part in (name, f"{p:.6f}")]
-        self._writer.writerow([prediction.file, prediction.truth or "", *cells])
+        self._write([str(prediction.file), prediction.truth or "", *cells])
+
+    def _write(self, cells: list[str]) -> None:
+        with self._explained():
+            self._writer.writerow(cells)
+
+    def _close(self) -> None:
+        with self._explained():
+            self._file.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(self._path, error) from None
 
 
 def _progress(pictures: int) -> AbstractContextManager[Callable[[int], None]]:

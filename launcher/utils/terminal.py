@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any
 
@@ -52,7 +52,8 @@ def progress(doing: str, total: int, noun: str) -> Iterator[Callable[[int], None
                 bar.start()
         elif now >= next_line:
             next_line = now + SECONDS_OF_A_LINE
-            sys.stderr.write(f"{doing}: {done:,} of {count(total, noun)}\n")
+            with suppress(OSError):  # the log is on a full disk, which is not what is being done
+                sys.stderr.write(f"{doing}: {done:,} of {count(total, noun)}\n")
 
     try:
         yield advance

@@ -1,9 +1,8 @@
 """Words for numbers and names, and the end of a pipe to which they are written."""
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -59,13 +58,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def drop_stdout() -> None:
-    """Write to nowhere from now on: who read the output, such as `head`, has ended.
+def drop(stream: TextIO) -> None:
+    """Write to nowhere from now on: who read it, such as `head`, has ended, or the disk is full.
 
-    Python would else end with a complaint of its own when it flushes what is left.
+    Python would else end with a complaint, and an exit code, of its own when it flushes the rest.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 

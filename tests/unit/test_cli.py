@@ -329,41 +329,46 @@ def test_pictures64_trains_on_folders_of_png_files(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("words", "code"),
+    ("words", "is_full", "code"),
     [
-        ([SIMPLECNN, *TINY, "--help-all"], 1),
-        ([SIMPLECNN, *TINY, "--dry-run"], 1),
-        (["check", SIMPLECNN], 1),
-        ([SIMPLECNN, *TINY, "--max-steps", "7", "--name", "on"], 0),  # a training goes on
+        ([SIMPLECNN, *TINY, "--help-all"], False, 1),
+        ([SIMPLECNN, *TINY, "--dry-run"], False, 1),
+        (["check", SIMPLECNN], False, 1),
+        (["submit", "--help"], True, 1),
+        ([SIMPLECNN, *TINY, "--help-all"], True, 1),  # longer than a buffer
+        ([SIMPLECNN, *TINY, "--max-steps", "7", "--name", "on"], False, 0),  # a training goes on
+        ([SIMPLECNN, *TINY, "--max-steps", "7", "--name", "on"], True, 0),
     ],
 )
-def test_a_reader_that_has_ended_costs_no_traceback(
-    words: list[str], code: int, tmp_path: Path
+def test_an_output_that_cannot_be_written_costs_no_traceback(
+    words: list[str], is_full: bool, code: int, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "launcher", *words]
-    reader, writer = os.pipe()
-    os.close(reader)
+    """Silence where its reader has ended; one line where the disk behind it is full."""
+    if is_full:
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
     errors = tmp_path / "errors"
-    with os.fdopen(writer, "wb") as gone, errors.open("wb") as file:
+    command = [sys.executable, "-m", "launcher", *words]
+    with os.fdopen(output, "wb") as lost, errors.open("wb") as file:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = forked.Popen(command, cwd=tmp_path, env=environment, stdout=gone, stderr=file)
+        process = forked.Popen(command, cwd=tmp_path, env=environment, stdout=lost, stderr=file)
         assert process.wait(60) == code, errors.read_text()
-    assert errors.read_text() == ""
+    goes_on = "" if code else "; training goes on"
+    line = f"launcher: the output cannot be written (No space left on device){goes_on}\n"
+    assert errors.read_text() == (line if is_full else "")
     if code == 0:
         assert Path("runs/on/final.safetensors").is_file()
 
 
-def test_a_full_disk_behind_the_output_does_not_end_a_training(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launcher", SIMPLECNN, *TINY, "--max-steps", "7"]
-    errors = tmp_path / "errors"
-    with Path("/dev/full").open("wb") as full, errors.open("wb") as file:
+def test_an_exit_code_outlives_the_place_where_the_complaint_goes(tmp_path: Path) -> None:
+    """As that of a job whose log is on a full disk: its requeue goes by the code."""
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "launcher", "nowhere.py"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        words = [*command, "--name", "on"]
-        process = forked.Popen(words, cwd=tmp_path, env=environment, stdout=full, stderr=file)
-        assert process.wait(60) == 0, errors.read_text()
-    (line,) = errors.read_text().splitlines()
-    assert "the output cannot be written (No space left on device); training goes on" in line
-    assert Path("runs/on/final.safetensors").is_file()
+        process = forked.Popen(command, cwd=tmp_path, env=environment, stdout=full, stderr=full)
+        assert process.wait(60) == 2
 
 
 def test_without_an_output_a_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
