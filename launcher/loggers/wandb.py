@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -35,6 +36,7 @@ from launcher.loggers.wandb_history import (
     step_scalars,
 )
 from launcher.training.metrics import Best, EpochReport, FinalReport, StepReport, sample_indices
+from launcher.utils.arguments import obstacle
 from launcher.utils.redaction import cleaned, redacted
 
 if TYPE_CHECKING:
@@ -324,13 +326,14 @@ def mode_here() -> tuple[str, str]:
     """
     if os.environ.get("WANDB_MODE") in ("off", "disabled"):
         return "off", ""
-    _set_environment()
-    import wandb
+    with TemporaryDirectory() as folder:
+        _set_environment(Path(folder))
+        import wandb
 
-    try:
-        return _choose(None)
-    finally:
-        wandb.teardown()
+        try:
+            return _choose(None)
+        finally:
+            wandb.teardown()
 
 
 def _caption(truth: str, guess: str, confidence: float) -> str:
@@ -357,15 +360,21 @@ def _confusion(report: EpochReport, classes: Sequence[str]) -> Any:
 
 def _prepare_environment(folder: Path) -> None:
     """Set what the client reads while it is imported, and where it keeps what it will upload."""
+    own = folder.absolute() / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
-    _set_environment()
+    _set_environment(own / "cache")
     # Elsewhere, the tables of an offline run may be gone when `wandb sync` looks for them.
-    os.environ["WANDB_DATA_DIR"] = str(folder.absolute() / "wandb" / "data")
+    os.environ["WANDB_DATA_DIR"] = str(own / "data")
 
 
-def _set_environment() -> None:
+def _set_environment(cache: Path) -> None:
+    """`cache` is for a user without a home, as in a container: the client would log to stderr."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    home = os.environ.get("HOME", "")
+    usual = os.environ.get("XDG_CACHE_HOME") or (home and os.path.join(home, ".cache"))
+    if not usual or obstacle(Path(usual)):
+        os.environ.setdefault("WANDB_CACHE_DIR", str(cache))
 
 
 def _settings() -> "wandb.Settings":

@@ -52,10 +52,15 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def obstacle(folder: Path) -> Path | None:
+    """What is in the way of making a folder, or of writing in it; None where nothing is."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
+
+
 def refuse_no_folder(folder: Path) -> None:
     """Refuse a path at which no folder is, and none can be made."""
-    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if nearest := obstacle(folder):
         raise UserError(
             f"{folder}, but {nearest} is no folder in which one can write",
             expected="a folder, or a path at which one can be made",

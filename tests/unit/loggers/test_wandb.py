@@ -441,6 +441,19 @@ def test_without_wandb_installed_training_goes_on_unlogged(unlogged: list[str]) 
     assert unlogged[2].startswith("off|False|W&B is off: ModuleNotFoundError")
 
 
+@pytest.mark.parametrize("home", [{}, pytest.param({"HOME": "/dev/null"}, marks=pytest.mark.slow)])
+def test_without_a_home_the_client_does_not_log_to_the_terminal(
+    home: dict[str, str], tmp_path: Path
+) -> None:
+    """As in a container; its own process did, as soon as it began."""
+    script = tmp_path / "offline.py"
+    script.write_text(f"{CHILD}report('offline')")
+    others = {n: v for n, v in os.environ.items() if not n.startswith(("HOME", "XDG_", "WANDB_"))}
+    environment = {**others, **home, "PYTHONPATH": str(ROOT)}
+    done = forked.run([sys.executable, str(script), str(tmp_path)], cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "offline|True|\n", "")
+
+
 @pytest.mark.slow
 def test_without_an_account_a_terminal_is_not_asked_anything(
     world: pytest.MonkeyPatch, tmp_path: Path
