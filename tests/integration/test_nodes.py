@@ -85,7 +85,8 @@ def elastically(nodes: list[Node], place: int, last_call: int = 5) -> tuple[str,
     patience = ("--rdzv-conf", f"join_timeout=60,last_call_timeout={last_call}")
     words = ("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *meet, *patience)
     command = (sys.executable, "-m", "torch.distributed.run", *words, "--rdzv-id", "run")
-    # Else torch 2.15 keeps the address of its first round, and a machine that joins waits for it.
+    # Else a machine that joins later waits in vain for an address: torch 2.14.1 tells it only in
+    # the first round.
     return nodes[place].on("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *command)
 
 
