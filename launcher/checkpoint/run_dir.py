@@ -106,10 +106,10 @@ class RunDir:
         for name, line in zip(_LINES, (metrics, details), strict=True):
             atomic_write.append(self.path / name, json.dumps(line, allow_nan=False))
 
-    def end(self, exit_code: int) -> None:
-        """Write how this attempt ended, and when."""
+    def end(self, exit_code: int, why: str = "") -> None:
+        """Write how this attempt ended, when, and why it failed."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        _write_json(self.path / "end.json", {"exit_code": exit_code, "time": now})
+        _write_json(self.path / "end.json", {"exit_code": exit_code, "time": now, "why": why})
 
     def tested(self, figures: Mapping[str, Any]) -> None:
         """Write the figures of the test images at the end."""

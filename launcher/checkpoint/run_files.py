@@ -190,7 +190,7 @@ class RunFiles:
 
     @property
     def end(self) -> dict[str, Any]:
-        """`end.json`: the exit code of the last attempt, and when it ended."""
+        """`end.json`: the exit code of the last attempt, when it ended, and why it failed."""
         return json_text.read_object(self.path / "end.json")
 
     @property

@@ -77,9 +77,9 @@ class Saver:
         if code is not None:
             self._attempt(compiled.NAME, lambda folder: code.save(folder.path))
 
-    def end(self, exit_code: int) -> None:
+    def end(self, exit_code: int, why: str = "") -> None:
         """Write how this attempt ended, which is the last that is written."""
-        self._attempt("end.json", lambda folder: folder.end(exit_code))
+        self._attempt("end.json", lambda folder: folder.end(exit_code, why))
         self.wait()
         if self._held is not None:
             self._held.close()

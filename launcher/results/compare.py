@@ -37,12 +37,12 @@ _CURVES = {  # of a page: title, figure, and plotly's settings of its axis
     "Loss of the test images": ("test/loss", {"hoverformat": ".4f"}),
     "Accuracy of the test images": (
         "test/accuracy",
-        {"tickformat": ".1~%", "hoverformat": ".2%"},
+        {"tickformat": ".4~%", "hoverformat": ".2%"},
     ),
     "Loss of the validation images": ("val/loss", {"hoverformat": ".4f"}),
     "Accuracy of the validation images": (
         "val/accuracy",
-        {"tickformat": ".1~%", "hoverformat": ".2%"},
+        {"tickformat": ".4~%", "hoverformat": ".2%"},
     ),
     "Loss in training": ("train/loss", {"hoverformat": ".4f"}),
     "Learning rate": ("train/learning_rate", {"hoverformat": ".3~g", "rangemode": "tozero"}),

@@ -109,7 +109,8 @@ class Page:
             facts["ended"] = f"{ended:%Y-%m-%d %H:%M:%S}"
         code = run.end.get("exit_code")
         known = "" if code is None else f", exit code {code}"
-        facts["state"] = f"{run.state}{known}"
+        why = run.end.get("why")
+        facts["state"] = f"{run.state}{known}" + (f": {why}" if why else "")
         cleaned_facts: dict[str, str] = cleaned(facts)
         return cleaned_facts
 

@@ -250,14 +250,14 @@ def describe(loaded: LoadedRecipe, data: Data, plan: Plan, network: nn.Module) -
         sizes += f", trained at {least}" + f" to {most}" * (least < most) + " pixels"
     where = tiers.describe(data)
     kept = f"; {where}" if where else ""
-    early = f", stopping after {plan.last_step}" if plan.last_step < plan.steps else ""
+    early = f", stopping after {plan.last_step:,}" if plan.last_step < plan.steps else ""
     views, uncertain = loaded.recipe.views, loaded.recipe.uncertain
     facts = {
         "recipe": ": ".join([loaded.name, *note]),
         "model": f"{name}, {count_parameters(network):,} parameters",
-        "data": f"{data.name}, {sizes}, {len(data.train.classes)} classes" + kept,
+        "data": f"{data.name}, {sizes}, {count(len(data.train.classes), 'class')}" + kept,
         "batch": plan.describe_batch(),
-        "steps": f"{count(plan.epochs, 'epoch')} x {plan.steps_per_epoch} steps{early}",
+        "steps": f"{count(plan.epochs, 'epoch')} x {count(plan.steps_per_epoch, 'step')}{early}",
     }
     if views and uncertain:
         facts["views"] = f"{short_name(views)}, only{of_uncertain(uncertain)}"

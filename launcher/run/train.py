@@ -4,6 +4,7 @@ The ranks meet, the training is prepared (`prepare`), its run folder begun or co
 loop run in front of the loggers (`events`).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,8 +36,10 @@ from launcher.training.loop import warm_up_ddp
 from launcher.training.metrics import IMAGES_OF, sample_indices
 from launcher.training.smoke import SmokeTest, smoke_options
 from launcher.training.state import TrainContext
+from launcher.utils.redaction import redacted
 from launcher.utils.text import count
 
+LONGEST_REASON = 500  # characters of end.json
 # Is shown a training that is ready to begin, and returns it, perhaps with phases that it marks.
 Watch = Callable[[TrainContext], TrainContext]
 
@@ -173,10 +176,18 @@ def log_and_run(
             if run.folder and not run.stopped:
                 console.mistakes(RunFiles(run.folder.path))
         finally:
-            saver.end(exit_code)
+            saver.end(exit_code, why_failed(sys.exception()))
             for logger in loggers:
                 logger.finish(exit_code)
     return run.result()
+
+
+def why_failed(error: BaseException | None) -> str:
+    """What ended the training, in one line; empty for nothing."""
+    if error is None:
+        return ""
+    kind = "" if isinstance(error, LauncherError) else f"{type(error).__name__}: "
+    return redacted(" ".join(f"{kind}{error}".split())[:LONGEST_REASON])
 
 
 def open_run(

@@ -232,6 +232,15 @@ def progress_within(epoch: int, step: int, tracker: LossTracker, before: Progres
     )
 
 
+def advice(ctx: TrainContext) -> str:
+    """What can be tried against numbers that are not finite."""
+    recipe, tries = ctx.recipe, ["a lower rate"]
+    tries += ["clip_norm=1"] * (recipe.clip_norm is None)
+    is_fp16 = str(recipe.precision or ctx.accelerator.mixed_precision).endswith("fp16")
+    tries += ["precision=bf16"] * is_fp16 + ["on_nan=skip"] * (recipe.on_nan == "stop")
+    return f"what was saved before is kept; try {' or '.join(tries)}"
+
+
 def refuse_nonfinite_loss(ctx: TrainContext, tracker: LossTracker, report: StepReport) -> None:
     """Raise `NotFiniteError` before a state that is not finite can replace a good one."""
     bad, plan = tracker.first_nonfinite_step, ctx.plan
@@ -239,15 +248,14 @@ def refuse_nonfinite_loss(ctx: TrainContext, tracker: LossTracker, report: StepR
         rate = ctx.state.learning_rate_at(plan.fraction(bad), ctx.recipe.schedule)
         raise NotFiniteError(
             f"the loss is not finite at step {bad} (epoch {plan.epoch_of(bad)}, learning rate "
-            f"{rate:g}, gradient norm {report.gradient_norm} at step {report.step}); the last "
-            "checkpoint is kept; try a lower rate, clip_norm=1, precision=bf16 or on_nan=skip",
+            f"{rate:g}, gradient norm {report.gradient_norm} at step {report.step}); {advice(ctx)}",
             bad,
         )
     skips = ctx.state.skips_in_a_row
     if skips >= MOST_SKIPPED:
         raise NotFiniteError(
             f"the gradient was not finite in each of the {skips} steps up to "
-            f"{report.step}; the last checkpoint is kept; try a lower rate or clip_norm=1",
+            f"{report.step}; {advice(ctx)}",
             report.step,
         )
 
@@ -264,8 +272,7 @@ def refuse_nonfinite_parameters(ctx: TrainContext, step: int) -> None:
         raise NotFiniteError(
             f"a parameter is not finite after step {step} (epoch {ctx.plan.epoch_of(step)}, "
             f"learning rate {ctx.state.learning_rate:g}): the gradient of this step or of one "
-            "before was not; the last checkpoint is kept; try a lower rate, precision=bf16 or "
-            "on_nan=skip",
+            f"before was not; {advice(ctx)}",
             step,
         )
 

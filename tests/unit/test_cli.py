@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from launcher import Synthetic
 from launcher.cli import main
 from tests.support import forked, helpers
+from tests.support.parsed import Parsed
 
 ROOT = Path(__file__).parents[2]
 SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
@@ -295,6 +296,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     error = capsys.readouterr().err
     assert "the loss is not finite at step 2 (epoch 1" in error
     assert "learning rate 1e+30" in error
+    assert error.endswith("is kept; try a lower rate or clip_norm=1 or on_nan=skip\n")
+    end = json.loads(Path("runs/wild/end.json").read_text())
+    assert (end["exit_code"], f"launcher: {end['why']}\n") == (1, error)
+    assert main(["report", "wild"]) == 0
+    page = Parsed(Path("runs/wild/report/index.html").read_text())
+    assert f"failed, exit code 1: {end['why']}" in page.words
     assert not list(Path("runs/wild").glob("checkpoints/*"))
 
 

@@ -63,7 +63,7 @@ function drawAllCurves() {
   drawCurves("chart-loss", [["training", curves.train_loss], [page.images, curves.evaluated_loss]], { hoverformat: ".4f" });
   const accuracy = [[page.images, curves.accuracy], [page.images + ", " + page.tta, curves.accuracy_tta]];
   if (page.classes.length > 5) accuracy.push([page.images + ", among the best five", curves.top5]);
-  drawCurves("chart-accuracy", accuracy, { tickformat: ".1~%", hoverformat: ".2%" });
+  drawCurves("chart-accuracy", accuracy, { tickformat: ".4~%", hoverformat: ".2%" });
   drawCurves("chart-rate", [["learning rate", curves.learning_rate]], { hoverformat: ".3~g", exponentformat: "power", rangemode: "tozero" });
   drawCurves("chart-speed", [["images/s", curves.images_per_second]], { hoverformat: ",.0f", rangemode: "tozero" });
 }
@@ -141,7 +141,7 @@ function drawMatrix() {
   const matrix = element("matrix");
   if (!matrix || !page.matrix.length) return;
   const number = page.classes.length;
-  const step = Math.ceil(number / Math.max(10, Math.floor(matrix.clientWidth / 16)));
+  const step = Math.ceil(number / Math.max(10, Math.floor((matrix.clientWidth - 140) / 20)));  // names beside it, and at 45 degrees
   const ticks = page.classes.map((name, place) => place).filter((place) => place % step === 0);
   const names = ticks.map((place) => escaped(short(page.classes[place])));
   const axis = { type: "linear", tickvals: ticks, ticktext: names, showgrid: false, zeroline: false, ticks: "" };
