@@ -1,14 +1,19 @@
-"""Draw docs/run.svg, the README's picture: a real run, as a terminal of 112 columns shows it.
+"""Draw the README's pictures from one real run: docs/run.svg and docs/report.png.
 
-python docs/picture.py data.root=FOLDER
+The one is a terminal of 112 columns, the other two sections of the page of the run, in Chromium.
+
+    python docs/picture.py data.root=FOLDER
 """
 
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from PIL import Image
+from playwright.sync_api import sync_playwright
 from rich.console import Console as RichConsole
 
 from launcher.cli import main
@@ -18,6 +23,8 @@ from launcher.run import train
 from launcher.training.metrics import StepReport
 
 ROOT = Path(__file__).parents[1]
+WIDTH, MARGIN = 1100, 12  # pixels
+SECTIONS = ("The worst mistakes", "What is taken for what")
 
 
 class Photograph(LiveConsole):
@@ -45,8 +52,28 @@ def draw(overrides: list[str]) -> None:
         os.chdir(folder)
         words = [str(ROOT / "recipes" / "simplecnn.py"), "--name", "simplecnn"]
         assert main([*words, *overrides]) == 0
+        photograph(Path(folder, "runs", "simplecnn", "report", "index.html"))
     command = "accelerate launch -m launcher recipes/simplecnn.py"
     rich.save_svg(str(ROOT / "docs" / "run.svg"), title=command)
+
+
+def photograph(page_file: Path) -> None:
+    """Of the page of a run, the two `SECTIONS`, which stand one below the other."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": 900})
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("#matrix .main-svg")
+        boxes = [page.locator("section", has_text=title).first.bounding_box() for title in SECTIONS]
+        first, last = (box for box in boxes if box)
+        top = first["y"] - MARGIN
+        height = last["y"] + last["height"] + MARGIN - top
+        clip = {"x": 0, "y": top, "width": WIDTH, "height": height}
+        image = page.screenshot(full_page=True, clip=clip)
+        browser.close()
+    colours = Image.open(io.BytesIO(image)).convert("RGB").quantize(256)
+    colours.save(ROOT / "docs" / "report.png", optimize=True)
 
 
 if __name__ == "__main__":
