@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from textwrap import wrap
 from types import FrameType
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from launcher.utils.arguments import Parser, seconds
 from launcher.utils.redaction import redacted
 
 WIDTH = 100  # characters of a line in a file or a pipe
+INDENT, NARROWEST = 22, 20  # characters before an answer, and of one in a narrow terminal
 Standing = Literal["good", "wrong", "notice", "not asked"]
 _COLOURS = {"good": "green", "wrong": "red", "notice": "yellow", "not asked": "dim"}
 
@@ -120,11 +122,15 @@ def show(verdict: Verdict, console: Console) -> None:
     colour = _COLOURS[verdict.standing]
     sign = f"[{colour}]{verdict.standing:<10}[/{colour}]"
     console.print(f"{verdict.question:<12}{sign}", end="")
-    console.print(redacted(verdict.answer), markup=False, soft_wrap=True)
+    answer, indent = redacted(verdict.answer), " " * INDENT
+    if console.is_terminal:  # one line elsewhere, and whole what may be copied from the others
+        width = max(NARROWEST, console.width - INDENT)
+        answer = f"\n{indent}".join(wrap(answer, width, break_on_hyphens=False))
+    console.print(answer, markup=False, soft_wrap=True)
     if verdict.instead:
-        console.print(" " * 22 + redacted(verdict.instead), markup=False, soft_wrap=True)
+        console.print(indent + redacted(verdict.instead), markup=False, soft_wrap=True)
     for line in verdict.lines:
-        console.print(" " * 22 + redacted(line), markup=False, soft_wrap=True)
+        console.print(indent + redacted(line), markup=False, soft_wrap=True)
 
 
 def closing_line(deadline: Deadline) -> str:

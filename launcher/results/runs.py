@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +21,7 @@ from launcher.utils.text import duration, printable, sizes
 
 _USAGE = "launcher runs [DIR] [--sort COLUMN] [--filter COLUMN=VALUE] [--json]"
 NAME = 16  # characters of a name that a narrow terminal shows on one line
+LINE = 1000  # characters, more than any line has
 _COLUMNS = ("name", "recipe", "state", "epoch", "best", "age", "size")
 
 
@@ -61,7 +63,7 @@ def main(words: Sequence[str]) -> int:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         return 0
     console = make_console()
-    console.print(_table(rows))
+    console.print(_table(rows, console))
     return 0
 
 
@@ -104,11 +106,9 @@ def _sort_key(column: str) -> Callable[[Row], Any]:
     return key
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row], console: Console) -> Table:
     table = Table(box=None, pad_edge=False)
-    # By its name a run is told from others: in a narrow terminal it is whole, on several lines.
-    longest = max((len(row.name) for row in rows), default=0)
-    table.add_column("name", overflow="fold", min_width=min(NAME, longest))
+    table.add_column("name", overflow="fold")
     for column in _COLUMNS[1:]:
         is_number = column in ("epoch", "best", "age", "size")
         table.add_column(column, justify="right" if is_number else "left")
@@ -116,6 +116,10 @@ def _table(rows: list[Row]) -> Table:
         planned = "?" if row.planned is None else row.planned
         best = "-" if row.best is None else f"{row.best:.2%} ({row.chosen_on})"
         about = (row.name, row.recipe, row.state, f"{row.epoch}/{planned}", best)
-        cells = (*about, "-" if row.age is None else duration(row.age), sizes(row.size))
+        age = "-" if row.age is None else " ".join(duration(row.age).split()[:2])  # `3 min`, `2 d`
+        cells = (*about, age, sizes(row.size))
         table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: brackets are no markup
+    # By its name a run is told from others: in a narrow terminal it is whole, on several lines.
+    if console.measure(table, options=console.options.update(width=LINE)).maximum > console.width:
+        table.columns[0].width = min(NAME, max((len(row.name) for row in rows), default=NAME))
     return table

@@ -1,5 +1,6 @@
 """`launcher check`: verdict lines, a table, JSON, files, and exit code 0 or 2."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from launcher.checks.check import command
+from launcher.checks.verdicts import Verdict, show
 from launcher.cli import main
 from tests.support.helpers import RECIPES, complaint
 
@@ -325,3 +327,15 @@ recipe = replace(recipe, model=compiled)
 """
     report = report_of(capsys, write_recipe(compiled))
     assert verdict_on("network", report)["standing"] == "good"
+
+
+def test_a_long_answer_is_indented_on_a_terminal_and_one_line_in_a_file() -> None:
+    verdict = Verdict("cost", "an epoch takes about 10.6 s " * 4, instead="type " + "word " * 20)
+    for is_terminal, lines in ((True, 3), (False, 2)):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=80, color_system=None)
+        show(verdict, console)
+        shown = file.getvalue().splitlines()
+        assert len(shown) == lines
+        assert all(line.startswith(" " * 22) for line in shown[1:])
+        assert max(map(len, shown[:-1])) <= (80 if is_terminal else 140)

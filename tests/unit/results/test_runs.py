@@ -170,3 +170,18 @@ def test_a_narrow_terminal_shows_the_names(
     assert main(["runs"]) == 0
     assert "resnet18-seed3" in capsys.readouterr().out
     assert main(["runs", "--filter", "name=nothing"]) == 0
+
+
+def test_a_terminal_of_80_columns_cuts_no_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cut the unit of the size, and so `10.0 MB` were `10.0 M`."""
+    console = Console(width=80)
+    monkeypatch.setattr(runs, "make_console", lambda: console)
+    path = write_run("simplecnn-20261130-182812", (1.0,), exit_code=1, minutes=23.5)
+    os.truncate(path / "metrics.jsonl", 10_000_000)
+    assert main(["runs"]) == 0
+    _, line, rest = capsys.readouterr().out.splitlines()
+    cells = ["simplecnn-202611", "simplecnn", "failed", "1/3", "100.00%", "(test)"]
+    assert line.split() == [*cells, "23", "min", "10.0", "MB"]
+    assert rest.split() == ["30-182812"]
