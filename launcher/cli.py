@@ -1,11 +1,13 @@
 """The command line. Nothing heavy is imported before a recipe is named."""
 
 import argparse
+import difflib
 import json
 import logging
 import os
 import shlex
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher import __version__
 from launcher.cluster import slurm_env
 from launcher.distributed import signals
 from launcher.distributed.environment import refuse_unusable
@@ -150,15 +153,17 @@ def _complain(text: str) -> None:
 def _parser(command: str = "train") -> argparse.ArgumentParser:
     usage, description = _TEXTS[command]
     parser = Parser(
-        prog="launcher",
+        prog="launcher" if command == "train" else f"launcher {command}",
         usage=usage,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
+        epilog=_others() if command == "train" else None,
     )
     add = parser.add_argument
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    add("--version", action="version", version=f"launcher {__version__}", help="of the launcher")
     add("--help", "-h", action="store_true", help="this text, and the settings of a named recipe")
     more = "the same with torch's internal settings: foreach, capturable, ..."
     add("--help-all", dest="help", action="store_const", const="all", help=more)
@@ -238,6 +243,11 @@ def _parser(command: str = "train") -> argparse.ArgumentParser:
         saves = "with --lr: write a picture and the numbers there"
         add("--save", type=Path, metavar="FOLDER", help=saves)
     return parser
+
+
+def _others() -> str:
+    names = ", ".join(sorted({*_COMMANDS, *_TEXTS} - {"train"}))
+    return textwrap.fill(f"other commands, each with its own --help: {names}", 80)
 
 
 def _submit(words: list[str]) -> int:
@@ -442,6 +452,13 @@ def _refuse_other_command(words: Sequence[str], named: Sequence[str], command: s
     if command == "train":
         options = (word.partition("=")[0] for word in words)
         meant += [_ONLY_OF[option] for option in options if option in _ONLY_OF]
+    if command == "train" and not meant and _is_no_path(named[0]):
+        close = difflib.get_close_matches(named[0], [*_COMMANDS, *_TEXTS], 1)
+        raise UserError(
+            f"{named[0]}, which is no file and no command",
+            expected="a recipe file, or a command",
+            instead=f"did you mean launcher {close[0]}?" if close else "see launcher --help",
+        )
     if meant:
         rest = next((word for word in named if word != meant[0]), "RECIPE")
         raise UserError(
@@ -449,6 +466,12 @@ def _refuse_other_command(words: Sequence[str], named: Sequence[str], command: s
             expected=f"the command {meant[0]} before all other words",
             instead=f"type launcher {meant[0]} {shlex.quote(rest)} ...",
         )
+
+
+def _is_no_path(word: str) -> bool:
+    """A name without folder and ending that is no file, nor one in recipes/ without its .py."""
+    is_there = Path(word).exists() or Path("recipes", f"{word}.py").exists()
+    return word.isidentifier() and not is_there
 
 
 def _refuse_useless_skip(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

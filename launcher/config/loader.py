@@ -3,6 +3,7 @@
 A recipe is Python code and is run: load only files that you trust.
 """
 
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -83,10 +84,13 @@ def _read(path: Path) -> str:
 
 def _nearby(path: Path) -> str:
     """Name the recipes that stand where this one was looked for, or in recipes/."""
-    for folder in (path.parent, Path("recipes")):
-        names = sorted(str(found) for found in folder.glob("*.py") if found.name != "__init__.py")
-        if names and folder.name == "recipes":
-            return f"choose one of {', '.join(names)}"
+    for folder in (path, path.parent, Path("recipes")):
+        names = sorted(found.name for found in folder.glob("*.py") if found.name != "__init__.py")
+        if names and folder.resolve().name == "recipes":
+            close = difflib.get_close_matches(f"{path.stem}.py", names, 1)
+            if close:
+                return f"did you mean {folder / close[0]}?"
+            return f"choose one of {', '.join(str(folder / name) for name in names)}"
     return "check the path"
 
 

@@ -7,6 +7,7 @@ import functools
 import inspect
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -23,21 +24,22 @@ def override(recipe: Recipe, words: Sequence[str]) -> Recipe:
     Raises `UserError` for a word without `=`, an unknown name, or a value of the wrong type.
     """
     changed, is_refused = recipe, False
-    for word in words:
+    pairs = list(pairwise((*words, "")))
+    for word, following in pairs:
         try:
-            changed = _with_word(changed, word)
+            changed = _with_word(changed, word, following)
         except UserError:
             is_refused = True
     if not is_refused:
         return changed
     # A setting may fit only another one that is typed after it. All words are said again, not only
     # those refused, so that of two for one setting the last still counts.
-    for word in words:
-        changed = _with_word(changed, word)
+    for word, following in pairs:
+        changed = _with_word(changed, word, following)
     return changed
 
 
-def _with_word(recipe: Recipe, word: str) -> Recipe:
+def _with_word(recipe: Recipe, word: str, following: str) -> Recipe:
     if not isinstance(word, str):
         raise UserError(
             f"the word {word!r}, which is a {type(word).__name__}",
@@ -51,7 +53,7 @@ def _with_word(recipe: Recipe, word: str) -> Recipe:
             expected="settings of the form name=value",
             instead="name a recipe before all settings, and several only behind launcher repeat"
             if name.endswith(".py")
-            else f"type {name or 'epochs'}=VALUE, or see launcher RECIPE --help",
+            else f"type {_meant(name, following, recipe)}, or see launcher RECIPE --help",
         )
     if name not in {part.name for part in walk(recipe)}:
         raise _unknown(name, recipe)
@@ -103,11 +105,28 @@ def _replace(value: Any, prefix: str, name: str, text: str) -> Any:
     return functools.partial(value, **{head: new})
 
 
+def _meant(name: str, following: str, recipe: Recipe) -> str:
+    """For `--lr 0.1`, `optimizer.lr=0.1`."""
+    close = _close(name.lstrip("-"), [setting.name for setting in list_settings(recipe)])
+    is_value = following and "=" not in following and not following.startswith("--")
+    if not close:
+        return "epochs=2, for example"
+    return f"{close[0]}={following if is_value else 'VALUE'}"
+
+
+def _close(name: str, names: Sequence[str]) -> list[str]:
+    """The name in `names` that may be meant: itself, the last word of it, or one spelt alike."""
+    same = [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
+    return (
+        [name]
+        if name in names
+        else same[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    )
+
+
 def _unknown(name: str, recipe: Recipe) -> UserError:
     names = [setting.name for setting in list_settings(recipe)]
-    # The right last word in the wrong place, lr for optimizer.lr, or one that is spelt alike.
-    close = [known for known in names if known.split(".")[-1] == name.split(".")[-1]][:1]
-    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = _close(name, names)
     top_level = dict.fromkeys(known.split(".")[0] for known in names)
     return UserError(
         f"no setting is called {name!r}",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launcher import Synthetic
+from launcher import Synthetic, __version__
 from launcher.cli import main
 from tests.support import forked, helpers
 from tests.support.parsed import Parsed
@@ -18,6 +19,10 @@ from tests.support.parsed import Parsed
 ROOT = Path(__file__).parents[2]
 SIMPLECNN = str(ROOT / "recipes" / "simplecnn.py")
 FEW = "data.fallback.count=300"
+COMMANDS = (
+    *("check", "compare", "doctor", "export", "pack", "predict", "repeat", "report", "runs"),
+    *("submit", "tune", "verify"),
+)
 TINY = (FEW, "data.batch_size=50", "epochs=2", "--wandb", "off")
 
 
@@ -190,8 +195,11 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, "--max-steps", "\u0663"], ["--max-steps", "no whole number"]),
         ([SIMPLECNN, "--log-every", "9" * 5000], ["--log-every", "no whole number"]),
         ([SIMPLECNN, "--save-before", "9" * 30], ["--save-before", "no whole number"]),
+        ([SIMPLECNN, "--lr", "0.1"], ["the word '--lr'", "type optimizer.lr=0.1, or"]),
+        ([SIMPLECNN, "epochs", "3"], ["the word 'epochs'", "type epochs=3, or"]),
+        ([SIMPLECNN, "--epochs", "seed=3"], ["the word '--epochs'", "type epochs=VALUE, or"]),
         ([SIMPLECNN, "--lr=1"], ["no setting is called 'lr'", "did you mean optimizer.lr?"]),
-        ([SIMPLECNN, "epochs=1", "--", "--"], ["the word '--'", "type epochs=VALUE"]),
+        ([SIMPLECNN, "epochs=1", "--", "--"], ["the word '--'", "type epochs=2"]),
         ([SIMPLECNN, "--name", "x" * 256], ["--name", "at most 200 bytes"]),
         ([SIMPLECNN, "--dry-run", "--name", "\udc80"], ["--name", "control characters"]),
         ([SIMPLECNN, "data.root=a\0b"], ["data.root=", "no NUL"]),
@@ -203,6 +211,9 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, "--dry-run", "--fold", ""], ["which is no fold such as 1/5"]),
         ([SIMPLECNN, "--wandb", "maybe"], ["--wandb", "online"]),
         (["epochs=3"], ["epochs=3", "before any recipe"]),
+        (["chekc", SIMPLECNN], ["chekc, which is no file and no", "mean launcher check?"]),
+        (["help"], ["help, which is no file and no command", "see launcher --help"]),
+        (["tune", SIMPLECNN], ["exactly one of --lr", "see launcher tune --help"]),
         ([], ["no recipe is named"]),
     ],
 )
@@ -386,8 +397,17 @@ def test_without_an_output_a_training_goes_on(monkeypatch: pytest.MonkeyPatch) -
     assert Path("runs/on/final.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["check", "submit", "runs", "compare", "predict", "export"])
-def test_each_command_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"launcher {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_listed_and_has_its_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--help"]) == 0
+    assert re.search(rf"\b{command}\b", capsys.readouterr().out.partition("other commands")[2])
     assert main([command, "--help"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"usage: launcher {command} ")

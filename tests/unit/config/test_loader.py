@@ -123,8 +123,12 @@ def test_a_recipe_may_lie_at_the_top_of_the_file_system(
 
 
 def test_a_missing_file_is_answered_with_the_recipes_beside_it() -> None:
-    with refused("simplecn.py", "no such file", "simplecnn.py", "pictures64.py"):
+    with refused("simplecn.py", "no such file", f"did you mean {RECIPES / 'simplecnn.py'}?"):
         loader.load(RECIPES / "simplecn.py")
+    with refused("something", "no such file", "simplecnn.py", "pictures64.py"):
+        loader.load(RECIPES / "something")
+    with refused("recipes: a directory", "recipes/simplecnn.py", "recipes/pictures64.py"):
+        loader.load(RECIPES)
 
 
 def test_a_missing_file_elsewhere_is_answered_with_those_in_recipes(
