@@ -68,12 +68,18 @@ class OtherRankError(LauncherError):
 
 
 class UserError(LauncherError):
-    """Something given is wrong: says what, what was expected, what to do instead."""
+    """Something given is wrong: says what, what was expected, what to do instead.
+
+    `setting` is the name and the value of a recipe's setting that `instead` says to type, for a
+    command that has an option for it.
+    """
 
     exit_code = EXIT_USER
 
-    def __init__(self, given: str, *, expected: str, instead: str) -> None:
-        self.given, self.expected, self.instead = given, expected, instead
+    def __init__(
+        self, given: str, *, expected: str, instead: str, setting: tuple[str, str] | None = None
+    ) -> None:
+        self.given, self.expected, self.instead, self.setting = given, expected, instead, setting
         # One line that a terminal shows as it is, whatever the parts contained.
         line = " ".join(f"{given}; expected {expected}; {instead}".split())
         super().__init__("".join(c if c.isprintable() else "?" for c in line))

@@ -200,4 +200,5 @@ def _empty(folder: Path) -> UserError:
         f"{folder} holds no pictures",
         expected="pictures in class folders, such as CLASS/picture.png",
         instead="put the pictures there or name another folder with data.root=FOLDER",
+        setting=("data.root", "FOLDER"),
     )

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -56,7 +55,7 @@ def main(words: Sequence[str]) -> int:
             expected="a folder that is not among the pictures",
             instead="name one beside it",
         )
-    splits = _splits(_opened(chosen), chosen.validation)
+    splits = _splits(_opened(chosen, arguments.source), chosen.validation)
     # Encoded pictures are the same whatever size a recipe has them decoded to.
     source = function_of(chosen.source) if arguments.encoded else chosen.source
     job = Job(_described(source, root), splits, arguments.out, arguments.encoded)
@@ -144,14 +143,17 @@ def _described(source: Source, root: Path) -> str:
     return f"{short_name(source)}({settings}) in {root.resolve()}"
 
 
-def _opened(images: Images) -> Data:
+def _opened(images: Images, word: str) -> Data:
+    """The images that SOURCE names; a refusal that names a recipe's setting names the option."""
     try:
         return sources.open_or_download(images)
-    except UserError as error:  # which names the settings of a recipe
-        instead = error.instead.replace("data.source.size=", "--size ")
-        instead = re.sub(r"data\.root=(\S+), or declare .*", r"--root \1", instead)
-        instead = instead.replace("data.root=", "--root ")
-        raise UserError(error.given, expected=error.expected, instead=instead) from None
+    except UserError as error:
+        if error.setting is None or error.setting[0] != "data.root":
+            raise
+        instead = "put them there" if Path(word).is_dir() else f"type --root {error.setting[1]}"
+        raise UserError(
+            error.given, expected=error.expected, instead=f"{instead}, or name another SOURCE"
+        ) from None
 
 
 def _splits(data: Data, validation: float | str | None) -> dict[str, ImageSet]:

@@ -98,6 +98,7 @@ def open_or_download(data: Images, *, downloads: bool = True) -> Data:
                 f"{short_name(data.source)} is not in {data.root!r} and {reason}",
                 expected="the images on disk or a network to fetch them",
                 instead="type data.root=FOLDER, or declare data.fallback in the recipe",
+                setting=("data.root", "FOLDER"),
             ) from None
         why = f"{short_name(data.source)} is not in {data.root!r} and {reason}"
         try:
@@ -320,6 +321,7 @@ def _no_folder(root: Path, why: str) -> UserError:
         f"data.root={str(root)!r} ({why})",
         expected="a folder in which the images are, or in which they can be written",
         instead="type data.root=data, for example",
+        setting=("data.root", "FOLDER"),
     )
 
 
@@ -360,6 +362,7 @@ def _call(source: Source, root: str, split: str, download: bool) -> Any:
             f"data.source={short_name(source)} with root={own!r}, while data.root={root!r}",
             expected="one folder, which is a setting of Images",
             instead=f"type data.root={own}, or write root={own!r} in Images(...)",
+            setting=("data.root", own),
         )
     no_default = [
         parameter.name

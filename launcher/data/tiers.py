@@ -117,6 +117,7 @@ def _without_broken(split: ImageSet, encoded: Encoded, name: str) -> ImageSet:
             f"{some(list(broken.values()), 1)}",
             expected="at least one picture that can be read",
             instead="name another folder with data.root=FOLDER",
+            setting=("data.root", "FOLDER"),
         )
     listed = some(list(broken.values()))
     _LOG.warning("%s left out: %s", count(len(broken), "broken picture"), listed)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from launcher import Folder, Images, Packed, random_resized_crop
 from launcher.cli import main
@@ -292,13 +293,22 @@ def test_a_file_that_is_gone_or_no_file_is_found(
 # Bad input
 
 
+def test_images_out_of_reach_are_answered_with_the_option_of_pack(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    line = helpers.complaint(capsys, "pack", "CIFAR10", "out", "--root", "none")
+    assert "CIFAR10 is not in 'none' and cannot be downloaded" in line
+    assert line.endswith("; type --root FOLDER, or name another SOURCE")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
         (["nowhere", "out"], ["'nowhere', which does not exist"]),
         (["nowhere.py", "out"], ["nowhere.py", "no such file"]),
         (["CIFAR11", "out"], ["did you mean CIFAR10?"]),
-        (["CIFAR10", "out", "--root", "file"], ["file", "--root"]),
+        (["CIFAR10", "out", "--root", "file"], ["file", "type --root FOLDER, or name another"]),
         (["ImageFolder", "out", "--root", "pets"], ["ImageFolder", "neither `train` nor `split`"]),
         (["CIFAR10", "out", "--size", "8"], ["--size 8 of CIFAR10", "leave out --size"]),
         (["CIFAR10", "out", "--encoded"], ["--encoded of CIFAR10", "leave out --encoded"]),
@@ -314,7 +324,7 @@ def test_a_file_that_is_gone_or_no_file_is_found(
         (["pets", "file/out"], ["OUT=file/out", "Not a directory"]),
         (["pets", "/proc/self/out"], ["/proc/self/out", "0 bytes are free"]),
         (["pets"], ["OUT", "launcher pack --help"]),
-        (["empty", "out"], ["empty holds no pictures"]),
+        (["empty", "out"], ["empty holds no pictures", "; put them there, or name another"]),
         (["file", "out"], ["file"]),
     ],
 )
