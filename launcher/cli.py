@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     from launcher.data.images import ImageSet
 
 DEFAULT_SEEDS = 5  # of repeat
+_NEEDED = ("torch", "accelerate", "rich", "numpy")  # one of them comes first in every command
+_NOT_INSTALLED = """\
+launcher: {} is not installed for {}; expected a Python in which the launcher is installed; type \
+. .venv/bin/activate, or pip install -e . in the launcher's folder
+"""
 TO_SPEAK = 2.0  # seconds, for rank 0 to say what is wrong with what was typed
 _USAGE = "launcher [train] RECIPE [name=value ...] [options]"
 _REPEAT_USAGE = "launcher repeat RECIPE [RECIPE ...] [name=value ...] --seeds 0-9 [options]"
@@ -124,6 +129,9 @@ def _guarded(words: list[str]) -> int:
             _complain(f"launcher: the recipe's code called sys.exit({error.code})\n")
         return EXIT_FAULT
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
+            _complain(_NOT_INSTALLED.format(error.name, sys.executable))
+            return EXIT_USER
         # The buffer of stdout may be empty though writing failed: only writing again tells.
         if not isinstance(error, OSError) or not _output_is_lost("\n"):
             _complain(traceback.format_exc())

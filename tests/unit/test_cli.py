@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -387,6 +388,18 @@ def test_an_exit_code_outlives_the_place_where_the_complaint_goes(tmp_path: Path
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = forked.Popen(command, cwd=tmp_path, env=environment, stdout=full, stderr=full)
         assert process.wait(60) == 2
+
+
+@pytest.mark.parametrize("words", [("runs",), (SIMPLECNN,)])
+def test_outside_of_its_environment_it_says_which_one_is_meant(words: tuple[str, ...]) -> None:
+    """As behind `make train` in a shell that has not activated .venv: it was a traceback."""
+    command = [sys.executable, "-S", "-m", "launcher", *words]  # -S: without site-packages
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"is not installed for {sys.executable}; expected" in line
+    assert "type . .venv/bin/activate, or pip install -e ." in line
 
 
 def test_without_an_output_a_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
