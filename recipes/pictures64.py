@@ -4,9 +4,9 @@ Put the pictures into one folder per class, `data/pictures/CLASS/*.png` (or .jpg
 
     accelerate launch -m launcher recipes/pictures64.py data.root=data/pictures
 
-Every fifth picture of a class is kept for testing; with `train/` and `test/` above the class
-folders, those are used instead. Without such a folder the recipe trains on shapes drawn by code,
-and says so.
+adding `model.classes=3` for three classes. Every fifth picture of a class is kept for testing; with
+`train/` and `test/` above the class folders, those are used instead. Without such a folder the
+recipe trains on shapes drawn by code, and says so.
 """
 
 from functools import partial

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
+from launcher.config.settings import list_settings
 from launcher.data.batches import Normalize
 from launcher.data.data_sets import NAMELESS
 from launcher.data.images import ImageSet
@@ -77,10 +78,19 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
         raise UserError(
             f"{name} turns 2 images into an output of shape {shape}",
             expected=f"{expected}, one score for each of the {len(data.classes)} classes",
-            instead="change the size of the model's last layer"
+            instead=_with_scores(recipe, shape[-1:], len(data.classes))
             + nameless * (data.classes == NAMELESS),
         )
     return network
+
+
+def _with_scores(recipe: Recipe, found: tuple[int, ...], classes: int) -> str:
+    """How a network that makes so many scores is given one for each class."""
+    for setting in list_settings(recipe):
+        is_count = "class" in setting.name and (setting.value,) == found
+        if is_count and setting.name.startswith("model."):
+            return f"type {setting.name}={classes}"
+    return "change the size of the model's last layer"
 
 
 def _drawn(recipe: Recipe) -> Any:
