@@ -124,7 +124,7 @@ const ofCell = new Map();
 const hexOf = (name) => colour(name).match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
 
 function between(share) {
-  const [low, high] = [hexOf("raised"), hexOf("accent")];
+  const [low, high] = [hexOf("raised"), hexOf("cell")];
   return "rgb(" + low.map((value, place) => Math.round(value + share * (high[place] - value))).join(",") + ")";
 }
 

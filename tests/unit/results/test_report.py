@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from launcher.checkpoint.outcomes import Outcomes
 from launcher.checkpoint.run_files import RunFiles
 from launcher.cli import main
-from launcher.results import report
+from launcher.results import html, report
 from launcher.results.figures import first_filters, reliability
 from launcher.results.html import percent
 from launcher.results.page import Page
@@ -401,3 +401,15 @@ def wait_for(condition: Any) -> None:
             return
         pause.wait(0.05)
     raise AssertionError("it did not come in 20 s")
+
+
+def test_the_number_in_the_fullest_cell_of_the_matrix_is_read_in_both_themes() -> None:
+    """Plotly writes it white or grey; on the bright blue of dark mode it chose grey."""
+    css = (Path(html.__file__).parent / "templates" / "report.css").read_text()
+    colours = re.findall(r"--cell: #(\w\w)(\w\w)(\w\w)", css)
+    assert len(colours) == 3
+    for colour in colours:
+        parts = [int(part, 16) / 255 for part in colour]
+        red, green, blue = (p / 12.92 if p <= 0.04 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        assert 1.05 / (luminance + 0.05) >= 4.5  # as WCAG wants it
