@@ -17,6 +17,8 @@ from launcher.config.recipe import Recipe
 from launcher.config.settings import children, list_settings, module_arguments, walk
 from launcher.errors import UserError
 
+_IN_OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size"}
+
 
 def override(recipe: Recipe, words: Sequence[str]) -> Recipe:
     """Apply words of the form `name=value` or `--name=value`, which may stand in any order.
@@ -115,13 +117,17 @@ def _meant(name: str, following: str, recipe: Recipe) -> str:
 
 
 def _close(name: str, names: Sequence[str]) -> list[str]:
-    """The name in `names` that may be meant: itself, the last word of it, or one spelt alike."""
-    same = [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
-    return (
-        [name]
-        if name in names
-        else same[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    """The name in `names` that may be meant, if one is."""
+    last = name.split(".")[-1]
+    last = _IN_OTHER_WORDS.get(last, last)
+    kinds = (
+        [known for known in names if known == name],
+        # The right last word in the wrong place, lr for optimizer.lr, or how it begins.
+        [known for known in names if known.split(".")[-1] == last],
+        [known for known in names if known.split(".")[-1].startswith(f"{last}_")],
+        difflib.get_close_matches(name, names, n=1, cutoff=0.7),
     )
+    return next((found[:1] for found in kinds if found), [])
 
 
 def _unknown(name: str, recipe: Recipe) -> UserError:

@@ -231,10 +231,12 @@ def _processes_in_config(config_file: str | None) -> int | None:
 _ACCELERATES = frozenset(
     ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 ) | {"mixed_precision", "config_file", "multi_gpu", "gpu_ids", "cpu"}
+_TORCHRUNS = frozenset(("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"))
+_OTHERS = frozenset(("gpus", "num_gpus", "ngpus", "devices", "nproc", "world_size"))
 
 
 def refuse_misplaced(words: list[str]) -> None:
-    """Refuse Accelerate's own flags behind the recipe, where they have no effect."""
+    """Refuse flags of Accelerate, of torchrun and the like behind the recipe."""
     for word in words:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and flag in _ACCELERATES:
@@ -242,4 +244,16 @@ def refuse_misplaced(words: list[str]) -> None:
                 f"{word} after the recipe",
                 expected="Accelerate's flags before -m launcher",
                 instead=f"type accelerate launch {word} ... -m launcher RECIPE",
+            )
+        if word.startswith("--") and flag in _TORCHRUNS:
+            raise UserError(
+                f"{word} after the recipe",
+                expected="torchrun's flags before -m launcher",
+                instead=f"type torchrun {word} ... -m launcher RECIPE",
+            )
+        if word.startswith("--") and flag in _OTHERS:
+            raise UserError(
+                f"{word} after the recipe",
+                expected="the number of processes, one for each GPU, before -m launcher",
+                instead="type accelerate launch --num_processes 2 -m launcher RECIPE",
             )

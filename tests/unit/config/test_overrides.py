@@ -213,6 +213,8 @@ def test_an_override_never_changes_the_original(recipe: Recipe, word: str) -> No
         ("optimizer.lrr=1", "optimizer.lr"),
         ("lr=1", "optimizer.lr"),
         ("epoch=1", "epochs"),
+        ("batch=1", "data.batch_size"),
+        ("learning_rate=1", "optimizer.lr"),
         ("batch_size=1", "data.batch_size"),
         ("data.batchsize=1", "data.batch_size"),
         ("model.widht=1", "model.width"),

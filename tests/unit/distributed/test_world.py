@@ -272,5 +272,18 @@ def test_accelerates_flags_behind_the_recipe_are_refused(word: str) -> None:
         refuse_misplaced(["epochs=3", word, "4"])
 
 
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        ("--nproc_per_node=2", "torchrun --nproc_per_node=2 ..."),
+        ("--nproc-per-node", "torchrun --nproc-per-node ..."),
+        ("--gpus", "accelerate launch --num_processes 2 -m launcher RECIPE"),
+    ],
+)
+def test_other_launchers_flags_behind_the_recipe_are_refused(word: str, instead: str) -> None:
+    with refused(word, "before -m launcher", instead):
+        refuse_misplaced(["epochs=3", word, "2"])
+
+
 def test_settings_behind_the_recipe_are_not_taken_for_accelerates_flags() -> None:
     refuse_misplaced(["epochs=3", "--epochs=3", "--optimizer.lr=1", "num_processes=4"])
