@@ -5,6 +5,7 @@ A recipe is Python code and is run: load only files that you trust.
 
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 import types
@@ -22,6 +23,11 @@ from launcher.distributed.accelerator import has_accelerator, reset_accelerator
 from launcher.errors import UserError
 from launcher.utils.redaction import cleaned
 from launcher.utils.user_code import seeded_draws
+
+_MISSING = re.compile(
+    r"(\w+)(?:\.__init__)?\(\) missing \d+ required positional argument.*?: '(\w+)'"
+)
+_GIVEN = ("params", "root", "optimizer", "fraction", "images", "input", "score")
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
         raise UserError(
             f"{path}, line {_line(error, path)}: {type(error).__name__}: {error}",
             expected="a file that runs",
-            instead="correct that line",
+            instead=_called_too_early(str(error)) or "correct that line",
         ) from error
     finally:
         new = (name for name in [*sys.modules] if name not in before and "." not in name)
@@ -133,6 +139,14 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
     if has_accelerator() and not had_accelerator:
         _refuse_accelerator(path)
     return module
+
+
+def _called_too_early(words: str) -> str:
+    """What to write for `SGD(lr=0.1)` in a slot, of which Python says that `params` is missing."""
+    found = _MISSING.match(words)
+    if found is None or found[2] not in _GIVEN:
+        return ""
+    return f"write partial({found[1]}, ...) with the settings alone: the launcher gives {found[2]}"
 
 
 def _refuse_accelerator(path: Path) -> None:

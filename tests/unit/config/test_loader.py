@@ -190,6 +190,19 @@ def test_a_null_byte_is_a_syntax_error_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("call", "given"),
+    [("SGD(lr=0.1)", "params"), ("CIFAR10()", "root"), ("cosine(warmup=0.1)", "fraction")],
+)
+def test_what_is_called_in_place_of_being_filled_in_is_told_so(
+    tmp_path: Path, call: str, given: str
+) -> None:
+    imports = "from launcher import cosine\nfrom torchvision.datasets import CIFAR10\n"
+    name = call.partition("(")[0]
+    with refused(f"'{given}'", f"write partial({name}, ...) with the settings alone", given):
+        loader.load(written(tmp_path, GOOD + imports + call + "\n"))
+
+
+@pytest.mark.parametrize(
     ("line", "error"),
     [
         ("1 / 0", "ZeroDivisionError: division by zero"),
