@@ -11,7 +11,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -410,29 +410,36 @@ def _run(words: list[str], world: World) -> int:
     # argparse puts those with dashes last; of two for one setting the one typed last counts.
     places = {word: place for place, word in enumerate(words)}
     settings = sorted([*named[recipes:], *unknown], key=lambda w: places.get(w, len(words)))
-    try:
-        refuse_unusable(os.environ)
-        if command == "tune" and arguments.save is not None and job.world.is_main:
-            refuse_no_folder(arguments.save)
-        several = [_load(path, settings) for path in named[:recipes]]
-    except UserError as error:
-        if shows:
-            raise
-        from launcher.distributed.process_group import Timeouts, raise_on_all_ranks
+    # What only shows something loses nothing where a signal ends it at once.
+    only_shows = shows or getattr(arguments, "table", False)
+    with signals.interrupting() if only_shows else nullcontext():
+        try:
+            refuse_unusable(os.environ)
+            if command == "tune" and arguments.save is not None and job.world.is_main:
+                refuse_no_folder(arguments.save)
+            several = [_load(path, settings) for path in named[:recipes]]
+        except UserError as error:
+            if shows:
+                raise
+            from launcher.distributed.process_group import Timeouts, raise_on_all_ranks
 
-        raise_on_all_ranks(error, job.world, Timeouts(arguments.join_timeout, arguments.timeout))
-    if arguments.help:
-        from launcher.config.help import describe_settings
+            raise_on_all_ranks(
+                error, job.world, Timeouts(arguments.join_timeout, arguments.timeout)
+            )
+        if arguments.help:
+            from launcher.config.help import describe_settings
 
-        recipe = several[0].recipe
-        listed = describe_settings(recipe, with_internals=arguments.help == "all")
-        sys.stdout.write(redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{listed}"))
-        return 0
-    if command == "repeat":
-        return _repeat(several, arguments, job)
-    if command == "tune":
-        return _tune(several[0], arguments, job, words, settings)
-    return _train(several[0], arguments, job)
+            recipe = several[0].recipe
+            listed = describe_settings(recipe, with_internals=arguments.help == "all")
+            sys.stdout.write(
+                redacted(f"{parser.format_help()}\nsettings of {named[0]}:\n\n{listed}")
+            )
+            return 0
+        if command == "repeat":
+            return _repeat(several, arguments, job)
+        if command == "tune":
+            return _tune(several[0], arguments, job, words, settings)
+        return _train(several[0], arguments, job)
 
 
 def _refuse_no_training(

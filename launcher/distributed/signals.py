@@ -59,15 +59,21 @@ def listening(*, ends_process: bool = True) -> Iterator[None]:
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Let SIGTERM end what goes on as Ctrl-C does, by an exception."""
+    """Let SIGTERM and Ctrl-C end what goes on by an exception: it loses nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is _record:  # what else it may be stays: of nohup, for one
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
+        if _received:
+            raise KeyboardInterrupt
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _forget() -> None:

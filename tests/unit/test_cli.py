@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from launcher import Synthetic, __version__
 from launcher.cli import main
+from launcher.distributed import signals
 from tests.support import forked, helpers
 from tests.support.parsed import Parsed
 
@@ -131,6 +133,22 @@ def test_dry_run_tries_what_a_run_tries(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "wrong fails: KeyError: 'mine' (faulty.py, line" in printed.err
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("words", [("--dry-run",), ("--help",)])
+def test_a_signal_ends_at_once_what_only_shows_something(
+    words: tuple[str, ...], number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that came before the recipe was read."""
+    signalled = f"import os, signal\nos.kill(os.getpid(), signal.{number})\n"
+    Path("signalled.py").write_text(signalled + Path(SIMPLECNN).read_text())
+    assert main(["signalled.py", *words]) == 130
+    with signals.listening(ends_process=False):
+        os.kill(os.getpid(), getattr(signal, number))
+        with pytest.raises(KeyboardInterrupt), signals.interrupting():
+            pytest.fail("it goes on")
+    assert capsys.readouterr().out == ""
 
 
 def test_dry_run_without_a_world_size_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
