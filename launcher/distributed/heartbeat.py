@@ -2,7 +2,8 @@
 
 A rank that loads for a long time keeps counting; one that is killed or stopped does not, and the
 others end instead of waiting for it. During training the collectives notice a rank that does not
-answer, and the thread only replies when a rank asks which of them still run.
+answer, and the thread only replies when a rank asks which of them still run, and notes that a rank
+has failed: where that one hosts the store, nobody can ask it afterwards.
 """
 
 import threading
@@ -29,6 +30,7 @@ class Heartbeat:
         self._watched = range(world.size) if world.is_main else range(1)
         self._beats: dict[int, bytes] = {}
         self._unchanged: dict[int, int] = {}
+        self.exit_code: int | None = None  # of a rank that has reported a failure
 
     def start(self) -> None:
         """Beat from now on, in a thread; all ranks have done a first `beat`."""
@@ -70,6 +72,8 @@ class Heartbeat:
             while not self._is_over.wait(INTERVAL):
                 if not self._is_training.is_set():
                     self.beat()
+                if self._store.check(["exit-code"]):
+                    self.exit_code = int(self._store.get("exit-code"))
                 if self._store.check(["liveness-check"]):
                     self.reply()
                     return

@@ -355,7 +355,9 @@ class RankGroup:
             time.sleep(0.1)
         return False
 
-    def _store_lost(self) -> RankError:
+    def _store_lost(self) -> LauncherError:
+        if self._heartbeat is not None and self._heartbeat.exit_code is not None:
+            return OtherRankError(self._heartbeat.exit_code)  # it says why, and the store went too
         return RankError(
             f"rank 0 on {self._first_host}, or the key-value store there, "
             f"does not answer any more ({self._name})"
