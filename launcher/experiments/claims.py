@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Literal
 
+from launcher.checkpoint.resume import FILE
 from launcher.checkpoint.run_files import RunFiles
 from launcher.config.claims import Claim
 from launcher.config.loader import LoadedRecipe
@@ -60,22 +61,22 @@ def run(
         figures = [(run, figure_of(run, name)) for run in runs if run.state == "done"]
         ended = [run for run, figure in figures if figure is not None]
         found = judge(claim, [figure for _, figure in figures if figure is not None])
-        if objection := objection_to(ended, repeats[claim.settings].loaded):
+        if objection := objection_to(ended, repeats[claim.settings]):
             found = Judgement("undecided", None, f"{name}: claimed {claim.value:.2%}; {objection}")
         sys.stdout.write(f"{found.verdict}: {found.answer}\n{_hardware(claim, ended)}\n")
         code = EXIT_USER if found.verdict == "does not hold" else code
     return code
 
 
-def objection_to(runs: Sequence[RunFiles], loaded: LoadedRecipe) -> str:
+def objection_to(runs: Sequence[RunFiles], repeats: Repeats) -> str:
     """Why nothing follows from the results of these runs; empty where something does."""
     for run in runs:
         if "fallback" in run.about:
             return f"{run.name}: {run.about['fallback']}"
-    if differ := repeat.differences(runs, loaded):
+    if differ := repeat.differences(runs, repeats.loaded):
         return f"the runs here differ in {', '.join(differ)}"
-    found = (change for run in runs for change in repeat.changes(run, loaded))
-    changed = dict.fromkeys(change for change in found if change != repeat.FILE)
+    found = (change for run in runs for change in repeat.changes(run, repeats))
+    changed = dict.fromkeys(change for change in found if change != FILE)
     return f"trained anew, the runs would differ in {', '.join(changed)}" if changed else ""
 
 

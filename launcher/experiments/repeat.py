@@ -8,16 +8,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checkpoint.resume import described_changes, initial_weights
+from launcher.checkpoint.resume import FILE, described_changes, initial_weights
 from launcher.checkpoint.run_files import RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
-from launcher.config.recipe import Recipe
 from launcher.data.sources import open_on_disk
 from launcher.distributed.accelerator import reset_accelerator
 from launcher.distributed.world import World
@@ -32,22 +32,37 @@ from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
 from launcher.utils.text import duration, printable, run_of_seed, some
 
-FILE = "the recipe file"
 # Settings that leave a choice to the run, which records its choice.
 _LEFT_OPEN = {"precision": None, "memory_format": "auto", "accumulate": "auto", "compile": True}
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """A recipe and its seeds; the names of its runs begin with `base`."""
+    """A recipe and its seeds; the names of its runs begin with `base`.
+
+    Whoever only shows a table does not look for the images, of which there may be millions.
+    """
 
     loaded: LoadedRecipe
     seeds: tuple[int, ...]
     base: str
+    looks_for_images: bool = True
 
     def of_seed(self, seed: int) -> LoadedRecipe:
         """The recipe with that seed."""
         return replace(self.loaded, recipe=replace(self.loaded.recipe, seed=seed))
+
+    @cached_property
+    def images(self) -> str:
+        """The digest of the recipe's images as they are now; empty where they are not here."""
+        if not self.looks_for_images:
+            return ""
+        recipe = self.loaded.recipe
+        try:
+            found = open_on_disk(recipe.data, recipe.seed)
+        except UserError:  # which concerns a run that is still to be made
+            return ""
+        return found.digest if found else ""
 
 
 def plan(
@@ -83,6 +98,7 @@ def run(
 
     Every rank calls this; returns the exit code.
     """
+    repeats = [replace(one, looks_for_images=not table) for one in repeats]
     code = 0 if table else train(repeats, options, world)
     if world.is_main:
         _report(repeats, options, as_json)
@@ -106,8 +122,8 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
             sys.stdout.write(f"=== run {place + 1} of {len(pairs)}: {folder}\n")
             sys.stdout.flush()
         run = RunFiles(own.runs / str(own.name))
-        if world.size == 1 and has_ended(run, loaded):
-            differ = changes(run, loaded) + ["the first weights"] * (not began_so(run, own))
+        if world.size == 1 and has_ended(run, one, seed):
+            differ = changes(run, one) + ["the first weights"] * (not began_so(run, own))
             anew = f"; trained anew, it would differ in {some(differ)}" if differ else ""
             sys.stdout.write(f"has ended already{anew}\n")
             continue
@@ -127,36 +143,44 @@ def train(repeats: Sequence[Repeats], options: RunOptions, world: World) -> int:
     return code
 
 
-def has_ended(run: RunFiles, loaded: LoadedRecipe) -> bool:
-    """Whether a run of this very recipe, and of its images, has ended."""
+def has_ended(run: RunFiles, repeats: Repeats, seed: int) -> bool:
+    """Whether a run of this very recipe and seed has ended, and on no stand-ins for its images."""
+    loaded = repeats.of_seed(seed)
     before, now = flatten(run.config), flatten(json.loads(json.dumps(loaded.config)))
     now = {n: v for n, v in now.items() if n not in _LEFT_OPEN or v != _LEFT_OPEN[n]}
     is_this = now == {n: v for n, v in before.items() if n in now or n not in _LEFT_OPEN}
     is_whole = run.epoch == loaded.recipe.epochs or loaded.recipe.patience is not None
     has_weights = (run.path / "final.safetensors").is_file()
     has_ended = is_this and is_whole and has_weights and run.state == "done"
-    return has_ended and not run.cut and not _could_have_its_images(run, loaded.recipe)
+    return has_ended and not run.cut and not ("fallback" in run.about and repeats.images)
 
 
-def changes(run: RunFiles, loaded: LoadedRecipe) -> list[str]:
-    """What a run lacks of the recipe as it is now, whatever its seed, in words."""
+def changes(run: RunFiles, repeats: Repeats) -> list[str]:
+    """What a run lacks of the recipe and its images as they are now, whatever its seed, in words.
+
+    Also where it had some of them from the beginning, and others later.
+    """
+    loaded = repeats.loaded
     now = json.loads(json.dumps(loaded.config))
     free = {"seed", *(n for n, v in _LEFT_OPEN.items() if flatten(now).get(n) == v)}
     found = described_changes(run.config or now, now)
     settings = [change for name, change in found.items() if name not in free]
     is_other = run.source != redacted(loaded.source)
-    return settings + [FILE] * is_other + ["their length (without --max-steps)"] * bool(run.cut)
+    known = run.about.get("data_digest") if "fallback" not in run.about else None
+    has_other_images = bool(known and repeats.images not in ("", known))
+    return (
+        settings
+        + [FILE] * is_other
+        + ["the images"] * has_other_images
+        + [f"what was changed on the way ({change})" for change in run.changes]
+        + ["their length (without --max-steps)"] * bool(run.cut)
+    )
 
 
 def began_so(run: RunFiles, options: RunOptions) -> bool:
     """Whether a run began with the weights of --init-from, or without any where none are named."""
     given = options.init_from and f"from {initial_weights(options.runs, options.init_from)}"
     return str(run.about.get("weights", "")).partition(", without ")[0] == (given or "")
-
-
-def _could_have_its_images(run: RunFiles, recipe: Recipe) -> bool:
-    """Whether the run used a fallback, while the recipe's images are now on this disk."""
-    return "fallback" in run.about and open_on_disk(recipe.data, recipe.seed) is not None
 
 
 # What is shown
@@ -245,7 +269,7 @@ def _report(repeats: Sequence[Repeats], options: RunOptions, as_json: bool) -> N
 
 def _changed_since(repeats: Repeats, runs: Sequence[RunFiles]) -> list[str]:
     """What of the recipe, or of the words typed behind it, these runs or some of them had not."""
-    return list(dict.fromkeys(c for run in runs for c in changes(run, repeats.loaded)))
+    return list(dict.fromkeys(c for run in runs for c in changes(run, repeats)))
 
 
 def _extremes(runs: Sequence[RunFiles]) -> str:

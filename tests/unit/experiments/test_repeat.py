@@ -197,6 +197,44 @@ def test_a_run_of_stand_ins_has_not_ended_once_its_images_are_there(
     )
 
 
+def test_what_has_ended_on_other_images_than_there_are_now_says_so(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = "from launcher import Folder\nfrom dataclasses"
+    text = TINY.replace("from dataclasses", folder).replace("20}", '1, "source": Folder}')
+    Path(recipe).write_text(text.replace("epochs=2", "epochs=1"))
+    for half in ("train", "test"):
+        for number, kind in enumerate(("cat", "dog")):
+            Path("data", half, kind).mkdir(parents=True)
+            picture = Image.new("RGB", (32, 32), (100 * number,) * 3)
+            picture.save(Path("data", half, kind, "a.png"))
+    words = (recipe, "model.classes=2", "--seeds", "0-1")
+    assert repeated(*words) == 0
+    capsys.readouterr()
+    assert repeated(*words) == 0
+    assert capsys.readouterr().out.count("has ended already\n") == 2
+    picture.save(Path("data", "test", "dog", "b.png"))
+    assert repeated(*words) == 0
+    said = capsys.readouterr().out
+    assert said.count("has ended already; trained anew, it would differ in the images\n") == 2
+    assert "trained anew, these runs would differ in the images\n" in said
+    assert repeated(*words, "--table") == 0
+    assert "the images" not in capsys.readouterr().out  # nobody has looked
+    picture.save(Path("data", "test", "cow.png"))  # damaged: concerns runs that are to be made
+    assert repeated(*words) == 0
+
+
+def test_what_was_changed_on_the_way_is_no_repeat(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert repeated(recipe, "--seeds", "0") == 0
+    words = ("epochs=3", "--seeds", "0-1", "--resume-changed", "epochs")
+    assert repeated(recipe, *words) == 0
+    said = capsys.readouterr().out
+    assert "no mean: these runs differ in what was changed on the way; see launcher compare" in said
+    assert "would differ in what was changed on the way (after 2 epochs: epochs (2 -> 3))" in said
+
+
 def test_a_single_seed_is_no_repeat(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--seeds 0-4" in complaint(capsys, "repeat", recipe, "seed=3")
 
