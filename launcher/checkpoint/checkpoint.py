@@ -279,10 +279,14 @@ def write(snapshot: Snapshot, root: Path) -> Path:
 
 
 def _drop(root: Path, written: Path) -> None:
-    """Remove the oldest, and those of later steps: damaged, or of a way that was given up."""
-    everything = _all(root)
+    """Remove the oldest, and those of later steps: damaged, or of a way that was given up.
+
+    And one that was being replaced when its process was killed.
+    """
+    everything = [path for path in _all(root) if path.suffix != ".old"]
     place = everything.index(written)
-    for other in (*everything[: max(0, place + 1 - KEPT)], *everything[place + 1 :]):
+    replaced = [path for path in _all(root) if path.suffix == ".old"]
+    for other in (*replaced, *everything[: max(0, place + 1 - KEPT)], *everything[place + 1 :]):
         shutil.rmtree(other, ignore_errors=True)
 
 

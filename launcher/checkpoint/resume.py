@@ -9,7 +9,7 @@ from typing import Any
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.checkpoint import SavedState
 from launcher.checkpoint.run_dir import RunDir
-from launcher.checkpoint.run_files import RunFiles
+from launcher.checkpoint.run_files import Change, RunFiles
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
@@ -22,11 +22,19 @@ from launcher.utils.text import is_named
 
 # Where the images lie and how they are read, not what they are.
 OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
+# By which the same weights give other answers, so that those of an earlier epoch are no longer what
+# its accuracy says.
+OF_ANSWERS = ("model", "data.mean", "data.std")
+FILE = "the recipe file"
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The run folder, the checkpoint to continue from, and lines for the user."""
+    """The run folder, the checkpoint to continue from, and lines for the user.
+
+    `changes` are all that the run has had since it began. With `keeps_description` it has ended
+    with other settings than those of this attempt, which trains nothing.
+    """
 
     folder: RunDir
     checkpoint: Path | None = None
@@ -34,6 +42,8 @@ class ResumePoint:
     progress: Progress = START
     best: Best | None = None
     wandb_id: str = ""
+    changes: tuple[Change, ...] = ()
+    keeps_description: bool = False
 
 
 def resumed_run(
@@ -69,16 +79,50 @@ def resumed_run(
     _refuse_other_validation(folder, state.config, loaded.config)
     _refuse_past_end(folder, progress.epochs + state.is_within_epoch, loaded.recipe.epochs)
     refuse_changes(state.config, loaded.config, changed)
-    _refuse_other_data(state, data, changed)
+    _refuse_other_data(folder, state, data, changed)
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
-    if state.source != redacted(loaded.source):
-        notes.append("the recipe file has changed since: what is no setting may differ")
+    change = _change_since(state, loaded, data)
+    if FILE in change.what:
+        notes.append(f"{FILE} has changed since: what is no setting may differ")
     _refuse_past_step(folder, progress.step, options.max_steps)
     if state.is_within_epoch:
         _refuse_other_batches(progress.step, state, loaded.config, steps_per_epoch)
     else:
         progress = replace(progress, step=progress.epochs * steps_per_epoch)
-    return ResumePoint(folder, found, tuple(notes), progress, state.best, state.wandb_id)
+    best = state.best
+    if change.forgets_best:
+        best, progress = None, replace(progress, to_beat=None, epochs_without=0)
+        notes.append("the best epoch is one of those to come: until now images or answers differed")
+    # Those of attempts that went on from here, or from later on, are undone.
+    changes = [one for one in RunFiles(folder.path).changes if one.place < change.place]
+    is_over = progress.epochs >= loaded.recipe.epochs or progress.has_waited(loaded.recipe.patience)
+    if change.what and is_over:
+        _refuse_other_end(folder, change)
+        notes.append(f"nothing is left to train, so without effect: {', '.join(change.what)}")
+    elif change.what:
+        changes.append(change)
+    return ResumePoint(
+        folder,
+        found,
+        tuple(notes),
+        progress,
+        best,
+        state.wandb_id,
+        tuple(changes),
+        keeps_description=bool(change.what) and is_over,
+    )
+
+
+def _change_since(state: SavedState, loaded: LoadedRecipe, data: Data) -> Change:
+    """What this attempt has otherwise than the checkpoint with which it goes on."""
+    settings = described_changes(state.config, loaded.config)
+    has_other_images = state.data_digest != data.digest
+    is_other_file = state.source != redacted(loaded.source)
+    what = (*settings.values(), *[FILE] * is_other_file, *["the images"] * has_other_images)
+    has_other_answers = any(is_named(name, OF_ANSWERS) for name in settings)
+    epochs = state.progress.epochs
+    steps = state.progress.step - epochs * state.steps_per_epoch
+    return Change(epochs, steps, what, has_other_images or has_other_answers)
 
 
 def initial_weights(root: Path, given: str) -> Path:
@@ -89,9 +133,7 @@ def initial_weights(root: Path, given: str) -> Path:
     for folder in (Path(given), root / given):
         if os.path.isfile(folder):  # false where Path.is_file raises: the name is too long
             return folder
-        if final := RunFiles(folder).final:
-            return final
-        for name in ("best.safetensors", "weights.safetensors"):
+        for name in ("final.safetensors", "best.safetensors", "weights.safetensors"):
             if os.path.isfile(folder / name):
                 return folder / name
         found, _ = checkpoint.newest(folder / "checkpoints")
@@ -179,6 +221,16 @@ def _refuse_past_step(folder: RunDir, step: int, most: int | None) -> None:
         )
 
 
+def _refuse_other_end(folder: RunDir, change: Change) -> None:
+    """The figures and the best weights of an ended run are not to be had by another evaluation."""
+    if change.forgets_best:
+        raise UserError(
+            f"{', '.join(change.what)} since {folder.path} has ended",
+            expected="epochs that are still to be trained, which are then evaluated so",
+            instead="type more epochs, and --resume-changed epochs as well, or another --name",
+        )
+
+
 def _refuse_other_batches(
     step: int, state: SavedState, present: Mapping[str, Any], steps_per_epoch: int
 ) -> None:
@@ -228,8 +280,13 @@ def _refuse_other_validation(
             )
 
 
-def _refuse_other_data(state: SavedState, present: Data, changed: Sequence[str]) -> None:
-    """Files may have come to a folder, or gone; that is fatal within an epoch."""
+def _refuse_other_data(
+    folder: RunDir, state: SavedState, present: Data, changed: Sequence[str]
+) -> None:
+    """Files may have come to a folder, or gone; that is fatal within an epoch.
+
+    And where images for training are drawn to validate: those drawn now may have been trained.
+    """
     if state.data != present.name:
         raise UserError(
             f"images of {present.name}, but the run began with {state.data}",
@@ -244,6 +301,13 @@ def _refuse_other_data(state: SavedState, present: Data, changed: Sequence[str])
             f"{given}, which is within an epoch",
             expected="the images that the epoch began with, each once",
             instead="put them back as they were, or type data.root=FOLDER, where they are now",
+        )
+    if present.held_out is not None:
+        raise UserError(
+            f"{given}, of which others may validate now",
+            expected="the same validation images in every part of a run",
+            instead="put them back as they were, or type another --name; "
+            f"--init-from {folder.path} begins with its weights",
         )
     if not is_named("data.root", changed):
         raise UserError(

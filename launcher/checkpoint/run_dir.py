@@ -81,11 +81,17 @@ class RunDir:
             _write_json(self.path / "config.json", config)
             _write_json(self.path / "run.json", {**run, **versioned})
             atomic_write.replace(self.path / "recipe.py", redacted(source).encode())
-            for outdated in ("end.json", "test.json"):
-                (self.path / outdated).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error) from None
         return replace(self, identity=identity)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Remove files of an earlier attempt; raises `UserError` where nothing can be written."""
+        try:
+            for name in names:
+                (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
 
     @property
     def is_own(self) -> bool:
@@ -102,7 +108,11 @@ class RunDir:
         return (self.path / "run.json").is_file()
 
     def record(self, metrics: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`, and one to `details.jsonl`."""
+        """Append one line to `metrics.jsonl`, and one to `details.jsonl`.
+
+        The run has gone on: what was the weights of its end are so no more.
+        """
+        self.final.unlink(missing_ok=True)
         for name, line in zip(_LINES, (metrics, details), strict=True):
             atomic_write.append(self.path / name, json.dumps(line, allow_nan=False))
 
@@ -138,17 +148,23 @@ class RunDir:
             return 0
         lines = path.read_bytes().splitlines(keepends=True)
         numbers = [_epoch_of(line) for line in lines]
+        if any(number is not None and number > epochs for number in numbers):
+            self.final.unlink(missing_ok=True)
         kept = [
             line for line, n in zip(lines, numbers, strict=True) if n is not None and n <= epochs
         ]
         atomic_write.replace(path, b"".join(kept))
         return numbers[:-1].count(None)
 
-    def tidy(self) -> None:
-        """Remove what killed processes have left half written; hold the lock before."""
+    def tidy(self, used: Path | None = None) -> None:
+        """Remove what killed processes have left half written; hold the lock before.
+
+        And what they were replacing, unless that is the checkpoint that is `used`.
+        """
         names = (*_FILES, "compiled.bin")
         half_written = (path for name in names for path in self.path.glob(f".{name}.*"))
-        for path in (*half_written, *self.checkpoints.glob(".step-*")):
+        replaced = (path for path in self.checkpoints.glob("step-*.old") if path != used)
+        for path in (*half_written, *self.checkpoints.glob(".step-*"), *replaced):
             is_folder = path.is_dir() and not path.is_symlink()
             shutil.rmtree(path) if is_folder else path.unlink()
 

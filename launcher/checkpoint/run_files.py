@@ -6,21 +6,54 @@ Whatever is absent, damaged or half written is left out; nothing here writes or 
 import fcntl
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from launcher.checkpoint import outcomes
 from launcher.checkpoint.outcomes import Outcomes
+from launcher.config import annotations
 from launcher.errors import EXIT_SAVED, UserError
 from launcher.utils import json_text
 from launcher.utils.redaction import redacted
+from launcher.utils.text import count
 
 State = Literal["running", "done", "stopped", "failed"]
 _ACCURACY = {n: re.compile(rb'"%s/accuracy": ([0-9.eE+-]+)' % n.encode()) for n in ("test", "val")}
+_IS_BEST = b'"best": true'
 _SHOWN = 5  # names of runs, in a refusal
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a resumed run has otherwise than its checkpoint, in words.
+
+    That stood behind so many epochs, and steps of the next one. `forgets_best`: what was best until
+    then was so of other images, or with other answers.
+    """
+
+    epochs: int
+    steps: int
+    what: tuple[str, ...]
+    forgets_best: bool
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """By which changes have an order."""
+        return self.epochs, self.steps
+
+    def __str__(self) -> str:
+        """As on the page of a run."""
+        steps = f" and {count(self.steps, 'step')}" if self.steps else ""
+        return f"after {count(self.epochs, 'epoch')}{steps}: {', '.join(self.what)}"
+
+
+def chosen_after(changes: Iterable[Change]) -> int:
+    """The epoch behind which the best one is chosen: those before had other images or answers."""
+    return max((change.epochs for change in changes if change.forgets_best), default=0)
 
 
 @dataclass(frozen=True)
@@ -56,9 +89,13 @@ class RunFiles:
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
         """The whole lines of `metrics.jsonl`."""
+        return self._figures(_read_lines(self.path / "metrics.jsonl"))
+
+    def _figures(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows that have an accuracy."""
         return [
             row
-            for row in _read_lines(self.path / "metrics.jsonl")
+            for row in rows
             if isinstance(accuracy := row.get(self.key("accuracy")), int | float)
             and 0 <= accuracy <= 1
         ]
@@ -131,17 +168,6 @@ class RunFiles:
         return outcomes.read(self.path / "last.npz")
 
     @property
-    def final(self) -> Path | None:
-        """The weights of its end; None where there are none, or it has gone on since."""
-        path, epochs = self.path / "final.safetensors", self.path / "metrics.jsonl"
-        try:
-            is_of_end = self.state == "done" or not epochs.is_file()
-            is_of_end = is_of_end or path.stat().st_mtime_ns >= epochs.stat().st_mtime_ns
-        except OSError:
-            return None
-        return path if is_of_end and path.is_file() else None
-
-    @property
     def outcomes(self) -> Outcomes | None:
         """What was said in the best epoch, or in the last one where that cannot be read."""
         return self.best or self.last
@@ -169,9 +195,39 @@ class RunFiles:
         return part if isinstance(part, float) and 0 < part < 1 else None
 
     @property
+    def changes(self) -> list[Change]:
+        """What was changed where the run was resumed, in the order of its epochs."""
+        found = self.about.get("changes")
+        parts = map(_change_of, found if isinstance(found, list) else ())
+        return [change for change in parts if change]
+
+    @property
+    def chosen_after(self) -> int:
+        """How many epochs are not compared with those since: see `chosen_after`."""
+        return chosen_after(self.changes)
+
+    @cached_property
+    def best_row(self) -> dict[str, Any] | None:
+        """The figures of the epoch whose weights are kept as the best ones.
+
+        Only that line is parsed: of a thousand runs all would take long.
+        """
+        lines = _bytes(self.path, "metrics.jsonl").splitlines()
+        marked = [line for line in lines if _IS_BEST in line][-1:]
+        rows = self._figures(_read_rows(marked)) if marked else self.epochs
+        rows = [row for row in rows if row["epoch"] > self.chosen_after]
+        return max(rows, key=lambda row: row[self.key("accuracy")], default=None)
+
+    @property
+    def last_row(self) -> dict[str, Any] | None:
+        """The figures of the last epoch, unless the run has had other images or answers since."""
+        last = self.epochs[-1] if self.epochs else None
+        return last if last and last["epoch"] > self.chosen_after else None
+
+    @property
     def best_accuracy(self) -> float | None:
-        """The highest accuracy of an epoch, of the images by which it is chosen."""
-        return max(self._accuracies, default=None)
+        """That of the best epoch, of the images by which it was chosen."""
+        return self.best_row[self.key("accuracy")] if self.best_row else None
 
     @property
     def epoch(self) -> int:
@@ -263,6 +319,13 @@ def find(word: str, runs: Path = Path("runs")) -> RunFiles:
     )
 
 
+def _change_of(said: Any) -> Change | None:
+    values = said if isinstance(said, dict) else {}
+    hints = get_type_hints(Change).items()
+    found = [annotations.convert(values.get(name), annotation) for name, annotation in hints]
+    return Change(*(value for _, value in found)) if all(fits for fits, _ in found) else None
+
+
 def _bytes(folder: Path, name: str) -> bytes:
     try:
         return (folder / name).read_bytes() if (folder / name).is_file() else b""
@@ -272,8 +335,12 @@ def _bytes(folder: Path, name: str) -> bytes:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The last line may be being written."""
+    return _read_rows(_bytes(path.parent, path.name).splitlines())
+
+
+def _read_rows(lines: list[bytes]) -> list[dict[str, Any]]:
     rows = []
-    for line in _bytes(path.parent, path.name).splitlines():
+    for line in lines:
         try:
             row = json_text.parse(line)
         except ValueError:

@@ -99,7 +99,7 @@ def _rows(path: Path, runs: Path, queue: dict[str, str] | None) -> list[tuple[st
 
 def _row(run: SubmittedRun, runs: Path, queue: dict[str, str] | None) -> tuple[str, ...]:
     files = RunFiles(runs / run.run)
-    done = files.final is not None
+    done = (files.path / "final.safetensors").is_file()
     job = run.number.partition("_")[0]
     logs = re.compile(rf"{re.escape(run.run)}-{job}-\d+\.log")
     found = os.listdir(runs / JOBS_FOLDER)  # another run may be called NAME-JOB

@@ -122,6 +122,7 @@ def environment(run: RunFiles) -> dict[str, Any]:
     named = {name: about.get(name) for name in facts}
     named |= {"state": run.state, "epochs trained": run.epoch}
     named["images (digest)"] = about.get("data_digest")
+    named["changed on the way"] = "; ".join(map(str, run.changes)) or None
     versions = about.get("versions")
     return {**named, **(versions if isinstance(versions, dict) else {})}
 
@@ -153,6 +154,7 @@ def experiment(run: RunFiles) -> dict[str, Any]:
     images = [run.about.get(name) for name in ("data_digest", "fallback")]
     length = [run.cut, None if run.state == "done" else run.epoch]
     begin = {"the first weights": run.about.get("weights"), "the length": length}
+    begin["what was changed on the way"] = list(map(str, run.changes))
     return {**settings, "the recipe file": run.source, "the images": images, **begin}
 
 
@@ -160,7 +162,7 @@ def _figures(runs: Sequence[RunFiles]) -> dict[str, tuple[float, ...]]:
     """The metric's value of each run that has it."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        last = run.epochs[-1] if run.epochs else {}
+        last = run.last_row or {}
         also = {f"last {run.images} loss": run.key("loss"), **_ALSO}
         numbers = {name: number(last.get(key)) for name, key in also.items()}
         for name, value in {**quoted(run), **numbers}.items():

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from launcher.checkpoint.run_files import RunFiles
 from launcher.checkpoint.weights import load_weights
 from launcher.config import annotations, loader
 from launcher.config.loader import LoadedRecipe
@@ -199,14 +198,13 @@ def _as_word(value: Any) -> str:
 
 def _weights_of(path: Path, which: str) -> Path:
     file = path / f"{which}.safetensors"
-    has_gone_on = which == "final" and RunFiles(path).final is None
-    if file.is_file() and not has_gone_on:
+    if file.is_file():
         return file
     other = "final" if which == "best" else "best"
     has_other = (path / f"{other}.safetensors").is_file()
     lacks = f"has no {'' if has_other else 'weights yet, and so no '}{file.name}"
     raise UserError(
-        f"{path} {f'has gone on since {file.name}' if file.is_file() else lacks}",
+        f"{path} {lacks}",
         expected="the best weights after the first epoch, the final ones after the last",
         instead=f"type --weights {other}; in Python, weights={other!r}"
         if has_other

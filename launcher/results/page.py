@@ -81,6 +81,11 @@ class Page:
         elif run.best is None:
             notes.append("best.npz cannot be read: what follows is of the last epoch.")
         lost = [r["epoch"] for r in run.epochs if number(r.get(run.key("loss"))) is None]
+        if run.chosen_after:
+            notes.append(
+                f"The figures up to epoch {run.chosen_after} are of other images, or of a network "
+                "with other answers, than those since."
+            )
         if lost:
             notes.append(f"The {run.images} loss is not a finite number in {_epochs(lost)}.")
         if run.epochs and not self.samples["epochs"]:
@@ -107,6 +112,8 @@ class Page:
             facts["began"] = f"{run.started:%Y-%m-%d %H:%M:%S} (the last attempt)"
         if ended := _moment(run.end.get("time")):
             facts["ended"] = f"{ended:%Y-%m-%d %H:%M:%S}"
+        if run.changes:
+            facts["changed"] = "; ".join(map(str, run.changes))
         code = run.end.get("exit_code")
         known = "" if code is None else f", exit code {code}"
         why = run.end.get("why")
@@ -134,12 +141,11 @@ class Page:
     @property
     def best_row(self) -> dict[str, Any] | None:
         """The metrics of the epoch whose outcomes are shown, or of the best one."""
-        rows = self.run.epochs
         if self.outcomes is not None:
-            for row in rows:
+            for row in self.run.epochs:
                 if row["epoch"] == self.outcomes.epoch:
                     return row
-        return max(rows, key=lambda row: row[self.run.key("accuracy")], default=None)
+        return self.run.best_row
 
     @cached_property
     def cells(self) -> list[tuple[int, int, int]]:
@@ -231,7 +237,7 @@ class Page:
         indices = self.run.about.get("samples")
         places = [n for n in indices if isinstance(n, int)] if isinstance(indices, list) else []
         rows = {row["epoch"]: row["samples"] for row in self.run.details if _has_samples(row)}
-        epochs = spread(sorted(rows), MOST_EPOCHS)
+        epochs = spread([e for e in sorted(rows) if e > self.run.chosen_after], MOST_EPOCHS)
         return {
             "epochs": epochs if places else [],
             "best": [[_scores(scores) for scores in rows[e][: len(places)]] for e in epochs],

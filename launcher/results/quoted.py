@@ -20,10 +20,10 @@ def quoted(run: RunFiles) -> dict[str, float]:
         figures[BY_VALIDATION] = run.test_accuracy("best")
         figures[LAST] = run.test_accuracy("last")
         figures[with_tta] = _number(run.tested.get("last", {}).get("test/accuracy_tta"))
-    elif run.epochs:
+    elif last := run.last_row:
         figures[ON_TEST] = run.best_accuracy
-        figures[LAST] = run.epochs[-1]["test/accuracy"]
-        figures[with_tta] = _number(run.epochs[-1].get("test/accuracy_tta"))
+        figures[LAST] = last["test/accuracy"]
+        figures[with_tta] = _number(last.get("test/accuracy_tta"))
     return {name: value for name, value in figures.items() if value is not None}
 
 

@@ -205,7 +205,8 @@ def handle_event(run: ActiveRun, event: Event) -> None:
             run.console.say(early_stop_line(run.ctx.recipe, event))
         size = plan.resolution(event.epoch)
         row = event.metrics() | ({"train/resolution": size} if size else {})
-        saver.epoch(row | {"data": run.ctx.data.name}, outcomes.details(event))
+        row |= {"data": run.ctx.data.name, "best": run.best == run.last}
+        saver.epoch(row, outcomes.details(event))
     else:
         run.stopped = event.stops
         details = partial(checkpoint_details, run, event.progress)
@@ -255,12 +256,14 @@ def roll_back(run: ActiveRun, error: NotFiniteError) -> Progress:
 
 
 def best_that_is_kept(folder: RunDir, best: Best | None, progress: Progress) -> Best | None:
-    """The best epoch; None where a later one, which is trained again, has replaced its weights.
+    """The best epoch; None where its weights are gone.
 
-    If it then comes out otherwise, they would pass for those of an epoch that they are not of.
+    Or where a later one, which is trained again, has replaced them: if that then comes out
+    otherwise, they would pass for those of an epoch that they are not of.
     """
     kept = outcomes.read(folder.path / "best.npz")
-    return None if kept and kept.epoch > progress.epochs else best
+    is_replaced = kept is not None and kept.epoch > progress.epochs
+    return None if is_replaced or not folder.best.is_file() else best
 
 
 def checkpoint_details(run: ActiveRun, progress: Progress) -> dict[str, Any]:

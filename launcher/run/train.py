@@ -7,7 +7,7 @@ loop run in front of the loggers (`events`).
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.compiled import CompiledCode
 from launcher.checkpoint.resume import ResumePoint, resumed_run
-from launcher.checkpoint.run_files import RunFiles
+from launcher.checkpoint.run_files import RunFiles, chosen_after
 from launcher.checkpoint.saver import Saver
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -202,7 +202,7 @@ def open_run(
         else:
             start = ResumePoint(run_dir.create(options.runs, options.name, loaded.name))
         exit_stack.callback(start.folder.lock().release)
-        start.folder.tidy()
+        start.folder.tidy(start.checkpoint)
         return start
 
     return run_on_main(ctx.accelerator, choose)
@@ -225,16 +225,26 @@ def describe_run(
             "evaluated_on": ctx.data.evaluated_on,
             "samples": sample_indices(len(ctx.data.evaluated)),
         }
+        before = RunFiles(start.folder.path)
         if start.checkpoint is not None:
-            about |= {k: v for k, v in RunFiles(start.folder.path).about.items() if k == "weights"}
-        own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
+            about |= {k: v for k, v in before.about.items() if k == "weights"}
+            about["changes"] = list(map(asdict, start.changes))
+        best = best_that_is_kept(start.folder, start.best, start.progress)
+        outdated = [] if best else ["best.safetensors", "best.npz"]
+        last, present = before.last, start.progress.epochs
+        if last and not chosen_after(start.changes) < last.epoch <= present:
+            outdated.append("last.npz")
+        if start.keeps_description:
+            own = replace(start.folder, identity=start.wandb_id)
+        else:
+            own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
+        own.drop(["end.json", "test.json", *outdated])
         if ctx.data.held_out is not None:
             own.keep_held_out(ctx.data.held_out.tolist())
         notes = start.notes
         if damaged := own.forget_after(start.progress.epochs):
             dropped = f"{count(damaged, 'damaged line')} dropped"
             notes = (*notes, f"metrics.jsonl and details.jsonl: {dropped}")
-        best = best_that_is_kept(own, start.best, start.progress)
         return replace(start, folder=own, notes=notes, best=best)
 
     return run_on_main(ctx.accelerator, write)

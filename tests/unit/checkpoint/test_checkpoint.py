@@ -58,6 +58,20 @@ def saved(root: Path, step: int) -> Path:
     return write(capture(trained(step), state), root)
 
 
+def test_what_was_being_replaced_goes_once_it_is_not_needed(tmp_path: Path) -> None:
+    """As after a kill at that very moment; where it is all there is, a run goes on from it."""
+    folder = RunDir(tmp_path)
+    root = folder.checkpoints
+    alone = saved(root, 25).rename(root / "step-000000025.old")
+    assert checkpoint.newest(root) == (alone, [])
+    folder.tidy(alone)
+    written = saved(root, 25)
+    assert list(root.iterdir()) == [written]
+    shutil.copytree(written, alone)
+    folder.tidy(written)
+    assert list(root.iterdir()) == [written]
+
+
 def test_a_restored_training_equals_the_saved_one(tmp_path: Path) -> None:
     old = trained()
     state = STATE | {"progress": vars(Progress(3))}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from launcher import train
+from launcher.checkpoint.run_files import RunFiles
 from launcher.checkpoint.saver import Saver
 from launcher.cli import main
+from launcher.config.loader import LoadedRecipe
+from launcher.config.options import RunOptions
+from launcher.distributed import signals
+from launcher.results.compare import experiment
+from launcher.results.page import Page
+from launcher.results.quoted import quoted
+from launcher.run.train import train_loaded
 from launcher.training.metrics import Best
 from tests.support import helpers
 from tests.support.processes import RESUMABLE, fingerprint
@@ -293,6 +302,140 @@ def test_after_an_epoch_other_images_need_a_word(capsys: pytest.CaptureFixture[s
     assert "--resume-changed data.root" in line
     changed = ("data.root=more", "--resume", "--resume-changed", "epochs,data.root")
     assert run(*changed, recipe=recipe) == 0
+
+
+class Same(helpers.Tiny):
+    """Says the same class of all images, so that no epoch is better than the first."""
+
+    def __init__(self, said: int = 0) -> None:
+        super().__init__()
+        self.said = said
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = super().forward(images)
+        return scores if self.training else scores * 0 + torch.eye(10)[self.said]
+
+
+SAME = replace(PICTURES, model=Same)
+
+
+def resumed(*words: str, recipe: Path) -> str:
+    """The note of a resumed run about its best epoch."""
+    changed = ",".join(word.partition("=")[0] for word in words)
+    assert run("--resume", "--resume-changed", changed, *words, recipe=recipe) == 0
+    (found,) = (c for c in RunFiles(RUN).changes if c.epochs == 2)
+    return str(found)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data.root=more", "the images"),
+        ("data.mean=0,0,0", "data.mean ([0.5, 0.5, 0.5] -> [0.0, 0.0, 0.0])"),
+        ("model.said=1", "model.said (0 -> 1)"),
+    ],
+)
+def test_the_best_epoch_is_one_of_those_with_the_present_images_and_answers(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Path("same.py")
+    recipe.write_text("from tests.unit.checkpoint.test_resume import SAME as recipe\n")
+    assert run(recipe=recipe) == 0
+    assert RunFiles(RUN).best_row == RunFiles(RUN).epochs[0]
+    shutil.copytree(RUN, "runs/before")
+    capsys.readouterr()
+    assert resumed("epochs=4", word, recipe=recipe).startswith("after 2 epochs: ")
+    assert "the best epoch is one of those to come" in capsys.readouterr().out
+    found = RunFiles(RUN)
+    assert said in str(found.changes)
+    assert found.best_row == found.epochs[2]
+    assert found.best is not None
+    assert found.best.epoch == 3
+    assert any("up to epoch 2" in note for note in Page(found).notes)
+    assert Page(found).samples["epochs"] == [3, 4]
+    assert experiment(found) != experiment(RunFiles(Path("runs/before")))
+    # Resumed once more from before, and as it was, nothing has changed on the way.
+    shutil.rmtree(RUN / "checkpoints")
+    shutil.copytree("runs/before/checkpoints", RUN / "checkpoints")
+    assert run("--resume", "--resume-changed", "epochs", "epochs=3", recipe=recipe) == 0
+    assert [str(change) for change in RunFiles(RUN).changes] == ["after 2 epochs: epochs (2 -> 3)"]
+    assert "not kept" in capsys.readouterr().out  # of epoch 1, whose weights were replaced
+    assert RunFiles(RUN).best_row == RunFiles(RUN).epochs[2]
+
+
+def test_what_is_left_of_the_best_epoch_is_of_those_images_that_the_run_has_now() -> None:
+    """Also until the first of them is evaluated."""
+    recipe = Path("same.py")
+    recipe.write_text("from tests.unit.checkpoint.test_resume import SAME as recipe\n")
+    assert run(recipe=recipe) == 0
+    failing = "epochs=3", "data.root=more", "--resume-changed", "epochs,data.root"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "stop_reason", lambda: "a test")
+        assert run("--resume", *failing, recipe=recipe) == 75
+    found = RunFiles(RUN)
+    assert (found.best_row, found.best, found.last) == (None, None, None)
+    assert quoted(found) == {}
+    assert not (RUN / "best.safetensors").exists()
+    assert run("--resume", *failing[:2], recipe=recipe) == 0
+    assert RunFiles(RUN).chosen_after == 2
+
+
+class Split(Pictures):
+    """The same with images for validation, which are others in each folder."""
+
+    def __init__(self, root: str, split: str) -> None:
+        super().__init__(root, train=split == "train")
+
+
+def test_patience_begins_anew_with_other_images() -> None:
+    data = replace(SAME.data, source=Split, validation="val")
+    recipe = replace(SAME, data=data, patience=2, epochs=9)
+    assert train(recipe, name="mine", wandb="off").last == Best(3, 0.1)
+    loaded = LoadedRecipe(recipe, "same", "", "")
+    other = replace(loaded, recipe=replace(recipe, data=replace(data, root="two!")))
+    options = RunOptions(name="mine", wandb="off", resume=True, resume_changed=("data.root",))
+    result = train_loaded(other, options)
+    assert result.best == Best(4, 0.1)
+    assert result.last == Best(6, 0.1)
+
+
+def test_where_images_are_drawn_to_validate_the_others_stay_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = Path("drawn.py")
+    recipe.write_text("from tests.unit.checkpoint.test_resume import PICTURES as recipe\n")
+    drawn = ("data.root=one", "data.validation=5")
+    assert run(*drawn, recipe=recipe) == 0
+    words = (*drawn, "data.root=another", "epochs=3", "--resume-changed", "epochs,data.root")
+    assert "of which others may validate now" in refused(capsys, *words, recipe=recipe)
+
+
+def test_what_changes_after_the_end_is_without_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    """And so the folder does not say that the run had it; other answers are refused."""
+    recipe = Path("same.py")
+    recipe.write_text("from tests.unit.checkpoint.test_resume import SAME as recipe\n")
+    assert run(recipe=recipe) == 0
+    before = contents()
+    recipe.write_text(recipe.read_text() + "# edited\n")
+    words = ("--resume", "--resume-changed", "optimizer.lr", "optimizer.lr=0.5")
+    assert run(*words, recipe=recipe) == 0
+    said = "without effect: optimizer.lr (0.001 -> 0.5), the recipe file"
+    assert said in capsys.readouterr().out
+    for name in ("config.json", "run.json", "recipe.py", "metrics.jsonl", "final.safetensors"):
+        assert contents()[str(RUN / name)] == before[str(RUN / name)]
+    line = refused(capsys, "data.mean=0,0,0", "--resume-changed", "data.mean", recipe=recipe)
+    assert "type more epochs" in line
+
+
+def test_weights_that_are_gone_are_not_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path("same.py")
+    recipe.write_text("from tests.unit.checkpoint.test_resume import SAME as recipe\n")
+    assert run(recipe=recipe) == 0
+    (RUN / "best.safetensors").unlink()
+    resumed("epochs=3", recipe=recipe)
+    said = capsys.readouterr().out
+    assert "best epoch  3, " in said
+    assert (RUN / "best.safetensors").is_file()
 
 
 def test_images_are_drawn_in_another_way_after_an_epoch_only(

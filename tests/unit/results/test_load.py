@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from launcher import Folder, RunResult, Synthetic, load_run, train
 from launcher.checkpoint.resume import initial_weights
+from launcher.checkpoint.run_dir import RunDir
 from launcher.data import sources
 from tests.support.helpers import ROOT, Tiny, refused, tiny_recipe
 
@@ -310,12 +311,16 @@ def test_final_weights_are_not_those_of_a_run_that_has_gone_on(tmp_path: Path) -
     """As when an ended run was resumed for more epochs and stopped: they are of its first end."""
     folder = trained(tmp_path).folder
     assert folder is not None
-    (folder / "end.json").write_text('{"exit_code": 75}')
-    load_run(folder, weights="final")  # where nothing was trained since
-    os.utime(folder / "metrics.jsonl", (time.time() + 1,) * 2)
-    with refused("has gone on since final.safetensors", "--weights best"):
-        load_run(folder, weights="final")
-    assert initial_weights(tmp_path / "runs", "first") == folder / "best.safetensors"
-    (folder / "end.json").write_text('{"exit_code": 0}')
-    load_run(folder, weights="final")
-    assert initial_weights(tmp_path / "runs", "first") == folder / "final.safetensors"
+    run = RunDir(folder)
+    run.end(75)
+    run.forget_after(2)
+    copy = tmp_path / "runs" / "copy"  # whose files may have any times
+    for path in (folder, shutil.copytree(folder, copy, copy_function=shutil.copyfile)):
+        load_run(path, weights="final")  # where nothing was trained since
+        assert initial_weights(tmp_path / "runs", path.name) == path / "final.safetensors"
+    run.forget_after(1)  # whose checkpoint is damaged
+    RunDir(copy).record({"epoch": 3}, {"epoch": 3})
+    for path in (folder, copy):
+        with refused("has no final.safetensors", "--weights best"):
+            load_run(path, weights="final")
+        assert initial_weights(tmp_path / "runs", path.name) == path / "best.safetensors"
