@@ -488,6 +488,7 @@ def test_the_best_weights_are_of_an_epoch_that_the_run_has() -> None:
     cut = train(recipe, name="cut", wandb="off", max_steps=26)
     assert cut.last == Best(3, 0.5)
     assert cut.best == cut.highest == whole.best
+    assert RunFiles(Path("runs", "cut")).best_accuracy == 0.3
     resumed = train(recipe, name="cut", wandb="off", resume=True)
     assert resumed.best == whole.best
     files = [Path("runs", name, "best.safetensors").read_bytes() for name in ("whole", "cut")]
