@@ -37,7 +37,7 @@ from launcher.run.train import train_loaded
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable
+from launcher.utils.text import printable, some
 
 if TYPE_CHECKING:
     import optuna
@@ -402,7 +402,7 @@ def show(search: Search) -> None:
         return
     study = _study(search)
     rows = [(trial, _files(search, trial.number)) for trial in _trials(study)]
-    rows.sort(key=lambda row: -(row[1].best_accuracy or 0.0))
+    rows.sort(key=lambda row: -(_accuracy(*row) or 0.0))
     images = "test" if search.loaded.recipe.data.validation is None else "validation"
     table = Table(box=None, pad_edge=False)
     for column in ("run", "trial", "epochs", f"{images} accuracy"):
@@ -410,7 +410,7 @@ def show(search: Search) -> None:
     for searched in search.ranges:
         table.add_column(Text(printable(searched.name)), justify="right")
     for trial, run_files in rows:
-        accuracy = run_files.best_accuracy
+        accuracy = _accuracy(trial, run_files)
         cells = (
             search.run_name(trial.number),
             trial.state.name.lower(),
@@ -422,8 +422,20 @@ def show(search: Search) -> None:
     console.print(table)
     if study.user_attrs["searched"].get("file", search.loaded.digest) != search.loaded.digest:
         console.print("the recipe file has changed since the search began: trials may be of both")
+    if len({run.about.get("data_digest") for _, run in rows if run.about}) > 1:
+        console.print("the images have changed since the search began: trials are of both")
+    others = [r.name for t, r in rows if r.best_accuracy != _accuracy(t, r)]
+    if others:
+        text = f"judged by what the search left, but other runs by now: {some(others)}"
+        console.print(printable(text), markup=False, soft_wrap=True)
     for line in _about_best(search, rows, images):
         console.print(redacted(line), markup=False, soft_wrap=True, highlight=False)
+
+
+def _accuracy(trial: Any, run: RunFiles) -> float | None:
+    """What a trial has ended with, also where its run went on or is gone; else what it has now."""
+    ended: float | None = trial.value if trial.state.name == "COMPLETE" else run.best_accuracy
+    return ended
 
 
 def _shown(value: Any) -> str:
@@ -431,20 +443,21 @@ def _shown(value: Any) -> str:
 
 
 def _about_best(search: Search, rows: Sequence[tuple[Any, RunFiles]], images: str) -> list[str]:
-    ended = [(t, r) for t, r in rows if t.state.name == "COMPLETE" and r.best_accuracy is not None]
+    ended = [(t, r) for t, r in rows if t.state.name == "COMPLETE" and t.value is not None]
     if not ended:
         return ["no trial has ended"]
     trial, best = ended[0]
+    is_as_left = best.best_accuracy == trial.value
     words = " ".join(f"{name}={_shown(value)}" for name, value in trial.params.items())
     lines = [f"best of {len(ended)} that ended: {words}"]
     if images == "test":
         lines.append(
-            f"CHOSEN ON THE TEST IMAGES (--on-test): {best.best_accuracy:.2%} is biased: it "
+            f"CHOSEN ON THE TEST IMAGES (--on-test): {trial.value:.2%} is biased: it "
             "is the best of many on these very images"
         )
-    elif (tested := best.test_accuracy("best")) is not None:
+    elif is_as_left and (tested := best.test_accuracy("best")) is not None:
         lines.append(
-            f"chosen by the validation images ({best.best_accuracy:.2%}, the best of many and so "
+            f"chosen by the validation images ({trial.value:.2%}, the best of many and so "
             f"too high); on the test images, which the search did not look at: {tested:.2%}"
         )
     exact = [*search.fixed, *(f"{name}={value}" for name, value in trial.params.items())]

@@ -1,7 +1,9 @@
 """A search proposes settings, judges by validation images, and goes on where it was ended."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,6 +331,32 @@ def test_a_shorter_trial_is_another_search_and_another_text_of_the_recipe_is_tol
     capsys.readouterr()
     assert main(words) == 0
     assert "the recipe file has changed since the search began" in capsys.readouterr().out
+
+
+def test_the_best_trial_is_the_best_as_the_search_left_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not one whose run was trained on by hand, nor only one of those that are still there."""
+    assert searched("--search", LR, trials=2) == 0
+    said = capsys.readouterr().out
+    names = ["mine-search-trial0", "mine-search-trial1"]
+    runs = [Path("runs", name) for name in names]
+    accuracies = [RunFiles(run).best_accuracy or 0.0 for run in runs]
+    worse, better = sorted(runs, key=lambda run: accuracies[runs.index(run)])
+    row = json.dumps({"epoch": 9, "val/accuracy": 1.0, "best": True})
+    with (worse / "metrics.jsonl").open("a") as file:
+        file.write(row + "\n")
+    shutil.rmtree(better)
+    assert searched("--search", LR, "--table", trials=2) == 0
+    table = capsys.readouterr().out
+    assert "100.00%" not in table
+    changed = table.partition("but other runs by now: ")[2].splitlines()[0]
+    assert sorted(changed.split(", ")) == names
+    assert table.split("best of 2")[1].splitlines()[0] in said
+    about = worse / "run.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"data_digest": "beef"}))
+    assert searched("--search", LR, trials=3) == 0
+    assert "the images have changed since the search began" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["no JSON\n", '{"op_code": 99}\n', "[]\n"])
