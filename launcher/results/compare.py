@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -122,6 +123,9 @@ def environment(run: RunFiles) -> dict[str, Any]:
     named = {name: about.get(name) for name in facts}
     named |= {"state": run.state, "epochs trained": run.epoch}
     named["images (digest)"] = about.get("data_digest")
+    ranks = dict.fromkeys(str(row.get("ranks", "?")) for row in run.epochs)
+    if len(ranks) > 1:  # one by one, as each part of the run had them
+        named["ranks"] = ", ".join(ranks)
     named["changed on the way"] = "; ".join(map(str, run.changes)) or None
     versions = about.get("versions")
     return {**named, **(versions if isinstance(versions, dict) else {})}
@@ -138,10 +142,16 @@ def source_difference(first: RunFiles, second: RunFiles) -> list[str]:
 
 
 def grouped(runs: Sequence[RunFiles]) -> list[Group]:
-    """Group the repeats of each experiment, in the order of their first runs."""
-    groups: dict[str, list[RunFiles]] = {}
+    """Group the repeats of each experiment, in the order of their first runs.
+
+    The same seed once more, or a copy of a run, is no second measurement: it is in another group.
+    """
+    groups: dict[tuple[str, int], list[RunFiles]] = {}
+    times: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        groups.setdefault(json.dumps(experiment(run), sort_keys=True), []).append(run)
+        same = json.dumps(experiment(run), sort_keys=True), json.dumps(run.config.get("seed"))
+        groups.setdefault((same[0], times[same]), []).append(run)
+        times[same] += 1
     return [Group(tuple(group), _figures(group)) for group in groups.values()]
 
 

@@ -205,7 +205,7 @@ def handle_event(run: ActiveRun, event: Event) -> None:
             run.console.say(early_stop_line(run.ctx.recipe, event))
         size = plan.resolution(event.epoch)
         row = event.metrics() | ({"train/resolution": size} if size else {})
-        row |= {"data": run.ctx.data.name, "best": run.best == run.last}
+        row |= {"data": run.ctx.data.name, "best": run.best == run.last, "ranks": plan.world_size}
         saver.epoch(row, outcomes.details(event))
     else:
         run.stopped = event.stops

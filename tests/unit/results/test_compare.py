@@ -38,6 +38,8 @@ def test_settings_code_and_environment_that_differ_are_shown(
     two = write_run("two", (0.8,), optimizer={"lr": 0.2}, data={"augment": []})
     (one / "recipe.py").write_text("a = 1\nb = 2\n")
     (two / "recipe.py").write_text("a = 1\nb = 3\n")
+    rows = [{"epoch": n, "test/accuracy": 0.8, "ranks": n} for n in (1, 2)]
+    (two / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     about = json.loads((two / "run.json").read_text()) | {"data_digest": "beef"}
     (two / "run.json").write_text(json.dumps(about))
     assert main(["compare", "one", "runs/two"]) == 0
@@ -45,6 +47,7 @@ def test_settings_code_and_environment_that_differ_are_shown(
     assert ["optimizer.lr", "0.1", "0.2"] in lines
     assert ["data.augment.0.call", "a:flip", "-"] in lines
     assert ["images", "(digest)", "-", "beef"] in lines
+    assert ["ranks", "-", "1,", "2"] in lines
     assert ["-b", "=", "2"] in lines
     assert ["+b", "=", "3"] in lines
     chosen = ["test", "accuracy,", "best", "epoch", "(chosen", "on", "the", "test", "images)"]
@@ -55,7 +58,11 @@ def test_settings_code_and_environment_that_differ_are_shown(
     assert main(["compare", "one", "two", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
     assert whole["settings"]["optimizer.lr"] == [0.1, 0.2]
-    assert whole["environment"] == {"images (digest)": [None, "beef"], "epochs trained": [3, 1]}
+    assert whole["environment"] == {
+        "images (digest)": [None, "beef"],
+        "epochs trained": [3, 2],
+        "ranks": [None, "1, 2"],
+    }
     assert whole["source"][0][-2:] == ["-b = 2", "+b = 3"]
 
 
@@ -66,7 +73,8 @@ def test_equal_runs_differ_in_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     output = capsys.readouterr().out
     assert "settings: no difference" in output
     assert "environment: no difference" in output
-    assert "two (2 runs)" in output
+    assert "(2 runs)" not in output  # the same seed, or a copy, is no second measurement
+    assert len(grouped([RunFiles(Path("runs", name)) for name in ("one", "two")])) == 2
 
 
 def test_repeats_are_one_group_with_mean_and_deviation(capsys: pytest.CaptureFixture[str]) -> None:
