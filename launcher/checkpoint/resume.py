@@ -71,6 +71,7 @@ def resumed_run(
     if found is None:
         _refuse_finished(folder, has_damaged=bool(complaints))
         refuse_changes(folder.config() or loaded.config, loaded.config, changed)
+        _refuse_lost_weights(folder, options)
         return ResumePoint(folder, notes=(*complaints, "no whole checkpoint: from the beginning"))
     state = checkpoint.read_state(found)
     progress = state.progress
@@ -202,6 +203,17 @@ def _refuse_finished(folder: RunDir, *, has_damaged: bool) -> None:
         )
 
 
+def _refuse_lost_weights(folder: RunDir, options: RunOptions) -> None:
+    """A run that begins anew without the weights that it began with would not say so."""
+    began = str(RunFiles(folder.path).about.get("weights", ""))
+    if began and options.init_from is None:
+        raise UserError(
+            f"{folder.path}, which began with weights {began} and has no whole checkpoint",
+            expected="the same --init-from, with which it begins anew",
+            instead="type that as well, or another --name",
+        )
+
+
 def _refuse_past_end(folder: RunDir, begun: int, wanted: int) -> None:
     """A run is not cut short after the fact: its weights are those of all its steps."""
     if begun > wanted:
@@ -225,8 +237,8 @@ def _refuse_other_end(folder: RunDir, change: Change) -> None:
     """The figures and the best weights of an ended run are not to be had by another evaluation."""
     if change.forgets_best:
         raise UserError(
-            f"{', '.join(change.what)} since {folder.path} has ended",
-            expected="epochs that are still to be trained, which are then evaluated so",
+            f"other settings or images than {folder.path} has ended with: {', '.join(change.what)}",
+            expected="epochs that are still to be trained, and then evaluated so",
             instead="type more epochs, and --resume-changed epochs as well, or another --name",
         )
 

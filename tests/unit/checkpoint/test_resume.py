@@ -558,6 +558,10 @@ def test_a_run_keeps_what_it_began_with_whatever_a_resume_names(
     assert run(*few, "--init-from", "other") == 0
     assert run(*more, "epochs=2") == 0
     assert begun() == "from runs/other/final.safetensors"
+    shutil.rmtree(RUN / "checkpoints")  # as where it was killed before the first one
+    (RUN / "final.safetensors").unlink()
+    assert "which began with weights from runs/other" in refused(capsys, few[0], "epochs=2")
+    assert run(few[0], "epochs=2", "--resume", "--init-from", "other") == 0
 
 
 @pytest.mark.parametrize("word", ["data.validation=2/4", "optimizer.weight_decay=0.5", "epochs=1"])
