@@ -6,10 +6,11 @@ steps.
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from launcher.data.batches import MicroBatch
 from launcher.training.metrics import LossTracker
@@ -17,6 +18,8 @@ from launcher.training.model import unused_parameters
 from launcher.training.network import names_of, upcast
 from launcher.training.state import TrainContext
 from launcher.utils.text import some
+
+Gradients = dict[nn.Parameter, tuple[Tensor, int]]
 
 
 def train_step(
@@ -36,6 +39,7 @@ def train_step(
     for micro_batch in micro_batches:
         # Gradients travel between ranks once per step: in its last backward pass.
         is_last = micro_batch is micro_batches[-1]
+        before = gradients_before(ctx) if is_last else {}
         with nullcontext() if is_last else accelerator.no_sync(state.ddp_model):
             with ctx.phase("forward"):
                 logits = upcast(state.ddp_model(micro_batch.images))
@@ -49,7 +53,7 @@ def train_step(
                     accelerator.backward(weighted)
         tracker.add(step, loss, micro_batch.weight * images)
         first_logits = logits if first_logits is None else first_logits
-    refuse_unused_parameters(ctx, step)
+    refuse_unused_parameters(ctx, step, before)
     with ctx.phase("update"):
         state.drop_frozen_gradients()
         norm = clip_gradients(ctx, step)
@@ -79,16 +83,43 @@ def train_step(
     return first_logits, updated
 
 
-def refuse_unused_parameters(ctx: TrainContext, step: int) -> None:
-    """Raise `UserError` where a parameter has no gradient, which the preflight has not seen.
+def gradients_before(ctx: TrainContext) -> Gradients:
+    """What the earlier passes of a step have left, with how often each was written.
 
-    The other ranks would wait for its gradients, or add other numbers to them.
+    Only where the last pass is the one in which every parameter needs a gradient: see below.
     """
-    if ctx.plan.world_size > 1 and ctx.recipe.unused_parameters == "refuse":
-        trained = (p for group in ctx.state.optimizer.param_groups for p in group["params"])
-        if unused := [p for p in trained if p.grad is None and p.requires_grad]:
+    if not needs_all_gradients(ctx):
+        return {}
+    return {p: (p.grad, p.grad._version) for p in trained(ctx) if p.grad is not None}
+
+
+def refuse_unused_parameters(ctx: TrainContext, step: int, before: Gradients) -> None:
+    """Raise `UserError` where the last pass gives a parameter no gradient.
+
+    Which the preflight has not seen. The other ranks would wait for it, or add other numbers to it,
+    also where an earlier pass gave it one.
+    """
+    if needs_all_gradients(ctx):
+        unused = [p for p in trained(ctx) if p.requires_grad and is_as_before(p, before)]
+        if unused:
             names = names_of(ctx.state.network, unused)
             raise unused_parameters(ctx.recipe, some(names), f"in step {step}")
+
+
+def needs_all_gradients(ctx: TrainContext) -> bool:
+    """Whether DDP waits for the gradient of each parameter."""
+    return ctx.plan.world_size > 1 and ctx.recipe.unused_parameters == "refuse"
+
+
+def trained(ctx: TrainContext) -> Iterator[nn.Parameter]:
+    """The parameters that the optimizer changes."""
+    return (p for group in ctx.state.optimizer.param_groups for p in group["params"])
+
+
+def is_as_before(parameter: nn.Parameter, before: Gradients) -> bool:
+    """Whether nothing has been added to its gradient, which is one that is not there, or was."""
+    kept, version = before.get(parameter, (None, 0))
+    return parameter.grad is kept and (kept is None or kept._version == version)
 
 
 def clip_gradients(ctx: TrainContext, step: int) -> Tensor | None:

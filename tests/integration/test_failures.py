@@ -245,12 +245,16 @@ def test_parameters_without_a_gradient_are_named_before_training(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "rank"), [(2, 0), (TORCHRUN, 1)], ids=["srun", "torchrun"])
+@pytest.mark.parametrize(
+    ("launch", "rank", "words", "at"),
+    [(2, 0, (), "40"), (TORCHRUN, 1, (), "40"), (2, 1, ("accumulate=2",), "80")],
+    ids=["srun", "torchrun", "last of two passes"],
+)
 def test_parameters_that_one_rank_leaves_out_in_a_step_are_named(
-    launch: int | tuple[str, ...], rank: int, tmp_path: Path
+    launch: int | tuple[str, ...], rank: int, words: tuple[str, ...], at: str, tmp_path: Path
 ) -> None:
     """The others have no such step: what only one rank refuses is said all the same, and once."""
-    run = failing(launch, tmp_path, "skip", rank=rank)
+    run = failing(launch, tmp_path, "skip", *words, rank=rank, at=at)
     assert run.end() != 0
     line = r"launcher: parameters of .*Failing that its scores in step 40 do not depend on: layers"
     assert len(re.findall(line, run.text())) == 1
