@@ -265,14 +265,25 @@ def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = 
     It begins with a saved state, where there is one, and with gradients that are as sparse. Returns
     the names of the numbers and tensors beside the state that the step changes. Raises what the
     optimizer's code does, or torch's: as for gradients that must be sparse, or a state of other
-    parameters.
+    parameters; and `UserError` where a new optimizer changes its rate.
     """
     optimizer = _made(recipe, _copies(network.named_parameters()))
     if state is not None:
         load_state(optimizer, deepcopy(state))  # it would take the tensors as they are
-    before = _own(optimizer)
+    before, rates = _own(optimizer), _rates(optimizer)
     _step(optimizer)
+    if state is None and _rates(optimizer) != rates:
+        raise UserError(
+            f"{code_name(recipe.optimizer)}, whose step changes the rate of a group itself",
+            expected="a rate that the schedule sets, which is before each step",
+            instead="write that as the schedule of the recipe, or group['factor'] for group['lr'], "
+            "by which the step then multiplies",
+        )
     return [name for name, value in _own(optimizer).items() if value != before.get(name)]
+
+
+def _rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def goes_on(recipe: Recipe, network: nn.Module) -> bool:

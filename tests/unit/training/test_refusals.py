@@ -584,6 +584,15 @@ class Exchanging(SGD):
     def eval(self) -> None: ...
 
 
+class Decaying(SGD):
+    """As Keras' had it: the schedule, here a constant one, sets the rate anew in each step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.99
+
+
 class Uninitialized(SGD):
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr)
@@ -597,6 +606,7 @@ class Uninitialized(SGD):
         (partial(Rateless, lr=0), "Rateless, of which a group has no lr"),
         (partial(Exchanging, lr=0.1), "Exchanging, whose train() and eval() exchange the weights"),
         (partial(Uninitialized, lr=0.1), "Uninitialized, whose state cannot be read"),
+        (partial(Decaying, lr=0.1), "Decaying, whose step changes the rate of a group itself"),
     ],
 )
 def test_an_optimizer_that_lacks_what_it_is_asked_for_is_refused(optimizer: Any, said: str) -> None:
