@@ -10,6 +10,7 @@ from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.checkpoint import SavedState
 from launcher.checkpoint.run_dir import RunDir
 from launcher.checkpoint.run_files import Change, RunFiles
+from launcher.config import imports
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START, Progress
@@ -18,7 +19,7 @@ from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import is_named
+from launcher.utils.text import is_named, some
 
 # Where the images lie and how they are read, not what they are.
 OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
@@ -82,9 +83,13 @@ def resumed_run(
     refuse_changes(state.config, loaded.config, changed)
     _refuse_other_data(folder, state, data, changed)
     notes = [*complaints, f"resumed after step {progress.step}, from {found.name}"]
-    change = _change_since(state, loaded, data)
-    if FILE in change.what:
-        notes.append(f"{FILE} has changed since: what is no setting may differ")
+    before = RunFiles(folder.path)
+    files = [FILE] * (state.source != redacted(loaded.source))
+    files += imports.changed(before.about.get("neighbours"), loaded.neighbours)
+    if files:
+        has = "have" if files[1:] else "has"
+        notes.append(f"{some(files)} {has} changed since: what is no setting may differ")
+    change = _change_since(state, loaded, data, files)
     _refuse_past_step(folder, progress.step, options.max_steps)
     if state.is_within_epoch:
         _refuse_other_batches(progress.step, state, loaded.config, steps_per_epoch)
@@ -95,7 +100,7 @@ def resumed_run(
         best, progress = None, replace(progress, to_beat=None, epochs_without=0)
         notes.append("the best epoch is one of those to come: until now images or answers differed")
     # Those of attempts that went on from here, or from later on, are undone.
-    changes = [one for one in RunFiles(folder.path).changes if one.place < change.place]
+    changes = [one for one in before.changes if one.place < change.place]
     is_over = progress.epochs >= loaded.recipe.epochs or progress.has_waited(loaded.recipe.patience)
     if change.what and is_over:
         _refuse_other_end(folder, change)
@@ -114,12 +119,13 @@ def resumed_run(
     )
 
 
-def _change_since(state: SavedState, loaded: LoadedRecipe, data: Data) -> Change:
+def _change_since(
+    state: SavedState, loaded: LoadedRecipe, data: Data, files: Sequence[str]
+) -> Change:
     """What this attempt has otherwise than the checkpoint with which it goes on."""
     settings = described_changes(state.config, loaded.config)
     has_other_images = state.data_digest != data.digest
-    is_other_file = state.source != redacted(loaded.source)
-    what = (*settings.values(), *[FILE] * is_other_file, *["the images"] * has_other_images)
+    what = (*settings.values(), *files, *["the images"] * has_other_images)
     has_other_answers = any(is_named(name, OF_ANSWERS) for name in settings)
     epochs = state.progress.epochs
     steps = state.progress.step - epochs * state.steps_per_epoch

@@ -9,14 +9,15 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import distributed
 
+from launcher.config.imports import neighbours_of
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import resolve
 from launcher.distributed.accelerator import has_accelerator, reset_accelerator
@@ -32,13 +33,14 @@ _GIVEN = ("params", "root", "optimizer", "fraction", "images", "input", "score")
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and where it came from."""
+    """A recipe and where it came from; `neighbours` are the digests of files that it imports."""
 
     recipe: Recipe
     name: str
     source: str
     note: str  # the docstring of the file
     folder: str = ""  # of the file, in which its neighbours are
+    neighbours: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def load(path: Path, folder: Path | None = None) -> LoadedRecipe:
             instead="see recipes/simplecnn.py for an example",
         )
     resolve(recipe)  # refuses what has no name
-    return LoadedRecipe(recipe, path.stem, source, module.__doc__ or "", str(folder))
+    note, neighbours = module.__doc__ or "", neighbours_of(source, folder)
+    return LoadedRecipe(recipe, path.stem, source, note, str(folder), neighbours)
 
 
 def _read(path: Path) -> str:

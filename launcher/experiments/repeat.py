@@ -16,6 +16,7 @@ from rich.text import Text
 
 from launcher.checkpoint.resume import FILE, described_changes, initial_weights
 from launcher.checkpoint.run_files import RunFiles
+from launcher.config import imports
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.data.sources import open_on_disk
@@ -171,6 +172,7 @@ def changes(run: RunFiles, repeats: Repeats) -> list[str]:
     return (
         settings
         + [FILE] * is_other
+        + imports.changed(run.about.get("neighbours"), loaded.neighbours)
         + ["the images"] * has_other_images
         + [f"what was changed on the way ({change})" for change in run.changes]
         + ["their length (without --max-steps)"] * bool(run.cut)

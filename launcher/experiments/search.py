@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checkpoint.resume import described_changes
+from launcher.checkpoint.resume import FILE, described_changes
 from launcher.checkpoint.run_files import RunFiles
+from launcher.config import imports
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.overrides import override
@@ -310,6 +311,7 @@ def _study(search: Search, job: int = 0) -> "optuna.Study":
         "ranges": {r.name: str(r) for r in search.ranges},
         "options": options | {"--skip": list(search.options.skip)},
         "file": search.loaded.digest,
+        "neighbours": dict(search.loaded.neighbours),
     }
     if trials:
         _refuse_other_search(search, study.user_attrs.get("searched", {}), searched)
@@ -420,8 +422,13 @@ def show(search: Search) -> None:
         )
         table.add_row(*(Text(printable(redacted(cell))) for cell in cells))
     console.print(table)
-    if study.user_attrs["searched"].get("file", search.loaded.digest) != search.loaded.digest:
-        console.print("the recipe file has changed since the search began: trials may be of both")
+    searched = study.user_attrs["searched"]
+    files = [FILE] * (searched.get("file", search.loaded.digest) != search.loaded.digest)
+    files += imports.changed(searched.get("neighbours"), search.loaded.neighbours)
+    if files:
+        has = "have" if files[1:] else "has"
+        text = f"{some(files)} {has} changed since the search began: trials may be of both"
+        console.print(printable(text), markup=False, soft_wrap=True)
     if len({run.about.get("data_digest") for _, run in rows if run.about}) > 1:
         console.print("the images have changed since the search began: trials are of both")
     others = [r.name for t, r in rows if r.best_accuracy != _accuracy(t, r)]

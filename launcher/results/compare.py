@@ -127,8 +127,15 @@ def environment(run: RunFiles) -> dict[str, Any]:
     if len(ranks) > 1:  # one by one, as each part of the run had them
         named["ranks"] = ", ".join(ranks)
     named["changed on the way"] = "; ".join(map(str, run.changes)) or None
+    named |= {f"{name} (SHA-256)": digest for name, digest in _neighbours(run).items()}
     versions = about.get("versions")
     return {**named, **(versions if isinstance(versions, dict) else {})}
+
+
+def _neighbours(run: RunFiles) -> dict[str, Any]:
+    """The digests of the files that the recipe imported."""
+    found = run.about.get("neighbours")
+    return found if isinstance(found, dict) else {}
 
 
 def source_difference(first: RunFiles, second: RunFiles) -> list[str]:
@@ -164,6 +171,7 @@ def experiment(run: RunFiles) -> dict[str, Any]:
     images = [run.about.get(name) for name in ("data_digest", "fallback")]
     length = [run.cut, None if run.state == "done" else run.epoch]
     begin = {"the first weights": run.about.get("weights"), "the length": length}
+    begin["what the recipe imports"] = _neighbours(run)
     begin["what was changed on the way"] = list(map(str, run.changes))
     return {**settings, "the recipe file": run.source, "the images": images, **begin}
 

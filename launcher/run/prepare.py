@@ -150,6 +150,7 @@ def shared_facts(loaded: LoadedRecipe, options: RunOptions) -> dict[str, str]:
     return {
         **{name: str(value) for name, value in settings.items()},
         "the recipe file (SHA-256)": loaded.digest[:12],
+        **{f"{name} (SHA-256)": digest for name, digest in loaded.neighbours.items()},
         **run_dir.versions(),
     }
 

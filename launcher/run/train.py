@@ -218,6 +218,7 @@ def describe_run(
         about = {
             "name": loaded.name,
             "recipe_folder": loaded.folder,
+            "neighbours": dict(loaded.neighbours),
             "classes": list(train.classes),
             "image_shape": list(train.shape),
             "data_digest": ctx.data.digest,

@@ -11,10 +11,11 @@ import torch
 
 from launcher import Recipe
 from launcher.config import loader, overrides
+from launcher.config.imports import changed, neighbours_of
 from launcher.config.serialize import code_name, short_name
 from launcher.errors import UserError
 from launcher.training.network import count_parameters
-from tests.support.helpers import RECIPES, refused
+from tests.support.helpers import RECIPES, ROOT, refused
 
 GOOD = '''\
 """A note about this experiment.
@@ -390,6 +391,30 @@ def test_a_recipe_imports_its_neighbours_as_a_script_does(
     monkeypatch.chdir(tmp_path)
     loaded = loader.load(Path("mine/first.py"))
     assert code_name(loaded.recipe.model) == "own_blocks:Net"
+
+
+def test_what_a_recipe_imports_from_beside_it_is_known_by_its_digest(tmp_path: Path) -> None:
+    """And so are the files that these import; of the launcher a run writes down the version."""
+    texts = {
+        "mine/net.py": "import os, parts.small\nfrom .unknown import a\n",
+        "mine/parts/__init__.py": "",
+        "mine/parts/small.py": "from . import large\nfrom ..net import Net\n",
+        "mine/parts/large.py": "import shared, net\n",
+        "mine/parts/unused.py": "",
+        "mine/broken.py": "import (",
+        "shared.py": "import torch\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    source = "from net import Net\nfrom launcher import Recipe\nimport broken, mine.parts.large\n"
+    found = neighbours_of(source, tmp_path / "mine")
+    used = ["net.py", "parts/__init__.py", "parts/small.py", "parts/large.py", "broken.py"]
+    assert set(found) == {*used, "../shared.py"}
+    (tmp_path / "shared.py").write_text("import numpy\n")
+    assert changed(found, neighbours_of(source, tmp_path / "mine")) == ["../shared.py"]
+    assert changed(None, found) == []
+    assert neighbours_of("from launcher.config import loader", ROOT / "recipes") == {}
 
 
 def test_neighbours_of_one_name_are_those_of_the_recipes_own_folder(

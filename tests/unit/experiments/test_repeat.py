@@ -283,6 +283,25 @@ def test_what_was_cut_by_max_steps_has_not_ended(
     assert "trained anew" not in said
 
 
+def test_runs_of_another_file_that_the_recipe_imports_are_told(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own_width.py").write_text("WIDTH = 20\n")
+    Path(recipe).write_text("from own_width import WIDTH\n" + TINY.replace("20}", "WIDTH}"))
+    assert repeated(recipe, "--seeds", "0-1", "--max-steps", "4") == 0
+    assert repeated(recipe, "--seeds", "0") == 0
+    Path("own_width.py").write_text("WIDTH = 20  # as before\n")
+    capsys.readouterr()
+    assert repeated(recipe, "--seeds", "0-1") == 0
+    said = capsys.readouterr().out
+    assert "has ended already; trained anew, it would differ in own_width.py\n" in said
+    assert "own_width.py has changed since: what is no setting may differ" in said
+    differ = "what the recipe imports, what was changed on the way"
+    assert f"no mean: these runs differ in {differ}; see" in said
+    assert main(["compare", "tiny-seed0", "tiny-seed1"]) == 0
+    assert "own_width.py (SHA-256)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_of_another_recipe_than_the_present_one_are_told(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
