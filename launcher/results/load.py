@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from launcher.checkpoint.run_files import RunFiles
 from launcher.checkpoint.weights import load_weights
-from launcher.config import annotations, loader
+from launcher.config import annotations, imports, loader
+from launcher.config.imports import neighbours_of
 from launcher.config.loader import LoadedRecipe
 from launcher.config.overrides import override
 from launcher.config.recipe import Recipe
@@ -24,11 +26,14 @@ from launcher.data.image_folder import margin_of_source
 from launcher.data.images import ImageSet
 from launcher.errors import UserError
 from launcher.training.model import build_network
-from launcher.training.network import first_parameter
+from launcher.training.network import first_parameter, upcast
 from launcher.utils import json_text
 from launcher.utils.json_text import flatten
+from launcher.utils.text import some
 
 Picture = str | Path | Image.Image | Tensor
+MOST_COMPARED = 64  # pictures of a run, the answers to which are compared when it is loaded
+OTHER_ANSWERS = 0.1  # of a probability: half precision, and a GPU, round otherwise than this CPU
 # Settings of the network, and those that are needed to find the evaluated images again.
 _OF_THE_MODEL = ("model", "data", "seed")
 
@@ -103,7 +108,8 @@ def load_run(
 
     The network is built by the copy of the recipe file in the folder, with the settings that the
     run had; a run of a `Recipe` value needs that `recipe` again. Runs the recipe's code: load only
-    runs that you trust. Raises `UserError` for a folder without a run or its weights.
+    runs that you trust. Raises `UserError` for a folder without a run or its weights, and where the
+    network gives other answers than the run wrote down, as with code that was edited since.
     """
     given = ((folder, str | Path), (recipe, Recipe | None))
     if not all(isinstance(value, kind) for value, kind in given):
@@ -118,7 +124,39 @@ def load_run(
     if recipe is None:
         recipe = _recipe_of(path, config, about)
     shape, classes = tuple(about["image_shape"]), tuple(about["classes"])
-    return run_of(recipe, _weights_of(path, weights), blank_images(shape, classes))
+    run = run_of(recipe, _weights_of(path, weights), blank_images(shape, classes))
+    _refuse_other_answers(run, RunFiles(path), weights)
+    return run
+
+
+def _refuse_other_answers(run: TrainedRun, files: RunFiles, weights: str) -> None:
+    """Compare the answers to the pictures that the run kept with those that it wrote down.
+
+    Where it kept them in their own size, and the network answers the same each time; not while it
+    writes weights and answers, one after the other.
+    """
+    kept = files.best if weights == "best" else files.last
+    if kept is None or kept.pictures.shape[1:] != run.image_shape or files.state == "running":
+        return
+    if weights == "final" and files.epochs and kept.epoch != files.epochs[-1]["epoch"]:
+        return
+    places = kept.pictured[:MOST_COMPARED]
+    labels = torch.from_numpy(kept.truth[places].astype("int64"))
+    images = run.normalize(torch.from_numpy(kept.pictures[:MOST_COMPARED]))
+    with torch.inference_mode():
+        found, again = (upcast(run.model(images)).softmax(1) for _ in range(2))
+    recorded = torch.from_numpy(kept.probability_of_truth[places])
+    gap = float((found.gather(1, labels[:, None])[:, 0] - recorded).abs().max())
+    if torch.equal(found, again) and gap > OTHER_ANSWERS:
+        folder = Path(str(files.about.get("recipe_folder") or files.path))
+        edited = imports.changed(files.about.get("neighbours"), neighbours_of(files.source, folder))
+        what = f"{some(edited)} of {folder}" if edited else "its files, and what they import,"
+        raise UserError(
+            f"{files.path}, whose network gives other answers than the run wrote down: a "
+            f"probability is {gap:.2g} beside it",
+            expected="the code and the weights with which the run was evaluated",
+            instead=f"put {what} back as they were",
+        )
 
 
 def run_of(recipe: Recipe, weights: Path, images: ImageSet) -> TrainedRun:

@@ -148,6 +148,32 @@ def test_a_recipe_finds_the_neighbours_that_it_was_trained_with(tmp_path: Path) 
         load_run(tmp_path / "runs" / "first")
 
 
+class Noisy(Tiny):
+    """As with dropout that stays on: no two answers are the same."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + 9 * torch.rand(len(images), 10)
+
+
+def test_a_network_that_answers_otherwise_than_the_run_did_is_refused(tmp_path: Path) -> None:
+    folder = trained(tmp_path).folder
+    assert folder is not None
+    source, about = folder / "recipe.py", folder / "run.json"
+    text = source.read_text()
+    source.write_text(text + "# edited\n")
+    load_run(folder)
+    source.write_text(text.replace("AdaptiveAvgPool2d", "AdaptiveMaxPool2d"))
+    with refused("other answers than the run wrote down", "its files, and what they import,"):
+        load_run(folder)
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"neighbours": {"net.py": "ab"}}))
+    for which in ("best", "final"):
+        with refused(f"put net.py of {tmp_path} back"):
+            load_run(folder, weights=which)
+    drawn = tiny_recipe(model=Noisy)
+    train(drawn, name="noisy", runs=tmp_path / "runs", wandb="off")
+    load_run(tmp_path / "runs" / "noisy", recipe=drawn)
+
+
 def test_paths_pictures_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
     trained(tmp_path)
     run = load_run(tmp_path / "runs" / "first")
