@@ -366,7 +366,7 @@ def refuse_other_answers(proof: Proof, recorded: NDArray[Any], files: RunFiles) 
     is_half = not str(files.about.get("precision", "fp32")).startswith("fp32")
     if gap > (RECORDED_HALF if is_half else RECORDED):
         raise _refused(
-            f"{files.path} has other weights, or other code, than it was evaluated with: a probability is "
+            f"{files.path} has other weights than those that it evaluated: a probability is "
             f"{gap:.3g} beside the one that was written down"
         )
 
