@@ -101,10 +101,12 @@ def resumed_run(
         notes.append("the best epoch is one of those to come: until now images or answers differed")
     # Those of attempts that went on from here, or from later on, are undone.
     changes = [one for one in before.changes if one.place < change.place]
-    is_over = progress.epochs >= loaded.recipe.epochs or progress.has_waited(loaded.recipe.patience)
+    has_waited = progress.has_waited(loaded.recipe.patience)
+    is_over = has_waited or progress.epochs >= loaded.recipe.epochs
     if change.what and is_over:
         _refuse_other_end(folder, change)
-        notes.append(f"nothing is left to train, so without effect: {', '.join(change.what)}")
+        why = "patience has ended the run" if has_waited else "nothing is left to train"
+        notes.append(f"{why}, so without effect: {', '.join(change.what)}")
     elif change.what:
         changes.append(change)
     return ResumePoint(

@@ -47,8 +47,9 @@ class Change:
 
     def __str__(self) -> str:
         """As on the page of a run."""
-        steps = f" and {count(self.steps, 'step')}" if self.steps else ""
-        return f"after {count(self.epochs, 'epoch')}{steps}: {', '.join(self.what)}"
+        counts = {"epoch": self.epochs, "step": self.steps}
+        where = " and ".join(count(n, kind) for kind, n in counts.items() if n)
+        return f"after {where or '0 steps'}: {', '.join(self.what)}"
 
 
 def chosen_after(changes: Iterable[Change]) -> int:
