@@ -81,6 +81,15 @@ class Plan:
         return self.world_size * self.accumulate
 
     @property
+    def pass_sizes(self) -> tuple[int, ...]:
+        """The images that a forward pass of the training may have; first the most."""
+        last = self.steps_per_epoch
+        steps = (self.batch_size, *([self.step_images(last)] if self.last_step >= last else []))
+        passes = self.num_micro_batches
+        sizes = (size for n in steps for size in (-(-n // passes), n // passes))
+        return tuple(dict.fromkeys(size for size in sizes if size))
+
+    @property
     def last_epoch(self) -> int:
         """The epoch in which the run ends, counted from 1."""
         return self.epoch_of(self.last_step)

@@ -249,7 +249,13 @@ class RankGroup:
         self._guard(lambda: self._poll(key, None, self._check_whether_all_end), self._silence)
         return self._store.get(key).decode()
 
-    def refuse_differences(self, facts: Mapping[str, str], key: str = "facts") -> None:
+    def refuse_differences(
+        self,
+        facts: Mapping[str, str],
+        key: str = "facts",
+        expected: str = "the same recipe, settings and versions on all ranks",
+        instead: str = "start every rank with the same command, files and environment",
+    ) -> None:
         """Raise `UserError` where the facts of this rank are not those of rank 0.
 
         To be called within `sync_errors`, once for each `key`.
@@ -265,8 +271,8 @@ class RankGroup:
             )
             raise UserError(
                 f"{own}, but rank 0 on {self._first_host} has {others}",
-                expected="the same recipe, settings and versions on all ranks",
-                instead="start every rank with the same command, files and environment",
+                expected=expected,
+                instead=instead,
             )
 
     def node_barrier(self, name: str) -> None:

@@ -237,12 +237,7 @@ def write(
     except (UserError, OSError):
         raise
     except Exception as error:
-        line = str(error).strip().splitlines()[0]
-        raise NotExportableError(
-            f"{type(run.model).__name__}, which cannot be exported as {form}: {line}",
-            expected="a network whose forward depends on the images alone, in any number",
-            instead="write x.flatten(1) for x.view(...) with numbers, or type --to safetensors",
-        ) from error
+        raise _not_exportable(run.model, form, error) from error
     path = folder / "model.pt2"
     content = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(program, content, extra_files={"about.json": json.dumps(facts)})
@@ -251,6 +246,27 @@ def write(
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         module = torch.export.load(path).module()
     return lambda images: module(images)
+
+
+def _not_exportable(network: nn.Module, form: str, error: Exception) -> NotExportableError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # torch puts its own advice around what has happened
+        cause = cause.__cause__
+    first, *others = str(cause).strip().splitlines() or [type(cause).__name__]
+    place = next((line for line in others if line.startswith("Caused by: ")), "")
+    expected = "a network whose forward depends on the images alone, in any number"
+    instead = "write x.flatten(1) for x.view(...) with numbers, or type --to safetensors"
+    if form == "onnx":
+        instead = "type --to torch, which has room for more operations, or --to safetensors"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        first, place = "torch.jit has compiled it, or a part of it", ""
+        expected = "a network of plain modules"
+        instead = "leave out torch.jit.script(...) in the recipe, or type --to safetensors"
+    return NotExportableError(
+        f"{type(network).__name__}, which cannot be exported as {form}: {first} {place}".rstrip(),
+        expected=expected,
+        instead=instead,
+    )
 
 
 def _example(run: TrainedRun, *, from_pixels: bool) -> Tensor:

@@ -37,7 +37,7 @@ from launcher.training.accumulation import choose_passes
 from launcher.training.compiling import choose_compiling, is_to_be_tried
 from launcher.training.loop import forget_passes
 from launcher.training.model import build_network, initialize
-from launcher.training.network import count_parameters
+from launcher.training.network import count_parameters, shapes
 from launcher.training.preflight import preflight
 from launcher.training.smoke import smoke_version
 from launcher.training.state import TrainContext, make_context
@@ -167,6 +167,12 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
     group.refuse_differences({"images of": data.name, "digest": data.digest}, "images")
     plan = plan_for(loaded, data, options, world.size)
     network = build_network(recipe, data.train)
+    group.refuse_differences(
+        {f"{name} of the network": shape for name, shape in shapes(network).items()},
+        "network",
+        expected="a network of the same parameters and buffers on all ranks",
+        instead="let its code depend on no rank, process, host or time",
+    )
     facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
     facts |= begin_with_given(network, loaded, options)
     if "compile" in kept:

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
+from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
 from launcher.config.settings import list_settings
@@ -19,22 +21,23 @@ from launcher.errors import UserError
 from launcher.training.network import (
     MemoryFormat,
     first_parameter,
-    kept_numbers,
     layers_in_lists,
     upcast,
 )
 from launcher.training.trial_passes import (
     SHAPE_ERRORS,
-    describe_hidden_state,
+    TrainingPass,
+    describe_own_gradients,
+    describe_second_pass,
     differing_values,
-    parameter_values,
+    first_images,
     refuse_set_parameters,
     refused_images,
     try_first_pass,
     try_training_pass,
     two_images,
 )
-from launcher.utils.text import some
+from launcher.utils.text import count, some
 from launcher.utils.user_code import is_users, place_of, seeded_draws, user_line, user_location
 
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
@@ -67,11 +70,11 @@ def build_network(recipe: Recipe, data: ImageSet) -> nn.Module:
             expected="a class or a function that makes an nn.Module from these settings",
             instead="correct that line, or see launcher RECIPE --help for the model's settings",
         )
-    before, images = parameter_values(network), two_images(network, recipe, data, "contiguous")
-    shape, after = try_first_pass(network, images, recipe)
-    if differing_values(before, after):  # it may be a constraint, which is the same for any images
+    images = two_images(network, recipe, data, "contiguous")
+    shape, changed = try_first_pass(network, images.clone(), recipe)
+    if changed:  # it may be a constraint, which is the same for any images
         _, others = try_first_pass(_drawn(recipe), images / 2, recipe)
-        refuse_set_parameters(differing_values(after, others), recipe)
+        refuse_set_parameters(differing_values(changed, others), recipe)
     expected = (2, len(data.classes))
     if shape != expected:
         nameless = "; or give the data set a list `classes` of their names: without one it has ten"
@@ -121,15 +124,19 @@ def initialize(network: nn.Module, recipe: Recipe, images: ImageSet, device: tor
 
 @dataclass(frozen=True)
 class PlacedNetwork:
-    """A network on its device, in a memory format; `notes` are lines for the user."""
+    """A network on its device, in a memory format; `notes` are lines for the user.
+
+    `trial_images` are those on which it was tried: two, or as many as it needs in a pass.
+    """
 
     network: nn.Module
     memory_format: MemoryFormat
     notes: tuple[str, ...] = ()
+    trial_images: int = 2
 
 
 def place_network(
-    network: nn.Module, recipe: Recipe, accelerator: Accelerator, data: ImageSet
+    network: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator, data: ImageSet
 ) -> PlacedNetwork:
     """Move the network to the device, in the recipe's precision and memory format.
 
@@ -138,29 +145,23 @@ def place_network(
     if recipe.sync_batch_norm:
         network = _with_sync_batch_norm(network, accelerator)
     network = _in_pure_precision(network.to(accelerator.device), recipe)
-    before = kept_numbers(network)
-    placed = _choose_memory_format(network, recipe, accelerator, data)
+    placed, images, first = _choose_memory_format(network, recipe, plan, accelerator, data)
+    notes = [*placed.notes]
     if hidden := layers_in_lists(network):
-        note = (
+        notes.append(
             f"layers in {some(list(hidden))} of {short_name(recipe.model)} are neither trained nor "
             "saved: write nn.ModuleList([...]) for [...], or nn.ModuleDict, if they are to be"
         )
-        placed = replace(placed, notes=(*placed.notes, note))
-    after = kept_numbers(network)
-    if after == before:
-        note = describe_hidden_state(network, recipe, data, placed.memory_format, accelerator)
-        return replace(placed, notes=(*placed.notes, note)) if note else placed
-    # What is computed anew from the images is the same after a second pass over them.
-    images = two_images(network, recipe, data, placed.memory_format)
-    try_training_pass(network, recipe, images, accelerator)
-    changed = [name for name, value in kept_numbers(network).items() if value != after.get(name)]
-    if not changed:
-        return placed
-    note = (
-        f"a pass changes {some(changed)} of {short_name(recipe.model)}, which no checkpoint holds: "
-        "keep in buffers (register_buffer) what lasts from step to step"
-    )
-    return replace(placed, notes=(*placed.notes, note))
+    if plan.num_micro_batches > 1 and not _may_overflow(network, accelerator):
+        notes.append(describe_own_gradients(network, recipe, images, first, accelerator))
+    notes.append(describe_second_pass(network, recipe, images, first, accelerator))
+    return replace(placed, notes=tuple(filter(None, notes)))
+
+
+def _may_overflow(network: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether gradients of a louder loss have no room in half precision."""
+    is_half = any(parameter.dtype == torch.float16 for parameter in network.parameters())
+    return is_half or accelerator.scaler is not None
 
 
 def _with_sync_batch_norm(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -184,38 +185,94 @@ def _in_pure_precision(network: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _choose_memory_format(
-    network: nn.Module, recipe: Recipe, accelerator: Accelerator, data: ImageSet
-) -> PlacedNetwork:
+    network: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator, data: ImageSet
+) -> tuple[PlacedNetwork, Tensor, TrainingPass]:
     """Put the network into the recipe's format, or for auto into channels_last if it takes it.
 
     A format is tried on two images, forward and backward in training mode; all ranks choose alike.
+    A network that takes them in no format, as where it divides those of a pass into groups, is
+    tried on as many as the passes of the training have. Returns the images, and what they showed.
     """
-    wanted, note = recipe.memory_format, ""
+    wanted = recipe.memory_format
     formats: tuple[MemoryFormat, ...] = ("channels_last", "contiguous")
     if wanted != "auto":
         formats = (wanted,)
-    for memory_format in formats:
-        network.to(memory_format=_FORMATS[memory_format])
-        images = two_images(network, recipe, data, memory_format)
-        error, unused = try_training_pass(network, recipe, images, accelerator)
-        if not count_over_ranks(accelerator, error is not None):
-            if recipe.unused_parameters == "refuse":
-                unused_ranks = count_over_ranks(accelerator, bool(unused))
-                if unused_ranks:
-                    shown = some(unused) if unused else "those named on another rank"
-                    raise unused_parameters(recipe, shown)
-            return PlacedNetwork(network, memory_format, (note,) if note else ())
-        refusal = error or RuntimeError("it fails on another rank")
-        note = note or _contiguous_note(recipe, refusal)
+    note, refused_two = "", None
+    is_refused = recipe.unused_parameters == "refuse"
+    for sizes in ((), plan.pass_sizes):
+        for memory_format in formats:
+            _set_format(network, _FORMATS[memory_format])
+            several = [first_images(network, recipe, data, memory_format, size) for size in sizes]
+            images = two_images(network, recipe, data, memory_format)
+            made = _try_passes(network, recipe, several or [images], accelerator)
+            if not count_over_ranks(accelerator, made.error is not None):
+                images = several[0] if several else images
+                if count_over_ranks(accelerator, bool(made.unused)) and is_refused:
+                    # It may divide them among its layers. All are the same: a layer that gets
+                    # images by what they show may have none in some steps, so it has none here.
+                    most = plan.pass_sizes[0]
+                    images = two_images(network, recipe, data, memory_format, most)
+                    made = _refuse_unused(network, recipe, images, made, accelerator)
+                notes = (note,) if note else ()
+                return PlacedNetwork(network, memory_format, notes, len(images)), images, made
+            refusal = made.error or RuntimeError("it fails on another rank")
+            note = note or ("" if sizes else _contiguous_note(recipe, refusal))
+        if not sizes:
+            refused_two, note = refusal, ""
+    assert refused_two is not None
     if wanted == "channels_last":
         raise UserError(
-            f"memory_format=channels_last, which {short_name(recipe.model)} refuses: {refusal}"
-            f"{user_location(refusal)}",
+            f"memory_format=channels_last, which {short_name(recipe.model)} refuses: {refused_two}"
+            f"{user_location(refused_two)}",
             expected="a model that takes it, forward and backward",
             instead="write x.flatten(1) for x.view(x.size(0), -1), or type memory_format=auto",
         )
     name = code_name(recipe.model)
-    raise refused_images(name, images, refusal, " in training mode") from refusal
+    raise refused_images(name, images, refused_two, " in training mode") from refused_two
+
+
+def _set_format(network: nn.Module, memory_format: torch.memory_format) -> None:
+    """As `network.to`, which would refuse tensors of five dimensions, such as a Conv3d's weights."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if not is_lazy(tensor) and tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=memory_format)
+
+
+def _try_passes(
+    network: nn.Module, recipe: Recipe, several: list[Tensor], accelerator: Accelerator
+) -> TrainingPass:
+    """Try each of several numbers of images; returns what the first shows.
+
+    Raises `UserError` where it takes those, but not all of the others.
+    """
+    first, *others = (try_training_pass(network, recipe, each, accelerator) for each in several)
+    for images, made in zip(several[1:], others, strict=True):
+        if made.error is not None and first.error is None:
+            sizes = ", ".join(str(len(each)) for each in several)
+            raise UserError(
+                f"{code_name(recipe.model)} fails in training mode on {count(len(images), 'image')}"
+                f", as a pass of the training has (of {sizes}): {made.error}"
+                f"{user_location(made.error)}",
+                expected="a network that takes the images of each pass, that of the last batch "
+                "of an epoch too",
+                instead="type another data.batch_size",
+            )
+    return first
+
+
+def _refuse_unused(
+    network: nn.Module,
+    recipe: Recipe,
+    images: Tensor,
+    made: TrainingPass,
+    accelerator: Accelerator,
+) -> TrainingPass:
+    """Refuse the unused parameters of a pass, unless one over these images has all gradients."""
+    again = try_training_pass(network, recipe, images, accelerator)
+    if count_over_ranks(accelerator, bool(again.unused or again.error)):
+        shown = some(list(made.unused)) if made.unused else "those named on another rank"
+        raise unused_parameters(recipe, shown)
+    return again
 
 
 def unused_parameters(recipe: Recipe, names: str, moment: str = "") -> UserError:

@@ -1,6 +1,6 @@
 """What is asked of any network: its parameters, its numbers, its state before a trial."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -34,6 +34,15 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+def shapes(network: nn.Module) -> dict[str, str]:
+    """The shapes and types of its parameters and buffers, by name."""
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    return {
+        name: f"{tuple(value.shape)} {value.dtype}{' frozen' * (name in frozen)}"
+        for name, value in network.state_dict().items()
+    }
+
+
 def layers_in_lists(network: nn.Module) -> dict[str, list[nn.Module]]:
     """By attribute, the layers that torch does not see, since they stand in a list or the like.
 
@@ -61,12 +70,25 @@ def kept_numbers(network: nn.Module) -> dict[str, Any]:
     }
 
 
+def changed_parameters(network: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the parameters that are others now than `before`, by name."""
+    named = ((name, p.detach()) for name, p in network.named_parameters() if name in before)
+    return {name: value.clone() for name, value in named if not are_equal(value, before[name])}
+
+
+def are_equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same; what is no number is the same as itself."""
+    if torch.equal(one, two):
+        return True
+    return one.shape == two.shape and torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+
+
 @contextmanager
-def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[None]:
+def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Put back parameters, buffers, gradients and random numbers at the end.
 
     What a lazy layer makes of its own in its first pass stays, and so do buffers that nobody saves:
-    what a network computes once and keeps there.
+    what a network computes once and keeps there. Yields the parameters as they were, by name.
     """
     # A pass may put other buffers in their place, of another shape or where there was none.
     places = [
@@ -79,9 +101,11 @@ def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[No
         *(b for _, own in places for b in own.values() if b is not None),
     ]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
+    copies = {id(tensor): value for tensor, value in values}
+    named = {n: copies[id(p)] for n, p in network.named_parameters() if id(p) in copies}
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
+            yield named
     finally:
         network.zero_grad()
         with torch.no_grad():

@@ -49,6 +49,7 @@ def preflight(ctx: TrainContext) -> None:
 
 def _try_functions(ctx: TrainContext) -> None:
     recipe, network = ctx.recipe, ctx.state.eval_model
+    _refuse_not_finite(ctx)
     two = ctx.data.train.pixels(slice(1)).repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
@@ -207,6 +208,22 @@ def _refuse_no_rate(ctx: TrainContext) -> None:
         )
 
 
+def _refuse_not_finite(ctx: TrainContext) -> None:
+    """Refuse weights that are not finite before the first step: the training ends in it."""
+    state = ctx.state
+    if math.isfinite(float(state.largest_parameter())):
+        return
+    named = {**dict(state.network.named_parameters()), **dict(state.eval_model.named_parameters())}
+    odd = [n for n, p in named.items() if p.requires_grad and not p.isfinite().all()]
+    raise UserError(
+        f"parameters of {code_name(ctx.recipe.model)} that are not finite before the first step: "
+        f"{some(odd)}",
+        expected="numbers, from which a training can begin",
+        instead="write nn.init.normal_(parameter, std=0.02) for torch.empty(...), for example, or "
+        "correct what sets them (initialize, or the weights of --init-from)",
+    )
+
+
 def _try_last_image(ctx: TrainContext, picture: Tensor) -> None:
     """One image may be all that is left, of an epoch or of what is evaluated, or all there is."""
     expected = (1, len(ctx.data.train.classes))
@@ -226,16 +243,21 @@ def _try_last_image(ctx: TrainContext, picture: Tensor) -> None:
 
 
 def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:
-    """BatchNorm of single values refuses one image, which may be all that the last batch leaves."""
+    """BatchNorm of single values refuses one image, which may be all that the last batch leaves.
+
+    And so may a network of one's own.
+    """
     last = plan.step_images(plan.steps_per_epoch)
     if last < 2 * plan.num_micro_batches:
         try:
-            deepcopy(network).train().forward(picture)
-        except ValueError as error:
+            deepcopy(network).train().forward(picture.clone())
+        except Exception as error:
+            if not is_users(error, _FAULTS):
+                raise  # of the launcher's own
             raise UserError(
                 f"a last batch of {count(last, 'image')} over "
-                f"{count(plan.num_micro_batches, 'micro-batch')}: {error}",
-                expected="two images for each, which BatchNorm needs",
+                f"{count(plan.num_micro_batches, 'micro-batch')}: {error}{user_location(error)}",
+                expected="two images for each, which BatchNorm needs, or more",
                 instead="type another data.batch_size",
             ) from error
 

@@ -142,6 +142,7 @@ class TrainContext:
 
     `data` lies on the accelerator's device. `notes` are lines for the user. `skip_steps` are steps
     whose update is skipped, after a rollback. `phase` marks the parts of a step for a profiler.
+    `trial_images` are as many as the network takes in training mode: two, unless it needs more.
     """
 
     recipe: Recipe
@@ -154,6 +155,7 @@ class TrainContext:
     notes: tuple[str, ...] = ()
     skip_steps: frozenset[int] = frozenset()
     phase: Phase = no_phase
+    trial_images: int = 2
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of `values` over all ranks."""
@@ -173,7 +175,7 @@ def make_context(
     Raises `UserError` for an optimizer that refuses its settings, and SyncBatchNorm on a CPU.
     """
     data = on_device(data, recipe.data, accelerator.device)
-    placed = place_network(network, recipe, accelerator, data.train)
+    placed = place_network(network, recipe, plan, accelerator, data.train)
     recipe = replace(recipe, memory_format=placed.memory_format)
     state = make_state(placed.network, recipe, accelerator)
     if recipe.compile and plan.resolutions:
@@ -188,7 +190,15 @@ def make_context(
         state.left_out,
     ]
     return TrainContext(
-        recipe, plan, accelerator, data, state, normalize, loss, tuple(filter(None, notes))
+        recipe,
+        plan,
+        accelerator,
+        data,
+        state,
+        normalize,
+        loss,
+        tuple(filter(None, notes)),
+        trial_images=placed.trial_images,
     )
 
 

@@ -1,11 +1,14 @@
-"""A network is tried on two images before the training: forwards, and backwards as in a step.
+"""A network is tried on a few images before the training: forwards, and backwards as in a step.
 
 It is refused, or a line says so, where it cannot take the images, where the ranks would have other
-weights, and where it keeps what no checkpoint holds. Each trial is undone.
+weights, and where it keeps what no checkpoint holds. Each trial is undone, and holds less memory
+than a step of the training: the parameters once more, and their gradients.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +21,16 @@ from launcher.config.recipe import Recipe
 from launcher.config.serialize import code_name, short_name
 from launcher.data.batches import Normalize
 from launcher.data.images import ImageSet
-from launcher.errors import UserError
-from launcher.training.network import MemoryFormat, first_parameter, restored_afterwards, upcast
+from launcher.errors import LauncherError, UserError
+from launcher.training.network import (
+    MemoryFormat,
+    are_equal,
+    changed_parameters,
+    first_parameter,
+    kept_numbers,
+    restored_afterwards,
+    upcast,
+)
 from launcher.utils.text import some
 from launcher.utils.user_code import global_states, is_users, user_location
 
@@ -31,20 +42,40 @@ SHAPE_ERRORS = (
 )  # what torch raises for wrong shapes
 
 
+LOUDER = 4096.0  # times the loss: a hook that limits gradients then does so
+
+
 def two_images(
-    network: nn.Module, recipe: Recipe, data: ImageSet, memory_format: MemoryFormat
+    network: nn.Module,
+    recipe: Recipe,
+    data: ImageSet,
+    memory_format: MemoryFormat,
+    times: int = 2,
 ) -> Tensor:
-    """The first image twice, normalized: `(2, c, h, w)`."""
-    is_contiguous = memory_format == "contiguous"
-    like = first_parameter(network)
-    normalize = Normalize(recipe.data, data.shape, like, is_contiguous)
-    return normalize(data.pixels(slice(1)).to(like.device).expand(2, -1, -1, -1))
+    """The first image twice, or more often, normalized: `(times, c, h, w)`."""
+    pixels = data.pixels(slice(1)).expand(times, -1, -1, -1)
+    return _normalized(pixels, network, recipe, memory_format)
+
+
+def first_images(
+    network: nn.Module, recipe: Recipe, data: ImageSet, memory_format: MemoryFormat, size: int
+) -> Tensor:
+    """As many training images as a pass of the training has, normalized: `(size, c, h, w)`."""
+    return _normalized(data.pixels(slice(size)), network, recipe, memory_format)
+
+
+def _normalized(
+    pixels: Tensor, network: nn.Module, recipe: Recipe, memory_format: MemoryFormat
+) -> Tensor:
+    like, shape = first_parameter(network), pixels.shape[1:]
+    normalize = Normalize(recipe.data, shape, like, memory_format == "contiguous")
+    return normalize(pixels.to(like.device))
 
 
 def try_first_pass(
     network: nn.Module, images: Tensor, recipe: Recipe
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-    """The shape of the output, and the parameters as the pass has left them; it is undone."""
+    """The shape of the output, and the parameters that the pass has changed; it is undone."""
     for mode, returned in (("train", network.train()), ("eval", network.eval())):
         if returned is not network:
             raise UserError(
@@ -55,9 +86,9 @@ def try_first_pass(
             )
     try:
         # In inference_mode a lazy layer would get weights that never train.
-        with torch.no_grad(), restored_afterwards(network, images.device):
+        with torch.no_grad(), restored_afterwards(network, images.device) as before:
             output = network(images)
-            after = parameter_values(network)
+            changed = changed_parameters(network, before)
     except Exception as error:
         if not is_users(error, SHAPE_ERRORS):
             raise  # of the launcher's own
@@ -72,7 +103,7 @@ def try_first_pass(
             instead="write self.register_buffer(name, torch.tensor(...)) for get_extra_state() or "
             "a sparse tensor, and torch.view_as_real(...) of torch.complex128",
         )
-    return tuple(output.shape), after
+    return tuple(output.shape), changed
 
 
 def _can_be_saved(value: object) -> bool:
@@ -115,39 +146,120 @@ def refused_images(name: str, images: Tensor, error: Exception, mode: str = "") 
     )
 
 
-def try_training_pass(
-    network: nn.Module, recipe: Recipe, images: Tensor, accelerator: Accelerator
-) -> tuple[Exception | None, list[str]]:
-    """Run forward and backward as in training, and leave no trace.
+@dataclass(frozen=True)
+class TrainingPass:
+    """What a pass in training mode has shown: what torch refuses, or what came of it.
 
-    Returns what torch refuses, and the names of the parameters that got no gradient. Raises
-    `UserError` for an output that is no tensor of scores.
+    `unused` are the names of the parameters that got no gradient, `norms` those of the gradients of
+    the others, and `kept` what the network then kept beside parameters and buffers.
+    """
+
+    error: Exception | None = None
+    unused: tuple[str, ...] = ()
+    scores: Tensor | None = None
+    norms: Mapping[str, float] | None = None
+    kept: Mapping[str, Any] | None = None
+
+
+def try_training_pass(
+    network: nn.Module,
+    recipe: Recipe,
+    images: Tensor,
+    accelerator: Accelerator,
+    *,
+    loudness: float = 1.0,
+) -> TrainingPass:
+    """Run forward and backward as in training, on copies of the images, and leave no trace.
+
+    Raises `UserError` for an output that is no tensor of scores. `loudness` multiplies the loss.
     """
     network.train()
     try:
-        with restored_afterwards(network, accelerator.device):
-            before = parameter_values(network)
+        with restored_afterwards(network, accelerator.device) as before:
             with accelerator.autocast(), _refusing_what_is_lost(network, recipe):
-                output = network(images)
-            after = parameter_values(network)
+                output = network(images.clone())  # it may write into them
+            changed = changed_parameters(network, before)
             _refuse_several_outputs(output, recipe, " in training mode")
+            scores = output.detach().float()
             if output.requires_grad:
-                upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
-            trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-            unused = [name for name, p in trained if p.grad is None]
-        with restored_afterwards(network, accelerator.device), torch.no_grad():
-            # What the network keeps of a pass is then without its graph, and can be copied.
-            with accelerator.autocast():
-                network(images / 2)
-            if differing_values(before, after):
-                refuse_set_parameters(differing_values(after, parameter_values(network)), recipe)
-        return None, unused
-    except torch.OutOfMemoryError:
+                loss = upcast(output).square().sum() * loudness
+                loss.backward()  # type: ignore[no-untyped-call]
+            trained = {n: p.grad for n, p in network.named_parameters() if p.requires_grad}
+            norms = {n: float(g.norm()) for n, g in trained.items() if g is not None}
+        if changed:  # it may be a constraint, which is the same for any images
+            with restored_afterwards(network, accelerator.device) as before, torch.no_grad():
+                with accelerator.autocast():
+                    network(images / 2)
+                others = changed_parameters(network, before)
+            refuse_set_parameters(differing_values(changed, others), recipe)
+        unused = tuple(name for name in trained if name not in norms)
+        return TrainingPass(None, unused, scores, norms, kept_numbers(network))
+    except (torch.OutOfMemoryError, LauncherError):
         raise
-    except SHAPE_ERRORS as error:
+    except Exception as error:
+        if not is_users(error, SHAPE_ERRORS):
+            raise  # of the launcher's own
         if refusal := explain_torch_error(error, "before training"):
             raise refusal from None
-        return error, []
+        return TrainingPass(error)
+
+
+def describe_second_pass(
+    network: nn.Module,
+    recipe: Recipe,
+    images: Tensor,
+    first: TrainingPass,
+    accelerator: Accelerator,
+) -> str:
+    """What another pass over the same images, with the same draws, shows of what is kept.
+
+    Without gradients: what the network keeps of it then has no graph, and can be copied.
+    """
+    undone = restored_afterwards(network, accelerator.device)
+    with undone, torch.no_grad(), accelerator.autocast():
+        scores = network(images.clone()).float()
+    # What is computed anew from the images is the same as after the first pass.
+    now, before = kept_numbers(network), first.kept or {}
+    if changed := [name for name, value in now.items() if value != before.get(name)]:
+        return (
+            f"a pass changes {some(changed)} of {short_name(recipe.model)}, which no checkpoint "
+            "holds: keep in buffers (register_buffer) what lasts from step to step"
+        )
+    assert first.scores is not None
+    if torch.allclose(first.scores, scores, rtol=0.01, atol=0.001, equal_nan=True):
+        return ""
+    return (
+        f"a second pass of {short_name(recipe.model)} over the same images makes other scores: "
+        "keep in buffers (register_buffer) what lasts from step to step, which no checkpoint holds"
+    )
+
+
+def describe_own_gradients(
+    network: nn.Module,
+    recipe: Recipe,
+    images: Tensor,
+    first: TrainingPass,
+    accelerator: Accelerator,
+) -> str:
+    """Gradients that do not grow with the loss are no sum over ranks and passes; else empty.
+
+    As where a hook limits or normalizes them in the pass of each rank.
+    """
+    louder = try_training_pass(network, recipe, images, accelerator, loudness=LOUDER)
+    before, now = first.norms or {}, louder.norms or {}
+    odd = [
+        name
+        for name, norm in now.items()
+        if math.isfinite(norm)
+        and not math.isclose(norm, LOUDER * before.get(name, 0), rel_tol=1e-2, abs_tol=1e-30)
+    ]
+    if not odd:
+        return ""
+    return (
+        f"the gradients of {some(odd)} do not grow with the loss: a hook or a backward of "
+        f"{short_name(recipe.model)} changes those of each pass for itself, so other numbers of "
+        "ranks and passes train otherwise; clip_norm in the recipe limits their sum"
+    )
 
 
 @contextmanager
@@ -159,7 +271,7 @@ def _refusing_what_is_lost(network: nn.Module, recipe: Recipe) -> Iterator[None]
     before = global_states()
     yield
     buffers = dict(network.named_buffers())  # a pass may put others in their place
-    changed = [name for name, value in unsaved.items() if not torch.equal(buffers[name], value)]
+    changed = [name for name, value in unsaved.items() if not are_equal(buffers[name], value)]
     if changed:
         raise UserError(
             f"{code_name(recipe.model)} changes in training its buffer {some(changed)}, which is "
@@ -178,15 +290,10 @@ def _refusing_what_is_lost(network: nn.Module, recipe: Recipe) -> Iterator[None]
         )
 
 
-def parameter_values(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of its parameters; those of lazy layers are made by the first pass."""
-    named: Iterable[tuple[str, Tensor]] = network.named_parameters()
-    return {name: value.detach().clone() for name, value in named if not is_lazy(value)}
-
-
-def differing_values(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """The names of the values that both have, and that are not the same."""
-    return [n for n, value in after.items() if n in before and not torch.equal(value, before[n])]
+def differing_values(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> list[str]:
+    """The names of what two passes have changed, but not to the same values."""
+    names = {**one, **two}
+    return [n for n in names if not (n in one and n in two and are_equal(one[n], two[n]))]
 
 
 def refuse_set_parameters(names: list[str], recipe: Recipe) -> None:
@@ -199,29 +306,6 @@ def refuse_set_parameters(names: list[str], recipe: Recipe) -> None:
             instead="keep it in a buffer (register_buffer), or set it by the first images in "
             "initialize= of the recipe",
         )
-
-
-def describe_hidden_state(
-    network: nn.Module,
-    recipe: Recipe,
-    data: ImageSet,
-    memory_format: MemoryFormat,
-    accelerator: Accelerator,
-) -> str:
-    """What two passes over the same images, with the same draws, show of it; else empty."""
-    scores = []
-    for _ in range(2):
-        images = two_images(network, recipe, data, memory_format)  # it may write into them
-        undone = restored_afterwards(network, accelerator.device)
-        with undone, torch.no_grad(), accelerator.autocast():
-            scores.append(network(images).float())
-    first, second = scores
-    if torch.allclose(first, second, rtol=0.01, atol=0.001, equal_nan=True):
-        return ""
-    return (
-        f"a second pass of {short_name(recipe.model)} over the same images makes other scores: "
-        "keep in buffers (register_buffer) what lasts from step to step, which no checkpoint holds"
-    )
 
 
 def explain_torch_error(error: Exception, moment: str) -> UserError | None:

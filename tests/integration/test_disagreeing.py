@@ -68,6 +68,19 @@ def test_another_recipe_text_on_one_rank_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_network_on_one_rank_is_named(tmp_path: Path) -> None:
+    """torch's DistributedDataParallel said it, with a traceback."""
+    recipe = tmp_path / "ranked.py"
+    width = "super().__init__()\n        width = int(os.environ['RANK']) + 4"
+    source = RESUMABLE.read_text().replace("super().__init__()", width, 1)
+    recipe.write_text(source.replace("\nfrom functools", "\nimport os\nfrom functools", 1))
+    codes, text = two(tmp_path, recipes=(recipe, recipe))
+    assert codes == [2, 2], text
+    assert re.search(r"rank 1 of 2 .*: layers\.0\.weight of the network \(5, .* has .*\(4, ", text)
+    assert "let its code depend on no rank" in text
+
+
+@pytest.mark.slow
 def test_the_folder_of_the_images_may_differ(tmp_path: Path) -> None:
     codes, text = two(tmp_path, "data.root=elsewhere")
     assert codes == [0, 0], text

@@ -32,6 +32,7 @@ def find_behaviour(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
     yield from _probabilities(walked, recipe)
     yield from _gradients(walked, recipe)
     yield from _shared(walked.network)
+    yield from _scripted(walked.network)
 
 
 def small_batches(network: nn.Module, plan: Plan) -> Iterator[Verdict]:
@@ -210,6 +211,22 @@ def _shared(network: nn.Module) -> Iterator[Verdict]:
                 "change nothing if they are to share them; else write a new layer for each: "
                 "[nn.Linear(...) for _ in range(n)], not [nn.Linear(...)] * n",
             )
+
+
+def _scripted(network: nn.Module) -> Iterator[Verdict]:
+    """What torch.jit has compiled is one thing: none of its layers can be looked at."""
+    scripted = [n for n, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    outer = [name for name in scripted if name.rpartition(".")[0] not in scripted or not name]
+    outer = outer[:1] if "" in outer else outer
+    if outer:
+        what = "the network" if outer == [""] else some(outer)
+        yield Verdict(
+            NAME,
+            f"torch.jit has compiled {what}, whose layers are not seen here",
+            "notice",
+            "leave out torch.jit.script(...) and torch.jit.trace(...), and type compile=true: "
+            "torch exports neither by --to torch and onnx as a rule",
+        )
 
 
 @contextmanager

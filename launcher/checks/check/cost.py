@@ -68,7 +68,7 @@ def describe_time(ctx: TrainContext) -> Verdict:
 def _measured_step(ctx: TrainContext) -> tuple[int, float]:
     """A number of images, up to the batch size, and the seconds of a step on them."""
     plan: Plan = replace(ctx.plan, world_size=1)
-    size = min(8, plan.batch_size)
+    size = min(8, plan.batch_size) if ctx.trial_images == 2 else ctx.trial_images
     while True:
         alone = replace(plan, batch_size=size, accumulate=1)
         seconds = timing.measure(replace(ctx, plan=alone), _MEASURED).total

@@ -112,6 +112,7 @@ def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode)
         found.refused = None
 
     leaves = [module for module in names if not any(True for _ in module.children())]
+    leaves = [leaf for leaf in leaves if not isinstance(leaf, torch.jit.ScriptModule)]  # no hooks
     handles = [module.register_forward_pre_hook(before) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
     try:

@@ -28,7 +28,8 @@ _HIGH = 2.0  # times log(classes)
 def first_loss(ctx: TrainContext) -> Verdict:
     """The loss before training; for equal scores of n classes it is log(n)."""
     network, train = ctx.state.network, ctx.data.train
-    chosen = torch.arange(0, len(train), max(1, len(train) // FIRST))[:FIRST]
+    most = FIRST if ctx.trial_images == 2 else ctx.trial_images  # which the network takes
+    chosen = torch.arange(0, len(train), max(1, len(train) // most))[:most]
     images = ctx.normalize(train.pixels(chosen))
     network.train()
     with restored_afterwards(network, ctx.accelerator.device), torch.no_grad():

@@ -22,7 +22,6 @@ from launcher.training.state import TrainContext
 from launcher.utils.text import sizes
 
 NAME = "cost"
-_SMALL, _LARGER = 2, 4  # images of two passes; the difference gives the memory of one image
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PURE = {"pure_bf16", "pure_fp16"}
 
@@ -58,7 +57,7 @@ def describe_memory(ctx: TrainContext, recipe: Recipe) -> Verdict:
 
 
 def predict_memory(ctx: TrainContext, recipe: Recipe) -> Memory:
-    """From a pass forwards on two and on four images, after an optimizer step.
+    """From a pass forwards on two and on four images (more, if it needs them), after a step.
 
     Left out are the workspace of the device's libraries and what its allocator cannot use.
     """
@@ -100,11 +99,12 @@ def _peak(ctx: TrainContext, recipe: Recipe, images: int) -> int:
     halves = 2 if recipe.precision in _PURE else 1
     trained = [p for p in ctx.state.network.parameters() if p.requires_grad]
     staying = bytes_of(trained) if ctx.plan.num_micro_batches > 1 else 0
-    small, larger = (_moments(ctx, recipe, size) for size in (_SMALL, _LARGER))
+    few, more = ctx.trial_images, 2 * ctx.trial_images
+    small, larger = (_moments(ctx, recipe, size) for size in (few, more))
     sums = []
     for first, second in zip(small, larger, strict=True):
-        each = (second.of_images - first.of_images) / (_LARGER - _SMALL)
-        of_images = max(0, round(first.of_images + (images - _SMALL) * each))
+        each = (second.of_images - first.of_images) / (more - few)
+        of_images = max(0, round(first.of_images + (images - few) * each))
         sums.append(of_images + max(first.gradients, staying) // halves)
     return max(sums)
 
@@ -137,6 +137,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
     cast = torch.autocast(images.device.type, dtype=half) if half else nullcontext()
     leaves = [module for module in network.modules() if not any(True for _ in module.children())]
+    leaves = [leaf for leaf in leaves if not isinstance(leaf, torch.jit.ScriptModule)]  # no hooks
     handles = [leaf.register_forward_hook(note) for leaf in leaves]
     network.train()
     with restored_afterwards(network, images.device), saved_tensors_hooks(pack, lambda x: x), cast:

@@ -35,7 +35,8 @@ def find_mistake(walked: Walk, classes: int) -> Mistake | None:
 
 def _of_output(walked: Walk, classes: int) -> Mistake | None:
     output, count = walked.output, len(walked.images)
-    forward = f"forward{place_of(type(walked.network).forward)}"
+    own = getattr(type(walked.network), "forward", None)  # not so where torch.jit has made it
+    forward = f"forward{place_of(own) if own else ''}"
     if output is None:
         return Mistake(f"{forward} returns nothing", "end it with `return x`")
     if not isinstance(output, Tensor):

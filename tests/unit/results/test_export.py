@@ -270,6 +270,58 @@ def test_a_network_that_depends_on_more_than_the_images_is_one_line(
     assert not Path("out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_what_torch_jit_has_compiled_is_exported_as_weights_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told to write x.flatten(1)."""
+    source = (
+        RECIPE.read_text()
+        + """
+import torch
+from dataclasses import replace
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)))
+
+
+recipe = replace(recipe, model=scripted)
+"""
+    )
+    (tmp_path / "scripted.py").write_text(source)
+    words = [str(tmp_path / "scripted.py"), *FEW, "--wandb", "off", "--runs", "runs"]
+    assert main([*words, "--name", "scripted"]) == 0
+    for form in ("torch", "onnx"):
+        pytest.importorskip("onnx")
+        capsys.readouterr()
+        assert main(["export", "scripted", "out", "--to", form]) == 2
+        errors = capsys.readouterr().err
+        assert f"exported as {form}: torch.jit has compiled it" in errors
+        assert "--to safetensors" in errors
+    assert main(["export", "scripted", "out", "--to", "safetensors"]) == 0
+
+
+def test_the_reason_why_onnx_has_no_room_for_a_network_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was torch's first line: `Failed to convert the exported program`."""
+    pytest.importorskip("onnx")
+    source = RECIPE.read_text().replace(
+        "return self.layers(images)",
+        "return self.layers(images) @ nn.init.torch.matrix_exp(self.layers[-1].weight[:, :5])",
+    )
+    (tmp_path / "odd.py").write_text(source)
+    words = [str(tmp_path / "odd.py"), *FEW, "--wandb", "off", "--runs", "runs"]
+    assert main([*words, "--name", "odd"]) == 0
+    capsys.readouterr()
+    assert main(["export", "odd", "out", "--to", "onnx"]) == 2
+    errors = capsys.readouterr().err
+    assert "No ONNX function found for <OpOverload(op='aten.linalg_matrix_exp'" in errors
+    assert "type --to torch" in errors
+    assert main(["export", "odd", "out", "--to", "torch"]) == 0
+
+
 def test_a_proof_sees_a_small_gap(runs: Path) -> None:
     run, files = load_run(runs / "own"), find("own", runs)
     test, whole = export.evaluated_images(files, run, None)

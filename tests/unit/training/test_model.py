@@ -124,6 +124,23 @@ def test_the_trial_leaves_no_trace() -> None:
     torch.random.set_rng_state(random)
 
 
+class Volume(Tiny):
+    """With a weight of five dimensions, of which torch's channels_last knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.conv(images[:, None])[:, 0])
+
+
+def test_a_weight_of_five_dimensions_is_no_reason_to_fail() -> None:
+    """It was torch's traceback, `required rank 4 tensor to use channels_last format`."""
+    assert placed(Volume).recipe.memory_format == "channels_last"
+    assert placed(Volume, "contiguous").recipe.memory_format == "contiguous"
+
+
 def test_a_format_that_the_network_refuses_is_answered_in_one_line() -> None:
     with refused("memory_format=channels_last", "Viewing", "x.flatten(1)", "memory_format=auto"):
         placed(Viewing, "channels_last")
@@ -400,3 +417,121 @@ def test_what_an_initialization_draws_follows_from_the_seed() -> None:
     one, two, other = (next(network.parameters())[0].tolist() for network in networks)
     assert one == two
     assert not {*one} & {*other}
+
+
+class Ghost(nn.Module):
+    """BatchNorm over each of some groups of a pass, which it has to divide evenly."""
+
+    def __init__(self, groups: int, each: bool = False) -> None:
+        super().__init__()
+        self.groups, self.each = groups, each
+        self.conv = nn.Conv2d(3, 4, 3, 2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(groups if each else 1))
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.training and self.each:  # a group for each BatchNorm, as far as there are images
+            parts = x.chunk(self.groups)
+            x = torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=False)])
+        elif self.training:
+            if len(x) % self.groups:
+                raise AssertionError(f"{len(x)} images in {self.groups} groups")
+            groups = x.view(self.groups, len(x) // self.groups, *x.shape[1:])
+            x = torch.cat([self.norms[0](part) for part in groups])
+        else:
+            x = self.norms[0](x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_network_that_needs_more_than_two_images_is_tried_on_a_pass(each: bool) -> None:
+    """It was refused, or told that it leaves parameters without a gradient."""
+    recipe = tiny_recipe(model=partial(Ghost, 5, each), data={"batch_size": 20}, epochs=1)
+    ctx = context_of(recipe)
+    preflight(ctx)
+    assert ctx.trial_images == 20
+    assert ctx.notes == ()
+    assert context_of(tiny_recipe(model=Tiny)).trial_images == 2
+    list(fit(ctx))
+
+
+def test_a_pass_that_has_too_few_images_is_named_before_training() -> None:
+    """100 images in batches of 30 leave 10."""
+    with refused("on 10 images, as a pass of the training has (of 30, 10): 10 images in 3 groups"):
+        context_of(tiny_recipe(model=partial(Ghost, 3), data={"batch_size": 30}))
+    recipe = tiny_recipe(model=partial(Ghost, 3), data={"batch_size": 30})
+    context_of(recipe, max_steps=3)  # which has no such pass
+    with refused("fails on images of shape (2, 3, 32, 32) in training mode: AssertionError: 2"):
+        context_of(tiny_recipe(model=partial(Ghost, 7)))
+
+
+class Routed(Tiny):
+    """Each image goes through a layer that its first pixel chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(10, 10) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        chosen, scores = (images[:, 0, 0, 0] > 0).long(), super().forward(images)
+        made = torch.zeros_like(scores)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                made[chosen == number] = expert(scores[chosen == number])
+        return made
+
+
+def test_layers_that_some_passes_leave_out_are_refused_before_training() -> None:
+    """A pass of the training's size may have images for all of them, and another one not."""
+    with refused("Routed that its scores do not depend on: experts.", "unused_parameters=allow"):
+        context_of(tiny_recipe(model=Routed, data={"batch_size": 50}))
+
+
+class Hooked(Tiny):
+    """Changes its gradients on the way."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        weight: Any = self.get_parameter("layers.2.weight")
+        weight.register_hook(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_told"),
+    [
+        (lambda gradient: gradient.clamp(-1, 1), True),
+        (lambda gradient: gradient / gradient.norm(), True),
+        (lambda gradient: gradient * 0.5, False),
+        (lambda gradient: gradient - gradient.mean(), False),
+    ],
+)
+def test_gradients_that_are_no_sum_over_passes_are_told(
+    change: Callable[[Tensor], Tensor], is_told: bool
+) -> None:
+    recipe = tiny_recipe(model=partial(Hooked, change))
+    assert context_of(recipe).notes == ()  # of 1 rank in one pass, they are what they are
+    notes = context_of(replace(recipe, accumulate=2)).notes
+    assert len(notes) == is_told
+    if is_told:
+        assert notes[0].startswith("the gradients of layers.2.weight do not grow with the loss")
+
+
+class Late(Tiny):
+    """Is set up by its first images, and forgets that the trial was undone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_set = False
+        self.register_buffer("shift", torch.zeros(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and not self.is_set:
+            self.shift, self.is_set = images.mean((0, 2, 3))[:, None, None] + 1, True
+        return super().forward(images - self.shift)
+
+
+def test_what_a_network_takes_from_its_first_images_alone_is_told() -> None:
+    """The trial was undone, all but the attribute: it trained without what it had set."""
+    (note,) = context_of(tiny_recipe(model=Late)).notes
+    assert note.startswith("a second pass of Late over the same images makes other scores")

@@ -394,6 +394,27 @@ def test_a_network_of_which_all_is_frozen_is_refused() -> None:
         context_of(tiny_recipe(model=frozen))
 
 
+class Unfilled(Tiny):
+    """Begins with what is no number, where it is trained, frozen or a buffer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        value = torch.full((1,), math.nan if kind == "trained" else math.inf)
+        self.extra = nn.Parameter(value, requires_grad=kind == "trained")
+        self.is_used = kind == "trained"
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = super().forward(images)
+        return scores + self.extra if self.is_used else scores.minimum(self.extra)
+
+
+def test_weights_that_are_not_finite_are_refused_before_training() -> None:
+    """The first step said that the loss is nan, and to lower the learning rate."""
+    with refused("Unfilled that are not finite before the first step: extra", "nn.init.normal_"):
+        preflight(context_of(tiny_recipe(model=partial(Unfilled, kind="trained"))))
+    preflight(context_of(tiny_recipe(model=partial(Unfilled, kind="frozen"))))
+
+
 class Drawing(Tiny):
     """Stochastic depth as many write it."""
 
