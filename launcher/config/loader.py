@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 
 from launcher.config.imports import neighbours_of
@@ -116,7 +117,7 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
     if str(folder.parent) not in sys.path:
         sys.path.append(str(folder.parent))  # and as those of a package: recipes.simplecnn
     before = {name.partition(".")[0] for name in sys.modules}  # recipes is one of them
-    had_accelerator = has_accelerator()
+    had_accelerator, device = has_accelerator(), torch.get_default_device()
     try:
         with seeded_draws():  # of the weights of a teacher, say
             exec(compile(source, str(path), "exec"), module.__dict__)
@@ -141,6 +142,7 @@ def _run(path: Path, source: str, folder: Path) -> types.ModuleType:
         _neighbours.update((name, folder) for name in new if _is_in(name, folder))
     if has_accelerator() and not had_accelerator:
         _refuse_accelerator(path)
+    _refuse_settings_of_torch(path, device)
     return module
 
 
@@ -150,6 +152,30 @@ def _called_too_early(words: str) -> str:
     if found is None or found[2] not in _GIVEN:
         return ""
     return f"write partial({found[1]}, ...) with the settings alone: the launcher gives {found[2]}"
+
+
+def _refuse_settings_of_torch(path: Path, device: torch.device) -> None:
+    """What a file sets for the whole process; `device` was the default before it."""
+    now, dtype = torch.get_default_device(), torch.get_default_dtype()
+    setting = ""
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        setting, instead = "torch.set_grad_enabled(False)", "write `with torch.no_grad():` around"
+        instead += " what needs no gradient"
+    elif now != device:
+        torch.set_default_device(device)
+        setting, instead = f"torch.set_default_device({str(now)!r})", "leave it out: Accelerate "
+        instead += "or torchrun says where it trains"
+    elif dtype not in (torch.float32, torch.float64):
+        torch.set_default_dtype(torch.float32)
+        setting, instead = f"torch.set_default_dtype({dtype})", "write precision='pure_bf16' in "
+        instead += "Recipe, which keeps the statistics in float32"
+    if setting:
+        raise UserError(
+            f"{path} calls {setting}",
+            expected="a file that says what to train, not how all of the process computes",
+            instead=instead,
+        )
 
 
 def _refuse_accelerator(path: Path) -> None:

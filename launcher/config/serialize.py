@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from launcher.config.settings import children
 from launcher.errors import UserError
@@ -46,10 +47,13 @@ def _refuse_built(value: Callable[..., Any]) -> None:
     function = function_of(value)
     if isinstance(function, nn.Module):
         kind = type(function).__name__
+        instead = f"write {kind} without brackets, with settings in partial({kind}, ...)"
+        if isinstance(function, _Loss):
+            instead = f"make it in the code of the loss that calls it, or write loss=nn.{kind}(...)"
         raise UserError(
             f"a {kind} that is built already in the recipe",
             expected="a class or a function, which every process calls for itself",
-            instead=f"write {kind} without brackets, with settings in partial({kind}, ...)",
+            instead=instead,
         )
 
 

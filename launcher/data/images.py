@@ -129,6 +129,15 @@ def digest_of(data: Data, left_out: Iterable[tuple[str, ...]]) -> str:
     return whole.hexdigest()
 
 
+def are_same_images(one: ImageSet, other: ImageSet) -> bool:
+    """Whether two splits hold the same images in the same order, by their labels and a sample."""
+    return (
+        one.images.shape == other.images.shape
+        and torch.equal(one.labels, other.labels)
+        and _sample(one) == _sample(other)
+    )
+
+
 def _sample(split: ImageSet) -> bytes:
     """The bytes of less than a thousand images, since each may be a file on a file server."""
     some = range(0, len(split), max(1, len(split) // 500))

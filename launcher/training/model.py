@@ -232,7 +232,7 @@ def _choose_memory_format(
 
 
 def _set_format(network: nn.Module, memory_format: torch.memory_format) -> None:
-    """As `network.to`, which would refuse tensors of five dimensions, such as a Conv3d's weights."""
+    """As `network.to`, which refuses tensors of five dimensions, such as a Conv3d's weights."""
     for tensor in (*network.parameters(), *network.buffers()):
         if not is_lazy(tensor) and tensor.dim() == 4:
             tensor.data = tensor.data.to(memory_format=memory_format)

@@ -259,6 +259,12 @@ def _parts(optimizer: Optimizer) -> Iterator[Optimizer]:
     yield from optimizer.parts if isinstance(optimizer, ChainedOptimizer) else (optimizer,)
 
 
+def is_of_torch(optimizer: Optimizer) -> bool:
+    """Whether it, or each of several as one, is of a class of torch or of the launcher."""
+    kinds = (type(part).__module__ for part in _parts(optimizer))
+    return all(name.startswith(("torch.optim.", "launcher.")) for name in kinds)
+
+
 def try_step(recipe: Recipe, network: nn.Module, state: dict[str, Any] | None = None) -> list[str]:
     """A step of the recipe's optimizer on copies of the parameters, with gradients of one.
 

@@ -29,9 +29,10 @@ from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
 from launcher.data.augment import as_augmentation, resized
 from launcher.data.batches import cut_when_read
 from launcher.errors import UserError
+from launcher.training.accumulation import is_out_of_memory
 from launcher.training.losses import BatchLoss, example_labels
-from launcher.training.network import restored_afterwards, upcast
-from launcher.training.optimizer_setup import goes_on, try_step
+from launcher.training.network import are_equal, restored_afterwards, upcast
+from launcher.training.optimizer_setup import goes_on, is_of_torch, try_step
 from launcher.training.state import TrainContext, evaluating
 from launcher.utils.text import count, some
 from launcher.utils.user_code import global_states, is_users, place_of, user_location
@@ -43,18 +44,18 @@ _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 def preflight(ctx: TrainContext) -> None:
     """Try what the recipe does with images; raises `UserError` that names the function."""
+    _refuse_not_finite(ctx)
+    _try_saving(ctx.state.optimizer)
+    _try_step(ctx)  # outside of what follows, which holds a copy of the parameters
     with restored_afterwards(ctx.state.eval_model, ctx.accelerator.device):
         _try_functions(ctx)
 
 
 def _try_functions(ctx: TrainContext) -> None:
     recipe, network = ctx.recipe, ctx.state.eval_model
-    _refuse_not_finite(ctx)
     two = ctx.data.train.pixels(slice(1)).repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)
     _try_augmentations(recipe, two.permute(0, 3, 1, 2))
-    _try_saving(ctx.state.optimizer)
-    _try_step(recipe, ctx.state.network)
     if not any(schedulers_in(recipe.schedule)):
         _try_schedule(cast(Schedule, recipe.schedule))
     if recipe.data.mix:
@@ -68,10 +69,13 @@ def _try_functions(ctx: TrainContext) -> None:
         _refuse_unless(fits, recipe.data.mix, made, "images of the same shape beside the weight")
         _try_partners(recipe.data.mix, torch.cat([pictures[:1], -pictures[:1]]))
     with evaluating(network), ctx.accelerator.autocast():
-        logits = network.forward(pictures)  # not through a compiled call
+        given = pictures.clone()
+        logits = network.forward(given)  # not through a compiled call
+        if recipe.views or ctx.loss.takes_images:
+            _refuse_changed(given, pictures, recipe)
         _try_last_image(ctx, pictures[:1])
         if recipe.views:
-            viewed = _tried(recipe.views, network.forward, pictures)
+            viewed = _tried(recipe.views, network.forward, pictures.clone())
             fits = torch.is_tensor(viewed) and viewed.shape == logits.shape
             _refuse_unless(fits, recipe.views, viewed, "a score for each class")
             is_bad = logits.isfinite().all() and not viewed.isfinite().all()
@@ -144,18 +148,26 @@ def _try_saving(optimizer: Optimizer) -> None:
         ) from None
 
 
-def _try_step(recipe: Recipe, network: nn.Module) -> None:
-    """Refuse an optimizer whose step cannot be made here, as for other gradients or devices."""
+def _try_step(ctx: TrainContext) -> None:
+    """Refuse an optimizer whose step cannot be made here, as for other gradients or devices.
+
+    It may need more memory than the training: where there is no more, nothing is known of it.
+    """
+    recipe, network = ctx.recipe, ctx.state.network
     try:
         with _no_global_draws(
             recipe.optimizer,
             "torch.Generator().manual_seed(step), with a step that self.state keeps",
         ):
             lost = try_step(recipe, network)
-        is_whole = bool(lost) or not _has_room(network) or goes_on(recipe, network)
+        # torch's own keep all that lasts in their state, and to see it costs as much as ten steps.
+        is_known = bool(lost) or is_of_torch(ctx.state.optimizer)
+        is_whole = is_known or not _has_room(ctx) or goes_on(recipe, network)
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            return
         if not is_users(error, (*_FAULTS, AssertionError, NotImplementedError)):
             raise  # of the launcher's own
         what = f"{type(error).__name__}: {error}{user_location(error)}"
@@ -184,12 +196,13 @@ def _try_step(recipe: Recipe, network: nn.Module) -> None:
         )
 
 
-def _has_room(network: nn.Module) -> bool:
+def _has_room(ctx: TrainContext) -> bool:
     """Whether two optimizers and a saved state fit: some twelve times what the parameters take."""
-    needed = 12 * sum(parameter.nbytes for parameter in network.parameters())
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    is_gpu = device.type == "cuda"
-    return needed < (torch.cuda.mem_get_info(device)[0] if is_gpu else virtual_memory().available)
+    needed = 12 * sum(parameter.nbytes for parameter in ctx.state.network.parameters())
+    device = ctx.accelerator.device
+    if device.type == "cuda":
+        return needed < torch.cuda.mem_get_info(device)[0]
+    return needed * ctx.accelerator.num_processes < virtual_memory().available  # all try it at once
 
 
 def _refuse_no_rate(ctx: TrainContext) -> None:
@@ -224,11 +237,24 @@ def _refuse_not_finite(ctx: TrainContext) -> None:
     )
 
 
+def _refuse_changed(given: Tensor, images: Tensor, recipe: Recipe) -> None:
+    """Refuse a network that writes into its images where they are seen once more after it."""
+    if not are_equal(given, images):
+        what = "views" if recipe.views else "the loss"
+        raise UserError(
+            f"{code_name(recipe.model)} changes the images that it is given, which {what} of the "
+            "recipe take as they were",
+            expected="a network that leaves them alone",
+            instead="write x = x * 2 for x *= 2 or x.mul_(2), and nn.ReLU() for "
+            "nn.ReLU(inplace=True) as its first layer",
+        )
+
+
 def _try_last_image(ctx: TrainContext, picture: Tensor) -> None:
     """One image may be all that is left, of an epoch or of what is evaluated, or all there is."""
     expected = (1, len(ctx.data.train.classes))
     try:
-        shape = tuple(ctx.state.eval_model.forward(picture).shape)
+        shape = tuple(ctx.state.eval_model.forward(picture.clone()).shape)
         found = f"turns 1 image into an output of shape {shape}"
     except Exception as error:
         if not is_users(error, _FAULTS):
@@ -349,11 +375,16 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
     rolled = torch.stack([logits[0].roll(row // 2) for row in range(size)])
     shades = torch.linspace(0.5, 1, size).to(picture)
     pictures = picture * shades[:, None, None, None]
+    is_random = False
 
     def value(scores: Tensor, labels: Tensor, rows: slice = slice(None)) -> Any:
         with torch.random.fork_rng([picture.device] if picture.is_cuda else []):
             torch.manual_seed(0)
-            return _tried(loss, scores, labels, pictures[rows], name=name)
+            before = global_states()["torch"]
+            made = _tried(loss, scores, labels, pictures[rows], name=name)
+            nonlocal is_random
+            is_random = is_random or global_states()["torch"] != before
+            return made
 
     buffers = [b.clone() for b in name.buffers()] if isinstance(name, nn.Module) else []
     with _no_global_draws(name, "torch.rand(())", ("numpy", "Python")):
@@ -391,7 +422,12 @@ def _try_loss(loss: BatchLoss, logits: Tensor, picture: Tensor, num_micro_batche
     is_sum = mean != 0 and math.isclose(whole, mean * size, rel_tol=1e-3)
     _refuse_unless(not is_sum, name, whole, "the mean over the images, not the sum")
     # As class weights in cross_entropy: it divides by their sum, another one in each micro-batch.
-    if num_micro_batches > 1 and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6):
+    # A loss that draws is another one for each image alone, as dropout is.
+    if (
+        num_micro_batches > 1
+        and not is_random
+        and not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6)
+    ):
         raise UserError(
             f"{code_name(name)}, which is not the mean over {num_micro_batches} micro-batches",
             expected="the mean of the losses of single images, which ranks and passes can add up",

@@ -25,7 +25,7 @@ from launcher.config.schedules import describe_odd_range, schedulers_in
 from launcher.config.serialize import code_name
 from launcher.config.slots import CompileMode, Schedule, TorchSchedule
 from launcher.data.batches import Normalize
-from launcher.data.images import Data
+from launcher.data.images import Data, are_same_images
 from launcher.data.tiers import on_device
 from launcher.errors import UserError
 from launcher.training.losses import BatchLoss, make_loss
@@ -188,6 +188,9 @@ def make_context(
         *placed.notes,
         describe_counting(recipe.schedule) or describe_odd_range(recipe.schedule),
         state.left_out,
+        "the test images are the training images: the accuracy says nothing of other ones"
+        if are_same_images(data.train, data.test)
+        else "",
     ]
     return TrainContext(
         recipe,

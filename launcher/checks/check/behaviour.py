@@ -1,7 +1,7 @@
 """Mistakes that the layers do not show: random evaluation, lost gradients, softmax."""
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from launcher.utils.text import count, some
 from launcher.utils.user_code import describe_line, function_of, innermost_user_line
 
 NAME = "network"
+_PASSES, _SEVERAL = 8, 16  # passes of so many images, after one of two that leaves something out
 
 
 def find_behaviour(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
@@ -156,7 +157,20 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
             "notice",
             "change nothing if they are not to be trained",
         )
-    lost = _without_gradient(walked, trained) if recipe.unused_parameters == "refuse" else []
+    is_refused = recipe.unused_parameters == "refuse"
+    lost = _without_gradient(walked, trained, walked.images) if is_refused else []
+    if lost:  # it may divide the images of a pass among its layers
+        size = max(2, recipe.data.batch_size // recipe.passes)
+        whole = walked.images[:1].repeat(size, 1, 1, 1)
+        lost = _without_gradient(walked, trained, whole, otherwise=lost)
+    if lost and (at_times := sorted({*lost} - {*_never_trained(walked, trained)})):
+        yield Verdict(
+            NAME,
+            f"in some passes only, forward uses {some(at_times)}",
+            "wrong",
+            "type unused_parameters=allow",
+        )
+        return
     called = {layer.name for layer in walked.layers}
     passed = [name for name in lost if name.rpartition(".")[0] in called]
     unused = [name for name in lost if name not in passed]
@@ -180,17 +194,34 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
         )
 
 
-def _without_gradient(walked: Walk, trained: Mapping[str, nn.Parameter]) -> list[str]:
+def _never_trained(walked: Walk, trained: Mapping[str, nn.Parameter]) -> list[str]:
+    """The parameters without a gradient in any of several passes, with other images and draws."""
+    lost, images = {*trained}, walked.images
+    with torch.random.fork_rng([]):
+        for seed in range(_PASSES):
+            torch.manual_seed(seed)
+            others = torch.randn(_SEVERAL, *images.shape[1:]).to(images)
+            lost &= {*_without_gradient(walked, trained, others, otherwise=[*lost])}
+    return sorted(lost)
+
+
+def _without_gradient(
+    walked: Walk,
+    trained: Mapping[str, nn.Parameter],
+    images: Tensor,
+    otherwise: Sequence[str] = (),
+) -> list[str]:
+    """Their names after a pass in training mode; `otherwise` where that fails."""
     network, was_training = walked.network, walked.network.training
     network.train()
     try:
         with restored_afterwards(network, walked.images.device):
-            output = network(walked.images)
+            output = network(images.clone())
             if output.requires_grad:
                 upcast(output).square().sum().backward()  # type: ignore[no-untyped-call]
             return [name for name, parameter in trained.items() if parameter.grad is None]
     except Exception:  # in training mode it fails: which is tried, and said, by what trains
-        return []
+        return [*otherwise]
     finally:
         network.train(was_training)
 
@@ -240,4 +271,5 @@ def _evaluating(walked: Walk) -> Iterator[None]:
 
 def _evaluated(walked: Walk, times: int = 1) -> list[Tensor]:
     with _evaluating(walked):
-        return [upcast(walked.network(walked.images)) for _ in range(times)]
+        # It may write into them.
+        return [upcast(walked.network(walked.images.clone())) for _ in range(times)]

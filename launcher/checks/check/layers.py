@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,17 +64,21 @@ def walk(network: nn.Module, images: Tensor) -> Walk:
     was_training = network.training
     network.eval()
     counter = FlopCounterMode(display=False)
-    try:
-        with (
-            restored_afterwards(network, images.device),
-            torch.no_grad(),
-            _plain_attention(),
-            _watched(found, names, counter),
-            counter,
-        ):
-            found.output = network(images)
-    except Exception as error:
-        found.error = error
+    # The counter follows gradients, and so fails where a network computes some by torch.func.
+    for counting in (counter, nullcontext()):
+        found.layers, found.refused, found.error = [], None, None
+        try:
+            with (
+                restored_afterwards(network, images.device),
+                torch.no_grad(),
+                _plain_attention(),
+                _watched(found, names, counter),
+                counting,
+            ):
+                found.output = network(images.clone())  # it may write into them
+            break
+        except Exception as error:
+            found.error = error
     network.train(was_training)
     found.flops = counter.get_total_flops() // len(images)
     return found

@@ -1,5 +1,6 @@
 """What a network does wrongly although its layers fit: said with the line, and mended as said."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,43 @@ def test_probabilities_are_right_for_a_loss_that_takes_them(tmp_path: Path) -> N
     assert found_in(network, replace(RECIPE, loss=own)) == []
     (verdict,) = found_in(network, replace(RECIPE, loss=partial(cross_entropy, reduction="mean")))
     assert verdict.standing == "wrong"
+
+
+def test_parameters_that_are_used_in_some_passes_only_are_told_what_to_type(tmp_path: Path) -> None:
+    """Stochastic depth was told to look for a detach()."""
+    source = NETWORK.replace(NORM, NORM + "; self.more = nn.Linear(10, 10)")
+    skipping = "return self.more(x) if not self.training or torch.rand(()) < 0.5 else x"
+    source = source.replace("return x", skipping)
+    torch.manual_seed(5)
+    network = network_of(source, tmp_path)
+    while not (found := found_in(network)):  # it was used in the first pass
+        torch.rand(1)
+    (verdict,) = found
+    assert verdict.answer == "in some passes only, forward uses more.bias, more.weight"
+    assert verdict.instead == "type unused_parameters=allow"
+
+
+def test_a_network_that_writes_into_its_images_keeps_nothing(tmp_path: Path) -> None:
+    source = NETWORK.replace("self.conv1(x)", "self.conv1(x.mul_(0.5))")
+    assert found_in(network_of(source, tmp_path)) == []
+
+
+def test_a_network_that_computes_gradients_by_torch_func_is_no_mistake(tmp_path: Path) -> None:
+    """torch's counter of operations fails in it."""
+    gradient = "x = x - torch.func.vmap(torch.func.grad(lambda v: self.fc2(v).logsumexp(0)))(x)"
+    source = NETWORK.replace(RELU, f"{RELU}\n        {gradient}")
+    walked = walk(network_of(source, tmp_path), torch.rand(2, 3, 32, 32))
+    assert walked.error is None
+    assert [layer.name for layer in walked.layers][-1] == "fc2"
+
+
+def test_what_torch_jit_has_compiled_is_a_notice() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
+        network = nn.Sequential(torch.jit.script(nn.Flatten()), nn.Linear(3072, 10))
+    (verdict,) = found_in(network)
+    assert verdict.standing == "notice"
+    assert verdict.answer == "torch.jit has compiled 0, whose layers are not seen here"
 
 
 def test_unused_parameters_may_be_allowed(tmp_path: Path) -> None:

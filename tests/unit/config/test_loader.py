@@ -307,6 +307,26 @@ def test_an_accelerator_or_a_process_group_of_its_own_is_refused(tmp_path: Path,
     assert loader.load(written(tmp_path, GOOD)).recipe.epochs == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("torch.set_grad_enabled(False)", "write `with torch.no_grad():`"),
+        ("torch.set_default_device('meta')", "leave it out: Accelerate or torchrun says where"),
+        ("torch.set_default_dtype(torch.bfloat16)", "write precision='pure_bf16' in Recipe"),
+    ],
+)
+def test_what_a_file_sets_for_the_whole_process_is_refused(
+    line: str, advice: str, tmp_path: Path
+) -> None:
+    """Without gradients it was told that its parameters are unused; the others had tracebacks."""
+    with refused(f"mine.py calls {line}", advice):
+        loader.load(written(tmp_path, f"import torch\n\n{line}\n{GOOD}"))
+    assert torch.is_grad_enabled()
+    assert torch.zeros(()).device.type == "cpu"
+    assert torch.zeros(()).dtype == torch.float32
+    loader.load(written(tmp_path, f"import torch\n\ntorch.set_default_device('cpu')\n{GOOD}"))
+
+
 def test_numbers_of_numpy_and_a_path_are_taken(tmp_path: Path) -> None:
     text = GOOD.replace("epochs=1", "epochs=numpy.int64(2), clip_norm=numpy.float32(1)")
     text = text.replace("mean=(0.5,)", "mean=[numpy.float32(0.5)], root=Path('data')")
@@ -340,7 +360,7 @@ def test_a_network_that_is_built_already_is_refused_in_words_that_help(tmp_path:
 
 
 def test_a_loss_module_in_another_slot_is_refused(tmp_path: Path) -> None:
-    with refused("CrossEntropyLoss", "without brackets"):
+    with refused("a CrossEntropyLoss that is built already", "write loss=nn.CrossEntropyLoss(...)"):
         text = GOOD.replace("epochs=1", "epochs=1, initialize=nn.CrossEntropyLoss()")
         loader.load(written(tmp_path, text))
     loader.load(written(tmp_path, text.replace("initialize=", "loss=")))

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    dropout,
+    one_hot,
+)
 
 from launcher import mixup
 from launcher.config.overrides import override
@@ -16,6 +21,25 @@ from launcher.training.evaluation import evaluate
 from launcher.training.loop import fit
 from launcher.training.preflight import preflight
 from tests.support.helpers import context_of, refused, tiny_recipe
+
+
+def dropping(scores: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(dropout(scores, 0.1), targets)
+
+
+def test_a_loss_that_draws_is_not_told_to_leave_out_class_weights() -> None:
+    """It is another one for an image alone, as dropout in a network is."""
+    preflight(context_of(tiny_recipe(loss=dropping, accumulate=2)))
+
+
+def with_criterion(scores: Tensor, targets: Tensor, *, criterion: Any) -> Tensor:
+    return criterion(scores, targets)
+
+
+def test_a_loss_module_within_a_partial_is_told_where_to_make_it() -> None:
+    """The advice was partial(CrossEntropyLoss, ...), which would make one in each call."""
+    with refused("a CrossEntropyLoss that is built already", "in the code of the loss"):
+        resolve(tiny_recipe(loss=partial(with_criterion, criterion=nn.CrossEntropyLoss())))
 
 
 def weights_after(loss: Any, **changes: Any) -> list[Tensor]:

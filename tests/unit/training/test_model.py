@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torchvision.models import googlenet, resnet18
 
-from launcher import Images, Recipe, Synthetic, ema
+from launcher import Images, Recipe, Synthetic, ema, mirrored
 from launcher.config.overrides import override
 from launcher.data import sources
 from launcher.training.loop import fit
@@ -515,6 +515,32 @@ def test_gradients_that_are_no_sum_over_passes_are_told(
     assert len(notes) == is_told
     if is_told:
         assert notes[0].startswith("the gradients of layers.2.weight do not grow with the loss")
+
+
+class Writing(Tiny):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.mul_(2))
+
+
+def of_images(scores: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+    return F.cross_entropy(scores, targets) + images.square().mean()
+
+
+def test_a_network_that_writes_into_its_images_is_refused_where_they_are_seen_again() -> None:
+    """The mirror images of the views were those of images that the first view had changed."""
+    preflight(context_of(tiny_recipe(model=Writing)))
+    for changes, what in (({"views": mirrored}, "views"), ({"loss": of_images}, "the loss")):
+        with refused(f"Writing changes the images that it is given, which {what}", "x = x * 2"):
+            preflight(context_of(tiny_recipe(model=Writing, **changes)))
+
+
+def test_test_images_that_are_those_of_the_training_are_told() -> None:
+    data = sources.load(tiny_recipe().data)
+    (note,) = context_of(tiny_recipe(), replace(data, test=data.train)).notes
+    assert note.startswith("the test images are the training images")
+    again = replace(data.train, images=data.train.tensor.clone(), labels=data.train.labels.clone())
+    assert context_of(tiny_recipe(), replace(data, test=again)).notes == (note,)
+    assert context_of(tiny_recipe(), data).notes == ()
 
 
 class Late(Tiny):
