@@ -40,9 +40,26 @@ def load_weights(network: nn.Module, path: Path) -> bool:
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
     own = network.state_dict()
-    _refuse_differing(path, own, saved)
-    network.load_state_dict(_with_versions(saved, network))
+    if not _resizes(network, own, saved):
+        _refuse_differing(path, own, saved)
+        network.load_state_dict(_with_versions(saved, network))
     return all(saved[name].dtype == tensor.dtype for name, tensor in own.items())
+
+
+def _resizes(network: nn.Module, own: Tensors, saved: Tensors) -> bool:
+    """Load what differs in the shapes of buffers alone, if the network resizes them for it.
+
+    As an observer of a quantization does, which has found its channels in the first pass.
+    """
+    differing = {name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape}
+    buffers = {name for name, _ in network.named_buffers()}
+    if not differing or own.keys() != saved.keys() or differing - buffers:
+        return False
+    try:
+        network.load_state_dict(_with_versions(saved, network))
+    except RuntimeError:  # a size mismatch
+        return False
+    return all(value.shape == saved[name].shape for name, value in network.state_dict().items())
 
 
 def _with_versions(tensors: Tensors, network: nn.Module) -> Tensors:

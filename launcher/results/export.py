@@ -31,7 +31,7 @@ from launcher.errors import NotExportableError, UserError
 from launcher.results.card import model_card
 from launcher.results.hub import push, refuse_unready
 from launcher.results.load import TrainedRun, blank_images, load_run, run_of
-from launcher.training.network import upcast
+from launcher.training.network import takes_hooks, upcast
 from launcher.utils.arguments import Parser, refuse_no_folder
 from launcher.utils.text import count, sizes
 
@@ -258,7 +258,7 @@ def _not_exportable(network: nn.Module, form: str, error: Exception) -> NotExpor
     instead = "write x.flatten(1) for x.view(...) with numbers, or type --to safetensors"
     if form == "onnx":
         instead = "type --to torch, which has room for more operations, or --to safetensors"
-    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+    if not all(map(takes_hooks, network.modules())):
         first, place = "torch.jit has compiled it, or a part of it", ""
         expected = "a network of plain modules"
         instead = "leave out torch.jit.script(...) in the recipe, or type --to safetensors"
@@ -365,10 +365,23 @@ def prove(run: TrainedRun, answer: Answer, images: ImageSet, *, from_pixels: boo
         is_clear = best[:, 0] - best[:, 1] > 2 * TOLERANCE * largest
         differ = (found.argmax(1) != expected.argmax(1)) & is_clear
         if gap > TOLERANCE * largest or bool(differ.any()):
+            _refuse_unsteady(run, pixels, largest)
             more = f", and {count(int(differ.sum()), 'answer')} of {len(pixels)} differ"
             raise _refused(f"its outputs are up to {gap:.3g} beside the trained network's{more}")
         right += int((found.argmax(1) == labels).sum())
     return Proof(len(images), max(gaps), right / len(images), torch.cat(shares).numpy())
+
+
+def _refuse_unsteady(run: TrainedRun, pixels: Tensor, largest: float) -> None:
+    """Refuse a network whose own scores of the same images differ: no form of it is the same."""
+    with torch.inference_mode():
+        one, two = (upcast(run.model(run.normalize(pixels))) for _ in range(2))
+    if (one - two).abs().max() > TOLERANCE * largest:
+        raise UserError(
+            f"{type(run.model).__name__}, whose scores of the same images differ from call to call",
+            expected="a network that draws nothing in evaluation, and keeps nothing of a call",
+            instead="see which line does so: type launcher check RECIPE",
+        )
 
 
 def refuse_other_answers(proof: Proof, recorded: NDArray[Any], files: RunFiles) -> None:

@@ -43,6 +43,11 @@ def shapes(network: nn.Module) -> dict[str, str]:
     }
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether what is done in a module can be watched: what torch.jit has compiled cannot."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def layers_in_lists(network: nn.Module) -> dict[str, list[nn.Module]]:
     """By attribute, the layers that torch does not see, since they stand in a list or the like.
 

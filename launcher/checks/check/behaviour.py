@@ -16,7 +16,7 @@ from launcher.checks.check.layers import Walk, declared
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
-from launcher.training.network import layers_in_lists, restored_afterwards, upcast
+from launcher.training.network import layers_in_lists, restored_afterwards, takes_hooks, upcast
 from launcher.utils.text import count, some
 from launcher.utils.user_code import describe_line, function_of, innermost_user_line
 
@@ -93,8 +93,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _random_evaluation(walked: Walk) -> Iterator[Verdict]:
-    with _Watch() as watch:
-        first, second = _evaluated(walked, times=2)
+    with _Watch() as watch:  # between both others, by which it may remember other images
+        first, _, second = _evaluated(walked, (1, 2, 1))
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True):
         drawn = f"random numbers are drawn in eval mode{watch.line}"
         cause = drawn if watch.line else "it keeps something from one call to the next"
@@ -246,7 +246,7 @@ def _shared(network: nn.Module) -> Iterator[Verdict]:
 
 def _scripted(network: nn.Module) -> Iterator[Verdict]:
     """What torch.jit has compiled is one thing: none of its layers can be looked at."""
-    scripted = [n for n, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = [name for name, m in network.named_modules() if not takes_hooks(m)]
     outer = [name for name in scripted if name.rpartition(".")[0] not in scripted or not name]
     outer = outer[:1] if "" in outer else outer
     if outer:
@@ -269,7 +269,7 @@ def _evaluating(walked: Walk) -> Iterator[None]:
     walked.network.train(was_training)
 
 
-def _evaluated(walked: Walk, times: int = 1) -> list[Tensor]:
+def _evaluated(walked: Walk, divisors: Sequence[int] = (1,)) -> list[Tensor]:
+    """The scores of the images over each divisor; the network may write into what it is given."""
     with _evaluating(walked):
-        # It may write into them.
-        return [upcast(walked.network(walked.images.clone())) for _ in range(times)]
+        return [upcast(walked.network(walked.images / divisor)) for divisor in divisors]

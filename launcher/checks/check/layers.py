@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.training.network import restored_afterwards
+from launcher.training.network import restored_afterwards, takes_hooks
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode)
         found.refused = None
 
     leaves = [module for module in names if not any(True for _ in module.children())]
-    leaves = [leaf for leaf in leaves if not isinstance(leaf, torch.jit.ScriptModule)]  # no hooks
+    leaves = [leaf for leaf in leaves if takes_hooks(leaf)]
     handles = [module.register_forward_pre_hook(before) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
     try:

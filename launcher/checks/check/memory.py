@@ -17,7 +17,7 @@ from launcher.data.augment import resized
 from launcher.data.batches import steps_per_chunk
 from launcher.data.sources import known_counts
 from launcher.data.storage import Stored
-from launcher.training.network import restored_afterwards, upcast
+from launcher.training.network import restored_afterwards, takes_hooks, upcast
 from launcher.training.state import TrainContext
 from launcher.utils.text import sizes
 
@@ -137,7 +137,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
     cast = torch.autocast(images.device.type, dtype=half) if half else nullcontext()
     leaves = [module for module in network.modules() if not any(True for _ in module.children())]
-    leaves = [leaf for leaf in leaves if not isinstance(leaf, torch.jit.ScriptModule)]  # no hooks
+    leaves = [leaf for leaf in leaves if takes_hooks(leaf)]
     handles = [leaf.register_forward_hook(note) for leaf in leaves]
     network.train()
     with restored_afterwards(network, images.device), saved_tensors_hooks(pack, lambda x: x), cast:

@@ -19,6 +19,7 @@ from launcher.config.serialize import short_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Augmentation, Draws, Mixing
 from launcher.data.augment import as_augmentation
 from launcher.data.images import ImageSet
+from launcher.training.network import takes_hooks
 from launcher.utils.text import count
 from launcher.utils.user_code import global_states, place_of
 
@@ -207,7 +208,7 @@ def own_layers(network: nn.Module, images: Tensor) -> OwnLayers:
 
         return after
 
-    named = list(network.named_modules())
+    named = [pair for pair in network.named_modules() if takes_hooks(pair[1])]
     handles = [module.register_forward_pre_hook(before) for _, module in named]
     handles += [module.register_forward_hook(hook(name)) for name, module in named]
     try:

@@ -26,10 +26,11 @@ from launcher.checks.verify.differences import (
 from launcher.checks.verify.trial import Kill, Phase, Trial, save_interval
 from launcher.checks.verify.trials import TrialError, Trials
 from launcher.config.recipe import Recipe
-from launcher.config.serialize import short_name
+from launcher.config.serialize import code_name, short_name
 from launcher.data.images import Data, ImageSet
 from launcher.errors import NotExportableError, UserError
 from launcher.training.model import build_network
+from launcher.training.network import takes_hooks
 from launcher.training.trial_passes import two_images
 from launcher.utils.text import count
 
@@ -85,6 +86,12 @@ class Promises:
         seconds = part * self._deadline.left
         data = self._data = self._trials.prepare(self._recipe, seconds)
         network = build_network(self._recipe, data.train)
+        if not takes_hooks(network):
+            raise UserError(
+                f"{code_name(self._recipe.model)}, which torch.jit has compiled",
+                expected="a network of plain modules, whose layers and images can be watched",
+                instead="leave out torch.jit.script(...) or torch.jit.trace(...)",
+            )
         images = two_images(network, self._recipe, data.train, "contiguous")
         self._layers = own_layers(network.train(), images)
         self._drawing_in_evaluation = own_layers(network.eval(), images).random

@@ -35,6 +35,7 @@ from launcher.errors import LauncherError, OtherRankError, UserError
 from launcher.run.train import train_loaded
 from launcher.training.evaluation import evaluate
 from launcher.training.metrics import Evaluation
+from launcher.training.network import takes_hooks
 from launcher.training.state import TrainContext
 from launcher.utils import atomic_write
 from launcher.utils.user_code import user_location
@@ -154,7 +155,8 @@ class Watcher:
         if not self._trial.compiled:  # hooks would be compiled as well
             network.register_forward_pre_hook(self._before, prepend=True)
             for name, module in network.named_modules():
-                module.register_forward_hook(self._hook(name))
+                if takes_hooks(module):
+                    module.register_forward_hook(self._hook(name))
         return replace(ctx, phase=self._phase)
 
     def end(self, losses: tuple[float, ...]) -> None:

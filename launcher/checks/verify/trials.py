@@ -23,6 +23,7 @@ from launcher.checks.verify.slices import EPOCHS, LEAST_EACH, MOST_EACH
 from launcher.checks.verify.trial import Sighting, Subject, Trial, compile_mode
 from launcher.config.loader import Load
 from launcher.config.recipe import Recipe
+from launcher.config.serialize import code_name
 from launcher.config.slots import CompileMode, Precision
 from launcher.data.images import Data
 from launcher.distributed.accelerator import usable_cores
@@ -30,7 +31,8 @@ from launcher.distributed.environment import is_true
 from launcher.errors import UserError
 from launcher.training.model import build_network
 from launcher.training.network import upcast
-from launcher.training.trial_passes import two_images
+from launcher.training.trial_passes import SHAPE_ERRORS, two_images
+from launcher.utils.user_code import is_users, user_location
 
 PASSES = 4  # that are timed
 # The approximate number of runs, with one more for BatchNorm and one for `compile`.
@@ -279,10 +281,19 @@ def _seconds_of_image(
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=numbers == "half"):
                 scores = network(images)
             upcast(scores).sum().backward()  # type: ignore[no-untyped-call]
-    except Exception:
-        if numbers != "double":
-            raise
-        return 0.0
+    except Exception as error:
+        if numbers == "double":
+            return 0.0
+        if not is_users(error, SHAPE_ERRORS):
+            raise  # of the launcher's own
+        raise UserError(
+            f"{code_name(recipe.model)} fails in training mode on two images: {error}"
+            f"{user_location(error)}",
+            expected="a network that takes any number of images in a pass, as the trials have some "
+            "that divide evenly neither by the ranks nor into an epoch",
+            instead="train it on the ranks that you have: before it begins, it is tried on the "
+            "images of its passes",
+        ) from error
     return (time.perf_counter() - begin) / (len(images) * (PASSES - 1))
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import PerChannelMinMaxObserver
 from torchvision.models import resnet18
 
 from launcher import cli
 from launcher.checkpoint.resume import initial_weights
-from launcher.checkpoint.weights import load_initial_weights
+from launcher.checkpoint.weights import load_initial_weights, load_weights, save_weights
 from tests.support.helpers import Tiny, refused
 
 State = dict[str, Tensor]
@@ -76,3 +77,26 @@ def test_a_file_without_weights_alone_is_refused(content: Any, tmp_path: Path) -
 def test_skip_says_what_it_goes_with(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes/simplecnn.py", "--skip", "fc"]) == 2
     assert "--skip needs --init-from" in capsys.readouterr().err
+
+
+def observed(channels: int = 4) -> nn.Module:
+    """With an observer whose buffers have the number of channels only after a pass."""
+    return nn.Sequential(nn.Conv2d(3, channels, 3), PerChannelMinMaxObserver(ch_axis=1))
+
+
+def test_buffers_that_a_network_resizes_as_it_loads_them_are_loaded(tmp_path: Path) -> None:
+    """A run of a network prepared for quantization could be neither resumed nor exported."""
+    trained, path = observed(), tmp_path / "weights.safetensors"
+    trained(torch.rand(2, 3, 8, 8))
+    save_weights(trained, path)
+    loaded = observed()
+    assert load_weights(loaded, path)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    with refused("has 0.weight (4, 3, 3, 3), the model (5, 3, 3, 3)"):
+        load_weights(observed(5), path)
+    norms = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    save_weights(norms, path)
+    norms[1].register_buffer("running_mean", torch.zeros(1))
+    with refused("has 1.running_mean (4,), the model (1,)"):
+        load_weights(norms, path)

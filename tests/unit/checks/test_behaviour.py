@@ -50,6 +50,13 @@ WRONG = [
         "",
     ),
     (
+        "return x",
+        "before = getattr(self, 'seen', 0 * x); self.seen = 0.1 * x.detach(); return x + before",
+        "wrong",
+        "it keeps something from one call",  # of the same images it keeps the same
+        "",
+    ),
+    (
         NORM,
         NORM + "; self.conv1.requires_grad_(False)",
         "notice",

@@ -555,3 +555,24 @@ def test_a_set_that_is_small_gives_what_it_has() -> None:
     recipe = tiny_recipe(data={"source": partial(Synthetic, count=7)})
     taken = slices.take(slices.own_images(recipe, Sizes(50, 20, 10)), Sizes(50, 20, 10))
     assert (len(taken.train), len(taken.test)) == (7, 1)
+
+
+class InPairs(nn.Module):
+    """Takes batches of at least four images in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) < 4:
+            raise ValueError("too few images")
+        return self.fc(images.mean((2, 3)))
+
+
+def test_a_network_that_takes_no_small_pass_is_answered_in_one_line() -> None:
+    """It was a traceback."""
+    recipe = tiny_recipe(model=InPairs)
+    settings = Settings((SIMPLECNN,), never, 2, None, Path())
+    with refused("InPairs fails in training mode on two images: too few images"):
+        effort_in_time(recipe, sources.load(recipe.data), settings, 100.0, on_cpu=True)

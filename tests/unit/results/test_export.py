@@ -302,6 +302,19 @@ recipe = replace(recipe, model=scripted)
     assert main(["export", "scripted", "out", "--to", "safetensors"]) == 0
 
 
+def test_a_network_that_draws_in_evaluation_is_not_told_to_try_another_form(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = "return self.layers(images) + nn.init.torch.rand(())"
+    source = RECIPE.read_text().replace("return self.layers(images)", drawing)
+    (tmp_path / "odd.py").write_text(source)
+    words = [str(tmp_path / "odd.py"), *FEW, "--wandb", "off", "--runs", "runs"]
+    assert main([*words, "--name", "odd"]) == 0
+    capsys.readouterr()
+    assert main(["export", "odd", "out", "--to", "safetensors"]) == 2
+    assert "scores of the same images differ from call to call" in capsys.readouterr().err
+
+
 def test_the_reason_why_onnx_has_no_room_for_a_network_is_named(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -336,6 +336,21 @@ def test_a_state_that_is_hidden_is_told_in_a_note() -> None:
     assert note.startswith("a second pass of Stepping over the same images makes other scores")
 
 
+class Echoing(Tiny):
+    """Adds a little of its last scores."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = super().forward(images)
+        before, self.last = getattr(self, "last", torch.zeros(())), 0.005 * scores.detach()
+        return scores + before
+
+
+def test_a_state_that_changes_scores_by_little_is_told_as_well() -> None:
+    """Of the same images it keeps the same, by which it was not seen."""
+    (note,) = context_of(tiny_recipe(model=Echoing)).notes
+    assert note.startswith("a second pass of Echoing over the same images makes other scores")
+
+
 def test_what_a_network_observes_begins_with_the_training() -> None:
     ctx = context_of(tiny_recipe(model=partial(Stepping, kind="observes")))
     preflight(ctx)
