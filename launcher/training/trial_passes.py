@@ -174,11 +174,14 @@ def try_training_pass(
     Raises `UserError` for an output that is no tensor of scores. `loudness` multiplies the loss.
     """
     network.train()
+    shapes_before = {name: b.shape for name, b in network.named_buffers() if not is_lazy(b)}
     try:
         with restored_afterwards(network, accelerator.device) as before:
             with accelerator.autocast(), _refusing_what_is_lost(network, recipe):
                 output = network(images.clone())  # it may write into them
             changed = changed_parameters(network, before)
+            if recipe.average is not None:
+                _refuse_resized(shapes_before, network, recipe)
             _refuse_several_outputs(output, recipe, " in training mode")
             scores = output.detach().float()
             if output.requires_grad:
@@ -202,6 +205,19 @@ def try_training_pass(
         if refusal := explain_torch_error(error, "before training"):
             raise refusal from None
         return TrainingPass(error)
+
+
+def _refuse_resized(before: Mapping[str, torch.Size], network: nn.Module, recipe: Recipe) -> None:
+    """An average, which is a copy from before the first step, keeps the buffers' shapes of then."""
+    now = {name: buffer.shape for name, buffer in network.named_buffers()}
+    if resized := [name for name in before if name in now and now[name] != before[name]]:
+        raise UserError(
+            f"an average of {code_name(recipe.model)}, which resizes its buffer {some(resized)} in "
+            "a pass",
+            expected="buffers of one shape, as torch's averages need them",
+            instead="make a pass over some images before the function returns the network, or type "
+            "average=none",
+        )
 
 
 def describe_second_pass(

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import PerChannelMinMaxObserver
 from torch.nn import functional as F
 from torch.optim import SGD
 from torchvision.models import googlenet, resnet18
@@ -334,6 +335,33 @@ class Stepping(Tiny):
 def test_a_state_that_is_hidden_is_told_in_a_note() -> None:
     (note,) = context_of(tiny_recipe(model=partial(Stepping, kind="counts"))).notes
     assert note.startswith("a second pass of Stepping over the same images makes other scores")
+
+
+class Observing(Tiny):
+    """As one prepared for quantization: its observers find the number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observer = PerChannelMinMaxObserver(ch_axis=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.observer(images) if self.training else images)
+
+
+def observed() -> nn.Module:
+    network = Observing()
+    network(torch.rand(2, 3, 8, 8))
+    return network
+
+
+def test_buffers_that_are_resized_are_refused_for_an_average() -> None:
+    """The first step failed in torch's code. What the refusal says to write helps."""
+    context_of(tiny_recipe(model=Observing))
+    with refused(
+        "an average of tests.unit.training.test_model:Observing, which resizes its buffer"
+    ):
+        context_of(tiny_recipe(model=Observing, average=ema))
+    next(iter(fit(context_of(tiny_recipe(model=observed, average=ema)))))
 
 
 class Echoing(Tiny):
