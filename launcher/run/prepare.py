@@ -64,14 +64,14 @@ def training_of(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> 
     if options.init_from is None:
         initialize(prepared.network, recipe, data.train, accelerator.device)
     ctx = make_context(prepared.network, recipe, prepared.plan, accelerator, data)
-    preflight(ctx)
+    ctx = preflight(ctx)
     facts = prepared.facts
     is_tried = not prepared.compile_is_kept and is_to_be_tried(ctx)
     if recipe.accumulate == "auto":
         with torch.compiler.set_stance("force_eager" if is_tried else "default"):
             ctx = choose_passes(ctx)
         facts["batch"] = ctx.plan.describe_batch()
-        preflight(ctx)  # of the smaller passes
+        ctx = preflight(ctx)  # of the smaller passes
     if is_tried:
         ctx, facts["compile"] = choose_compiling(ctx)
     if is_tried or recipe.accumulate == "auto":
@@ -100,8 +100,7 @@ def dry_context(
         if recipe.initialize is not None:
             initialize(network, recipe, data.train, accelerator.device)
         ctx = make_context(network, recipe, plan, accelerator, data)
-        preflight(ctx)
-        yield ctx
+        yield preflight(ctx)
     finally:
         reset_accelerator()
 

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from numbers import Real
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
 from launcher.config.schedules import schedulers_in
-from launcher.config.serialize import code_name
+from launcher.config.serialize import code_name, short_name
 from launcher.config.slots import DRAWS_PER_AUGMENTATION, Draws, Schedule
 from launcher.data.augment import as_augmentation, resized
 from launcher.data.batches import cut_when_read
@@ -42,16 +43,20 @@ _V2 = "or a class of torchvision.transforms.v2 without brackets"
 _FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
-def preflight(ctx: TrainContext) -> None:
-    """Try what the recipe does with images; raises `UserError` that names the function."""
+def preflight(ctx: TrainContext) -> TrainContext:
+    """Try what the recipe does with images; raises `UserError` that names the function.
+
+    Returns the context with a note of what has been seen, if anything.
+    """
     _refuse_not_finite(ctx)
     _try_saving(ctx.state.optimizer)
     _try_step(ctx)  # outside of what follows, which holds a copy of the parameters
     with restored_afterwards(ctx.state.eval_model, ctx.accelerator.device):
-        _try_functions(ctx)
+        note = _try_functions(ctx)
+    return replace(ctx, notes=tuple(dict.fromkeys((*ctx.notes, *filter(None, [note])))))
 
 
-def _try_functions(ctx: TrainContext) -> None:
+def _try_functions(ctx: TrainContext) -> str:
     recipe, network = ctx.recipe, ctx.state.eval_model
     two = ctx.data.train.pixels(slice(1)).repeat(2, 1, 1, 1)
     pictures = ctx.normalize(two)
@@ -69,11 +74,12 @@ def _try_functions(ctx: TrainContext) -> None:
         _refuse_unless(fits, recipe.data.mix, made, "images of the same shape beside the weight")
         _try_partners(recipe.data.mix, torch.cat([pictures[:1], -pictures[:1]]))
     with evaluating(network), ctx.accelerator.autocast():
-        given = pictures.clone()
+        several = torch.cat([pictures[:1], pictures[:1] / 2])
+        given = several.clone()
         logits = network.forward(given)  # not through a compiled call
         if recipe.views or ctx.loss.takes_images:
-            _refuse_changed(given, pictures, recipe)
-        _try_last_image(ctx, pictures[:1])
+            _refuse_changed(given, several, recipe)
+        note = _describe_neighbours(ctx, logits[:1], _try_last_image(ctx, pictures[:1]))
         if recipe.views:
             viewed = _tried(recipe.views, network.forward, pictures.clone())
             fits = torch.is_tensor(viewed) and viewed.shape == logits.shape
@@ -87,6 +93,7 @@ def _try_functions(ctx: TrainContext) -> None:
         _try_one_image(ctx.plan, network, pictures[:1])
     _try_resolutions(ctx, two)
     _refuse_no_rate(ctx)
+    return note
 
 
 def _try_resolutions(ctx: TrainContext, two: Tensor) -> None:
@@ -250,22 +257,39 @@ def _refuse_changed(given: Tensor, images: Tensor, recipe: Recipe) -> None:
         )
 
 
-def _try_last_image(ctx: TrainContext, picture: Tensor) -> None:
+def _describe_neighbours(ctx: TrainContext, together: Tensor, alone: Tensor) -> str:
+    """What the scores `(1, classes)` of an image beside another one and alone show; else empty."""
+    is_exact = ctx.accelerator.mixed_precision == "no" and together.dtype.itemsize >= 4
+    together, alone = together.double(), alone.double()
+    rounding = (1e-3 if is_exact else 5e-2) * max(1.0, float(alone.abs().max()))
+    if not (together - alone).abs().max() > rounding:  # what is no number is none
+        return ""
+    return (
+        f"{short_name(ctx.recipe.model)} gives an image other scores beside others than alone, in "
+        "evaluation too: what is measured depends on the batches, which are others on other "
+        "numbers of ranks"
+    )
+
+
+def _try_last_image(ctx: TrainContext, picture: Tensor) -> Tensor:
     """One image may be all that is left, of an epoch or of what is evaluated, or all there is."""
     expected = (1, len(ctx.data.train.classes))
+    scores = None
     try:
-        shape = tuple(ctx.state.eval_model.forward(picture.clone()).shape)
+        scores = ctx.state.eval_model.forward(picture.clone())
+        shape = tuple(scores.shape)
         found = f"turns 1 image into an output of shape {shape}"
     except Exception as error:
         if not is_users(error, _FAULTS):
             raise  # of the launcher's own
         shape, found = (), f"fails on 1 image: {error}{user_location(error)}"
-    if shape != expected:
+    if scores is None or shape != expected:
         raise UserError(
             f"{code_name(ctx.recipe.model)} {found}",
             expected=f"an output of shape {expected}, as of any number of images",
             instead="write flatten(1) for squeeze(), which drops the dimension of the batch",
         )
+    return scores
 
 
 def _try_one_image(plan: Plan, network: nn.Module, picture: Tensor) -> None:

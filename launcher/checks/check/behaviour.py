@@ -181,8 +181,8 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
             f"no gradient reaches {some(passed)}: the computation of the scores is cut after "
             f"{layer}{declared(network, layer)}",
             "wrong",
-            "leave out detach(), .data, .item(), numpy and torch.no_grad() after it, or call "
-            "requires_grad_(False) on what is not to be trained",
+            "use what it makes, without detach(), .data, .item(), numpy and torch.no_grad() after "
+            "it, or call requires_grad_(False) on what is not to be trained",
         )
     elif unused:
         layer = unused[0].rpartition(".")[0] or unused[0]

@@ -75,6 +75,31 @@ def test_weights_that_nobody_knows_are_refused_where_micro_batches_would_not_add
     preflighted(tiny_recipe(loss=partial(cross_entropy, label_smoothing=0.1), accumulate=2))
 
 
+class Across(nn.Module):
+    """Normalizes by its batch, or attends to its images as if they were one text."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, 8)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=kind != "norm")
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=kind != "attention")
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.conv(images)).flatten(2).transpose(1, 2)
+        return self.fc(self.encoder(x).mean(1))
+
+
+@pytest.mark.parametrize(("kind", "notes"), [("norm", 1), ("attention", 1), ("none", 0)])
+def test_scores_that_depend_on_the_other_images_are_told(kind: str, notes: int) -> None:
+    """Nothing said so but `verify`, and what is measured on 2 ranks is something else."""
+    found = preflight(context_of(tiny_recipe(model=partial(Across, kind)))).notes
+    assert len(found) == notes
+    if notes:
+        assert found[0].startswith("Across gives an image other scores beside others than alone")
+
+
 def unscored(score: Score, images: Tensor) -> Tensor:
     return images
 
