@@ -108,7 +108,7 @@ def test_times_are_written_as_in_slurm(
         (("x.py",), ("on a machine without sbatch", "--dry-run")),
         (("x.py", "--save-before", "9" * 30), ("--save-before", "no whole number of at most 9")),
         (("x.py", "--nodes", "9" * 5000), ("--nodes", "no whole number of at most 9 digits")),
-        (("x.py", "--runs", "a\0b"), ("--runs a?b (embedded null byte)", "type --runs FOLDER")),
+        (("x.py", "--runs", "a\0b"), ("--runs a?b (", "type --runs FOLDER")),
         (("--status", "--runs", "x" * 300), ("no job was submitted for runs in x",)),
         (("--status",), ("no job was submitted for runs in runs", "--runs FOLDER")),
     ],
