@@ -7,6 +7,7 @@ gives the split; a few are recorded by torch's profiler, into a trace file. How 
 for gradients of other ranks is found by some more steps after the run, in which none travels.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -172,6 +173,8 @@ class StepTimer:
         self._clock.waits_for_device, self._clock.marks_trace = name == "split", False
         if name == "trace" and self.trace is not None:
             gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            if not gpu:  # torch's profiler looks for one all the same, and writes into the bar
+                os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             # There is one cycle to keep events of; without acc_events torch 2.11 warns of others.
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
             self._profile.start()
