@@ -385,6 +385,7 @@ def _run(words: list[str], world: World) -> int:
             sys.stdout.write(parser.format_help())
             return 0
         refuse_misplaced(unknown)
+        _refuse_misspelt(unknown, parser)
         _refuse_other_command(words, named, command)
         shows = arguments.help or arguments.dry_run
         save_before = timedelta(seconds=arguments.save_before)
@@ -487,6 +488,15 @@ def _is_no_path(word: str) -> bool:
     """A name without folder and ending that is no file, nor one in recipes/ without its .py."""
     is_there = Path(word).exists() or Path("recipes", f"{word}.py").exists()
     return word.isidentifier() and not is_there
+
+
+def _refuse_misspelt(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Say which option is meant by what is nearly one, and no setting either: that has a `=`."""
+    options = [text for action in parser._actions for text in action.option_strings]
+    for word in unknown:
+        close = difflib.get_close_matches(word, options, 1, cutoff=0.85)
+        if word.startswith("--") and "=" not in word and close:
+            parser.error(f"{word}, which is no option: did you mean {close[0]}?")
 
 
 def _refuse_useless_skip(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

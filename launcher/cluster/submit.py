@@ -152,12 +152,17 @@ def _manifests(arguments: argparse.Namespace) -> str:
 def _unknown_option(word: str, parser: argparse.ArgumentParser) -> UserError:
     valid = [text for action in parser._actions for text in action.option_strings]
     option = word.partition("=")[0]
-    near = difflib.get_close_matches(option, valid, n=1) if "." not in option else []
-    hint = f"type {near[0]}, or" if near else "if it is a setting, type it as name=value, or"
+    near = difflib.get_close_matches(option, valid, n=1, cutoff=0.75)
+    if "." in option:
+        instead = f"type {word.removeprefix('--')}"
+    elif near:
+        instead = f"did you mean {near[0]}?"
+    else:
+        instead = f"write #SBATCH {option}=... into deploy/slurm_site.sh if it is sbatch's"
     return UserError(
         f"{option} after launcher submit",
-        expected=f"one of {', '.join(valid)}",
-        instead=f"{hint} see launcher submit --help",
+        expected="its own options, and settings of the recipe as name=value",
+        instead=f"{instead}; see launcher submit --help",
     )
 
 

@@ -215,6 +215,8 @@ def test_smoke_fails_with_a_reason_when_nothing_is_learnt(
         ([SIMPLECNN, "--log-every", "9" * 5000], ["--log-every", "no whole number"]),
         ([SIMPLECNN, "--save-before", "9" * 30], ["--save-before", "no whole number"]),
         ([SIMPLECNN, "--lr", "0.1"], ["the word '--lr'", "type optimizer.lr=0.1, or"]),
+        ([SIMPLECNN, "--max-step", "3"], ["no option: did you mean --max-steps?"]),
+        (["repeat", SIMPLECNN, "--seed", "0-1"], ["no option: did you mean --seeds?"]),
         ([SIMPLECNN, "epochs", "3"], ["the word 'epochs'", "type epochs=3, or"]),
         ([SIMPLECNN, "--epochs", "seed=3"], ["the word '--epochs'", "type epochs=VALUE, or"]),
         ([SIMPLECNN, "--lr=1"], ["no setting is called 'lr'", "did you mean optimizer.lr?"]),

@@ -93,8 +93,8 @@ def test_times_are_written_as_in_slurm(
     ("words", "parts"),
     [
         ((), ("no recipe is named", "launcher submit RECIPE")),
-        (("x.py", "--nodse", "2"), ("--nodse", "--nodes, --gpus, --processes", "type --nodes")),
-        (("x.py", "--optimizer.lr=1"), ("--optimizer.lr", "type it as name=value")),
+        (("x.py", "--nodse", "2"), ("--nodse", "did you mean --nodes?")),
+        (("x.py", "--optimizer.lr=1"), ("--optimizer.lr after", "type optimizer.lr=1;")),
         (("x.py", "y.py"), ("'y.py' after the recipe", "name=value")),
         (("x.py", "--time", "soon"), ("'soon' is no time like", "4:00:00")),
         (("x.py", "--time", "0"), ("--time 0:00:00", "at least a minute")),
@@ -102,6 +102,11 @@ def test_times_are_written_as_in_slurm(
         (("x.py", "--nodes", "two"), ("--nodes", "'two'")),
         (("x.py", "--sweep", "lr"), ("--sweep lr=", "--sweep optimizer.lr=0.01,0.03,0.1")),
         (("x.py", "--sweep", "lr=1,,2"), ("--sweep lr=1,,2", "none empty")),
+        (
+            ("x.py", "--partition", "gpu"),
+            ("--partition after", "write #SBATCH --partition=... into"),
+        ),
+        (("x.py", "--node", "2"), ("--node after launcher submit", "did you mean --nodes?")),
         (("x.py", "--site", "none.sh"), ("--site none.sh (no such file)", "slurm_site.sh")),
         (("x.py", "--site", "."), ("--site .", "a file with #SBATCH lines")),
         (("x.py", "--runs", "", "--dry-run"), ("--runs ''", "a folder")),
