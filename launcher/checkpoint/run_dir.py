@@ -9,7 +9,7 @@ runs/NAME/
     best.npz, last.npz  what was said of each evaluated image in that epoch: see outcomes.py
     validation.json     which training images were held out, by their places in the source
     test.json           with validation images: the figures of the test images at the end
-    end.json            how the last attempt ended
+    end.json            how the last attempt ended, and why it failed
     report/             a page for a browser, which launcher report can write again
     checkpoints/        the last three, from which --resume continues: see checkpoint.py
     compiled.bin        what torch.compile has made, for the same: see compiled.py

@@ -239,21 +239,14 @@ def refuse_misplaced(words: list[str]) -> None:
     """Refuse flags of Accelerate, of torchrun and the like behind the recipe."""
     for word in words:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and flag in _ACCELERATES:
-            raise UserError(
-                f"{word} after the recipe",
-                expected="Accelerate's flags before -m launcher",
-                instead=f"type accelerate launch {word} ... -m launcher RECIPE",
-            )
-        if word.startswith("--") and flag in _TORCHRUNS:
-            raise UserError(
-                f"{word} after the recipe",
-                expected="torchrun's flags before -m launcher",
-                instead=f"type torchrun {word} ... -m launcher RECIPE",
-            )
-        if word.startswith("--") and flag in _OTHERS:
-            raise UserError(
-                f"{word} after the recipe",
-                expected="the number of processes, one for each GPU, before -m launcher",
-                instead="type accelerate launch --num_processes 2 -m launcher RECIPE",
-            )
+        for flags, whose, command in (
+            (_ACCELERATES, "Accelerate's flags", f"accelerate launch {word} ..."),
+            (_TORCHRUNS, "torchrun's flags", f"torchrun {word} ..."),
+            (_OTHERS, "one process for each GPU,", "accelerate launch --num_processes 2"),
+        ):
+            if word.startswith("--") and flag in flags:
+                raise UserError(
+                    f"{word} after the recipe",
+                    expected=f"{whose} before -m launcher",
+                    instead=f"type {command} -m launcher RECIPE",
+                )
