@@ -10,6 +10,7 @@ possible `classes`, and its images in one of two forms:
 torchvision opens and verifies its files. Where the images then are, `tiers` decides.
 """
 
+import difflib
 import http.client
 import inspect
 import logging
@@ -250,7 +251,7 @@ def _open(data: Images, split: str) -> ImageSet | None:
     except FileNotFoundError as error:
         if error.errno is not None:  # of the system: a file is absent
             return None
-        raise _UnavailableError(f"there is no folder {error}") from None
+        raise _UnavailableError(f"there is no folder {error}{_near(data.root)}") from None
     except ModuleNotFoundError as error:
         raise _needs_module(source, error) from None
     except LauncherError:
@@ -259,6 +260,16 @@ def _open(data: Images, split: str) -> ImageSet | None:
         _refuse_failing(source, error)
         return None
     return as_image_set(dataset, data)
+
+
+def _near(root: str) -> str:
+    """Of a folder that is not there, the one beside it with nearly its name."""
+    path = Path(root)
+    with suppress(OSError):
+        names = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+        if close := difflib.get_close_matches(path.name, names, 1):
+            return f" (there is {path.parent / close[0]})"
+    return ""
 
 
 def _fetch(data: Images, split: str) -> ImageSet:

@@ -372,7 +372,10 @@ def test_an_absent_mnist_is_replaced_and_the_reason_is_one_line(tmp_path: Path) 
 
 def test_a_folder_of_pictures_that_is_absent_is_replaced_or_refused(tmp_path: Path) -> None:
     source, root = partial(Folder, size=32), tmp_path / "pictures"
-    with refused("Folder", repr(str(root)), "data.root=FOLDER"):
+    (tmp_path / "picture").mkdir()
+    with refused(
+        "Folder", repr(str(root)), f"(there is {tmp_path / 'picture'})", "data.root=FOLDER"
+    ):
         sources.load(images_of(source, root))
     data = sources.load(images_of(source, root, fallback=SMALL))
     assert data.name == "Synthetic"
