@@ -659,12 +659,13 @@ def _dry_run(loaded: "LoadedRecipe", options: "RunOptions", world: World) -> int
     network = build_network(loaded.recipe, data.train)
     facts = prepare.describe(loaded, data, plan, network)
     facts |= prepare.begin_with_given(network, loaded, options)
+    notes: tuple[str, ...] = ()
     if world.size == 1:  # several would have to meet for it
-        with prepare.dry_context(loaded.recipe, plan, network, data):
-            pass
+        with prepare.dry_context(loaded.recipe, plan, network, data) as ctx:
+            notes = ctx.notes
     if world.is_main:
         sys.stdout.write(json.dumps(loaded.config, indent=2) + "\n")
         sys.stdout.writelines(f"{label:<8}{redacted(value)}\n" for label, value in facts.items())
-        warning = redacted(prepare.fallback_warning(data))
-        sys.stdout.write(f"{warning}\n" if warning else "")
+        remarks = (prepare.fallback_warning(data), *notes)
+        sys.stdout.writelines(f"{redacted(remark)}\n" for remark in remarks if remark)
     return 0

@@ -135,6 +135,18 @@ def test_dry_run_tries_what_a_run_tries(tmp_path: Path, capsys: pytest.CaptureFi
     assert "wrong fails: KeyError: 'mine' (faulty.py, line" in printed.err
 
 
+def test_dry_run_says_what_a_run_says_at_its_beginning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, line = Path(SIMPLECNN).read_text(), "return self.layers(images)"
+    assert line in text
+    viewed = "x = self.layers[:6](images)
+        return self.layers[7:](x.view(x.size(0), -1))"
+    (tmp_path / "viewed.py").write_text(text.replace(line, viewed))
+    assert main(["viewed.py", "--dry-run"]) == 0
+    assert "refuses channels_last, the faster format; write x.flatten(1)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("words", [("--dry-run",), ("--help",)])
 def test_a_signal_ends_at_once_what_only_shows_something(
