@@ -28,7 +28,7 @@ def neighbours_of(source: str, folder: Path) -> dict[str, str]:
             places = [[package, *package.parents][level - 1]] if level else [folder, folder.parent]
             files = next(filter(None, (_files(place, name) for place in places)), [])
             for file in files:
-                if file not in found and not file.is_relative_to(_OWN):
+                if file not in found and not file.resolve().is_relative_to(_OWN):
                     content = _read(file)
                     found[file] = sha256(content).hexdigest()[:12]
                     waiting.append((content.decode(errors="replace"), file.parent))
@@ -61,10 +61,10 @@ def _files(place: Path, name: str) -> list[Path]:
     files: list[Path] = []
     for part in name.split("."):
         if (file := place / f"{part}.py").is_file():
-            return [*files, file.resolve()]
+            return [*files, file]
         place = place / part
         if (file := place / "__init__.py").is_file():
-            files.append(file.resolve())
+            files.append(file)
         elif not place.is_dir():
             break
     return files

@@ -429,6 +429,9 @@ def test_what_a_recipe_imports_from_beside_it_is_known_by_its_digest(tmp_path: P
         (tmp_path / name).write_text(text)
     source = "from net import Net\nfrom launcher import Recipe\nimport broken, mine.parts.large\n"
     found = neighbours_of(source, tmp_path / "mine")
+    target = (tmp_path / "mine" / "net.py").rename(tmp_path / "elsewhere.py")
+    (tmp_path / "mine" / "net.py").symlink_to(target)  # as each machine may have it
+    assert neighbours_of(source, tmp_path / "mine") == found
     used = ["net.py", "parts/__init__.py", "parts/small.py", "parts/large.py", "broken.py"]
     assert set(found) == {*used, "../shared.py"}
     (tmp_path / "shared.py").write_text("import numpy\n")
