@@ -61,12 +61,31 @@ class Saver:
 
         return self._attempt(f"the {which} weights", save)
 
+    def best(self, network: nn.Module, report: EpochReport, images: ImageSet) -> bool:
+        """Write answers and weights of the best epoch; returns whether the weights are kept.
+
+        The answers first: where the process ends between the two, they are of a later epoch than
+        the next attempt has, and so neither passes for the best. Where only one can be written,
+        there are no answers.
+        """
+        lost = self.outcomes(report, images, "best")
+        failed = self.weights(network, "best")
+        if lost or failed:
+            name = "best.npz"
+            self._attempt(name, lambda folder: (folder.path / name).unlink(missing_ok=True))
+        return not failed
+
     def outcomes(
         self, report: EpochReport, images: ImageSet, which: Literal["best", "last"]
-    ) -> None:
-        """Write what was said of each of the evaluated images in the best or the last epoch."""
+    ) -> str:
+        """Write what was said of each of the evaluated images in the best or the last epoch.
+
+        Returns what went wrong, or an empty text.
+        """
         name = f"{which}.npz"
-        self._attempt(name, lambda of: outcomes.of_epoch(report, images).write(of.path / name))
+        return self._attempt(
+            name, lambda of: outcomes.of_epoch(report, images).write(of.path / name)
+        )
 
     def tested(self, report: FinalReport) -> None:
         """Write the figures of the test images at the end."""

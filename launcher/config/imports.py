@@ -25,7 +25,8 @@ def neighbours_of(source: str, folder: Path) -> dict[str, str]:
         text, package = waiting.pop()
         for level, name in _imports(text):
             # One dot is the package itself, two are the one above it.
-            places = [[package, *package.parents][level - 1]] if level else [folder, folder.parent]
+            above = [package, *package.parents][level - 1 : level]
+            places = above if level else [folder, folder.parent]
             files = next(filter(None, (_files(place, name) for place in places)), [])
             for file in files:
                 if file not in found and not file.resolve().is_relative_to(_OWN):

@@ -191,9 +191,8 @@ def handle_event(run: ActiveRun, event: Event) -> None:
         if is_whole and is_better(event, run.highest):
             run.highest = run.last
         is_best = is_whole and is_better(event, run.best)
-        if is_best and not saver.weights(run.ctx.state.eval_model, "best"):
+        if is_best and saver.best(run.ctx.state.eval_model, event, run.ctx.data.evaluated):
             run.best = run.last
-            saver.outcomes(event, run.ctx.data.evaluated, "best")
         if event.ends_training:  # before the last checkpoint, from which nothing is evaluated anew
             saver.outcomes(event, run.ctx.data.evaluated, "last")
         for logger in run.loggers:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from launcher.cli import main
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.distributed import signals
+from launcher.distributed.accelerator import reset_accelerator
 from launcher.results.compare import experiment
 from launcher.results.page import Page
 from launcher.results.quoted import quoted
@@ -493,6 +495,39 @@ def test_the_best_weights_are_of_an_epoch_that_the_run_has() -> None:
     assert resumed.best == whole.best
     files = [Path("runs", name, "best.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+class Said(helpers.Tiny):
+    """Says one class of all images."""
+
+    said = 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = super().forward(images)
+        return scores if self.training else scores * 0 + torch.eye(10)[Said.said]
+
+
+@pytest.mark.parametrize("step", ["outcomes", "weights"])
+def test_the_best_weights_are_none_that_were_given_up(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an epoch in which the run was killed as they were written, and which is worse now."""
+    recipe = helpers.tiny_recipe(model=Said, epochs=1, data={"source": Uneven})
+    train(recipe, name="mine", wandb="off")
+    shutil.copy(RUN / "best.safetensors", "first")
+    more = LoadedRecipe(replace(recipe, epochs=2), "said", "", "")
+    options = RunOptions(name="mine", wandb="off", resume=True, resume_changed=("epochs",))
+    with monkeypatch.context() as context:
+        context.setattr(Said, "said", 0)
+        context.setattr(Saver, step, lambda *a: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train_loaded(more, options)
+    monkeypatch.setattr(Said, "said", 2)
+    reset_accelerator()
+    best = train_loaded(more, options).best
+    assert best == (Best(1, 0.3) if step == "outcomes" else Best(2, 0.2))
+    is_first = (RUN / "best.safetensors").read_bytes() == Path("first").read_bytes()
+    assert is_first == (best.epoch == 1)
 
 
 class Embedding(helpers.Tiny):

@@ -419,7 +419,7 @@ def test_what_a_recipe_imports_from_beside_it_is_known_by_its_digest(tmp_path: P
         "mine/net.py": "import os, parts.small\nfrom .unknown import a\n",
         "mine/parts/__init__.py": "",
         "mine/parts/small.py": "from . import large\nfrom ..net import Net\n",
-        "mine/parts/large.py": "import shared, net\n",
+        "mine/parts/large.py": f"import shared, net\nfrom {'.' * 99} import a\n",
         "mine/parts/unused.py": "",
         "mine/broken.py": "import (",
         "shared.py": "import torch\n",
