@@ -37,7 +37,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from launcher.checkpoint.held_folder import HeldFolder
-from launcher.checkpoint.weights import UNREADABLE, Tensors, copy_to_host, load_weights, on_host
+from launcher.checkpoint.weights import (
+    UNREADABLE,
+    Tensors,
+    copy_to_host,
+    digest_of_file,
+    load_weights,
+    on_host,
+)
 from launcher.config import annotations
 from launcher.config.plan import Progress
 from launcher.distributed.accelerator import count_over_ranks, run_on_main
@@ -332,7 +339,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{name} is a link")
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
-        if path.stat().st_size != size or _digest(path) != digest:
+        if path.stat().st_size != size or digest_of_file(path) != digest:
             raise CheckpointError(f"{name} is not what was written")
         if path.suffix == ".safetensors":
             _refuse_unreadable(path)
@@ -384,11 +391,6 @@ def _all(root: Path) -> list[Path]:
     named = [path for path in found if _NAME.fullmatch(path.name)]
     real = (path for path in named if path.is_dir() and not path.is_symlink())
     return sorted(real, key=lambda path: (int(path.stem[5:]), path.suffix != ".old"))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(value: Any) -> bytes:

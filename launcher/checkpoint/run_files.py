@@ -203,6 +203,15 @@ class RunFiles:
         return [change for change in parts if change]
 
     @property
+    def first_weights(self) -> tuple[str, str]:
+        """With which weights it began, by their digest if it is known, and without which of them.
+
+        Both are empty where it began with its own.
+        """
+        where, _, without = str(self.about.get("weights", "")).partition(", without ")
+        return str(self.about.get("weights_digest") or where), without
+
+    @property
     def chosen_after(self) -> int:
         """How many epochs are not compared with those since: see `chosen_after`."""
         return chosen_after(self.changes)

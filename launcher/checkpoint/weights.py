@@ -3,6 +3,7 @@
 `load_initial_weights` takes files of others as well: state dicts of torch, torchvision and timm.
 """
 
+import hashlib
 import pickle
 import re
 from collections import OrderedDict
@@ -28,6 +29,12 @@ _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write weights and buffers as safetensors under `path`, replacing what was there at once."""
     atomic_write.replace(path, save(on_host(network.state_dict())))
+
+
+def digest_of_file(path: Path) -> str:
+    """Its SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(network: nn.Module, path: Path) -> bool:

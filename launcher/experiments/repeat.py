@@ -16,6 +16,7 @@ from rich.text import Text
 
 from launcher.checkpoint.resume import FILE, described_changes, initial_weights
 from launcher.checkpoint.run_files import RunFiles
+from launcher.checkpoint.weights import digest_of_file
 from launcher.config import imports
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
@@ -181,8 +182,11 @@ def changes(run: RunFiles, repeats: Repeats) -> list[str]:
 
 def began_so(run: RunFiles, options: RunOptions) -> bool:
     """Whether a run began with the weights of --init-from, or without any where none are named."""
-    given = options.init_from and f"from {initial_weights(options.runs, options.init_from)}"
-    return str(run.about.get("weights", "")).partition(", without ")[0] == (given or "")
+    began, _ = run.first_weights
+    if options.init_from is None:
+        return not began
+    given = initial_weights(options.runs, options.init_from)
+    return began in (f"from {given}", digest_of_file(given)[:12])
 
 
 # What is shown

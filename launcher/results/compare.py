@@ -122,6 +122,7 @@ def environment(run: RunFiles) -> dict[str, Any]:
     facts = ("devices", "precision", "memory", "batch", "steps", "weights", "data")
     named = {name: about.get(name) for name in facts}
     named |= {"state": run.state, "epochs trained": run.epoch}
+    named["weights (digest)"] = about.get("weights_digest")
     named["images (digest)"] = about.get("data_digest")
     ranks = dict.fromkeys(str(row.get("ranks", "?")) for row in run.epochs)
     if len(ranks) > 1:  # one by one, as each part of the run had them
@@ -170,7 +171,7 @@ def experiment(run: RunFiles) -> dict[str, Any]:
     settings = {n: v for n, v in flatten(run.config).items() if n not in _OF_A_RUN}
     images = [run.about.get(name) for name in ("data_digest", "fallback")]
     length = [run.cut, None if run.state == "done" else run.epoch]
-    begin = {"the first weights": run.about.get("weights"), "the length": length}
+    begin: dict[str, Any] = {"the first weights": run.first_weights, "the length": length}
     begin["what the recipe imports"] = _neighbours(run)
     begin["what was changed on the way"] = list(map(str, run.changes))
     return {**settings, "the recipe file": run.source, "the images": images, **begin}

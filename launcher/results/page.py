@@ -38,6 +38,7 @@ _CURVES = {
 }
 _NOT_FACTS = (
     *("recipe", "name", "recipe_folder", "fallback", "started", "wandb_id", "data_digest"),
+    "weights_digest",
     "evaluated_on",
 )
 

@@ -14,9 +14,10 @@ import torch
 
 from launcher.checkpoint import checkpoint, run_dir
 from launcher.checkpoint.compiled import CompiledCode
-from launcher.checkpoint.resume import ResumePoint, resumed_run
+from launcher.checkpoint.resume import ResumePoint, initial_weights, resumed_run
 from launcher.checkpoint.run_files import RunFiles, chosen_after
 from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.weights import digest_of_file
 from launcher.config.loader import LoadedRecipe
 from launcher.config.options import RunOptions
 from launcher.config.plan import START
@@ -153,7 +154,8 @@ def log_and_run(
             checkpoint.restore(start.checkpoint, ctx)
         highest = start.best if start else None
         if start:  # what was refused until here has left the folder as it was
-            start = describe_run(ctx, replace(start, notes=(*start.notes, note)), loaded, facts)
+            start = replace(start, notes=(*start.notes, note))
+            start = describe_run(ctx, start, loaded, options, facts)
         loggers = (console, *make_loggers(ctx, start, loaded, options, also))
         best = start.best if start else None
         saver = Saver(start.folder if start else None, is_main, console.say)
@@ -209,7 +211,11 @@ def open_run(
 
 
 def describe_run(
-    ctx: TrainContext, start: ResumePoint, loaded: LoadedRecipe, facts: dict[str, str]
+    ctx: TrainContext,
+    start: ResumePoint,
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    facts: dict[str, str],
 ) -> ResumePoint:
     """Write on rank 0 what the run is, for all ranks."""
 
@@ -228,8 +234,12 @@ def describe_run(
         }
         before = RunFiles(start.folder.path)
         if start.checkpoint is not None:
-            about |= {k: v for k, v in before.about.items() if k == "weights"}
+            began = ("weights", "weights_digest")
+            about |= {k: v for k, v in before.about.items() if k in began}
             about["changes"] = list(map(asdict, start.changes))
+        elif options.init_from is not None:
+            given = initial_weights(options.runs, options.init_from)
+            about["weights_digest"] = digest_of_file(given)[:12]
         best = best_that_is_kept(start.folder, start.best, start.progress)
         outdated = [] if best else ["best.safetensors", "best.npz"]
         last, present = before.last, start.progress.epochs

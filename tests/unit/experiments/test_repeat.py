@@ -330,6 +330,12 @@ def test_what_has_ended_did_not_begin_with_the_weights_that_are_named_now(
     assert "has ended already\n" in capsys.readouterr().out
     assert repeated(*words, "--name", "first", "--init-from", "tuned-seed0") == 0
     assert "trained anew, it would differ in the first weights" in capsys.readouterr().out
+    first = Path("runs/first-seed0/final.safetensors")  # which is trained on, say
+    first.write_bytes(Path("runs/tuned-seed0/final.safetensors").read_bytes())
+    assert repeated(recipe, "--seeds", "0-1", *tuned[3:]) == 0
+    said = capsys.readouterr().out
+    assert "trained anew, it would differ in the first weights" in said
+    assert "no mean: these runs differ in the first weights" in said
     assert "--init-from nowhere" in complaint(
         capsys, "repeat", *words, "--name", "first", "--init-from", "nowhere"
     )
