@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,13 +89,14 @@ def test_one_that_was_killed_before_its_end_begins_anew() -> None:
     assert (RUN / "test.json").read_bytes() == tested
 
 
+def die(*_: Any) -> str:
+    raise KeyboardInterrupt
+
+
 def test_a_run_that_is_killed_behind_its_last_checkpoint_has_all_outcomes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is resumed with nothing to evaluate, and in an older last.npz other images are wrong."""
-
-    def die(*_: Any) -> str:
-        raise KeyboardInterrupt
 
     words = ("epochs=2", "--checkpoint-every", "1e")
     assert run(*words, "--max-steps", "25") == 0
@@ -519,7 +519,7 @@ def test_the_best_weights_are_none_that_were_given_up(
     options = RunOptions(name="mine", wandb="off", resume=True, resume_changed=("epochs",))
     with monkeypatch.context() as context:
         context.setattr(Said, "said", 0)
-        context.setattr(Saver, step, lambda *a: signal.raise_signal(signal.SIGINT))
+        context.setattr(Saver, step, die)
         with pytest.raises(KeyboardInterrupt):
             train_loaded(more, options)
     monkeypatch.setattr(Said, "said", 2)
