@@ -34,7 +34,8 @@ class ResumePoint:
     """The run folder, the checkpoint to continue from, and lines for the user.
 
     `changes` are all that the run has had since it began. With `keeps_description` it has ended
-    with other settings than those of this attempt, which trains nothing.
+    with other settings than those of this attempt, which trains nothing; and if it `is_tested`, its
+    test images are not evaluated once more.
     """
 
     folder: RunDir
@@ -45,6 +46,7 @@ class ResumePoint:
     wandb_id: str = ""
     changes: tuple[Change, ...] = ()
     keeps_description: bool = False
+    is_tested: bool = False
 
 
 def resumed_run(
@@ -118,6 +120,7 @@ def resumed_run(
         state.wandb_id,
         tuple(changes),
         keeps_description=bool(change.what) and is_over,
+        is_tested=bool(change.what and is_over and before.tested),
     )
 
 

@@ -155,7 +155,7 @@ def _refuse_other_answers(run: TrainedRun, files: RunFiles, weights: str) -> Non
             f"{files.path}, whose network gives other answers than the run wrote down: a "
             f"probability is {gap:.2g} beside it",
             expected="the code and the weights with which the run was evaluated",
-            instead=f"put {what} back as they were",
+            instead=f"put {what} back as before",
         )
 
 

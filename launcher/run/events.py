@@ -77,6 +77,7 @@ class ActiveRun:
     tested: FinalReport | None = None
     stopped: bool = False
     unsaved: str = ""
+    is_tested: bool = False  # by an earlier attempt, after which nothing is left to train
 
     @property
     def folder(self) -> RunDir | None:
@@ -138,7 +139,7 @@ def run_loop(
     lost = run.unsaved if run.stopped else run.saver.weights(run.ctx.state.eval_model, "final")
     if run.report and run.stopped:
         run.saver.outcomes(run.report, run.ctx.data.evaluated, "last")
-    if run.ctx.data.validation is not None and not run.stopped:
+    if run.ctx.data.validation is not None and not run.stopped and not run.is_tested:
         run.tested = evaluate_test_images(run)
         run.saver.tested(run.tested)
         for logger in run.loggers:

@@ -162,6 +162,7 @@ def log_and_run(
         if start and is_main and options.makes_report:
             reported.append(start.folder.path)
         run = ActiveRun(ctx, loaded, console, loggers, saver, code, best, highest)
+        run.is_tested = start is not None and start.is_tested
         exit_code = EXIT_FAULT
         try:
             show_header(run, start, facts)
@@ -249,7 +250,7 @@ def describe_run(
             own = replace(start.folder, identity=start.wandb_id)
         else:
             own = start.folder.describe(loaded.config, facts | about, loaded.source, start.wandb_id)
-        own.drop(["end.json", "test.json", *outdated])
+        own.drop(["end.json", *["test.json"] * (not start.is_tested), *outdated])
         if ctx.data.held_out is not None:
             own.keep_held_out(ctx.data.held_out.tolist())
         notes = start.notes

@@ -429,6 +429,16 @@ def test_what_changes_after_the_end_is_without_effect(capsys: pytest.CaptureFixt
     assert "type more epochs" in line
 
 
+def test_the_test_images_are_not_evaluated_by_code_that_was_edited_after_the_end() -> None:
+    recipe, words = Path("answers.py"), ("data.source.count=100", "data.validation=0.2", "epochs=1")
+    recipe.write_text(RESUMABLE.read_text())
+    assert run(*words, recipe=recipe) == 0
+    before = (RUN / "test.json").read_bytes()
+    recipe.write_text(RESUMABLE.read_text().replace("self.layers(images)", "self.layers(-images)"))
+    assert run(*words, "--resume", recipe=recipe) == 0
+    assert (RUN / "test.json").read_bytes() == before
+
+
 def test_weights_that_are_gone_are_not_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Path("same.py")
     recipe.write_text("from tests.unit.checkpoint.test_resume import SAME as recipe\n")
