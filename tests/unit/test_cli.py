@@ -140,8 +140,7 @@ def test_dry_run_says_what_a_run_says_at_its_beginning(
 ) -> None:
     text, line = Path(SIMPLECNN).read_text(), "return self.layers(images)"
     assert line in text
-    viewed = "x = self.layers[:6](images)
-        return self.layers[7:](x.view(x.size(0), -1))"
+    viewed = "x = self.layers[:6](images)\n        return self.layers[7:](x.view(x.size(0), -1))"
     (tmp_path / "viewed.py").write_text(text.replace(line, viewed))
     assert main(["viewed.py", "--dry-run"]) == 0
     assert "refuses channels_last, the faster format; write x.flatten(1)" in capsys.readouterr().out
