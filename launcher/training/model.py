@@ -40,6 +40,7 @@ from launcher.training.trial_passes import (
 from launcher.utils.text import count, some
 from launcher.utils.user_code import is_users, place_of, seeded_draws, user_line, user_location
 
+MOST_ALIKE = 64  # images among which a network may divide its layers
 INITIAL_IMAGES = 5000  # training images that a data-dependent initialization sees
 _PURE = {"pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -210,8 +211,8 @@ def _choose_memory_format(
                 if count_over_ranks(accelerator, bool(made.unused)) and is_refused:
                     # It may divide them among its layers. All are the same: a layer that gets
                     # images by what they show may have none in some steps, so it has none here.
-                    most = plan.pass_sizes[0]
-                    images = two_images(network, recipe, data, memory_format, most)
+                    size = min(plan.pass_sizes[0], MOST_ALIKE)
+                    images = two_images(network, recipe, data, memory_format, size)
                     made = _refuse_unused(network, recipe, images, made, accelerator)
                 notes = (note,) if note else ()
                 return PlacedNetwork(network, memory_format, notes, len(images)), images, made

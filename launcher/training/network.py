@@ -119,7 +119,7 @@ def restored_afterwards(network: nn.Module, device: torch.device) -> Iterator[di
                     if buffers[name] is not buffer:
                         buffers[name] = buffer
             for tensor, value in values:
-                if tensor.shape == value.shape:
+                if tensor.shape == value.shape and 0 not in tensor.stride():
                     tensor.copy_(value)
-                else:  # an observer of a quantization resizes what it has
+                else:  # resized by an observer of a quantization, or expanded: one value for many
                     tensor.data = value

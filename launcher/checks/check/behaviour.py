@@ -16,6 +16,7 @@ from launcher.checks.check.layers import Walk, declared
 from launcher.checks.verdicts import Verdict
 from launcher.config.plan import Plan
 from launcher.config.recipe import Recipe
+from launcher.training.model import MOST_ALIKE
 from launcher.training.network import layers_in_lists, restored_afterwards, takes_hooks, upcast
 from launcher.utils.text import count, some
 from launcher.utils.user_code import describe_line, function_of, innermost_user_line
@@ -160,7 +161,7 @@ def _gradients(walked: Walk, recipe: Recipe) -> Iterator[Verdict]:
     is_refused = recipe.unused_parameters == "refuse"
     lost = _without_gradient(walked, trained, walked.images) if is_refused else []
     if lost:  # it may divide the images of a pass among its layers
-        size = max(2, recipe.data.batch_size // recipe.passes)
+        size = min(max(2, recipe.data.batch_size // recipe.passes), MOST_ALIKE)
         whole = walked.images[:1].repeat(size, 1, 1, 1)
         lost = _without_gradient(walked, trained, whole, otherwise=lost)
     if lost and (at_times := sorted({*lost} - {*_never_trained(walked, trained)})):

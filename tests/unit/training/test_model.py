@@ -364,6 +364,23 @@ def test_buffers_that_are_resized_are_refused_for_an_average() -> None:
     next(iter(fit(context_of(tiny_recipe(model=observed, average=ema)))))
 
 
+class Expanded(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 1, 1).expand(3, 32, 32))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * self.get_buffer("mask"))
+
+
+def test_a_buffer_whose_values_are_one_in_memory_is_taken() -> None:
+    """It was refused: a trial could not put it back."""
+    ctx = context_of(tiny_recipe(model=Expanded))
+    preflight(ctx)
+    assert torch.equal(ctx.state.network.get_buffer("mask"), torch.ones(3, 32, 32))
+    next(iter(fit(ctx)))
+
+
 class Echoing(Tiny):
     """Adds a little of its last scores."""
 
