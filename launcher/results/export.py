@@ -7,11 +7,13 @@ Where they differ, the export is refused, and nothing is left behind.
 
 import io
 import json
+import logging
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,9 +233,10 @@ def write(
     example = _example(run, from_pixels=from_pixels)
     shapes = ({0: Dim("batch", min=1)},)
     try:
-        if form == "onnx":
-            return _write_onnx(run, deployed, example, folder / "model.onnx")
-        program = torch.export.export(deployed, (example,), dynamic_shapes=shapes, strict=False)
+        with _without_torchs_words():
+            if form == "onnx":
+                return _write_onnx(run, deployed, example, folder / "model.onnx")
+            program = torch.export.export(deployed, (example,), dynamic_shapes=shapes, strict=False)
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -246,6 +249,18 @@ def write(
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         module = torch.export.load(path).module()
     return lambda images: module(images)
+
+
+@contextmanager
+def _without_torchs_words() -> Iterator[None]:
+    """Where torch cannot export, it prints all that it has traced before the exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _not_exportable(network: nn.Module, form: str, error: Exception) -> NotExportableError:

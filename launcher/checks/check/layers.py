@@ -128,7 +128,8 @@ def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode)
 
 def _shape(values: tuple[Any, ...]) -> tuple[int, ...]:
     """The shape of the first tensor; () where there is none."""
-    return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
+    tensors = (value for value in values if isinstance(value, Tensor) and not value.is_nested)
+    return next((tuple(tensor.shape) for tensor in tensors), ())
 
 
 def declared(network: nn.Module, name: str) -> str:

@@ -207,7 +207,7 @@ class Watcher:
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(module: nn.Module, given: Any, made: Any) -> None:
             step = self._step
-            if step is None or not isinstance(made, Tensor):
+            if step is None or not isinstance(made, Tensor) or made.is_nested:
                 return
             if not self._trial.double:
                 self._trace(step).layers.append((name, checksum(made)))

@@ -156,6 +156,17 @@ def test_a_network_that_computes_gradients_by_torch_func_is_no_mistake(tmp_path:
     assert [layer.name for layer in walked.layers][-1] == "fc2"
 
 
+def test_a_layer_of_nested_tensors_is_no_mistake(tmp_path: Path) -> None:
+    """They have no shape that could be shown, and it was taken for one of the network."""
+    nested = "x = torch.nested.as_nested_tensor(list(x.unbind(0)))\n        x = self.fc2(x)"
+    source = NETWORK.replace(FC2, f"{nested}\n        x = torch.nested.to_padded_tensor(x, 0.0)")
+    source = source.replace("x = F.relu(self.fc1(x))", "x = F.relu(self.fc1(x))[:, None]")
+    source = source.replace("to_padded_tensor(x, 0.0)", "to_padded_tensor(x, 0.0)[:, 0]")
+    walked = walk(network_of(source, tmp_path), torch.rand(2, 3, 32, 32))
+    assert walked.error is None
+    assert walked.layers[-1].made == ()
+
+
 def test_what_torch_jit_has_compiled_is_a_notice() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
