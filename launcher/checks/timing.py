@@ -46,7 +46,7 @@ def scaling_lines(
     recipe = replace(recipe, precision=cast(Precision, precision), compile=False)
     recipe = replace(recipe, sync_batch_norm=False)  # not possible on a CPU
     ctx = make_context(network, recipe, plan, accelerator, data)
-    shown = scaling.SHOWN_WORLDS if ctx.trial_images == 2 else ()  # it may refuse other passes
+    shown = scaling.SHOWN_WORLDS if ctx.trial_images == 2 else (1,)  # it may refuse other passes
     worlds = sorted({*shown, plan.world_size})
     possible = [world for world in worlds if world * plan.accumulate <= plan.batch_size]
     computes = {

@@ -339,3 +339,25 @@ def test_a_long_answer_is_indented_on_a_terminal_and_one_line_in_a_file() -> Non
         assert len(shown) == lines
         assert all(line.startswith(" " * 22) for line in shown[1:])
         assert max(map(len, shown[:-1])) <= (80 if is_terminal else 140)
+
+
+def test_a_network_that_needs_whole_passes_is_measured_on_those(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ghost BatchNorm: the trials of two images, and of others, failed."""
+    grouped = """
+
+class Grouped(SimpleCNN):
+    def forward(self, images):
+        if self.training and len(images) % 16:
+            raise ValueError("not in groups of 16")
+        return super().forward(images)
+
+
+recipe = replace(recipe, model=Grouped)
+"""
+    recipe = write_recipe(grouped)
+    report = report_of(capsys, recipe, "--world-size", "2")
+    assert report["good"], report
+    asked = {verdict["question"] for verdict in report["verdicts"]}
+    assert {"learning", "cost", "ranks"} <= asked
