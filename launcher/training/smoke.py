@@ -85,8 +85,10 @@ def _in_time(recipe: Recipe, world: World) -> tuple[int, Precision | None]:
         if most < _seconds_of_pass(own, few, FEW) < math.inf:
             recipe = own = full
     if largest > SMALLEST_BATCH:
-        passes = SECONDS_PER_STEP / _seconds_of_pass(own, few, SMALLEST_BATCH)
-        largest = max(SMALLEST_BATCH, min(largest, int(SMALLEST_BATCH * passes)))
+        seconds = _seconds_of_pass(own, few, SMALLEST_BATCH)
+        if math.isfinite(seconds):  # else it may need more images in a pass
+            fitting = int(SMALLEST_BATCH * SECONDS_PER_STEP / seconds)
+            largest = max(SMALLEST_BATCH, min(largest, fitting))
     return largest, recipe.precision
 
 

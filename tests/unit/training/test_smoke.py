@@ -178,4 +178,21 @@ def test_a_network_that_fails_backwards_is_left_to_the_checks_of_every_run() -> 
             return super().forward(images)
 
     made = smoke_version(tiny_recipe(model=Refusing, data={"batch_size": 64}), RankGroup(ALONE))
-    assert made.data.batch_size == SMALLEST_BATCH
+    assert made.data.batch_size == 64  # its own: it may be too few images that it refuses
+
+
+class InGroups(Tiny):
+    """Ghost BatchNorm, say: as many images as groups at least."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) % 16:
+            raise ValueError("not in groups of 16")
+        return super().forward(images)
+
+
+def test_a_network_that_takes_no_small_batch_gets_its_own() -> None:
+    """It was given 8 images, and told to type another data.batch_size."""
+    recipe = tiny_recipe(model=InGroups, data={"batch_size": 32})
+    made = smoke_version(recipe, RankGroup(ALONE))
+    assert made.data.batch_size == 32
+    context_of(made)
