@@ -229,7 +229,8 @@ def _choose_memory_format(
             instead="write x.flatten(1) for x.view(x.size(0), -1), or type memory_format=auto",
         )
     name = code_name(recipe.model)
-    raise refused_images(name, images, refused_two, " in training mode") from refused_two
+    mode = f" in training mode, nor does it take those of a pass ({plan.describe_batch()})"
+    raise refused_images(name, images, refused_two, mode) from refused_two
 
 
 def _set_format(network: nn.Module, memory_format: torch.memory_format) -> None:

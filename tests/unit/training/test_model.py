@@ -523,7 +523,7 @@ def test_a_pass_that_has_too_few_images_is_named_before_training() -> None:
         context_of(tiny_recipe(model=partial(Ghost, 3), data={"batch_size": 30}))
     recipe = tiny_recipe(model=partial(Ghost, 3), data={"batch_size": 30})
     context_of(recipe, max_steps=3)  # which has no such pass
-    with refused("fails on images of shape (2, 3, 32, 32) in training mode: AssertionError: 2"):
+    with refused("fails on images of shape (2, 3, 32, 32) in training mode, nor does it take"):
         context_of(tiny_recipe(model=partial(Ghost, 7)))
 
 
