@@ -153,8 +153,11 @@ def place_network(
             f"layers in {some(list(hidden))} of {short_name(recipe.model)} are neither trained nor "
             "saved: write nn.ModuleList([...]) for [...], or nn.ModuleDict, if they are to be"
         )
-    if plan.num_micro_batches > 1 and not _may_overflow(network, accelerator):
-        notes.append(describe_own_gradients(network, recipe, images, first, accelerator))
+    if not _may_overflow(network, accelerator):
+        # Also where there is one pass, of which nothing is said: what counts its passes has then
+        # seen as many before a training on any number of ranks.
+        own = describe_own_gradients(network, recipe, images, first, accelerator)
+        notes += [own] if plan.num_micro_batches > 1 else []
     notes.append(describe_second_pass(network, recipe, images, first, accelerator))
     return replace(placed, notes=tuple(filter(None, notes)))
 

@@ -622,3 +622,24 @@ def test_what_a_network_takes_from_its_first_images_alone_is_told() -> None:
     """The trial was undone, all but the attribute: it trained without what it had set."""
     (note,) = context_of(tiny_recipe(model=Late)).notes
     assert note.startswith("a second pass of Late over the same images makes other scores")
+
+
+class Counting(Tiny):
+    """Counts its passes where no checkpoint and no trial looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += self.training
+        return super().forward(images)
+
+
+def test_as_many_trials_are_made_on_any_number_of_passes() -> None:
+    """Else such a network would begin otherwise on 2 ranks than on 1."""
+    one, two = (
+        context_of(tiny_recipe(model=Counting, accumulate=passes)).state.network.passes
+        for passes in (1, 2)
+    )
+    assert one == two
