@@ -260,6 +260,7 @@ def _refuse_changed(given: Tensor, images: Tensor, recipe: Recipe) -> None:
 def _describe_neighbours(ctx: TrainContext, together: Tensor, alone: Tensor) -> str:
     """What the scores `(1, classes)` of an image beside another one and alone show; else empty."""
     is_exact = ctx.accelerator.mixed_precision == "no" and together.dtype.itemsize >= 4
+    is_exact = is_exact and not together.is_cuda  # a GPU takes other kernels, with TF32 as well
     together, alone = together.double(), alone.double()
     rounding = (1e-3 if is_exact else 5e-2) * max(1.0, float(alone.abs().max()))
     if not (together - alone).abs().max() > rounding:  # what is no number is none
