@@ -195,26 +195,12 @@ class RankGroup:
             self._heartbeat.training_begins()
 
     def _sync(self, error: UserError | None) -> None:
-        store = self._store
-        if error and (store.add("user-errors", 1) == 1 or self.world.is_main):
-            place = "" if self.world.is_main else f"{self._name}: "
-            text = json.dumps((f"{place}{error.given}", error.expected, error.instead))
-            store.set("user-error/0" if self.world.is_main else "user-error", text)
-
-        def arrive_and_wait() -> bool:
-            self._report_signal()
-            self._arrive("ready", self.world.size)
-            return self._poll("open/ready", PREPARATION, self._check_ranks)
-
-        if not self._guard(arrive_and_wait, self._silence):
+        met = self._guard(lambda: self._meet(error), self._silence)
+        if met is None:
             if self.world.is_main:
                 raise RankError("not all ranks could load the data")
             raise OtherRankError
-        has_error = store.add("user-errors", 0) > 0
-        key = "user-error/0" if store.check(["user-error/0"]) else "user-error"
-        parts = json.loads(store.get(key)) if has_error else None
-        stopped = store.get("open/ready").decode()
-        self._hold_store_until_all("read")
+        parts, stopped = met
         if parts:
             given, expected, instead = parts
             raise SharedUserError(given, expected=expected, instead=instead)
@@ -223,11 +209,30 @@ class RankGroup:
                 raise StoppedBeforeTrainingError(stopped)
             raise OtherRankError(EXIT_SAVED)
 
+    def _meet(self, error: UserError | None) -> tuple[list[str] | None, str] | None:
+        """What all ranks know then: a refusal, and a signal; None where not all came in time."""
+        store = self._store
+        if error and (store.add("user-errors", 1) == 1 or self.world.is_main):
+            place = "" if self.world.is_main else f"{self._name}: "
+            text = json.dumps((f"{place}{error.given}", error.expected, error.instead))
+            store.set("user-error/0" if self.world.is_main else "user-error", text)
+        self._report_signal()
+        self._arrive("ready", self.world.size)
+        if not self._poll("open/ready", PREPARATION, self._check_ranks):
+            return None
+        has_error = store.add("user-errors", 0) > 0
+        key = "user-error/0" if store.check(["user-error/0"]) else "user-error"
+        parts = json.loads(store.get(key)) if has_error else None
+        stopped = store.get("open/ready").decode()
+        self._hold_store_until_all("read")
+        return parts, stopped
+
     def _hold_store_until_all(self, key: str) -> None:
         """Count up a key; where this process hosts the store, keep it while others still come."""
         count, until = self._store.add(key, 1), time.monotonic() + GRACE
         while self.world.hosts_store and count < self.world.size and time.monotonic() < until:
             time.sleep(0.01)
+            self._polls += 1
             before, count = count, self._store.add(key, 0)
             if count > before:
                 until = time.monotonic() + GRACE
@@ -246,8 +251,12 @@ class RankGroup:
             if self._heartbeat is not None:
                 self._store.set(key, value)
             return value
-        self._guard(lambda: self._poll(key, None, self._check_whether_all_end), self._silence)
-        return self._store.get(key).decode()
+
+        def wait() -> str:
+            self._poll(key, None, self._check_whether_all_end)
+            return self._store.get(key).decode()
+
+        return self._guard(wait, self._silence)
 
     def refuse_differences(
         self,

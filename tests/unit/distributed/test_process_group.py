@@ -2,16 +2,27 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from launcher.distributed import signals
-from launcher.distributed.process_group import RankGroup
+from launcher.distributed import process_group, signals
+from launcher.distributed import store as store_module
+from launcher.distributed.process_group import RankGroup, Timeouts
+from launcher.distributed.store import in_thread, open_store
 from launcher.distributed.world import World
-from launcher.errors import EXIT_SAVED, LauncherError, OtherRankError, StoppedBeforeTrainingError
+from launcher.errors import (
+    EXIT_SAVED,
+    LauncherError,
+    OtherRankError,
+    RankError,
+    StoppedBeforeTrainingError,
+)
+from tests.support.processes import free_port
 
 
 @pytest.fixture
@@ -63,3 +74,36 @@ def test_a_signal_in_a_wait_ends_a_process_alone() -> None:
         RankGroup(World()).sync_errors(),
     ):
         signals.end_if_stopped("this one")
+
+
+HOSTS = """
+import sys, time
+from launcher.distributed.store import open_store
+store = open_store("127.0.0.1", int(sys.argv[1]), 20, "rank 0", None)
+store.set("key", "value")
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_is_stopped_after_it_has_given_a_value_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another rank saw that the value is there, and then asked for it for ever."""
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-c", HOSTS, str(port)]) as host:
+        store = open_store("127.0.0.1", port, 20, "rank 1", host="rank 0")
+
+        def is_set(store: Store, key: str, seconds: float) -> bool:
+            found = store_module.is_set(store, key, 20)
+            host.send_signal(signal.SIGSTOP)
+            return found
+
+        monkeypatch.setattr(process_group, "is_set", is_set)
+        timeouts = Timeouts(collective=0.5)
+        group = RankGroup(World(rank=1, size=2), timeouts, store)
+        asked = in_thread(lambda: group.broadcast("key"))
+        try:
+            with pytest.raises(RankError, match=r"rank 0 on .* does not answer any more"):
+                asked.result(20)
+        finally:
+            host.kill()
