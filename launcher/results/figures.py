@@ -61,6 +61,8 @@ def first_filters(path: Path, channels: int | None) -> Filters | None:
 
     None where there is no such weight or the file cannot be read.
     """
+    if not path.is_file():  # a FIFO, say, for which one would wait
+        return None
     try:
         with safe_open(path, "numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

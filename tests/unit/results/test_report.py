@@ -276,6 +276,12 @@ def test_filters_are_those_of_the_first_convolution() -> None:
     assert first_filters(Path("absent"), None) is None
 
 
+@pytest.mark.timeout(20)
+def test_weights_that_are_a_pipe_are_not_waited_for() -> None:
+    os.mkfifo("weights")
+    assert first_filters(Path("weights"), 3) is None
+
+
 @pytest.mark.parametrize("shape", [(7, 5, 9, 3), (3, 5, 9, 4), (1, 4, 4, 1), (6, 8, 8, 2)])
 def test_a_sheet_holds_every_picture_as_it_is(shape: tuple[int, ...]) -> None:
     pictures = numpy.random.default_rng(1).integers(0, 256, shape).astype(numpy.uint8)
