@@ -96,6 +96,7 @@ def test_a_rank_that_is_stopped_after_it_has_given_a_value_is_not_waited_for(
         def is_set(store: Store, key: str, seconds: float) -> bool:
             found = store_module.is_set(store, key, 20)
             host.send_signal(signal.SIGSTOP)
+            os.waitpid(host.pid, os.WUNTRACED)  # all of its threads stand
             return found
 
         monkeypatch.setattr(process_group, "is_set", is_set)
