@@ -290,9 +290,10 @@ def _drop(root: Path, written: Path) -> None:
 
     And one that was being replaced when its process was killed.
     """
-    everything = [path for path in _all(root) if path.suffix != ".old"]
+    found = _all(root)
+    replaced = [path for path in found if path.suffix == ".old"]
+    everything = [path for path in found if path not in replaced]
     place = everything.index(written)
-    replaced = [path for path in _all(root) if path.suffix == ".old"]
     for other in (*replaced, *everything[: max(0, place + 1 - KEPT)], *everything[place + 1 :]):
         shutil.rmtree(other, ignore_errors=True)
 

@@ -146,7 +146,7 @@ def place_network(
     if recipe.sync_batch_norm:
         network = _with_sync_batch_norm(network, accelerator)
     network = _in_pure_precision(network.to(accelerator.device), recipe)
-    placed, images, first = _choose_memory_format(network, recipe, plan, accelerator, data)
+    placed, first = _choose_memory_format(network, recipe, plan, accelerator, data)
     notes = [*placed.notes]
     if hidden := layers_in_lists(network):
         notes.append(
@@ -156,9 +156,9 @@ def place_network(
     if not _may_overflow(network, accelerator):
         # Also where there is one pass, of which nothing is said: what counts its passes has then
         # seen as many before a training on any number of ranks.
-        own = describe_own_gradients(network, recipe, images, first, accelerator)
+        own = describe_own_gradients(network, recipe, first, accelerator)
         notes += [own] if plan.num_micro_batches > 1 else []
-    notes.append(describe_second_pass(network, recipe, images, first, accelerator))
+    notes.append(describe_second_pass(network, recipe, first, accelerator))
     return replace(placed, notes=tuple(filter(None, notes)))
 
 
@@ -190,12 +190,12 @@ def _in_pure_precision(network: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _choose_memory_format(
     network: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator, data: ImageSet
-) -> tuple[PlacedNetwork, Tensor, TrainingPass]:
+) -> tuple[PlacedNetwork, TrainingPass]:
     """Put the network into the recipe's format, or for auto into channels_last if it takes it.
 
     A format is tried on two images, forward and backward in training mode; all ranks choose alike.
     A network that takes them in no format, as where it divides those of a pass into groups, is
-    tried on as many as the passes of the training have. Returns the images, and what they showed.
+    tried on as many as the passes of the training have. Returns what they showed as well.
     """
     wanted = recipe.memory_format
     formats: tuple[MemoryFormat, ...] = ("channels_last", "contiguous")
@@ -210,7 +210,6 @@ def _choose_memory_format(
             images = two_images(network, recipe, data, memory_format)
             made = _try_passes(network, recipe, several or [images], accelerator)
             if not count_over_ranks(accelerator, made.error is not None):
-                images = several[0] if several else images
                 if count_over_ranks(accelerator, bool(made.unused)) and is_refused:
                     # It may divide them among its layers. All are the same: a layer that gets
                     # images by what they show may have none in some steps, so it has none here.
@@ -218,7 +217,7 @@ def _choose_memory_format(
                     images = two_images(network, recipe, data, memory_format, size)
                     made = _refuse_unused(network, recipe, images, made, accelerator)
                 notes = (note,) if note else ()
-                return PlacedNetwork(network, memory_format, notes, len(images)), images, made
+                return PlacedNetwork(network, memory_format, notes, len(made.images)), made
             refusal = made.error or RuntimeError("it fails on another rank")
             note = note or ("" if sizes else _contiguous_note(recipe, refusal))
         if not sizes:

@@ -148,12 +148,13 @@ def refused_images(name: str, images: Tensor, error: Exception, mode: str = "") 
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """What a pass in training mode has shown: what torch refuses, or what came of it.
+    """What a pass in training mode over `images` has shown: what torch refuses, or what came of it.
 
     `unused` are the names of the parameters that got no gradient, `norms` those of the gradients of
     the others, and `kept` what the network then kept beside parameters and buffers.
     """
 
+    images: Tensor
     error: Exception | None = None
     unused: tuple[str, ...] = ()
     scores: Tensor | None = None
@@ -196,7 +197,7 @@ def try_training_pass(
                 others = changed_parameters(network, before)
             refuse_set_parameters(differing_values(changed, others), recipe)
         unused = tuple(name for name in trained if name not in norms)
-        return TrainingPass(None, unused, scores, norms, kept_numbers(network))
+        return TrainingPass(images, None, unused, scores, norms, kept_numbers(network))
     except (torch.OutOfMemoryError, LauncherError):
         raise
     except Exception as error:
@@ -204,7 +205,7 @@ def try_training_pass(
             raise  # of the launcher's own
         if refusal := explain_torch_error(error, "before training"):
             raise refusal from None
-        return TrainingPass(error)
+        return TrainingPass(images, error)
 
 
 def _refuse_resized(before: Mapping[str, torch.Size], network: nn.Module, recipe: Recipe) -> None:
@@ -221,18 +222,14 @@ def _refuse_resized(before: Mapping[str, torch.Size], network: nn.Module, recipe
 
 
 def describe_second_pass(
-    network: nn.Module,
-    recipe: Recipe,
-    images: Tensor,
-    first: TrainingPass,
-    accelerator: Accelerator,
+    network: nn.Module, recipe: Recipe, first: TrainingPass, accelerator: Accelerator
 ) -> str:
     """What another pass over the same images, with the same draws, shows of what is kept.
 
     After one over others, which the network may remember. Without gradients: what it keeps then has
     no graph, and can be copied.
     """
-    for given in (images / 2, images.clone()):
+    for given in (first.images / 2, first.images.clone()):
         undone = restored_afterwards(network, accelerator.device)
         with undone, torch.no_grad(), accelerator.autocast():
             scores = network(given).float()
@@ -262,17 +259,13 @@ def _are_close(one: Tensor | None, two: Tensor | None, part: float = 0.01) -> bo
 
 
 def describe_own_gradients(
-    network: nn.Module,
-    recipe: Recipe,
-    images: Tensor,
-    first: TrainingPass,
-    accelerator: Accelerator,
+    network: nn.Module, recipe: Recipe, first: TrainingPass, accelerator: Accelerator
 ) -> str:
     """Gradients that do not grow with the loss are no sum over ranks and passes; else empty.
 
     As where a hook limits or normalizes them in the pass of each rank.
     """
-    louder = try_training_pass(network, recipe, images, accelerator, loudness=LOUDER)
+    louder = try_training_pass(network, recipe, first.images, accelerator, loudness=LOUDER)
     if not _are_close(first.scores, louder.scores):
         return ""  # it remembers the first pass, which is told of
     before, now = first.norms or {}, louder.norms or {}
