@@ -48,6 +48,12 @@ def takes_hooks(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
+def watchable_leaves(network: nn.Module) -> list[nn.Module]:
+    """The modules without others in them, as far as they can be watched."""
+    leaves = (module for module in network.modules() if not any(True for _ in module.children()))
+    return [leaf for leaf in leaves if takes_hooks(leaf)]
+
+
 def layers_in_lists(network: nn.Module) -> dict[str, list[nn.Module]]:
     """By attribute, the layers that torch does not see, since they stand in a list or the like.
 

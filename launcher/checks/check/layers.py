@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.training.network import restored_afterwards, takes_hooks
+from launcher.training.network import restored_afterwards, watchable_leaves
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Walk:
 def walk(network: nn.Module, images: Tensor) -> Walk:
     """Run `(n, c, h, w)` through the network in evaluation mode, and leave it as it was."""
     found = Walk(network, images)
-    names = {module: name for name, module in network.named_modules()}
     was_training = network.training
     network.eval()
     counter = FlopCounterMode(display=False)
@@ -72,7 +71,7 @@ def walk(network: nn.Module, images: Tensor) -> Walk:
                 restored_afterwards(network, images.device),
                 torch.no_grad(),
                 _plain_attention(),
-                _watched(found, names, counter),
+                _watched(found, counter),
                 counting,
             ):
                 found.output = network(images.clone())  # it may write into them
@@ -97,8 +96,9 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode) -> Iterator[None]:
+def _watched(found: Walk, counter: FlopCounterMode) -> Iterator[None]:
     """Record each call of a module without submodules inside this context."""
+    names = {module: name for name, module in found.network.named_modules()}
     images, done_before = len(found.images), 0
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -115,8 +115,7 @@ def _watched(found: Walk, names: dict[nn.Module, str], counter: FlopCounterMode)
         found.layers.append(Layer(names[module], module, given, made, *sizes))
         found.refused = None
 
-    leaves = [module for module in names if not any(True for _ in module.children())]
-    leaves = [leaf for leaf in leaves if takes_hooks(leaf)]
+    leaves = watchable_leaves(found.network)
     handles = [module.register_forward_pre_hook(before) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
     try:

@@ -17,7 +17,7 @@ from launcher.data.augment import resized
 from launcher.data.batches import steps_per_chunk
 from launcher.data.sources import known_counts
 from launcher.data.storage import Stored
-from launcher.training.network import restored_afterwards, takes_hooks, upcast
+from launcher.training.network import restored_afterwards, upcast, watchable_leaves
 from launcher.training.state import TrainContext
 from launcher.utils.text import sizes
 
@@ -136,9 +136,7 @@ def _moments(ctx: TrainContext, recipe: Recipe, size: int) -> list[_Moment]:
     images = ctx.normalize(pixels.repeat(size, 1, 1, 1))
     half = _HALF.get((recipe.precision or "").removeprefix("pure_"))
     cast = torch.autocast(images.device.type, dtype=half) if half else nullcontext()
-    leaves = [module for module in network.modules() if not any(True for _ in module.children())]
-    leaves = [leaf for leaf in leaves if takes_hooks(leaf)]
-    handles = [leaf.register_forward_hook(note) for leaf in leaves]
+    handles = [leaf.register_forward_hook(note) for leaf in watchable_leaves(network)]
     network.train()
     with restored_afterwards(network, images.device), saved_tensors_hooks(pack, lambda x: x), cast:
         upcast(network(images))
