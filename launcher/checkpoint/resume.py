@@ -19,7 +19,7 @@ from launcher.errors import UserError
 from launcher.training.metrics import Best
 from launcher.utils.json_text import differing, flatten
 from launcher.utils.redaction import cleaned, redacted
-from launcher.utils.text import is_named, some
+from launcher.utils.text import have_changed, is_named
 
 # Where the images lie and how they are read, not what they are.
 OF_THE_MACHINE = ("data.root", "data.local_copy", "data.prefetch")
@@ -89,8 +89,7 @@ def resumed_run(
     files = [FILE] * (state.source != redacted(loaded.source))
     files += imports.changed(before.about.get("neighbours"), loaded.neighbours)
     if files:
-        has = "have" if files[1:] else "has"
-        notes.append(f"{some(files)} {has} changed since: what is no setting may differ")
+        notes.append(f"{have_changed(files)}: what is no setting may differ")
     change = _change_since(state, loaded, data, files)
     _refuse_past_step(folder, progress.step, options.max_steps)
     if state.is_within_epoch:

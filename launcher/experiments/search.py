@@ -38,7 +38,7 @@ from launcher.run.train import train_loaded
 from launcher.training.metrics import Best, EpochReport
 from launcher.utils.redaction import redacted
 from launcher.utils.terminal import make_console
-from launcher.utils.text import printable, some
+from launcher.utils.text import have_changed, printable, some
 
 if TYPE_CHECKING:
     import optuna
@@ -426,8 +426,7 @@ def show(search: Search) -> None:
     files = [FILE] * (searched.get("file", search.loaded.digest) != search.loaded.digest)
     files += imports.changed(searched.get("neighbours"), search.loaded.neighbours)
     if files:
-        has = "have" if files[1:] else "has"
-        text = f"{some(files)} {has} changed since the search began: trials may be of both"
+        text = f"{have_changed(files)} the search began: trials may be of both"
         console.print(printable(text), markup=False, soft_wrap=True)
     if len({run.about.get("data_digest") for _, run in rows if run.about}) > 1:
         console.print("the images have changed since the search began: trials are of both")

@@ -53,6 +53,11 @@ def spread(values: Sequence[T], most: int) -> list[T]:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
+def have_changed(names: Sequence[str]) -> str:
+    """`net.py has changed since`, or `net.py and head.py have changed since`."""
+    return f"{some(names)} {'have' if names[1:] else 'has'} changed since"
+
+
 def printable(text: str) -> str:
     """What no terminal shows, as an escape in the name of a file, is a question mark."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
