@@ -7,12 +7,15 @@ import functools
 import inspect
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from launcher.config import annotations
+from launcher.config.options import RunOptions
 from launcher.config.recipe import Recipe
 from launcher.config.settings import children, list_settings, module_arguments, walk
 from launcher.errors import UserError
@@ -58,7 +61,7 @@ def _with_word(recipe: Recipe, word: str, following: str) -> Recipe:
             else f"type {_meant(name, following, recipe)}, or see launcher RECIPE --help",
         )
     if name not in {part.name for part in walk(recipe)}:
-        raise _unknown(name, recipe)
+        raise _unknown(name, text, recipe)
     return _replace(recipe, "", name, text)
 
 
@@ -130,7 +133,13 @@ def _close(name: str, names: Sequence[str]) -> list[str]:
     return next((found[:1] for found in kinds if found), [])
 
 
-def _unknown(name: str, recipe: Recipe) -> UserError:
+def _unknown(name: str, text: str, recipe: Recipe) -> UserError:
+    if option := _option(name, text):
+        return UserError(
+            f"{name}={text}",
+            expected="settings of the recipe; this is an option of the command",
+            instead=f"type {option}",
+        )
     names = [setting.name for setting in list_settings(recipe)]
     close = _close(name, names)
     top_level = dict.fromkeys(known.split(".")[0] for known in names)
@@ -139,6 +148,24 @@ def _unknown(name: str, recipe: Recipe) -> UserError:
         expected="a name that launcher RECIPE --help lists",
         instead=f"did you mean {close[0]}?" if close else f"top level: {', '.join(top_level)}",
     )
+
+
+def _option(name: str, text: str) -> str | None:
+    """The option of the command line that is meant by `max_steps=3` or `smoke=true`, if one is."""
+    value: Any = _literal(text)
+    for field in dataclasses.fields(RunOptions):
+        if field.name != name.replace("-", "_") or value == field.default:
+            continue
+        if field.default is dataclasses.MISSING:  # host_facts, which nobody types
+            continue
+        with suppress(UserError):
+            given: Any = Path(text) if field.type is Path else value
+            RunOptions(**{field.name: given})
+            words = field.name.replace("_", "-")
+            if not isinstance(value, bool):
+                return f"--{words} {shlex.quote(text)}"
+            return f"--{words}" if value else f"--no-{words}"
+    return None
 
 
 def _literal(text: str) -> Any:
