@@ -37,7 +37,7 @@ from launcher.training.accumulation import choose_passes
 from launcher.training.compiling import choose_compiling, is_to_be_tried
 from launcher.training.loop import forget_passes
 from launcher.training.model import build_network, initialize
-from launcher.training.network import count_parameters, shapes
+from launcher.training.network import count_parameters, first_parameter, shapes
 from launcher.training.preflight import preflight
 from launcher.training.smoke import smoke_version
 from launcher.training.state import TrainContext, make_context
@@ -172,7 +172,11 @@ def prepare(loaded: LoadedRecipe, options: RunOptions, group: RankGroup) -> Prep
         expected="a network of the same parameters and buffers on all ranks",
         instead="let its code depend on no rank, process, host or time",
     )
-    facts = describe(loaded, data, plan, network) | {"precision": f"{precision} ({origin})"}
+    said = f"{precision} ({origin})"
+    own = first_parameter(network).dtype
+    if own != torch.float32 and not precision.startswith("pure_"):
+        said += f", weights in {str(own).removeprefix('torch.')}"
+    facts = describe(loaded, data, plan, network) | {"precision": said}
     facts |= begin_with_given(network, loaded, options)
     if "compile" in kept:
         said = "compiled" if kept["compile"] else "eager"

@@ -80,6 +80,19 @@ def test_a_run_tells_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in printed, "escapes in plain output"
 
 
+def test_weights_of_another_type_stand_beside_the_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(SIMPLECNN).read_text() + (
+        "\n\nfrom dataclasses import replace\n"
+        "def wide() -> nn.Module:\n    return SimpleCNN().double()\n"
+        "recipe = replace(recipe, model=wide)\n"
+    )
+    (tmp_path / "wide.py").write_text(text)
+    assert main(["wide.py", *TINY, "--max-steps", "1"]) == 0
+    assert "fp32 (default), weights in float64" in capsys.readouterr().out
+
+
 def test_the_same_command_trains_to_the_same_weights() -> None:
     for name in ("one", "two"):
         assert main([SIMPLECNN, *TINY, "--name", name]) == 0
