@@ -18,7 +18,7 @@ from launcher.data.images import Data, ImageSet
 from launcher.training.loop import make_batches, train_epoch
 from launcher.training.metrics import StepReport
 from launcher.training.model import build_network
-from launcher.training.state import make_context
+from launcher.training.state import TrainContext, make_context
 
 
 class Pictures(CIFAR10):  # type: ignore[misc]  # torchvision has no types
@@ -143,6 +143,12 @@ class Launched:
 
     def reports(self, images: ImageSet, log_every: int | None = None) -> Iterator[StepReport]:
         """Train on the images once and yield what the launcher measures."""
+        ctx = self.next_epoch(images, log_every)
+        events = train_epoch(ctx, make_batches(ctx), self.epochs)
+        return (event for event in events if isinstance(event, StepReport))
+
+    def next_epoch(self, images: ImageSet, log_every: int | None = None) -> TrainContext:
+        """The same training over these images, in its next epoch."""
         self.epochs += 1
         plan = make_plan(
             self.ctx.recipe,
@@ -151,9 +157,7 @@ class Launched:
             evaluated_images=0,
             log_every=log_every,
         )
-        ctx = replace(self.ctx, plan=plan, data=replace(self.ctx.data, train=images))
-        events = train_epoch(ctx, make_batches(ctx), self.epochs)
-        return (event for event in events if isinstance(event, StepReport))
+        return replace(self.ctx, plan=plan, data=replace(self.ctx.data, train=images))
 
 
 def fresh_network(recipe: Recipe) -> nn.Module:

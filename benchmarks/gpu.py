@@ -23,7 +23,8 @@ nothing.
     checks       half precision learns, compiling and CUDA graphs change no loss, equal runs are
                  equal bit by bit, resume is exact, two ranks on one card with SyncBatchNorm are
                  one; all on embedded images (checks.py; `pytest -m gpu` runs the same)
-    simplecnn    images per second of recipes/simplecnn.py beside a bare loop (competitors.py)
+    simplecnn    images per second of recipes/simplecnn.py beside a bare loop (competitors.py) and
+                 one whose steps are CUDA graphs (graphs.py)
     speedrun94   seconds and accuracy of recipes/speedrun94.py over seeds; use of the device; where
                  the time goes
     resnet18     images per second and use of the device of recipes/resnet18.py, beside a bare loop
@@ -66,6 +67,7 @@ from torchvision.datasets import CIFAR10
 from benchmarks.checks import CHECKS
 from benchmarks.competitors import Bare, Launched
 from benchmarks.epoch import first_steps, machine
+from benchmarks.graphs import OneGraph, largest_difference
 from benchmarks.record import Peer
 from benchmarks.trainer import Trainer, fresh_accelerator, profiled, spread, timed, use_of_device
 from benchmarks.turns import ratio, rotated, whole_epochs
@@ -78,6 +80,7 @@ from launcher.data.images import Data
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECONDS = {"checks": 70, "simplecnn": 80, "speedrun94": 570, "resnet18": 300, "speedrun96": 570}
+GRAPH = "the step as one CUDA graph"  # see graphs.py
 REST = 60  # seconds that a race leaves for the profile of the recipe
 
 Figures = dict[str, Any]
@@ -130,11 +133,22 @@ def beside_bare(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
         modes |= {"launcher compiled": True, "launcher with CUDA graphs": "reduce-overhead"}
     for name, mode in modes.items():
         racers[name] = Launched(replace(recipe, compile=mode), data, accelerator)
-    for racer in racers.values():
-        racer.epoch(first_steps(images, recipe, 50))
+    few = first_steps(images, recipe, 50)
+
+    def warmed_up(racer: Bare | Launched) -> Bare | Launched:
+        racer.epoch(few)
         racer.epoch(images)  # also the shape of the last batch
+        return racer
+
+    racers = {name: warmed_up(racer) for name, racer in racers.items()}
+    try:
+        racers[GRAPH] = warmed_up(OneGraph(recipe, data, accelerator))
+        apart = largest_difference(recipe, data, accelerator, few)
+        about_graph: Figures = {f"{GRAPH}: largest difference of the first losses": apart}
+    except RuntimeError as error:  # it has not run on a GPU yet
+        about_graph = {f"{GRAPH}: failed": str(error)}
     runs = {name: partial(racer.epoch, images) for name, racer in racers.items()}
-    return whole_epochs(runs, len(images), words.rounds)
+    return whole_epochs(runs, len(images), words.rounds) | about_graph
 
 
 def speedrun94(words: argparse.Namespace, deadline: float) -> Figures:

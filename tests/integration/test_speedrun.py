@@ -174,3 +174,12 @@ def test_the_third_convolution_has_a_shortcut_around_it() -> None:
     assert not torch.equal(whole, shortcut)
     assert shortcut.abs().sum() > 0
     assert nothing.abs().sum() == 0
+
+
+def test_the_speedrun_for_cpus_sees_smaller_images_first() -> None:
+    recipe = loader.load(RECIPES / "speedrun94_cpu.py").recipe
+    assert context_of(small(recipe)).plan.resolutions == (24, 24, 28, 28, 28, 32, 32, 32, 32)
+    _, epochs = trained(small(recipe, ("epochs=3", "model.widths=(16,32,32)")))
+    losses = [report.train_loss for report in epochs]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.3

@@ -28,6 +28,7 @@ SMALL = {
     ],
     "resnet18": ["--steps", "6", "compile=false", "precision=fp32"],
     "speedrun94": ["precision=fp32", "compile=false", "model.widths=16,32,32"],
+    "speedrun94_cpu": ["precision=fp32", "model.widths=16,32,32"],
     "speedrun96": ["precision=fp32", "compile=false", "model.widths=8,16,16"],
 }
 TRIED = ("state_in_attribute", "sums")  # simplecnn is that of the README
