@@ -50,18 +50,23 @@ def describe_disk(ctx: TrainContext, runs: Path) -> Verdict:
 
 
 def describe_time(ctx: TrainContext) -> Verdict:
-    """The time of an epoch on this machine, from a few steps and one batch of evaluation."""
+    """The time of an epoch on this machine, from a few steps and one batch of evaluation.
+
+    Steps are measured at the largest resolution; at others a step takes its share of the pixels.
+    """
     plan = ctx.plan
     size, seconds = _measured_step(ctx)
     steps = plan.train_images / size * seconds
     tested = _evaluation_of_one(ctx) * plan.evaluated_images
     device = device_name(ctx.accelerator)
-    whole = plan.epochs * (steps + tested)
+    shares = [(pixels / max(plan.resolutions)) ** 2 for pixels in plan.resolutions]
+    epochs = [share * steps + tested for share in shares or [1.0] * plan.epochs]
+    whole, least, most = sum(epochs), duration(min(epochs)), duration(max(epochs))
     return Verdict(
         NAME,
-        f"an epoch takes about {duration(steps + tested)} on this machine alone ({device}, fp32, "
-        f"not compiled), all {plan.epochs:,} of them {duration(whole)}",
-        figures={"epoch_seconds": steps + tested, "seconds": whole},
+        f"an epoch takes about {least if least == most else f'{least} to {most}'} on this machine "
+        f"alone ({device}, fp32, not compiled), all {plan.epochs:,} of them {duration(whole)}",
+        figures={"epoch_seconds": max(epochs), "seconds": whole},
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from launcher import ema
+from launcher import ema, growing
 from launcher.checkpoint import checkpoint
 from launcher.checks.check import cost
 from launcher.config.plan import START
@@ -72,6 +72,19 @@ def test_an_epoch_takes_about_what_its_steps_take() -> None:
     # 100 images in batches of 10, each of them 30 ms; and 20 in one pass of evaluation
     assert told.figures["epoch_seconds"] == pytest.approx(10 * 0.03 + 0.05, rel=0.5)
     assert told.figures["seconds"] == 3 * told.figures["epoch_seconds"]
+
+
+def test_an_epoch_of_smaller_images_takes_less() -> None:
+    recipe = tiny_recipe(model=Slow, optimizer=partial(SGD, lr=0.1), epochs=3)
+    growth = partial(growing, first=8, last=32)  # 8, 24 and 32: of the pixels 1/16, 9/16 and all
+    recipe = replace(recipe, data=replace(recipe.data, train_resolution=growth))
+    told = cost.describe_time(context_of(recipe))
+    steps = 10 * 0.03
+    assert told.figures["epoch_seconds"] == pytest.approx(steps + 0.05, rel=0.5)
+    parts = (1 + 9 + 16) / 16
+    assert told.figures["seconds"] == pytest.approx(parts * steps + 3 * 0.05, rel=0.4)
+    assert told.figures["seconds"] < 2.4 * told.figures["epoch_seconds"]
+    assert " to " in told.answer
 
 
 def test_the_ranks_are_those_of_the_plan() -> None:
