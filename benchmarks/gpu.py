@@ -135,14 +135,15 @@ def beside_bare(recipe: Recipe, data: Data, words: argparse.Namespace) -> Figure
         racers[name] = Launched(replace(recipe, compile=mode), data, accelerator)
     few = first_steps(images, recipe, 50)
 
-    def warmed_up(racer: Bare | Launched) -> Bare | Launched:
+    def warm_up(racer: Bare | Launched) -> None:
         racer.epoch(few)
         racer.epoch(images)  # also the shape of the last batch
-        return racer
 
-    racers = {name: warmed_up(racer) for name, racer in racers.items()}
+    for racer in racers.values():
+        warm_up(racer)
     try:
-        racers[GRAPH] = warmed_up(OneGraph(recipe, data, accelerator))
+        warm_up(graph := OneGraph(recipe, data, accelerator))
+        racers[GRAPH] = graph
         apart = largest_difference(recipe, data, accelerator, few)
         about_graph: Figures = {f"{GRAPH}: largest difference of the first losses": apart}
     except RuntimeError as error:  # it has not run on a GPU yet

@@ -108,7 +108,7 @@ class WholeStep:
         values = tensors_of(self.ctx)
         if is_new:  # the optimizer's state began with the first of the steps
             kept += [torch.zeros_like(value) for value in values[len(kept) :]]
-        for value, before in zip(values, kept, strict=True):
+        for value, before in zip(values, kept, strict=True):  # in place: the graph has the places
             value.copy_(before)
 
         def replay(batch: MicroBatch) -> Tensor:

@@ -29,14 +29,12 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.epoch import machine
-from benchmarks.gpu import once
+from benchmarks.gpu import RECIPES, once
 from benchmarks.record import epochs_in, epochs_of, on_cpu, runs_in, save_for_peer
 from benchmarks.trainer import Figures, Trainer, spread
 from launcher.config import loader, overrides
 from launcher.data.images import Data
 from launcher.data.sources import load as load_data
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def run_peer(script: Path, data: Data, epochs: int) -> Figures:

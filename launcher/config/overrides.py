@@ -7,7 +7,6 @@ import functools
 import inspect
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -153,19 +152,19 @@ def _unknown(name: str, text: str, recipe: Recipe) -> UserError:
 def _option(name: str, text: str) -> str | None:
     """The option of the command line that is meant by `max_steps=3` or `smoke=true`, if one is."""
     value: Any = _literal(text)
-    for field in dataclasses.fields(RunOptions):
-        if field.name != name.replace("-", "_") or value == field.default:
-            continue
-        if field.default is dataclasses.MISSING:  # host_facts, which nobody types
-            continue
-        with suppress(UserError):
-            given: Any = Path(text) if field.type is Path else value
-            RunOptions(**{field.name: given})
-            words = field.name.replace("_", "-")
-            if not isinstance(value, bool):
-                return f"--{words} {shlex.quote(text)}"
-            return f"--{words}" if value else f"--no-{words}"
-    return None
+    field = {own.name: own for own in dataclasses.fields(RunOptions)}.get(name.replace("-", "_"))
+    # Without a default is what nobody types: host_facts.
+    if field is None or field.default in (value, dataclasses.MISSING):
+        return None
+    given: Any = Path(text) if field.type is Path else value
+    try:
+        RunOptions(**{field.name: given})
+    except UserError:
+        return None
+    words = field.name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{words}" if value else f"--no-{words}"
+    return f"--{words} {shlex.quote(text)}"
 
 
 def _literal(text: str) -> Any:
